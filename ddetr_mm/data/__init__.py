@@ -1,0 +1,1 @@
+"""Images and annotations: reading COCO JSON, datasets, transforms and conversion."""

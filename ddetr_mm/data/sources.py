@@ -1,0 +1,171 @@
+"""Where data lies: sources of images with annotation files, and folders of images without.
+
+A source is an image folder with a COCO annotation file, a pattern of files, or a folder of shards.
+"""
+
+from __future__ import annotations
+
+import glob
+import mmap
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddetr_mm.data.coco_checks import ParsedSource
+from ddetr_mm.data.coco_json import JsonColumns, parse_coco_json
+from ddetr_mm.data.coco_merge import build_table
+from ddetr_mm.data.coco_table import CocoTable
+from ddetr_mm.data.image_size import IMAGE_EXTENSIONS
+from ddetr_mm.errors import DataError, Problem
+
+
+@dataclass(frozen=True)
+class CocoSource:
+    """Images with their COCO annotations.
+
+    Attributes:
+        image_dir: the folder that the files' ``file_name`` are relative to; empty for none, which
+            allows absolute names.
+        json_file: an annotation file, a pattern (``shards/*.json``, ``**`` for any depth), or a folder
+            of ``.json`` shards.
+    """
+
+    image_dir: str
+    json_file: str
+
+    @classmethod
+    def of(cls, source: CocoSource | Mapping[str, Any]) -> CocoSource:
+        """A source from its mapping form ``{image_dir, json_file}``.
+
+        Raises:
+            DataError: a key is missing, unknown, or no path.
+        """
+        if isinstance(source, cls):
+            return source
+        allowed = ("image_dir", "json_file")
+        if not isinstance(source, Mapping):
+            raise DataError(
+                Problem("is no data source", value=source, allowed="a mapping of " + ", ".join(allowed))
+            )
+        problems = [
+            Problem("unknown key in a data source", value=key, allowed=allowed)
+            for key in source
+            if key not in allowed
+        ]
+        for key in allowed:
+            if not isinstance(source.get(key), (str, os.PathLike)):
+                problems.append(
+                    Problem(f"a data source needs {key}", value=source.get(key), allowed="a path")
+                )
+        DataError.collect(problems)
+        return cls(image_dir=os.fspath(source["image_dir"]), json_file=os.fspath(source["json_file"]))
+
+    def files(self) -> list[Path]:
+        """The annotation files, sorted by name.
+
+        Raises:
+            DataError: the file does not exist, or nothing matches the pattern, or the folder holds no
+                ``.json`` file.
+        """
+        path = Path(self.json_file)
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            found = sorted(item for item in path.rglob("*.json") if item.is_file())
+            searched = path / "**" / "*.json"
+        elif glob.has_magic(self.json_file):
+            matches = map(Path, glob.glob(self.json_file, recursive=True))  # noqa: PTH207 (absolute patterns)
+            found = sorted(item for item in matches if item.is_file())
+            searched = path
+        else:
+            raise DataError(Problem("annotation file does not exist", path, mend="correct json_file"))
+        if not found:
+            what = "no annotation file is there"
+            raise DataError(Problem(what, searched, mend="correct the pattern or folder in json_file"))
+        return found
+
+
+def read_coco_sources(
+    sources: Sequence[CocoSource | Mapping[str, Any]],
+    *,
+    annotations_required: bool = True,
+    with_masks: bool = False,
+) -> CocoTable:
+    """Read and merge all sources.
+
+    Args:
+        sources: in order; mappings with ``image_dir`` and ``json_file`` are accepted.
+        annotations_required: whether a file without ``annotations`` is an error.
+        with_masks: keep segmentations too.
+
+    Raises:
+        DataError: anything that is wrong with the files, see
+            :func:`~ddetr_mm.data.coco_json.parse_coco_json` and
+            :func:`~ddetr_mm.data.coco_merge.build_table`.
+    """
+    wanted = [CocoSource.of(source) for source in sources]
+    if not wanted:
+        raise DataError(Problem("no data source is given", mend="give image_dir and json_file"))
+    parsed = []
+    for source in wanted:
+        paths = source.files()
+        columns = tuple(_parse_file(path, annotations_required, with_masks) for path in paths)
+        parsed.append(ParsedSource(tuple(paths), columns))
+    return build_table(parsed, check_folders=[bool(source.image_dir) for source in wanted])
+
+
+def _parse_file(path: Path, annotations_required: bool, with_masks: bool) -> JsonColumns:
+    with _mapped(path) as content:
+        return parse_coco_json(
+            content, path, annotations_required=annotations_required, with_masks=with_masks
+        )
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    """The content of a file without a copy on the heap."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                yield memoryview(b"")
+                return
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+                yield view
+    except OSError as error:
+        raise DataError(Problem(f"cannot be read: {error.strerror}", path)) from error
+
+
+def list_images(
+    folders: Sequence[str | os.PathLike[str]],
+    *,
+    recursive: bool = False,
+    suffixes: Sequence[str] = IMAGE_EXTENSIONS,
+) -> list[Path]:
+    """The image files of some folders: folders in the given order, files sorted by name.
+
+    Args:
+        folders: folders, or single image files.
+        recursive: search subfolders too.
+        suffixes: lower-case endings that count as images; the case in the file name does not matter.
+
+    Raises:
+        DataError: a folder does not exist, or none holds an image.
+    """
+    problems: list[Problem] = []
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        if folder.is_file():
+            found.append(folder)
+        elif folder.is_dir():
+            items = folder.rglob("*") if recursive else folder.iterdir()
+            found += sorted(item for item in items if item.suffix.lower() in suffixes and item.is_file())
+        else:
+            problems.append(Problem("image folder does not exist", folder, mend="correct image_dir"))
+    DataError.collect(problems)
+    if not found:
+        names = ", ".join(str(folder) for folder in folders) or "nothing"
+        raise DataError(Problem("no image was found", names, allowed=suffixes))
+    return list(dict.fromkeys(found))
