@@ -1,0 +1,372 @@
+"""Box detections scored by COCO's rules, from columns of numbers to the twelve figures.
+
+Legend: I images, N ground-truth boxes, D detections, K classes, T = 10 overlap thresholds
+(0.50, 0.55 … 0.95), R = 101 recall thresholds (0.00, 0.01 … 1.00), A = 4 area ranges
+(all, small < 32², medium, large > 96² pixels), M = 3 limits of detections an image and class (1, 10, 100).
+
+Two backends do the matching. ``fast`` is hotcoco, which takes and gives arrays; ``pycocotools`` is the
+reference, and what ``auto`` falls back to where hotcoco is missing. Both return the same precision,
+recall and score arrays, so everything below them is shared.
+
+Boxes get their own running ids, from 1. pycocotools takes the annotation id 0 for "no match", so files
+numbered from 0 would otherwise lose one box.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddetr_mm.errors import DataError, Problem, StackError
+from ddetr_mm.evaluation.columns import DetectionColumns, GroundTruthColumns
+from ddetr_mm.files import write_text_whole
+
+BACKENDS = ("auto", "fast", "pycocotools")
+METRIC_NAMES = (
+    "AP", "AP50", "AP75", "APs", "APm", "APl",
+    "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl",
+)  # fmt: skip
+"""The twelve figures, in the order in which COCO prints them."""
+
+MAX_DETECTIONS = (1, 10, 100)
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
+UNDEFINED = -1.0
+"""COCO's value for a figure that nothing was there to compute from."""
+
+_ALL, _SMALL, _MEDIUM, _LARGE = range(4)
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """Scores of one class; a figure is -1 where the class has no ground truth of that size.
+
+    Attributes:
+        category_id: COCO category id.
+        name: its name.
+        AP, AP50, AP75, APs, APm, APl: average precision, as for all classes.
+        AR: average recall at 100 detections.
+        num_boxes: ground-truth boxes that count (crowds left out).
+        num_detections: detections of this class that were scored.
+    """
+
+    category_id: int
+    name: str
+    AP: float
+    AP50: float
+    AP75: float
+    APs: float
+    APm: float
+    APl: float
+    AR: float
+    num_boxes: int
+    num_detections: int
+
+
+@dataclass(frozen=True)
+class CocoResult:
+    """What an evaluation yields.
+
+    Attributes:
+        metrics: the twelve figures by :data:`METRIC_NAMES`, each in 0..1, or -1 if undefined.
+        per_class: one entry a class, in the order of ``category_ids``.
+        category_ids: (K,) classes that were scored, ascending.
+        precision: (T, R, K) interpolated precision, all areas, 100 detections; -1 without ground truth.
+        scores: (T, R, K) the score at which each recall is reached; 0 where it never is.
+        num_images: images that were scored.
+        num_boxes: ground-truth boxes that count (crowds left out).
+        num_detections: detections that were scored.
+        backend: ``"hotcoco"`` or ``"pycocotools"``, or ``"none"`` when there was nothing to score.
+        notes: sentences a reader of the figures should know.
+    """
+
+    metrics: dict[str, float]
+    per_class: tuple[ClassResult, ...]
+    category_ids: np.ndarray
+    precision: np.ndarray
+    scores: np.ndarray
+    num_images: int
+    num_boxes: int
+    num_detections: int
+    backend: str
+    notes: tuple[str, ...] = field(default=())
+
+    def __getitem__(self, name: str) -> float:
+        return self.metrics[name]
+
+
+def evaluate_boxes(
+    ground_truth: GroundTruthColumns,
+    detections: DetectionColumns,
+    *,
+    category_ids: Sequence[int] | None = None,
+    image_ids: Sequence[int] | np.ndarray | None = None,
+    backend: str = "auto",
+) -> CocoResult:
+    """Score detections by COCO's rules.
+
+    Args:
+        ground_truth: images, boxes and categories.
+        detections: boxes with scores; those of other images or classes are left out, those with
+            non-finite numbers too, which is noted.
+        category_ids: classes to score; all of the ground truth's categories when None.
+        image_ids: images to score; all of the ground truth's images when None.
+        backend: one of :data:`BACKENDS`.
+
+    Raises:
+        DataError: a class or image is asked for that the ground truth does not have.
+        StackError: the backend asked for is not installed.
+        ValueError: an unknown backend.
+    """
+    categories = _chosen_categories(ground_truth, category_ids)
+    images = _chosen_images(ground_truth, image_ids)
+    truth = ground_truth.select(images, categories)
+    finite = detections.finite_rows()
+    found = detections.rows(finite).select(images, categories)
+    notes = _notes(truth, found, num_broken=int(len(finite) - finite.sum()))
+    if len(categories) == 0 or len(images) == 0:
+        shape = (len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), len(categories), 4, len(MAX_DETECTIONS))
+        precision, scores = np.full(shape, UNDEFINED), np.full(shape, UNDEFINED)
+        recall = np.full((shape[0], *shape[2:]), UNDEFINED)
+        name = "none"
+    else:
+        name, run = _backend(backend)
+        precision, recall, scores = run(truth, found, images, categories)
+    return CocoResult(
+        metrics=_summary(precision, recall),
+        per_class=_per_class(truth, found, categories, precision, recall),
+        category_ids=categories,
+        precision=precision[:, :, :, _ALL, -1],
+        scores=scores[:, :, :, _ALL, -1],
+        num_images=len(images),
+        num_boxes=int((~truth.iscrowd).sum()),
+        num_detections=len(found),
+        backend=name,
+        notes=tuple(notes),
+    )
+
+
+def write_results_json(path: str | Path, result: CocoResult) -> Path:
+    """Write the twelve figures as one JSON object, as the reference's evaluation does.
+
+    A figure that is undefined is -1, as in COCO. The file is written whole or not at all.
+    """
+    figures = {name: result.metrics[name] for name in METRIC_NAMES}
+    return write_text_whole(path, json.dumps(figures, indent=2) + "\n")
+
+
+def _chosen_categories(ground_truth: GroundTruthColumns, wanted: Sequence[int] | None) -> np.ndarray:
+    known = sorted(ground_truth.category_names)
+    if wanted is None:
+        return np.array(known, dtype=np.int64)
+    missing = sorted(set(wanted) - set(known))
+    if missing:
+        named = [f"{number} ({ground_truth.category_names[number]})" for number in known]
+        raise DataError(
+            Problem(
+                "asks for category ids that the annotations do not have",
+                where="eval_class_ids",
+                value=missing,
+                allowed=named,
+            )
+        )
+    return np.unique(np.asarray(wanted, dtype=np.int64))
+
+
+def _chosen_images(ground_truth: GroundTruthColumns, wanted: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    known = np.unique(ground_truth.image_ids)
+    if wanted is None:
+        return known
+    chosen = np.unique(np.asarray(wanted, dtype=np.int64))
+    unknown = chosen[~np.isin(chosen, known)]
+    if len(unknown):
+        raise DataError(
+            Problem("is not an image of the annotations", where="image id", value=int(unknown[0]))
+        )
+    return chosen
+
+
+def _notes(truth: GroundTruthColumns, found: DetectionColumns, num_broken: int) -> list[str]:
+    notes = []
+    if num_broken:
+        notes.append(f"{num_broken} detections with non-finite boxes or scores were left out.")
+    if not (~truth.iscrowd).any():
+        notes.append(
+            "The ground truth has no boxes of the scored classes: every figure is undefined (-1). "
+            "Check the annotation file and the scored class ids."
+        )
+    elif len(found) == 0:
+        notes.append("There are no detections of the scored classes: every figure is 0.")
+    return notes
+
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+Runner = Callable[[GroundTruthColumns, DetectionColumns, np.ndarray, np.ndarray], Arrays]
+
+
+def _backend(name: str) -> tuple[str, Runner]:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
+    if name == "pycocotools":
+        return "pycocotools", _run_pycocotools
+    if importlib.util.find_spec("hotcoco") is None:
+        if name == "fast":
+            raise StackError(
+                Problem(
+                    "the fast COCO evaluator is not installed", value="hotcoco", mend="pip install hotcoco"
+                )
+            )
+        return "pycocotools", _run_pycocotools
+    return "hotcoco", _run_hotcoco
+
+
+def _run_hotcoco(
+    truth: GroundTruthColumns, found: DetectionColumns, images: np.ndarray, categories: np.ndarray
+) -> Arrays:
+    import hotcoco
+
+    annotations = hotcoco.COCO.from_arrays(
+        _image_records(images),
+        _category_records(truth, categories),
+        truth.box_image_ids,
+        truth.category_ids,
+        truth.boxes_xywh,
+        ids=np.arange(1, len(truth) + 1),
+        area=truth.areas,
+        iscrowd=truth.iscrowd.astype(np.int64),
+    )
+    evaluator = hotcoco.COCOeval(annotations, annotations.load_res(_result_table(found)), "bbox")
+    return _run_evaluator(evaluator)
+
+
+def _run_pycocotools(
+    truth: GroundTruthColumns, found: DetectionColumns, images: np.ndarray, categories: np.ndarray
+) -> Arrays:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    boxes = zip(
+        truth.box_image_ids.tolist(),
+        truth.category_ids.tolist(),
+        truth.boxes_xywh.tolist(),
+        truth.areas.tolist(),
+        truth.iscrowd.tolist(),
+        strict=True,
+    )
+    records = [
+        {
+            "id": number,
+            "image_id": image,
+            "category_id": category,
+            "bbox": box,
+            "area": area,
+            "iscrowd": int(crowd),
+        }
+        for number, (image, category, box, area, crowd) in enumerate(boxes, start=1)
+    ]
+    # pycocotools reports its progress by print; the log already says what is going on.
+    with contextlib.redirect_stdout(io.StringIO()):
+        annotations = COCO()
+        annotations.dataset = {
+            "info": {},
+            "images": _image_records(images),
+            "categories": _category_records(truth, categories),
+            "annotations": records,
+        }
+        annotations.createIndex()
+        if len(found):
+            results = annotations.loadRes(_result_table(found))
+        else:
+            # loadRes looks at the first detection to learn what kind it is.
+            results = COCO()
+            results.dataset = {**annotations.dataset, "annotations": []}
+            results.createIndex()
+        return _run_evaluator(COCOeval(annotations, results, "bbox"))
+
+
+def _run_evaluator(evaluator: Any) -> Arrays:
+    evaluator.evaluate()
+    evaluator.accumulate()
+    arrays = evaluator.eval
+    return np.asarray(arrays["precision"]), np.asarray(arrays["recall"]), np.asarray(arrays["scores"])
+
+
+def _image_records(images: np.ndarray) -> list[dict[str, Any]]:
+    # Box evaluation never looks at sizes or names.
+    return [{"id": number, "width": 1, "height": 1, "file_name": ""} for number in images.tolist()]
+
+
+def _category_records(truth: GroundTruthColumns, categories: np.ndarray) -> list[dict[str, Any]]:
+    return [{"id": number, "name": truth.category_names[number]} for number in categories.tolist()]
+
+
+def _result_table(found: DetectionColumns) -> np.ndarray:
+    """(D, 7): image id, x, y, width, height, score, category id, as ``loadRes`` of both backends takes."""
+    columns = (found.image_ids[:, None], found.boxes_xywh, found.scores[:, None], found.category_ids[:, None])
+    return np.concatenate([column.astype(np.float64) for column in columns], axis=1)
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of the defined values, or -1."""
+    defined = values[values > UNDEFINED]
+    return float(defined.mean()) if defined.size else UNDEFINED
+
+
+def _precision_figures(precision: np.ndarray) -> dict[str, float]:
+    """AP, AP50, AP75, APs, APm, APl of a (T, R, K, A, M) array."""
+    at_50, at_75 = 0, 5
+    return {
+        "AP": _mean(precision[:, :, :, _ALL, -1]),
+        "AP50": _mean(precision[at_50, :, :, _ALL, -1]),
+        "AP75": _mean(precision[at_75, :, :, _ALL, -1]),
+        "APs": _mean(precision[:, :, :, _SMALL, -1]),
+        "APm": _mean(precision[:, :, :, _MEDIUM, -1]),
+        "APl": _mean(precision[:, :, :, _LARGE, -1]),
+    }
+
+
+def _summary(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
+    return dict(
+        **_precision_figures(precision),
+        ARmax1=_mean(recall[:, :, _ALL, 0]),
+        ARmax10=_mean(recall[:, :, _ALL, 1]),
+        ARmax100=_mean(recall[:, :, _ALL, 2]),
+        ARs=_mean(recall[:, :, _SMALL, 2]),
+        ARm=_mean(recall[:, :, _MEDIUM, 2]),
+        ARl=_mean(recall[:, :, _LARGE, 2]),
+    )
+
+
+def _per_class(
+    truth: GroundTruthColumns,
+    found: DetectionColumns,
+    categories: np.ndarray,
+    precision: np.ndarray,
+    recall: np.ndarray,
+) -> tuple[ClassResult, ...]:
+    num_boxes = _counts(truth.category_ids[~truth.iscrowd])
+    num_detections = _counts(found.category_ids)
+    return tuple(
+        ClassResult(
+            category_id=category,
+            name=truth.category_names[category],
+            **_precision_figures(precision[:, :, column : column + 1]),
+            AR=_mean(recall[:, column, _ALL, 2]),
+            num_boxes=num_boxes.get(category, 0),
+            num_detections=num_detections.get(category, 0),
+        )
+        for column, category in enumerate(categories.tolist())
+    )
+
+
+def _counts(values: np.ndarray) -> Mapping[int, int]:
+    unique, counts = np.unique(values, return_counts=True)
+    return dict(zip(unique.tolist(), counts.tolist(), strict=True))
