@@ -1,0 +1,131 @@
+"""``${path.to.key}`` in values: bounded before OmegaConf resolves them.
+
+OmegaConf resolves an interpolation anew at every use, so a dozen values that each name the one before
+twice would take exponential time and memory. Here each value's expanded length is reckoned once, and
+cycles are found, before anything is resolved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+MAX_LENGTH = 10_000
+
+_ANY = re.compile(r"\$\{")
+_REFERENCE = re.compile(r"\$\{(\.*)([A-Za-z_][\w.\[\]-]*)\}")
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_]\w*(?:,[^${}]*)?\}")
+FORMS = "${path.to.key} or ${oc.env:NAME}"
+
+MAX_COUNT = 200
+
+Steps = tuple[str | int, ...]
+Path_ = tuple[str, ...]
+
+
+class _Unresolvable(Exception):
+    """Why an interpolation is refused."""
+
+
+def _steps(reference: str) -> Path_:
+    return tuple(part for part in re.split(r"[.\[\]]+", reference) if part)
+
+
+def _plain(path: Steps) -> Path_:
+    return tuple(str(part) for part in path)
+
+
+class _Reckoner:
+    """Expanded lengths of raw values, memoised; raises :class:`_Unresolvable` for what has none."""
+
+    def __init__(self, raw: Any) -> None:
+        self.raw = raw
+        self.known: dict[Path_, int] = {}
+        self.active: set[Path_] = set()
+
+    def value(self, path: Path_) -> Any:
+        value = self.raw
+        for step in path:
+            try:
+                value = value[int(step)] if isinstance(value, list) else value[step]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise _Unresolvable(f"names {'.'.join(path)}, which the spec does not have") from None
+        return value
+
+    def length(self, path: Path_) -> int:
+        if path in self.known:
+            return self.known[path]
+        if path in self.active:
+            raise _Unresolvable("refers to itself in a circle")
+        self.active.add(path)
+        try:
+            total = self._length(self.value(path), path)
+        finally:
+            self.active.discard(path)
+        if total > MAX_LENGTH:
+            raise _Unresolvable(f"expands to more than {MAX_LENGTH} characters")
+        self.known[path] = total
+        return total
+
+    def _length(self, value: Any, path: Path_) -> int:
+        if isinstance(value, dict):
+            return sum(self.length((*path, str(key))) for key in value)
+        if isinstance(value, list):
+            return sum(self.length((*path, str(index))) for index in range(len(value)))
+        if not isinstance(value, str):
+            return 1
+        total = len(value) + 1
+        understood = len(_ENVIRONMENT.findall(value))
+        for match in _REFERENCE.finditer(value):
+            understood += 1
+            dots, reference = match.groups()
+            base = path[: len(path) - len(dots)] if dots else ()
+            total += self.length((*base, *_steps(reference)))
+        if understood != len(_ANY.findall(value)):
+            raise _Unresolvable("is not an interpolation that a spec may hold")
+        return total
+
+
+def resolve_interpolations(
+    config: DictConfig, paths: list[Steps], report: Callable[..., None]
+) -> bool:
+    """Check that every interpolation can be resolved, within bounds and to the right type.
+
+    Args:
+        config: the merged spec, with interpolations in place.
+        paths: where they are; list positions as numbers.
+        report: called as ``report(path, what, value=…, allowed=…)`` for every one that cannot.
+
+    Returns:
+        True when all can be resolved.
+    """
+    raw = OmegaConf.to_container(config, resolve=False)
+    reckoner = _Reckoner(raw)
+    fine = True
+    for path in paths[MAX_COUNT:]:
+        report(path, f"is one interpolation too many: a spec may hold {MAX_COUNT}")
+        fine = False
+    for path in paths[:MAX_COUNT]:
+        plain = _plain(path)
+        text = reckoner.value(plain)
+        try:
+            reckoner.length(plain)
+        except _Unresolvable as error:
+            report(path, str(error), value=text, allowed=FORMS)
+            fine = False
+    if not fine:
+        return False
+    for path in paths:
+        node: Any = config
+        try:
+            for step in _plain(path):
+                node = node[int(step)] if isinstance(node, ListConfig) else node[step]
+        except (OmegaConfBaseException, RecursionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            report(path, f"cannot be resolved: {reason}", value=reckoner.value(_plain(path)))
+            fine = False
+    return fine

@@ -1,0 +1,151 @@
+"""A spec file and overrides to a checked, typed spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..errors import Problem, SpecError
+from .bind import Binder, dotted
+from .bounds import check_values
+from .gpus import agree_on_gpus, drop_overruled_gpus
+from .interpolation import Steps, resolve_interpolations
+from .overrides import apply_overrides
+from .schema import ConvertSpec, ExperimentSpec
+from .source import Branch, parse_yaml, read_text
+from .suggest import nearest
+from .walk import SUBTASKS, fields_of, root_of
+
+Spec = ExperimentSpec | ConvertSpec
+
+
+@dataclass(frozen=True)
+class LoadedSpec:
+    """A spec that passed all checks.
+
+    Attributes:
+        spec: an :class:`ExperimentSpec`, or a :class:`ConvertSpec` for convert.
+        path: the file it came from.
+        subtask: the subtask it was checked for; None: only what holds for every subtask was checked.
+        origin: dotted path of every field (and list item) the user set → ``"line 12"`` or
+            ``"override"``; absent: the default.
+        notes: one line each for what was accepted in another form, overruled, or has no effect.
+    """
+
+    spec: Spec
+    path: Path
+    subtask: str | None
+    origin: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class _Collector:
+    """Turns faults at dotted paths into problems that name file and line."""
+
+    def __init__(self, file: Path, binder: Binder) -> None:
+        self.file = file
+        self.binder = binder
+        self.problems: list[Problem] = []
+
+    def place(self, path: str) -> str:
+        """``"train.optim.lr, line 12"``; the line of the nearest enclosing key that has one."""
+        where = self.binder.where
+        if path in where:
+            return f"{path}, {where[path]}"
+        above = path
+        while above:
+            above = above[: max(above.rfind("."), above.rfind("["), 0)]
+            if above in where:
+                known = where[above]
+                return f"{path} (default), {known}" if known.startswith("line") else f"{path} (default)"
+        return f"{path} (default)"
+
+    def report(self, path: str | Steps, what: str, **more: Any) -> None:
+        """Record a fault unless the same value has one already."""
+        name = path if isinstance(path, str) else dotted(path)
+        if name in self.binder.faulty:
+            return
+        self.binder.faulty.add(name)
+        if name == "encryption_key":
+            more.pop("value", None)
+        self.problems.append(Problem(what, file=self.file, where=self.place(name), **more))
+
+
+def guess_root(tree: Branch) -> type[ExperimentSpec] | type[ConvertSpec]:
+    """Which kind of spec a file holds, by its top-level keys."""
+    experiment, convert = set(fields_of(ExperimentSpec)), set(fields_of(ConvertSpec))
+    keys = set(tree.items)
+    return ConvertSpec if keys & (convert - experiment) and not keys & (experiment - convert) else ExperimentSpec
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = (), subtask: str | None = None) -> LoadedSpec:
+    """Load a spec, apply overrides, and check all of it.
+
+    Args:
+        path: the YAML file. An empty file means all defaults.
+        overrides: ``key=value`` texts, applied in order; see :mod:`ddetr_mm.spec.overrides`.
+        subtask: one of :data:`~ddetr_mm.spec.walk.SUBTASKS`: what that subtask needs is checked too. None
+            checks what holds for all, and tells a convert spec from an experiment by its keys.
+
+    Returns:
+        The typed spec with where each value came from, and notes.
+
+    Raises:
+        SpecError: with every problem found.
+    """
+    if subtask is not None and subtask not in SUBTASKS:
+        close = nearest(subtask, SUBTASKS)
+        mend = f"did you mean {close}?" if close else None
+        raise SpecError(Problem("is not a subtask", value=subtask, allowed=SUBTASKS, mend=mend))
+    file = Path(path)
+    tree, problems = parse_yaml(read_text(file), file)
+    if tree is None and problems:
+        raise SpecError(*problems)
+    if tree is None:
+        tree = Branch({}, "line 1")
+    root = root_of(subtask)
+    notes: list[str] = []
+    if isinstance(tree, Branch):
+        if subtask is None:
+            root = guess_root(tree)
+        problems += apply_overrides(tree, root, overrides, file)
+        if root is ExperimentSpec:
+            notes += drop_overruled_gpus(tree)
+    binder = Binder(root, file)
+    values = binder.section(tree, root)
+    problems += binder.problems
+    collector = _Collector(file, binder)
+    spec = _merge(root, values, binder.interpolations, collector)
+    if spec is not None:
+        check_values(spec, collector.report)
+        if isinstance(spec, ExperimentSpec):
+            notes += agree_on_gpus(spec, set(binder.where))
+    SpecError.collect([*problems, *collector.problems])
+    assert spec is not None
+    return LoadedSpec(spec, file, subtask, dict(binder.where), binder.notes + notes)
+
+
+def _merge(
+    root: type[ExperimentSpec] | type[ConvertSpec],
+    values: dict[str, Any],
+    interpolations: list[Steps],
+    collector: _Collector,
+) -> Spec | None:
+    """Merge values into the defaults and resolve interpolations; None when that is impossible."""
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(root), values)
+        assert isinstance(config, DictConfig)
+        if interpolations and not resolve_interpolations(config, interpolations, collector.report):
+            return None
+        spec = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        where = getattr(error, "full_key", None) or "the file"
+        collector.report(str(where), "cannot be merged: " + str(error).splitlines()[0])
+        return None
+    assert isinstance(spec, (ExperimentSpec, ConvertSpec))
+    return spec

@@ -1,0 +1,257 @@
+"""``key=value`` overrides from the command line, applied to the tree of a spec file.
+
+A value is read as YAML: a plain scalar, or a quoted text, list or mapping in flow style. A mapping given
+for a section is merged into it; for every other field the value replaces what the file says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import Problem
+from .aliases import canonical
+from .source import Branch, Leaf, Listing, Tree, parse_yaml, plain_leaf
+from .suggest import suggest_key
+from .walk import Kind, SchemaField, fields_of
+
+OVERRIDE = "override"
+FORM = "key=value with a dotted key, as in train.num_epochs=20 or 'train.optim.lr_steps=[10, 20]'"
+
+_TOKEN = re.compile(r"\.?([^.\[\]]+)|\[(\d{1,6})\]")
+_PACKED_PAIR = re.compile(r"([{,]\s*[^\s:{}\[\],'\"]+):(?=[^\s{}\[\],])")
+
+
+@dataclass(frozen=True)
+class Token:
+    """One step of an override's path, and where its text starts in the whole path."""
+
+    text: str
+    start: int
+
+
+class _Fault(Exception):
+    """An override that cannot be applied."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.problem = problem
+
+
+def split_path(path: str) -> list[Token] | None:
+    """The steps of ``a.b[0].c`` or ``a.b.0.c``; None when the path is malformed."""
+    tokens = []
+    position = 0
+    while position < len(path):
+        match = _TOKEN.match(path, position)
+        if match is None or (position == 0 and path[0] in ".["):
+            return None
+        group = 1 if match.group(1) is not None else 2
+        if group == 1 and position > 0 and path[position] != ".":
+            return None
+        tokens.append(Token(match.group(group), match.start(group)))
+        position = match.end()
+    return tokens or None
+
+
+def read_value(text: str, file: Path | None, key: str) -> Tree:
+    """The value of an override; raises :class:`_Fault` when it is no valid YAML value."""
+    stripped = text.strip()
+    if not stripped:
+        return Leaf("", "", OVERRIDE)
+    if stripped[0] not in "[{\"'":
+        return plain_leaf(stripped, OVERRIDE)
+    if stripped[0] == "{":
+        # Hydra's own notation leaves out the blank after a colon: {person:red,car:blue}.
+        stripped = _PACKED_PAIR.sub(r"\1: ", stripped)
+    tree, problems = parse_yaml(stripped, file, where=f"{key}, {OVERRIDE}")
+    if problems:
+        found = problems[0]
+        raise _Fault(
+            Problem(
+                found.what.replace("is not valid YAML", "the value is not valid YAML"),
+                file=file,
+                where=f"{key}, {OVERRIDE}",
+                value=text,
+                mend="quote text that contains brackets, commas or quotes",
+            )
+        )
+    assert tree is not None
+    _mark(tree)
+    return tree
+
+
+def _mark(tree: Tree) -> None:
+    """Give every node of an override's value its origin."""
+    tree.where = OVERRIDE
+    children: Sequence[Tree] = ()
+    if isinstance(tree, Branch):
+        children = list(tree.items.values())
+    elif isinstance(tree, Listing):
+        children = tree.items
+    for child in children:
+        _mark(child)
+
+
+class _Applier:
+    """Applies overrides to one tree; ``root`` is the dataclass of the spec."""
+
+    def __init__(self, root: type, file: Path | None) -> None:
+        self.root = root
+        self.file = file
+
+    def fault(self, path: str, what: str, **more: Any) -> _Fault:
+        return _Fault(Problem(what, file=self.file, where=f"{path}, {OVERRIDE}", **more))
+
+    def apply(self, tree: Branch, override: str) -> None:
+        key, equals, text = override.partition("=")
+        key = key.strip()
+        bare = key.removeprefix("++").removeprefix("+")
+        tokens = split_path(bare)
+        if not equals or tokens is None:
+            raise _Fault(Problem("is not an override", where=OVERRIDE, value=override, allowed=FORM))
+        value = read_value(text, self.file, bare)
+        self.in_section(tree, self.root, bare, tokens, 0, value)
+
+    def in_section(
+        self, branch: Branch, cls: type, path: str, tokens: list[Token], at: int, value: Tree
+    ) -> None:
+        token = tokens[at]
+        prefix = path[: token.start]
+        section_path = prefix.rstrip(".")
+        known = fields_of(cls)
+        name = canonical(section_path, token.text)
+        if name not in known:
+            mend = suggest_key(self.root, prefix, token.text, known)
+            raise self.fault(prefix + token.text, "is not a key of the spec", mend=mend)
+        one = known[name]
+        if at + 1 == len(tokens):
+            self.set_field(branch, one, value)
+            return
+        kind = one.type.kind
+        if kind is Kind.SECTION:
+            self.descend_section(branch, one, path, tokens, at, value)
+        elif kind in (Kind.SECTIONS, Kind.SCALARS):
+            self.in_list(branch, one, path, tokens, at + 1, value)
+        elif kind is Kind.MAPPING:
+            self.in_mapping(branch, one, path, tokens, at + 1, value)
+        else:
+            here = path[: token.start + len(token.text)]
+            raise self.fault(path, f"{here} is a single value and has no keys below it")
+
+    def descend_section(
+        self, branch: Branch, one: SchemaField, path: str, tokens: list[Token], at: int, value: Tree
+    ) -> None:
+        below = branch.items.get(one.name)
+        if isinstance(below, Listing) and one.type.optional and len(below.items) == 1:
+            below = below.items[0]
+        if below is None or (isinstance(below, Leaf) and below.value is None):
+            below = branch.items[one.name] = Branch({}, OVERRIDE)
+        if isinstance(below, Branch):
+            self.in_section(below, one.type.base, path, tokens, at + 1, value)
+        # Anything else is reported where the file's own value is checked.
+
+    def set_field(self, branch: Branch, one: SchemaField, value: Tree) -> None:
+        """Set a whole field; a mapping is merged into a section field by field."""
+        below = branch.items.get(one.name)
+        if one.type.kind is Kind.SECTION and isinstance(value, Branch) and isinstance(below, Branch):
+            known = fields_of(one.type.base)
+            for key, item in value.items.items():
+                if key in known:
+                    self.set_field(below, known[key], item)
+                else:
+                    below.items[key] = item
+        else:
+            branch.items[one.name] = value
+
+    def listing(self, branch: Branch, one: SchemaField, path: str) -> Listing:
+        """The list an index refers to: the file's, else the default."""
+        below = branch.items.get(one.name)
+        if below is None:
+            default = one.default if one.type.kind is Kind.SCALARS and one.default else []
+            below = Listing([Leaf(item, str(item), OVERRIDE) for item in default], OVERRIDE)
+        elif isinstance(below, Leaf) and below.value is None:
+            below = Listing([], OVERRIDE)
+        elif isinstance(below, Branch) and one.meta.single:
+            below = Listing([below], below.where)
+        if not isinstance(below, Listing):
+            raise self.fault(path, "the spec has no list at this place", value=getattr(below, "text", None))
+        branch.items[one.name] = below
+        return below
+
+    def in_list(
+        self, branch: Branch, one: SchemaField, path: str, tokens: list[Token], at: int, value: Tree
+    ) -> None:
+        token = tokens[at]
+        below = self.listing(branch, one, path)
+        index = self.index(below, token, path)
+        last = at + 1 == len(tokens)
+        if one.type.kind is Kind.SCALARS and not last:
+            raise self.fault(path, "an item of this list has no keys below it")
+        if last:
+            below.items[index : index + 1] = [value]
+            if one.type.kind is Kind.SCALARS:
+                below.where = OVERRIDE
+            return
+        if index == len(below.items):
+            below.items.append(Branch({}, OVERRIDE))
+        item = below.items[index]
+        if isinstance(item, Branch):
+            self.in_section(item, one.type.base, path, tokens, at + 1, value)
+
+    def index(self, below: Listing, token: Token, path: str) -> int:
+        """A list position: an existing one, or the one after the last."""
+        size = len(below.items)
+        if not re.fullmatch(r"[0-9]{1,6}", token.text) or int(token.text) > size:
+            raise self.fault(
+                path, "is not an item of the list", value=token.text, allowed=f"0 to {size}, {size} adds one"
+            )
+        return int(token.text)
+
+    def in_mapping(
+        self, branch: Branch, one: SchemaField, path: str, tokens: list[Token], at: int, value: Tree
+    ) -> None:
+        """Set an entry of a free mapping. In a mapping of names to text, the rest of the path is the name."""
+        below = branch.items.get(one.name)
+        if below is None or (isinstance(below, Leaf) and below.value is None):
+            below = branch.items[one.name] = Branch({}, OVERRIDE)
+        if one.type.base is str and isinstance(below, Branch):
+            below.items[path[tokens[at].start :].rstrip("]")] = value
+            return
+        for step in range(at, len(tokens) - 1):
+            below = self.child(below, tokens[step], path)
+        if isinstance(below, Listing):
+            index = self.index(below, tokens[-1], path)
+            below.items[index : index + 1] = [value]
+        elif isinstance(below, Branch):
+            below.items[tokens[-1].text] = value
+        else:
+            raise self.fault(path, "the spec has neither a mapping nor a list at this place")
+
+    def child(self, below: Tree, token: Token, path: str) -> Tree:
+        """One step down in a free mapping, creating what is missing."""
+        if isinstance(below, Listing):
+            index = self.index(below, token, path)
+            if index == len(below.items):
+                below.items.append(Branch({}, OVERRIDE))
+            return below.items[index]
+        if isinstance(below, Branch):
+            return below.items.setdefault(token.text, Branch({}, OVERRIDE))
+        raise self.fault(path, "the spec has neither a mapping nor a list at this place")
+
+
+def apply_overrides(
+    tree: Branch, root: type, overrides: Sequence[str], file: Path | None
+) -> list[Problem]:
+    """Apply overrides in order, changing ``tree``; return the problems of those that do not fit."""
+    applier = _Applier(root, file)
+    problems = []
+    for override in overrides:
+        try:
+            applier.apply(tree, override)
+        except _Fault as fault:
+            problems.append(fault.problem)
+    return problems

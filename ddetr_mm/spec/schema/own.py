@@ -1,0 +1,65 @@
+"""The ``ddetr_mm`` section: options that the reference has no field for.
+
+Without the section every spec means what it means to the reference. Add an option as one more
+``spec_field(..., origin=OURS)``; loading, checks, the default spec and the tables follow from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .fields import OURS, spec_field
+
+
+@dataclass
+class OwnSection:
+    """Options of ddetr_mm itself; without them a spec means what it means to the reference."""
+
+    backbone: dict[str, Any] | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Configuration of any mmdet backbone (type: ResNet, depth: 18, ...), used in place of
+        model.backbone; null: model.backbone decides.""",
+    )
+    zero_padded_values: bool | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Zero the attention values at padded positions, so that a prediction does not depend on its
+        batch's padding. null: as the checkpoint's origin demands, else false as in the reference.""",
+    )
+    resize: str = spec_field(
+        "pillow",
+        origin=OURS,
+        options=("pillow", "fast"),
+        doc="pillow: the reference's pixels; fast: quicker, with slightly different pixels.",
+    )
+    log_interval: int = spec_field(50, origin=OURS, ge=1, doc="Steps between two lines of the log.")
+    deterministic: bool = spec_field(
+        False,
+        origin=OURS,
+        doc="Use deterministic algorithms throughout: the same command gives the same weights.",
+    )
+    device: str = spec_field(
+        "auto",
+        origin=OURS,
+        options=("auto", "cpu", "cuda"),
+        doc="Where to run; auto: on a GPU if there is one.",
+    )
+
+
+@dataclass
+class OwnConvertSection:
+    """Options of ddetr_mm itself for convert."""
+
+    strict: bool = spec_field(
+        False, origin=OURS, doc="Stop at the first bad label or image instead of listing it."
+    )
+    pad_shards: bool = spec_field(
+        False,
+        origin=OURS,
+        doc="Fill short shards with repeated images, as the reference does; false: no repeats.",
+    )
+    num_workers: int | None = spec_field(
+        None, origin=OURS, ge=0, doc="Processes to use; 0: only this one, null: one per core."
+    )

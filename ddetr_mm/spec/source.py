@@ -1,0 +1,339 @@
+"""YAML text to a tree that remembers lines and raw text, with every fault of the file at once.
+
+PyYAML scans and composes; values are then read from its nodes here, never by a constructor, so that no
+tag can create anything. Scalars keep their raw text, because a text field must see ``no``, ``1_000``
+or ``2024-01-01`` as written; only then is ``1e-4`` a number, as in YAML 1.2.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Union
+
+import yaml
+
+from ..errors import Problem, SpecError
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 50_000
+MAX_DEPTH = 40
+MAX_NUMBER_LENGTH = 64
+
+_TAG = "tag:yaml.org,2002:"
+_SIMPLE_TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str")}
+_INT = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
+_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+)
+_TRUE = {"yes", "true", "on"}
+_BOOL = re.compile(r"(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$")
+_NULL = re.compile(r"(?:~|null|Null|NULL|)$")
+_MERGE = re.compile(r"<<$")
+
+
+class SpecLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, with numbers as in YAML 1.2 and dates left as text."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+class SpecDumper(yaml.SafeDumper):
+    """Quotes exactly what :class:`SpecLoader` would read as something else."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write equal values out in full: anchors would only puzzle readers."""
+        return True
+
+
+for _class in (SpecLoader, SpecDumper):
+    _class.add_implicit_resolver(_TAG + "bool", _BOOL, list("yYnNtTfFoO"))
+    _class.add_implicit_resolver(_TAG + "int", _INT, list("-+0123456789"))
+    _class.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+0123456789."))
+    _class.add_implicit_resolver(_TAG + "null", _NULL, ["~", "n", "N", ""])
+    _class.add_implicit_resolver(_TAG + "merge", _MERGE, ["<"])
+
+
+@dataclass
+class Leaf:
+    """A scalar: its value, the text it was written as, and where."""
+
+    value: Any
+    text: str
+    where: str
+
+
+@dataclass
+class Branch:
+    """A mapping, by key text."""
+
+    items: dict[str, Tree]
+    where: str
+
+
+@dataclass
+class Listing:
+    """A sequence."""
+
+    items: list[Tree]
+    where: str
+
+
+Tree = Union[Leaf, Branch, Listing]
+
+
+class Faults(Exception):
+    """Problems that make further reading of a text pointless."""
+
+    def __init__(self, *problems: Problem) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+
+def read_scalar(text: str, tag: str) -> Any:
+    """The value of scalar ``text`` under a resolved or given tag.
+
+    Raises:
+        ValueError: the text does not fit the tag.
+    """
+    kind = tag[len(_TAG) :]
+    if kind in ("int", "float") and len(text) > MAX_NUMBER_LENGTH:
+        return text
+    if kind == "null":
+        return None
+    if kind == "bool":
+        if not _BOOL.match(text):
+            raise ValueError(text)
+        return text.lower() in _TRUE
+    if kind == "int":
+        return _read_int(text)
+    if kind == "float":
+        lowered = text.lower().replace("_", "")
+        if lowered.lstrip("+-") == ".inf":
+            return -math.inf if lowered.startswith("-") else math.inf
+        return math.nan if lowered == ".nan" else float(lowered)
+    return text
+
+
+def _read_int(text: str) -> int:
+    """An integer as YAML 1.1 writes it (underscores; 0b, 0x, and 0 for octal)."""
+    digits = text.replace("_", "").lower()
+    sign = -1 if digits.startswith("-") else 1
+    digits = digits.lstrip("+-")
+    if digits.startswith("0b"):
+        return sign * int(digits[2:], 2)
+    if digits.startswith("0x"):
+        return sign * int(digits[2:], 16)
+    if digits.startswith("0") and len(digits) > 1:
+        return sign * int(digits, 8)
+    return sign * int(digits)
+
+
+def plain_leaf(text: str, where: str) -> Leaf:
+    """A leaf from text that stands for a plain (unquoted) YAML scalar."""
+    for kind, pattern in (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT)):
+        if pattern.match(text):
+            try:
+                return Leaf(read_scalar(text, _TAG + kind), text, where)
+            except ValueError:
+                break
+    return Leaf(text, text, where)
+
+
+class _TreeBuilder:
+    """Turns composed YAML nodes into a :data:`Tree`, collecting problems."""
+
+    def __init__(self, file: str | Path | None, where: str | None) -> None:
+        self.file = file
+        self.fixed_where = where
+        self.problems: list[Problem] = []
+        self.count = 0
+        self.active: list[yaml.Node] = []
+
+    def where(self, node: yaml.Node) -> str:
+        return self.fixed_where or f"line {node.start_mark.line + 1}"
+
+    def fault(self, what: str, node: yaml.Node, **more: Any) -> Problem:
+        return Problem(what, file=self.file, where=self.where(node), **more)
+
+    def build(self, node: yaml.Node) -> Tree:
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise Faults(self.fault(f"expands to more than {MAX_NODES} values", node, mend="use fewer aliases"))
+        if any(node is parent for parent in self.active):
+            raise Faults(self.fault("an alias refers to a value that contains it", node))
+        if len(self.active) >= MAX_DEPTH:
+            raise Faults(self.fault(f"is nested more than {MAX_DEPTH} levels deep", node))
+        if isinstance(node, yaml.ScalarNode):
+            return self.scalar(node)
+        self.active.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                self.refuse_tag(node, _TAG + "map")
+                return self.mapping(node)
+            self.refuse_tag(node, _TAG + "seq")
+            return Listing([self.build(item) for item in node.value], self.where(node))
+        finally:
+            self.active.pop()
+
+    def refuse_tag(self, node: yaml.Node, expected: str) -> None:
+        if node.tag != expected:
+            self.problems.append(
+                self.fault(
+                    "a YAML tag is not allowed here",
+                    node,
+                    value=node.tag.replace(_TAG, "!!"),
+                    allowed="plain mappings, lists, text, numbers, true/false and null",
+                    mend="remove the tag",
+                )
+            )
+
+    def scalar(self, node: yaml.ScalarNode) -> Leaf:
+        text, tag = node.value, node.tag
+        if tag == _TAG + "merge":
+            tag = _TAG + "str"
+        if tag not in _SIMPLE_TAGS:
+            self.refuse_tag(node, _TAG + "str")
+            return Leaf(None, text, self.where(node))
+        try:
+            return Leaf(read_scalar(text, tag), text, self.where(node))
+        except ValueError:
+            self.problems.append(
+                self.fault(f"does not fit the tag {tag.replace(_TAG, '!!')}", node, value=text)
+            )
+            return Leaf(None, text, self.where(node))
+
+    def mapping(self, node: yaml.MappingNode) -> Branch:
+        items: dict[str, Tree] = {}
+        lines: dict[str, str] = {}
+        merged: list[Branch] = []
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append(self.fault("a key must be plain text", key_node))
+                continue
+            if key_node.tag == _TAG + "merge":
+                merged.extend(self.merge_sources(value_node))
+                continue
+            key = key_node.value
+            if key in lines:
+                self.problems.append(
+                    self.fault(
+                        f"the key {key!r} is given twice, first on {lines[key]}",
+                        key_node,
+                        mend="keep one of the two",
+                    )
+                )
+            lines.setdefault(key, self.where(key_node))
+            value = self.build(value_node)
+            if not isinstance(value, Leaf):
+                value.where = self.where(key_node)
+            items[key] = value
+        for branch in merged:
+            for key, value in branch.items.items():
+                items.setdefault(key, value)
+        return Branch(items, self.where(node))
+
+    def merge_sources(self, node: yaml.Node) -> list[Branch]:
+        """The mappings a ``<<`` key brings in; the first one wins."""
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        branches = [self.build(part) for part in parts]
+        if not all(isinstance(branch, Branch) for branch in branches):
+            self.problems.append(self.fault("'<<' takes a mapping or a list of mappings", node))
+        return [branch for branch in branches if isinstance(branch, Branch)]
+
+
+def _yaml_problem(error: yaml.YAMLError, text: str, file: str | Path | None) -> Problem:
+    """A scanner's or parser's complaint in our form, with line and column."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    what = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
+    where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else None
+    mend = None
+    if mark is None and isinstance(getattr(error, "position", None), int):
+        where = f"line {text.count(chr(10), 0, error.position) + 1}"  # type: ignore[attr-defined]
+    if mark is not None:
+        lines = text.splitlines()
+        if mark.line < len(lines) and "\t" in lines[mark.line]:
+            mend = "indent with spaces; YAML does not allow tabs"
+    return Problem(f"is not valid YAML: {what}", file=file, where=where, mend=mend)
+
+
+def _check_size(text: str, file: str | Path | None) -> None:
+    """Refuse texts whose composing would cost unbounded time or stack."""
+    depth = count = 0
+    for event in yaml.parse(text, Loader=SpecLoader):
+        count += 1
+        if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
+            depth += 1
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            depth -= 1
+        where = f"line {event.start_mark.line + 1}"
+        if depth > MAX_DEPTH:
+            raise Faults(Problem(f"is nested more than {MAX_DEPTH} levels deep", file=file, where=where))
+        if count > MAX_NODES:
+            raise Faults(Problem(f"holds more than {MAX_NODES} values", file=file, where=where))
+
+
+def parse_yaml(
+    text: str, file: str | Path | None = None, where: str | None = None
+) -> tuple[Tree | None, list[Problem]]:
+    """Parse one YAML document.
+
+    Args:
+        text: the document.
+        file: named in the problems.
+        where: used in place of line numbers (for overrides).
+
+    Returns:
+        The tree (None for an empty document) and the problems found; with problems the tree may hold
+        None in the places they concern, and is None when the text cannot be read at all.
+    """
+    try:
+        _check_size(text, file)
+        node = yaml.compose(text, Loader=SpecLoader)
+        if node is None:
+            return None, []
+        builder = _TreeBuilder(file, where)
+        tree = builder.build(node)
+    except Faults as faults:
+        return None, list(faults.problems)
+    except yaml.YAMLError as error:
+        return None, [_yaml_problem(error, text, file)]
+    return tree, builder.problems
+
+
+def read_text(path: Path) -> str:
+    """The text of a spec file.
+
+    Raises:
+        SpecError: missing, not a file, unreadable, larger than :data:`MAX_BYTES`, or not UTF-8.
+    """
+    try:
+        if path.is_dir():
+            raise SpecError(Problem("is a folder, not a spec file", file=path, mend="name the .yaml file"))
+        with path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise SpecError(Problem("does not exist", file=path, mend="check the path after -e")) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SpecError(Problem(f"cannot be read: {reason}", file=str(path))) from error
+    if len(data) > MAX_BYTES:
+        raise SpecError(Problem(f"is larger than {MAX_BYTES} bytes; a spec is a few thousand", file=path))
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise SpecError(
+            Problem(
+                "is not UTF-8 text",
+                file=path,
+                where=f"line {line}",
+                value=data[error.start : error.start + 1],
+                mend="save the file as UTF-8",
+            )
+        ) from None
