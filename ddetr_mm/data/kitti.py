@@ -1,0 +1,337 @@
+"""KITTI label files: many at once into columns, and single lines back out.
+
+One line describes one object in 15 columns, or 16 with a score:
+``class truncated occluded alpha x1 y1 x2 y2 height width length x y z rotation_y [score]``.
+Only the class and the box (columns 4 to 7, pixels of the image as shown) are kept, but every column
+after the class has to be a finite number: a line that breaks this rule is most often shifted by a
+column, and its box cannot be trusted.
+
+Reading is a matter of millions of lines, so whole batches of files are split and converted together;
+files that are in any way unusual are read again line by line, which finds out what is wrong and where.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Columns of a line without and with a score.
+NUM_COLUMNS = (15, 16)
+_BOX_COLUMNS = slice(4, 8)
+_BOX_FIELDS = slice(3, 7)  # the same, counted after the class
+
+_IS_SPACE = np.zeros(256, dtype=bool)
+_IS_SPACE[list(b" \t\n\r\v\f")] = True
+_NEWLINE = ord("\n")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MAX_REMEMBERED_NAMES = 10_000
+
+
+class LabelProblem(NamedTuple):
+    """Something wrong in a label file.
+
+    Attributes:
+        file_index: which of the given texts.
+        line: line number from 1; 0 when the whole file is meant.
+        kind: ``not_utf8``, ``windows_line_ends``, ``empty_label``, ``wrong_column_count``,
+            ``not_a_number``, ``not_finite`` or ``unknown_class``.
+        detail: the offending value.
+    """
+
+    file_index: int
+    line: int
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class LabelColumns:
+    """The usable lines of a batch of label files, in the order of files and lines.
+
+    Attributes:
+        boxes_xyxy: ``(n, 4)`` float64 pixels, as written (not clipped, possibly reversed).
+        category_ids: ``(n,)`` int32, from 1.
+        file_index: ``(n,)`` int32, ascending: which of the given texts.
+        line_numbers: ``(n,)`` int32, from 1.
+    """
+
+    boxes_xyxy: NDArray[np.float64]
+    category_ids: NDArray[np.int32]
+    file_index: NDArray[np.int32]
+    line_numbers: NDArray[np.int32]
+
+
+class ClassLookup(dict[bytes, int]):
+    """Class name as it stands in a label file → category id, 0 for a class that is not mapped.
+
+    The exact name is looked for first, then the lower-cased one.
+
+    Args:
+        category_of_class: label class → category id (from 1).
+    """
+
+    def __init__(self, category_of_class: Mapping[str, int]) -> None:
+        self.category_of_class = dict(category_of_class)
+        super().__init__((name.encode(), number) for name, number in self.category_of_class.items())
+        self.most_words = max((len(name.split()) for name in self.category_of_class), default=1)
+
+    def __missing__(self, name: bytes) -> int:
+        try:
+            number = self.category_of_class.get(name.decode().lower(), 0)
+        except UnicodeDecodeError:
+            return 0
+        if len(self) < _MAX_REMEMBERED_NAMES:
+            self[name] = number
+        return number
+
+
+class _Irregular(Exception):
+    """A batch holds something that only reading line by line can name."""
+
+
+def parse_labels(texts: Sequence[bytes], lookup: ClassLookup) -> tuple[LabelColumns, list[LabelProblem]]:
+    """Read the contents of label files.
+
+    Args:
+        texts: one per file; UTF-8, any line ends, blank lines are passed over.
+        lookup: which classes are wanted.
+
+    Returns:
+        The usable lines, and what is wrong with the others, both ordered by file and line. Nothing in
+        ``texts`` makes it raise.
+    """
+    problems: list[LabelProblem] = []
+    parts: list[LabelColumns] = []
+    odd = set(range(len(texts)))
+    for num_columns, members in _regular_files(texts).items():
+        odd.difference_update(members)
+        try:
+            parts.append(_read_regular(texts, members, num_columns, lookup, problems))
+        except _Irregular:
+            for member in members:
+                try:
+                    parts.append(_read_regular(texts, [member], num_columns, lookup, problems))
+                except _Irregular:
+                    odd.add(member)
+    parts.extend(_read_lines(texts[member], member, lookup, problems) for member in sorted(odd))
+    problems.sort(key=lambda problem: problem[:2])
+    return _joined(parts), problems
+
+
+def _joined(parts: Sequence[LabelColumns]) -> LabelColumns:
+    if not parts:
+        empty = np.zeros(0, dtype=np.int32)
+        return LabelColumns(np.zeros((0, 4)), empty, empty, empty)
+    if len(parts) == 1:
+        return parts[0]
+    file_index = np.concatenate([part.file_index for part in parts])
+    order = np.argsort(file_index, kind="stable")
+    return LabelColumns(
+        np.concatenate([part.boxes_xyxy for part in parts])[order],
+        np.concatenate([part.category_ids for part in parts])[order],
+        file_index[order],
+        np.concatenate([part.line_numbers for part in parts])[order],
+    )
+
+
+def _regular_files(texts: Sequence[bytes]) -> dict[int, list[int]]:
+    """Number of columns → files whose every line has that many, in plain ASCII with plain line ends."""
+    ended = [_ended(text) for text in texts]
+    everything = b"".join(ended)
+    if not everything:
+        return {}
+    characters = np.frombuffer(everything, dtype=np.uint8)
+    is_space = _IS_SPACE[characters]
+    starts_word = ~is_space
+    starts_word[1:] &= is_space[:-1]
+    line_ends = np.flatnonzero(characters == _NEWLINE)
+    words_per_line = np.diff(np.searchsorted(np.flatnonzero(starts_word), line_ends), prepend=0)
+    file_ends = np.cumsum(np.fromiter(map(len, ended), dtype=np.int64, count=len(ended)))
+    file_of_line = np.searchsorted(file_ends, line_ends, side="right")
+    plain = np.ones(len(texts), dtype=bool)
+    if not everything.isascii() or b"\r" in everything:
+        plain = np.array([text.isascii() and b"\r" not in text for text in texts], dtype=bool)
+    regular: dict[int, list[int]] = {}
+    for num_columns in NUM_COLUMNS:
+        fits = plain.copy()
+        fits[file_of_line[words_per_line != num_columns]] = False
+        if fits.any():
+            regular[num_columns] = np.flatnonzero(fits).tolist()
+    return regular
+
+
+def _ended(text: bytes) -> bytes:
+    return text if text.endswith(b"\n") else text + b"\n"
+
+
+def _read_regular(
+    texts: Sequence[bytes],
+    members: Sequence[int],
+    num_columns: int,
+    lookup: ClassLookup,
+    problems: list[LabelProblem],
+) -> LabelColumns:
+    """Read files of ``num_columns`` words a line in one go.
+
+    Raises:
+        _Irregular: a word that has to be a finite number is none.
+    """
+    ended = [_ended(texts[member]) for member in members]
+    everything = b"".join(ended)
+    words = everything.split()
+    names = words[::num_columns]
+    others: set[bytes] = set()
+    for column in (*range(1, _BOX_COLUMNS.start), *range(_BOX_COLUMNS.stop, num_columns)):
+        others.update(words[column::num_columns])
+    # float() takes "1_000" for a number; an underscore is fine in a class name only.
+    if everything.count(b"_") != b"".join(names).count(b"_"):
+        raise _Irregular
+    try:
+        boxes = np.array(
+            [
+                list(map(float, words[column::num_columns]))
+                for column in range(*_BOX_COLUMNS.indices(num_columns))
+            ]
+        )
+        rest = np.fromiter(map(float, others), dtype=np.float64, count=len(others))
+    except ValueError:
+        raise _Irregular from None
+    if not (np.isfinite(boxes).all() and np.isfinite(rest).all()):
+        raise _Irregular
+    lines_per_file = np.fromiter((text.count(b"\n") for text in ended), dtype=np.int64, count=len(ended))
+    file_index = np.repeat(np.asarray(members, dtype=np.int32), lines_per_file)
+    first_line = np.repeat(np.cumsum(lines_per_file) - lines_per_file, lines_per_file)
+    line_numbers = (np.arange(len(names)) - first_line + 1).astype(np.int32)
+    category_ids = np.fromiter(map(lookup.__getitem__, names), dtype=np.int32, count=len(names))
+    unknown = np.flatnonzero(category_ids == 0)
+    if len(unknown):
+        problems.extend(
+            LabelProblem(int(file_index[row]), int(line_numbers[row]), "unknown_class", names[row].decode())
+            for row in unknown
+        )
+        known = category_ids != 0
+        return LabelColumns(boxes.T[known], category_ids[known], file_index[known], line_numbers[known])
+    return LabelColumns(boxes.T, category_ids, file_index, line_numbers)
+
+
+def _read_lines(
+    text: bytes, file_index: int, lookup: ClassLookup, problems: list[LabelProblem]
+) -> LabelColumns:
+    """Read one file line by line, and say what is wrong with each line that cannot be used."""
+    text = text.removeprefix(_BYTE_ORDER_MARK)
+    if b"\r" in text:
+        line = text[: text.index(b"\r")].count(b"\n") + 1
+        problems.append(LabelProblem(file_index, line, "windows_line_ends", "carriage return"))
+        text = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    rows: list[tuple[list[float], int, int]] = []
+    empty = True
+    for number, line_text in enumerate(text.split(b"\n"), start=1):
+        fields = line_text.split()
+        if not fields:
+            continue
+        empty = False
+        found = _read_line(line_text, fields, lookup)
+        if isinstance(found[0], str):
+            problems.append(LabelProblem(file_index, number, *found))
+        else:
+            rows.append((*found, number))
+    if empty:
+        problems.append(LabelProblem(file_index, 0, "empty_label", "no line"))
+    return LabelColumns(
+        np.array([row[0] for row in rows], dtype=np.float64).reshape(-1, 4),
+        np.array([row[1] for row in rows], dtype=np.int32),
+        np.full(len(rows), file_index, dtype=np.int32),
+        np.array([row[2] for row in rows], dtype=np.int32),
+    )
+
+
+def _read_line(
+    line: bytes, fields: list[bytes], lookup: ClassLookup
+) -> tuple[list[float], int] | tuple[str, str]:
+    """``(box_xyxy, category id)``, or ``(kind of problem, offending value)``."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return "not_utf8", f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+    name, numbers = _split_off_class(fields, lookup)
+    if len(numbers) + 1 not in NUM_COLUMNS:
+        return "wrong_column_count", f"{len(fields)} columns"
+    values = []
+    for field in numbers:
+        value = _number(field)
+        if value is None:
+            return "not_a_number", field.decode()
+        if not math.isfinite(value):
+            return "not_finite", field.decode()
+        values.append(value)
+    category_id = lookup[name]
+    if category_id == 0:
+        return "unknown_class", name.decode()
+    return values[_BOX_FIELDS], category_id
+
+
+def _split_off_class(fields: list[bytes], lookup: ClassLookup) -> tuple[bytes, list[bytes]]:
+    """Class and numbers of a line; the class is one word unless several are a known class name."""
+    if len(fields) > 1 and _number(fields[1]) is None:
+        for num_words in range(lookup.most_words, 1, -1):
+            name = b" ".join(fields[:num_words])
+            if len(fields) - num_words + 1 in NUM_COLUMNS and lookup[name]:
+                return name, fields[num_words:]
+    return fields[0], fields[1:]
+
+
+def _number(field: bytes) -> float | None:
+    if b"_" in field:
+        return None
+    try:
+        return float(field)
+    except ValueError:
+        return None
+
+
+#: Verdicts of :func:`clip_boxes`; the text is the kind of problem.
+BOX_VERDICTS = ("", "box_clipped", "box_reversed", "box_zero_area", "box_outside")
+#: Verdicts below this number leave a usable box.
+FIRST_DROPPED_VERDICT = 2
+
+
+def clip_boxes(
+    boxes_xyxy: NDArray[np.float64], sizes_wh: NDArray[np.int32]
+) -> tuple[NDArray[np.float64], NDArray[np.int8]]:
+    """Clip boxes to their images.
+
+    Args:
+        boxes_xyxy: ``(n, 4)`` pixels.
+        sizes_wh: ``(n, 2)`` width and height of the image each box belongs to.
+
+    Returns:
+        The clipped boxes ``(n, 4)``, and for each a verdict ``(n,)``: an index into
+        :data:`BOX_VERDICTS`; 0 means that nothing was wrong.
+    """
+    limits = np.concatenate([sizes_wh, sizes_wh], axis=1).astype(np.float64)
+    clipped = np.minimum(np.maximum(boxes_xyxy, 0.0), limits)
+    verdicts = (clipped != boxes_xyxy).any(axis=1).astype(np.int8)
+    if not (clipped[:, :2] < clipped[:, 2:]).all() or not (boxes_xyxy[:, :2] < boxes_xyxy[:, 2:]).all():
+        first, last = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
+        verdicts[(clipped[:, :2] >= clipped[:, 2:]).any(axis=1)] = BOX_VERDICTS.index("box_outside")
+        verdicts[(first == last).any(axis=1)] = BOX_VERDICTS.index("box_zero_area")
+        verdicts[(first > last).any(axis=1)] = BOX_VERDICTS.index("box_reversed")
+    return clipped, verdicts
+
+
+def kitti_line(class_name: str, box_xyxy: Sequence[float], score: float | None = None) -> str:
+    """One label line (no line end) of 15 columns, 16 with a score; coordinates to a millionth of a pixel.
+
+    Args:
+        class_name: one word; KITTI has no way to quote a space.
+        box_xyxy: left, top, right, bottom in pixels.
+        score: confidence from 0 to 1.
+    """
+    box = " ".join(str(round(float(value), 6)) for value in box_xyxy)
+    line = f"{class_name} 0.00 0 0.00 {box} 0.00 0.00 0.00 0.00 0.00 0.00 0.00"
+    return line if score is None else f"{line} {score:.6g}"

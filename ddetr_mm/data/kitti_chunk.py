@@ -1,0 +1,178 @@
+"""Reading a few hundred images and labels of one sequence: the work that is spread over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ddetr_mm.data.conversion_problems import FoundProblem
+from ddetr_mm.data.image_size import UnreadableImage, read_image_size
+from ddetr_mm.data.kitti import BOX_VERDICTS, FIRST_DROPPED_VERDICT, ClassLookup, clip_boxes, parse_labels
+from ddetr_mm.data.kitti_sequences import LABEL_EXTENSION, image_stem
+
+
+@dataclass(frozen=True)
+class ReadingRules:
+    """What is the same for all chunks of a conversion.
+
+    Attributes:
+        category_of_class: label class → category id.
+        image_extension: ending that image names have; None: from the last dot on.
+        decode_images: decode every image instead of reading its header only.
+    """
+
+    category_of_class: Mapping[str, int]
+    image_extension: str | None = None
+    decode_images: bool = False
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some images of a sequence.
+
+    Attributes:
+        image_dir: folder of the images.
+        label_dir: folder of the labels.
+        image_prefix: put before image names in reports.
+        label_prefix: put before label names in reports.
+        names: file names of the images.
+        report: False for images that are read a second time: their problems are known.
+    """
+
+    image_dir: str
+    label_dir: str
+    image_prefix: str
+    label_prefix: str
+    names: list[str]
+    report: bool = True
+
+
+@dataclass
+class ChunkContent:
+    """What a chunk holds.
+
+    Attributes:
+        kept: ``(n,)`` indices into ``Chunk.names`` of the images that can be used.
+        sizes_wh: ``(n, 2)`` int32 pixels.
+        boxes_xywh: ``(m, 4)`` float64 pixels, clipped to the image.
+        category_ids: ``(m,)`` int32.
+        image_index: ``(m,)`` int32, ascending: index into ``kept``.
+        num_missing_labels: images without a label file.
+        problems: in the order of files and lines.
+    """
+
+    kept: list[int]
+    sizes_wh: NDArray[np.int32]
+    boxes_xywh: NDArray[np.float64]
+    category_ids: NDArray[np.int32]
+    image_index: NDArray[np.int32]
+    num_missing_labels: int = 0
+    problems: list[FoundProblem] = field(default_factory=list)
+
+
+class ChunkReader:
+    """Reads chunks by fixed rules; keeps what it learnt about class names between them."""
+
+    def __init__(self, rules: ReadingRules) -> None:
+        self.rules = rules
+        self._lookup = ClassLookup(rules.category_of_class)
+
+    def read(self, chunk: Chunk) -> ChunkContent:
+        """Sizes and boxes of a chunk; bad input is reported in the result, never raised."""
+        found: list[tuple[int, int, FoundProblem]] = []
+        kept, texts, sizes, num_missing = self._read_files(chunk, found)
+        columns, label_problems = parse_labels(texts, self._lookup)
+        sizes_wh = np.array(sizes, dtype=np.int32).reshape(-1, 2)
+        clipped, verdicts = clip_boxes(columns.boxes_xyxy, sizes_wh[columns.file_index])
+        for problem in label_problems:
+            position = kept[problem.file_index]
+            file = self._label_file(chunk, position)
+            found.append(
+                (position, problem.line, FoundProblem(problem.kind, file, problem.line, problem.detail))
+            )
+        for row in np.flatnonzero(verdicts):
+            position = kept[columns.file_index[row]]
+            line = int(columns.line_numbers[row])
+            detail = " ".join(f"{value:.10g}" for value in columns.boxes_xyxy[row])
+            width, height = sizes_wh[columns.file_index[row]]
+            kind = BOX_VERDICTS[verdicts[row]]
+            file = self._label_file(chunk, position)
+            found.append((position, line, FoundProblem(kind, file, line, f"{detail} in {width}x{height}")))
+        found.sort(key=lambda item: item[:2])
+        boxes_xywh, good = clipped, verdicts < FIRST_DROPPED_VERDICT
+        boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
+        return ChunkContent(
+            kept=kept,
+            sizes_wh=sizes_wh,
+            boxes_xywh=boxes_xywh[good],
+            category_ids=columns.category_ids[good],
+            image_index=columns.file_index[good],
+            num_missing_labels=num_missing,
+            problems=[problem for _, _, problem in found] if chunk.report else [],
+        )
+
+    def _read_files(
+        self, chunk: Chunk, found: list[tuple[int, int, FoundProblem]]
+    ) -> tuple[list[int], list[bytes], list[tuple[int, int]], int]:
+        """Positions, label texts and image sizes of the images that can be used."""
+        kept: list[int] = []
+        texts: list[bytes] = []
+        sizes: list[tuple[int, int]] = []
+        num_missing = 0
+        for position, name in enumerate(chunk.names):
+            image_file = chunk.image_prefix + name
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                shown = image_file.encode("utf-8", "backslashreplace").decode()
+                found.append((position, 0, FoundProblem("name_not_utf8", shown, 0, "file name")))
+                continue
+            label = image_stem(name, self.rules.image_extension) + LABEL_EXTENSION
+            try:
+                with open(f"{chunk.label_dir}/{label}", "rb", buffering=0) as file:
+                    text = file.read()
+                size = read_image_size(f"{chunk.image_dir}/{name}", decode=self.rules.decode_images)
+            except FileNotFoundError:
+                num_missing += 1
+                found.append(
+                    (position, 0, FoundProblem("missing_label", image_file, 0, chunk.label_prefix + label))
+                )
+            except OSError as error:
+                reason = error.strerror or str(error)
+                found.append(
+                    (position, 0, FoundProblem("unreadable_label", chunk.label_prefix + label, 0, reason))
+                )
+            except UnreadableImage as error:
+                kind = "truncated_image" if error.truncated else "undecodable_image"
+                found.append((position, 0, FoundProblem(kind, image_file, 0, error.reason)))
+            else:
+                kept.append(position)
+                texts.append(text)
+                sizes.append(size)
+        return kept, texts, sizes, num_missing
+
+    def _label_file(self, chunk: Chunk, position: int) -> str:
+        return (
+            chunk.label_prefix
+            + image_stem(chunk.names[position], self.rules.image_extension)
+            + LABEL_EXTENSION
+        )
+
+
+_reader: ChunkReader | None = None
+
+
+def prepare_process(rules: ReadingRules) -> None:
+    """Set the rules by which :func:`read_chunk` works in this process."""
+    global _reader
+    _reader = ChunkReader(rules)
+
+
+def read_chunk(chunk: Chunk) -> ChunkContent:
+    """:meth:`ChunkReader.read` by the rules of :func:`prepare_process`."""
+    if _reader is None:
+        raise RuntimeError("prepare_process() has to be called before read_chunk()")
+    return _reader.read(chunk)

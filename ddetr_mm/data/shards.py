@@ -1,0 +1,205 @@
+"""Which image goes into which partition and shard, what the files are called, and writing one.
+
+The planning functions are pure and depend on nothing but their arguments, so that the same input gives
+the same files on every machine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+_SPOOL_BYTES = 16 * 2**20
+_encoder = msgspec.json.Encoder()
+
+
+def split_evenly(num_items: int, num_parts: int) -> list[range]:
+    """Cut ``range(num_items)`` into ``num_parts`` ranges whose lengths differ by at most one.
+
+    >>> split_evenly(5, 3)
+    [range(0, 2), range(2, 4), range(4, 5)]
+    """
+    length, longer = divmod(num_items, num_parts)
+    starts = [part * length + min(part, longer) for part in range(num_parts + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
+
+
+def validation_mask(num_items: int, val_percent: float, seed: str) -> bytearray:
+    """Choose ``floor(num_items * val_percent / 100)`` items at random.
+
+    Args:
+        num_items: how many there are.
+        val_percent: share to choose, 0 to 100.
+        seed: text that fixes the choice.
+
+    Returns:
+        One byte per item: 1 where chosen.
+    """
+    mask = bytearray(num_items)
+    choice = random.Random(seed)  # noqa: S311
+    for item in choice.sample(range(num_items), int(num_items * val_percent / 100)):
+        mask[item] = 1
+    return mask
+
+
+def assign_sequences(num_images: Sequence[int], shares: Sequence[float]) -> list[int]:
+    """Give whole sequences to partitions so that each comes near its share of the images.
+
+    The largest sequence goes first, each to the partition that misses most of its share; every partition
+    gets at least one sequence.
+
+    Args:
+        num_images: images per sequence; at least as many sequences as partitions.
+        shares: wanted size of each partition, in any unit, not negative.
+
+    Returns:
+        The partition of each sequence.
+    """
+    total, whole = sum(num_images), sum(shares)
+    missing = [total * share / whole for share in shares]
+    partitions = [-1] * len(num_images)
+    num_empty = len(shares)
+    by_size = sorted(range(len(num_images)), key=lambda index: (-num_images[index], index))
+    for rank, index in enumerate(by_size):
+        candidates: Sequence[int] = range(len(shares))
+        if len(by_size) - rank == num_empty:  # the rest is just enough for the empty ones
+            candidates = [partition for partition in candidates if partition not in partitions]
+        chosen = max(candidates, key=lambda partition: (missing[partition], -partition))
+        num_empty -= chosen not in partitions
+        partitions[index] = chosen
+        missing[chosen] -= num_images[index]
+    return partitions
+
+
+def shard_file(
+    sequence: str, partition: int, num_partitions: int, shard: int, num_shards: int
+) -> PurePosixPath:
+    """Path of a shard inside the results folder.
+
+    >>> str(shard_file("cam0", 0, 1, 3, 32)), str(shard_file("a/cam0", 1, 2, 0, 4))
+    ('cam0/cam0-shard-00003-of-00032.json', 'a/cam0/cam0-fold-001-of-002-shard-00000-of-00004.json')
+    """
+    folder = PurePosixPath(sequence)
+    fold = f"-fold-{partition:03d}-of-{num_partitions:03d}" if num_partitions > 1 else ""
+    return folder / f"{folder.name}{fold}-shard-{shard:05d}-of-{num_shards:05d}.json"
+
+
+class _Image(msgspec.Struct):
+    id: int
+    file_name: str
+    width: int
+    height: int
+
+
+class _Annotation(msgspec.Struct):
+    id: int
+    image_id: int
+    category_id: int
+    bbox: list[float]
+    area: float
+    iscrowd: int
+
+
+class ShardWriter:
+    """Writes one COCO JSON file bit by bit; memory does not grow with its size.
+
+    Args:
+        path: the file; its folder is made.
+        description: ``info.description`` of the file.
+        categories: the ``categories`` list.
+        first_image_id: id of the first image; the following ones count on.
+        first_annotation_id: the same for annotations.
+
+    Attributes:
+        num_images: images written so far.
+        num_annotations: annotations written so far.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        description: str,
+        categories: Sequence[dict[str, Any]],
+        first_image_id: int,
+        first_annotation_id: int,
+    ) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.num_images = self.num_annotations = 0
+        self._first_image_id = first_image_id
+        self._first_annotation_id = first_annotation_id
+        # The annotations come after the images in the file, but with them out of the conversion.
+        self._annotations: IO[bytes] = tempfile.SpooledTemporaryFile(  # noqa: SIM115
+            _SPOOL_BYTES, dir=str(path.parent)
+        )
+        self._file = path.open("wb")
+        head = {"info": {"description": description}, "licenses": [], "categories": list(categories)}
+        self._file.write(_encoder.encode(head)[:-1] + b',"images":[')
+
+    def add(
+        self,
+        file_names: Sequence[str],
+        sizes_wh: NDArray[np.int32],
+        boxes_xywh: NDArray[np.float64],
+        category_ids: NDArray[np.int32],
+        image_index: NDArray[np.int32],
+    ) -> None:
+        """Append images and their boxes.
+
+        Args:
+            file_names: ``n`` names as they shall stand in the file.
+            sizes_wh: ``(n, 2)`` pixels.
+            boxes_xywh: ``(m, 4)`` pixels.
+            category_ids: ``(m,)``.
+            image_index: ``(m,)``: which of the ``n`` images each box belongs to.
+        """
+        first_image = self._first_image_id + self.num_images
+        images = [
+            _Image(number, name, width, height)
+            for number, (name, (width, height)) in enumerate(
+                zip(file_names, sizes_wh.tolist(), strict=True), start=first_image
+            )
+        ]
+        annotations = [
+            _Annotation(number, image_id, category_id, box, area, 0)
+            for number, (image_id, category_id, box, area) in enumerate(
+                zip(
+                    (image_index + first_image).tolist(),
+                    category_ids.tolist(),
+                    boxes_xywh.tolist(),
+                    (boxes_xywh[:, 2] * boxes_xywh[:, 3]).tolist(),
+                    strict=True,
+                ),
+                start=self._first_annotation_id + self.num_annotations,
+            )
+        ]
+        _append(self._file, images, self.num_images > 0)
+        _append(self._annotations, annotations, self.num_annotations > 0)
+        self.num_images += len(images)
+        self.num_annotations += len(annotations)
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.write(b'],"annotations":[')
+        self._annotations.seek(0)
+        shutil.copyfileobj(self._annotations, self._file, 2**20)
+        self._file.write(b"]}")
+        self.discard()
+
+    def discard(self) -> None:
+        """Let go of the file without finishing it; harmless after :meth:`close`."""
+        self._annotations.close()
+        self._file.close()
+
+
+def _append(file: IO[bytes], rows: Sequence[msgspec.Struct], follows: bool) -> None:
+    if rows:
+        file.write((b"," if follows else b"") + _encoder.encode(rows)[1:-1])
