@@ -1,0 +1,20 @@
+"""Checkpoints that travel between TAO, the original authors' release, Hugging Face and mmdet."""
+
+from ddetr_mm.weights.architecture import Architecture, infer_architecture
+from ddetr_mm.weights.checkpoint import FORMATS, Checkpoint, CheckpointInfo, CheckpointMeta
+from ddetr_mm.weights.convert import convert_checkpoint
+from ddetr_mm.weights.read import inspect_checkpoint, read_checkpoint
+from ddetr_mm.weights.report import LoadReport
+
+__all__ = [
+    "FORMATS",
+    "Architecture",
+    "Checkpoint",
+    "CheckpointInfo",
+    "CheckpointMeta",
+    "LoadReport",
+    "convert_checkpoint",
+    "infer_architecture",
+    "inspect_checkpoint",
+    "read_checkpoint",
+]

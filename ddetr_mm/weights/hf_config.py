@@ -1,0 +1,93 @@
+"""``config.json`` of a Hugging Face ``DeformableDetrForObjectDetection``, from a network's structure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ddetr_mm.errors import Problem, WeightsError
+from ddetr_mm.weights.checkpoint import Checkpoint
+
+_TIMM_NAMES = {
+    "resnet_18": "resnet18",
+    "resnet_34": "resnet34",
+    "resnet_50": "resnet50",
+    "resnet_101": "resnet101",
+    "resnet_152": "resnet152",
+}
+_DEFAULT_PROPOSALS = 300
+
+
+def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration under which transformers builds this network without any download.
+
+    Args:
+        checkpoint: canonical weights with their structure.
+        spec: the experiment spec as plain data, for what shapes do not tell (heads, dropout, dilation).
+
+    Raises:
+        WeightsError: when Hugging Face's class cannot hold the network.
+    """
+    found, meta = checkpoint.architecture, checkpoint.meta
+    model = (spec or {}).get("model") or {}
+    if found.backbone not in _TIMM_NAMES:
+        _refuse(checkpoint, f"has the backbone {found.backbone}", "its Deformable DETR takes ResNets only")
+    if found.two_stage and not found.with_box_refine:
+        _refuse(checkpoint, "is two-stage without box refinement", "its Deformable DETR has the first only with the second")
+    if found.num_classes is None:
+        _refuse(checkpoint, "has no class head", "convert a whole detector")
+    if found.enc_points is None or found.dec_points is None:
+        _refuse(checkpoint, "has a number of attention heads that its shapes do not tell", "give its spec with -e")
+    names = meta.class_names or tuple(f"LABEL_{column}" for column in range(found.num_classes))
+    stages = [found.backbone_stage_channels.index(channels) + 1 for channels in found.neck_in_channels]
+    config: dict[str, Any] = {
+        "architectures": ["DeformableDetrForObjectDetection"],
+        "model_type": "deformable_detr",
+        "activation_function": "relu",
+        "auxiliary_loss": bool(model.get("aux_loss", False)),
+        "d_model": found.hidden_dim,
+        "decoder_attention_heads": found.num_heads,
+        "decoder_ffn_dim": found.dec_feedforward,
+        "decoder_layers": found.dec_layers,
+        "decoder_n_points": found.dec_points,
+        "dilation": bool(model.get("dilation", False)),
+        "disable_custom_kernels": True,
+        "dropout": model.get("dropout_ratio", 0.1),
+        "encoder_attention_heads": found.num_heads,
+        "encoder_ffn_dim": found.enc_feedforward,
+        "encoder_layers": found.enc_layers,
+        "encoder_n_points": found.enc_points,
+        "id2label": {str(column): name for column, name in enumerate(names)},
+        "label2id": {name: column for column, name in reversed(list(enumerate(names)))},
+        "is_encoder_decoder": True,
+        "num_channels": 3,
+        "num_feature_levels": found.num_feature_levels,
+        "num_queries": found.num_queries or _DEFAULT_PROPOSALS,
+        "position_embedding_type": "sine",
+        "return_intermediate": True,
+        # Tied, transformers would put one layer's branches in place of all: right only without refinement.
+        "tie_word_embeddings": not found.with_box_refine,
+        "two_stage": found.two_stage,
+        "two_stage_num_proposals": _DEFAULT_PROPOSALS,
+        "with_box_refine": found.with_box_refine,
+    }
+    backbone = _TIMM_NAMES[found.backbone]
+    usual = [2, 3, 4] if found.num_feature_levels > 1 else [4]
+    if stages == usual:
+        # The spelling of the published files, which every version of transformers reads.
+        config |= {"backbone": backbone, "use_timm_backbone": True, "use_pretrained_backbone": False}
+        return config
+    config["backbone_config"] = {
+        "model_type": "timm_backbone",
+        "backbone": backbone,
+        "num_channels": 3,
+        "features_only": True,
+        "use_pretrained_backbone": False,
+        "out_indices": stages,
+    }
+    if config["dilation"]:
+        config["backbone_config"]["output_stride"] = 16
+    return config
+
+
+def _refuse(checkpoint: Checkpoint, what: str, why: str) -> None:
+    raise WeightsError(Problem(f"cannot become a Hugging Face model: it {what}; {why}", file=checkpoint.path))

@@ -1,0 +1,109 @@
+"""The account of every key of a checkpoint: what a conversion or a load reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Shape = tuple[int, ...]
+
+
+@dataclass
+class LoadReport:
+    """What became of every key when weights were converted or loaded.
+
+    Every key of the source stands in exactly one of ``mapped`` (as a source), ``unexpected``,
+    ``reshaped``, ``carried_over``, ``aliases`` and ``dropped``; every key the target asks for stands in
+    ``mapped`` (as a target), ``missing``, ``filled``, ``reshaped`` or ``carried_over``.
+
+    Attributes:
+        source: the file or folder read.
+        target: the file written or a description of the model filled.
+        source_format: ``mmdet``, ``tao``, ``official``, ``hf`` or the name of a backbone layout.
+        target_format: as ``source_format``, or ``model``.
+        mapped: source key → target keys that took its values unchanged. One key feeds several where the
+            target splits or repeats it; several keys feed one where the target joins them.
+        missing: target keys without a source; they keep their initial values.
+        unexpected: source keys without a place in the target.
+        reshaped: target key → (shape in the source, shape in the target); not loaded.
+        carried_over: target key → how part of its values was taken over.
+        aliases: source key → the key it repeats.
+        filled: target key → the value put there because the source format has no such key.
+        dropped: source key → why it is not needed in the target.
+        notes: further remarks a reader must see, one sentence each.
+    """
+
+    source: str
+    target: str = ""
+    source_format: str = ""
+    target_format: str = ""
+    mapped: dict[str, list[str]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reshaped: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    carried_over: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    filled: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every key found its place with its own shape."""
+        return not (self.missing or self.unexpected or self.reshaped)
+
+    def summary(self) -> str:
+        """A few lines for people: counts, then the first keys of every group that needs attention."""
+        lines = [
+            f"{self.source} ({self.source_format}) -> {self.target or self.target_format}"
+            f" ({self.target_format}): {len(self.mapped)} keys taken over"
+        ]
+        lines += _listed("missing (initial values stay)", self.missing)
+        lines += _listed("unexpected (not used)", self.unexpected)
+        lines += _listed(
+            "reshaped (not used)",
+            [f"{key}: {list(there)} in the file, {list(here)} here" for key, (there, here) in self.reshaped.items()],
+        )
+        lines += _listed("carried over in part", [f"{key}: {how}" for key, how in self.carried_over.items()])
+        lines += _counted("repeat another key", self.aliases)
+        lines += _counted("filled in", self.filled)
+        lines += _counted("not needed", self.dropped)
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain data, ready for JSON."""
+        return {
+            "source": self.source,
+            "target": self.target,
+            "source_format": self.source_format,
+            "target_format": self.target_format,
+            "complete": self.complete,
+            "mapped": {key: list(targets) for key, targets in self.mapped.items()},
+            "missing": list(self.missing),
+            "unexpected": list(self.unexpected),
+            "reshaped": {
+                key: {"source_shape": list(there), "target_shape": list(here)}
+                for key, (there, here) in self.reshaped.items()
+            },
+            "carried_over": dict(self.carried_over),
+            "aliases": dict(self.aliases),
+            "filled": dict(self.filled),
+            "dropped": dict(self.dropped),
+            "notes": list(self.notes),
+        }
+
+
+def _listed(title: str, items: list[str], shown: int = 6) -> list[str]:
+    if not items:
+        return []
+    rest = f" … and {len(items) - shown} more" if len(items) > shown else ""
+    return [f"  {title}, {len(items)}: {'; '.join(items[:shown])}{rest}"]
+
+
+def _counted(title: str, items: dict[str, str]) -> list[str]:
+    if not items:
+        return []
+    reasons = dict.fromkeys(items.values())
+    told = f": {'; '.join(reasons)}" if len(reasons) <= 2 else ""
+    return [f"  {len(items)} keys {title}{told}"]

@@ -1,0 +1,285 @@
+"""Reading a weights file without ever running code from it.
+
+PyTorch files (zip archives and the older bare pickles) go through ``torch.load(weights_only=True)`` with
+inert stand-ins for known bookkeeping classes (:mod:`ddetr_mm.weights.pickle_names`); safetensors files
+go through the safetensors library; a folder counts as one saved by Hugging Face's ``save_pretrained``.
+Everything that can be wrong with a file becomes a :class:`~ddetr_mm.errors.WeightsError`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import warnings
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ddetr_mm.errors import Problem, WeightsError
+from ddetr_mm.weights.pickle_names import names_in_pickle, sort_names
+from ddetr_mm.weights.refusals import ENCRYPTED, MALICIOUS_MEND, explain_strange_bytes, short_names
+
+_MAX_PICKLE_BYTES = 256 * 2**20
+_MAX_JSON_BYTES = 64 * 2**20
+_PICKLES_IN_OLD_FILE = 5  # magic number, protocol, system, the object, the storages' keys
+_DAMAGE = (ValueError, IndexError, OverflowError, EOFError, struct.error)
+"""What pickletools raises on bytes that are no pickle."""
+
+
+@dataclass
+class RawFile:
+    """What stands in a file, before anything is made of it.
+
+    Attributes:
+        path: the file or folder.
+        kind: ``torch``, ``safetensors`` or ``hf_folder``.
+        payload: the unpickled object of a PyTorch file, else key → tensor.
+        metadata: text metadata of a safetensors file.
+        config: ``config.json`` of a Hugging Face folder.
+    """
+
+    path: Path
+    kind: str
+    payload: Any
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def read_raw(path: str | Path) -> RawFile:
+    """Read a file or folder of weights.
+
+    Args:
+        path: a PyTorch file, a safetensors file or a Hugging Face folder.
+
+    Raises:
+        WeightsError: when it is missing, broken, of another kind, or asks for code to be run.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return _read_folder(path)
+    if not path.is_file():
+        _refuse(path, "does not exist", "check the path")
+    size = path.stat().st_size
+    if size == 0:
+        _refuse(path, "is empty (0 bytes)", "copy or download it again")
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError as error:
+        _refuse(path, f"cannot be read: {error.strerror}", "check its permissions", error)
+    if start.startswith(b"PK\x03\x04"):
+        return RawFile(path, "torch", _read_torch_zip(path, size))
+    if path.suffix == ".safetensors" or _looks_like_safetensors(start, size):
+        tensors, metadata = read_safetensors(path)
+        return RawFile(path, "safetensors", tensors, metadata)
+    if start.startswith(b"\x80"):
+        return RawFile(path, "torch", _read_torch_pickle(path))
+    raise WeightsError(explain_strange_bytes(path, start))
+
+
+def _refuse(path: Path, what: str, mend: str, cause: BaseException | None = None) -> NoReturn:
+    raise WeightsError(Problem(what, file=path, mend=mend)) from cause
+
+
+# --- PyTorch files ---------------------------------------------------------------------------------
+
+
+def _read_torch_zip(path: Path, size: int) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickled = _data_pickle(path, archive, size)
+    except zipfile.BadZipFile as error:
+        _refuse(path, "is truncated or damaged: its zip directory is missing", "copy or download it again", error)
+    # Memory-mapped storages cannot reach outside the file, whatever sizes the pickle claims.
+    return _load(path, _names(path, pickled), mmap=True)
+
+
+def _data_pickle(path: Path, archive: zipfile.ZipFile, size: int) -> bytes:
+    """The pickle inside a PyTorch zip archive, after a look at the archive's own honesty."""
+    entries = archive.infolist()
+    packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        _refuse(
+            path,
+            f"holds compressed data ({packed[0].filename}, {packed[0].compress_size} bytes for"
+            f" {packed[0].file_size}), which torch.save never writes",
+            "unpack the archive if the weights file is inside it; otherwise do not trust it",
+        )
+    if sum(entry.file_size for entry in entries) > size:
+        _refuse(path, "claims more content than it has bytes", "do not trust it; get it again from its source")
+    names = [entry.filename for entry in entries]
+    inside = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+    if any("/code/" in name for name in names):
+        _refuse(
+            path,
+            "is a TorchScript program, not a file of weights",
+            "save the state_dict of the model it was made from",
+        )
+    if not inside:
+        shown = ", ".join(names[:4]) or "nothing"
+        _refuse(path, f"is a zip archive but not a PyTorch file (it holds {shown})", "give the weights file itself")
+    entry = archive.getinfo(inside[0])
+    if entry.file_size > _MAX_PICKLE_BYTES:
+        _refuse(
+            path, f"has an index of {entry.file_size} bytes, more than any model needs", "do not trust this file"
+        )
+    try:
+        return archive.read(entry)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        _refuse(path, f"is damaged: {error}", "copy or download it again", error)
+
+
+def _names(path: Path, pickled: bytes) -> list[str]:
+    try:
+        return names_in_pickle(pickled)
+    except _DAMAGE as error:
+        _refuse(path, f"is damaged: its index cannot be read ({error})", "copy or download it again", error)
+
+
+def _read_torch_pickle(path: Path) -> Any:
+    """A file of the kind torch.save wrote before zip archives: pickles in a row, then raw storages."""
+    names: list[str] = []
+    with path.open("rb") as file:
+        for number in range(_PICKLES_IN_OLD_FILE):
+            try:
+                names += names_in_pickle(file)
+            except _DAMAGE as error:
+                if number == 0:
+                    _refuse(path, f"is no whole PyTorch file ({error})", "copy or download it again", error)
+                break  # fewer pickles than torch.save writes: torch.load below says what is missing
+    return _load(path, names, mmap=False)
+
+
+def _load(path: Path, names: list[str], *, mmap: bool) -> Any:
+    offered, refused = sort_names(dict.fromkeys(names))
+    if refused:
+        _refuse(path, f"asks to run or build {short_names(refused)}", MALICIOUS_MEND)
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(offered):
+            # Files of other pickle protocols make torch warn; they load or fail here.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        # Damaged bytes surface as nearly any of Python's errors; none of them is a defect of ours.
+        text = _first_line(str(error))
+        if "magic number" in text:
+            _refuse(path, "is a pickle, but torch.save did not write it", MALICIOUS_MEND, error)
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in text:
+            _refuse(path, f"is not a plain file of weights: {text}", MALICIOUS_MEND, error)
+        what = f"is truncated, damaged or no PyTorch file: {type(error).__name__}: {text}"
+        _refuse(path, what, "copy or download it again", error)
+
+
+def _first_line(text: str, limit: int = 200) -> str:
+    for line in text.splitlines():
+        if line.strip():
+            return line.strip()[:limit]
+    return "no reason given"
+
+
+# --- safetensors -----------------------------------------------------------------------------------
+
+
+def _looks_like_safetensors(start: bytes, size: int) -> bool:
+    if len(start) < 10:
+        return False
+    (length,) = struct.unpack("<Q", start[:8])
+    return bool(start[8:9] == b"{" and length <= size - 8)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and text metadata of a safetensors file.
+
+    Raises:
+        WeightsError: when the header is too large, damaged, or promises more data than there is.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+    if len(start) == 8 and struct.unpack("<Q", start)[0] > size - 8:
+        _refuse(
+            path,
+            f"is truncated or no safetensors file: its header claims {struct.unpack('<Q', start)[0]} bytes"
+            f" in a file of {size}",
+            "copy or download it again",
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
+        _refuse(path, f"is not a whole safetensors file: {_first_line(str(error))}", "copy or download it again", error)
+
+
+# --- Hugging Face folders --------------------------------------------------------------------------
+
+
+def _read_folder(folder: Path) -> RawFile:
+    config_path = folder / "config.json"
+    weights = [
+        name
+        for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+                     "pytorch_model.bin.index.json")
+        if (folder / name).is_file()
+    ]
+    if not config_path.is_file() or not weights:
+        _refuse(
+            folder,
+            "is a folder without " + ("config.json" if not config_path.is_file() else "model.safetensors"),
+            "give a weights file, or a folder saved by Hugging Face's save_pretrained",
+        )
+    config = _read_json(config_path)
+    kind = config.get("model_type")
+    if kind != "deformable_detr":
+        _refuse(config_path, f"describes a model of type {kind!r}", "only deformable_detr can be read")
+    first = folder / weights[0]
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for file in [first] if first.suffix != ".json" else _shards(first):
+        part, about = _read_part(file)
+        tensors.update(part)
+        metadata.update(about)
+    return RawFile(folder, "hf_folder", tensors, metadata, config)
+
+
+def _shards(index_path: Path) -> list[Path]:
+    weight_map = _read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        _refuse(index_path, "has no weight_map", "save the model again with save_pretrained")
+    files = []
+    for name in dict.fromkeys(str(value) for value in weight_map.values()):
+        # A shard's name must not lead out of the folder.
+        if Path(name).name != name:
+            _refuse(index_path, f"names a shard outside its folder: {name}", "do not trust this folder")
+        files.append(index_path.with_name(name))
+    return files
+
+
+def _read_part(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    raw = read_raw(file)
+    if not isinstance(raw.payload, dict):
+        _refuse(file, f"holds a {type(raw.payload).__name__}, not named tensors", "save the model again")
+    return dict(raw.payload), raw.metadata
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        _refuse(path, "is too large for a JSON description", "do not trust this folder")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"is not JSON: {error}", "save the model again with save_pretrained", error)
+    if not isinstance(content, dict):
+        _refuse(path, "is not a JSON object", "save the model again with save_pretrained")
+    return content
+
+
+def refuse_encrypted(path: Path) -> NoReturn:
+    """Raise the error for files encrypted by the reference."""
+    _refuse(path, *ENCRYPTED)
