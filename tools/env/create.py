@@ -55,8 +55,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print(f"error: this command failed with status {error.returncode}: "
-              f"{' '.join(map(str, error.cmd))}", file=sys.stderr)
+        print(
+            f"error: this command failed with status {error.returncode}: {' '.join(map(str, error.cmd))}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 
@@ -104,12 +106,24 @@ def fill(env: Path, stack: str, chosen: tuple[str, str]) -> None:
     write_stamp(env, "unfinished", chosen[1])
     python = env_python(env)
     pins = str(PINS / f"{stack}.txt")
-    installer = [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install"]
+    installer = (
+        [uv, "pip", "install", "--python", str(python)] if uv else [str(python), "-m", "pip", "install"]
+    )
     remove_rivals(uv, python)
     # The pinned file is the whole closure, so nothing is resolved: mmdeploy's protobuf pin and mmcv's
     # opencv-python are overruled in it on purpose.
     run([*installer, "--no-deps", "--only-binary", ":all:", "-r", pins])
-    run([*installer, "--no-deps", "--no-build-isolation", "--config-settings", "editable_mode=compat", "-e", str(ROOT)])
+    run(
+        [
+            *installer,
+            "--no-deps",
+            "--no-build-isolation",
+            "--config-settings",
+            "editable_mode=compat",
+            "-e",
+            str(ROOT),
+        ]
+    )
 
 
 # --- is there anything to do? ---
@@ -173,13 +187,15 @@ def interpreter(asked: str, preferred: tuple[str, ...]) -> tuple[str, str]:
         SetupError: none was found, or the one asked for is not supported.
     """
     if asked:
-        minor = asked[len("python"):] if asked.startswith("python") else asked
+        minor = asked[len("python") :] if asked.startswith("python") else asked
         is_minor = all(part.isdigit() for part in minor.split(".")) and minor.count(".") == 1
         found = first_working([asked, *(candidates(minor) if is_minor else [])])
         if not found:
             raise SetupError(f"PYTHON={asked}: there is no such interpreter, or it does not start")
         if found[1].rpartition(".")[0] not in preferred:
-            raise SetupError(f"PYTHON={asked} is Python {found[1]}; supported are {', '.join(sorted(preferred))}")
+            raise SetupError(
+                f"PYTHON={asked} is Python {found[1]}; supported are {', '.join(sorted(preferred))}"
+            )
         return found
     for minor in preferred:
         found = first_working(candidates(minor))
@@ -238,13 +254,26 @@ def find_uv(python: str) -> str:
     if uv.is_file():
         return str(uv)
     scratch = cache.with_name(f".uv.tmp-{os.getpid()}")
-    fetch = ["-m", "pip", "install", "--quiet", "--no-deps", "--only-binary", ":all:",
-             "--disable-pip-version-check", "--target", str(scratch), UV_REQUIREMENT]
+    fetch = [
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--disable-pip-version-check",
+        "--target",
+        str(scratch),
+        UV_REQUIREMENT,
+    ]
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         # An environment that uv made has no pip, so the launcher's is tried as well.
-        if any(subprocess.run([by, *fetch], check=False, stdin=subprocess.DEVNULL).returncode == 0
-               for by in dict.fromkeys((python, sys.executable))):
+        if any(
+            subprocess.run([by, *fetch], check=False, stdin=subprocess.DEVNULL).returncode == 0
+            for by in dict.fromkeys((python, sys.executable))
+        ):
             if not cache.exists():
                 os.replace(scratch, cache)
             return str(uv)
@@ -281,8 +310,11 @@ def remove_rivals(uv: str, python: Path) -> None:
             continue
         # Both go: removing the rival alone would take the files that they share from the pinned one.
         both = sorted({pinned, rival} & installed)
-        run([uv, "pip", "uninstall", "--python", str(python), *both] if uv
-            else [str(python), "-m", "pip", "uninstall", "--yes", *both])
+        run(
+            [uv, "pip", "uninstall", "--python", str(python), *both]
+            if uv
+            else [str(python), "-m", "pip", "uninstall", "--yes", *both]
+        )
 
 
 def run(command: list[str]) -> None:

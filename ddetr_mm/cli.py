@@ -1,0 +1,179 @@
+"""The ``ddetr-mm`` command: arguments in, one task called, exit status out.
+
+This module imports nothing heavy, so that ``-h`` answers at once. Exit status: 0 done, 2 wrong input,
+130 interrupted, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ddetr_mm import __version__
+from ddetr_mm.errors import InputError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: what ``-h`` says, and the task module whose ``run(arguments)`` does it."""
+
+    name: str
+    summary: str
+    module: str
+    takes_spec: bool = True
+    details: str = ""
+
+
+COMMANDS = (
+    Command("convert", "turn KITTI folders into sharded COCO JSON", "ddetr_mm.tasks.convert"),
+    Command("train", "train, validate, checkpoint; resumes by itself", "ddetr_mm.tasks.train"),
+    Command("evaluate", "COCO metrics of a checkpoint", "ddetr_mm.tasks.evaluate"),
+    Command("inference", "label files and annotated images for folders of images", "ddetr_mm.tasks.inference"),
+    Command("export", "ONNX, checked against PyTorch before it is left there", "ddetr_mm.tasks.export"),
+    Command("gen_trt_engine", "a TensorRT engine from an ONNX file", "ddetr_mm.tasks.gen_trt_engine"),
+    Command("translate", "the spec as a stand-alone mmengine config", "ddetr_mm.tasks.translate"),
+    Command("check", "prove spec and data before a long run", "ddetr_mm.tasks.check"),
+    Command("weights", "read and write checkpoints of four formats", "ddetr_mm.tasks.weights", takes_spec=False),
+    Command("coco", "merge, split and turn back COCO annotation files", "ddetr_mm.tasks.coco", takes_spec=False),
+    Command("install-ops", "build and install mmcv with its compiled ops", "ddetr_mm.tasks.install_ops", False),
+    Command("spec", "print the full default spec with a comment on every field", "ddetr_mm.tasks.spec", False),
+)
+
+CONFIG_SUBTASKS = ("train", "evaluate", "inference", "export")
+SPEC_SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser with all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="ddetr-mm",
+        description="NVIDIA TAO's Deformable DETR workflow on MMDetection: TAO specs in, mmengine runs out.",
+        epilog="`ddetr-mm COMMAND -h` tells a command's own arguments.",
+    )
+    parser.add_argument("--version", action="version", version=f"ddetr-mm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name, help=command.summary, description=command.summary[:1].upper() + command.summary[1:] + "."
+        )
+        if command.takes_spec:
+            _add_spec_arguments(sub)
+        _OWN_ARGUMENTS.get(command.name, lambda _: None)(sub)
+        sub.add_argument("--debug", action="store_true", help="show tracebacks for wrong input too")
+        sub.set_defaults(task_module=command.module)
+    return parser
+
+
+def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-e", "--experiment_spec", required=True, metavar="SPEC", help="the experiment spec, a YAML file"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="fields to set over the spec, e.g. train.optim.lr=1e-4"
+    )
+
+
+def _add_translate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", required=True, metavar="CONFIG", help="the config file to write (.py)")
+    parser.add_argument(
+        "--for",
+        dest="subtask",
+        choices=CONFIG_SUBTASKS,
+        default="train",
+        help="what the config is for (default: train)",
+    )
+
+
+def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--for", dest="subtask", choices=SPEC_SUBTASKS, default="train", help="what will be run (default: train)"
+    )
+
+
+def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="checkpoint file, or a Hugging Face model folder")
+    parser.add_argument("destination", metavar="DST", help="file to write; a folder for --to hf")
+    parser.add_argument("--to", required=True, choices=("mmdet", "tao", "official", "hf"), help="format to write")
+    parser.add_argument("-e", "--experiment_spec", metavar="SPEC", help="the spec the checkpoint belongs to")
+
+
+def _add_coco_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    merge = actions.add_parser("merge", help="several COCO files, globs or shard folders into one file")
+    merge.add_argument("inputs", nargs="+", help="COCO JSON files")
+    merge.add_argument("-o", "--output", required=True, help="the file to write")
+    split = actions.add_parser("split", help="one file into parts with like shares of every class")
+    split.add_argument("input", help="COCO JSON file")
+    split.add_argument("-o", "--output", required=True, help="folder to write to")
+    split.add_argument(
+        "--parts",
+        nargs="+",
+        required=True,
+        metavar="NAME=FRACTION",
+        help="names and shares, e.g. train=0.8 val=0.2",
+    )
+    split.add_argument("--seed", type=int, default=0)
+    back = actions.add_parser("to-kitti", help="COCO files back into KITTI label files")
+    back.add_argument("inputs", nargs="+", help="COCO JSON files")
+    back.add_argument("-o", "--output", required=True, help="folder to write to")
+
+
+def _add_install_ops_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--jobs", type=int, help="parallel compiler jobs (default: the number of cores)")
+
+
+def _add_spec_command_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("subtask", choices=SPEC_SUBTASKS, help="the subtask to print the spec for")
+
+
+_OWN_ARGUMENTS = {
+    "translate": _add_translate_arguments,
+    "check": _add_check_arguments,
+    "weights": _add_weights_arguments,
+    "coco": _add_coco_arguments,
+    "install-ops": _add_install_ops_arguments,
+    "spec": _add_spec_command_arguments,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit status.
+    """
+    arguments = build_parser().parse_args(argv)
+    try:
+        task = importlib.import_module(arguments.task_module)
+        task.run(arguments)
+    except InputError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        _complain(error)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def _complain(error: InputError) -> None:
+    """One message for all problems, on standard error."""
+    if len(error.problems) == 1:
+        print(f"error: {error.problems[0]}", file=sys.stderr)
+        return
+    print(f"error: {len(error.problems)} problems", file=sys.stderr)
+    for problem in error.problems:
+        print(f"  - {problem}", file=sys.stderr)

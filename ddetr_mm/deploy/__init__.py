@@ -1,0 +1,1 @@
+"""Trained detectors leaving PyTorch: ONNX graphs and the proof that they compute the same."""

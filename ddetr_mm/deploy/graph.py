@@ -1,0 +1,252 @@
+"""The detector's forward pass as an exporter should see it: one input size, no padding, few nodes.
+
+Shape legend: B batch · Q queries · C hidden dim · M heads · D = C / M · L levels · P points ·
+S feature points of all levels together.
+
+With the input size fixed, everything but the batch is static: feature sizes, sine positions, reference
+points of the encoder and the whole first self-attention of the decoder are constants. Offsets are
+needed in the grid coordinates of ``grid_sample`` (-1..1), so the scale from pixels to those coordinates is
+multiplied into the weights of the ``sampling_offsets`` layers.
+
+The modules of the detector are used as they are (their weights are the graph's weights); only the order
+of reshapes and the treatment of constants differ from :class:`mmdet.models.DeformableDETR`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from mmcv.ops import MultiScaleDeformableAttention
+from torch import Tensor, nn
+
+from ddetr_mm.errors import ExportError, Problem
+
+INVERSE_SIGMOID_EPS = 1e-5
+"""mmdet clamps probabilities by this before it takes their logit."""
+
+
+class ExportGraph(nn.Module):
+    """``(B, 3, H, W)`` normalised RGB → ``pred_logits (B, Q, classes)``, ``pred_boxes (B, Q, 4)``.
+
+    Boxes are ``(cx, cy, w, h)`` relative to the input, in 0..1. The image fills the input; there is no
+    padding mask.
+
+    Args:
+        detector: a Deformable DETR of mmdet or this package, one-stage, in eval mode.
+        input_size_hw: height and width in pixels.
+
+    Raises:
+        ExportError: for a two-stage detector, which has no fixed first queries.
+    """
+
+    def __init__(self, detector: nn.Module, input_size_hw: tuple[int, int]) -> None:
+        super().__init__()
+        if detector.as_two_stage:
+            raise ExportError(
+                Problem("a two-stage Deformable DETR cannot be exported", mend="train with as_two_stage=False")
+            )
+        self.detector = detector
+        device = detector.level_embed.device
+        with torch.no_grad():
+            features = detector.extract_feat(torch.zeros(1, 3, *input_size_hw, device=device))
+            self.sizes_hw = [(int(f.shape[-2]), int(f.shape[-1])) for f in features]
+            self.register_buffer("positions", self._positions(features))
+            self.register_buffer("encoder_centres", self._encoder_centres(device))
+            self._prepare_decoder()
+            num_points = sum(height * width for height, width in self.sizes_hw)
+            self.encoder_attention = nn.ModuleList(
+                LeanAttention(layer.self_attn, num_points, self.sizes_hw, box_references=False)
+                for layer in detector.encoder.layers
+            )
+            self.decoder_attention = nn.ModuleList(
+                LeanAttention(
+                    layer.cross_attn,
+                    detector.num_queries,
+                    self.sizes_hw,
+                    box_references=detector.with_box_refine and index > 0,
+                )
+                for index, layer in enumerate(detector.decoder.layers)
+            )
+
+    def _positions(self, features: tuple[Tensor, ...]) -> Tensor:
+        """Sine positions plus level embedding of every feature point, ``(1, S, C)``."""
+        encoding = self.detector.positional_encoding
+        parts = [
+            encoding(None, input=feature).flatten(2).transpose(1, 2) + self.detector.level_embed[level]
+            for level, feature in enumerate(features)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _encoder_centres(self, device: torch.device) -> Tensor:
+        """Grid coordinates (x, y in -1..1) of every feature point's own centre, ``(1, S, 1, 2)``."""
+        centres = []
+        for height, width in self.sizes_hw:
+            y = (torch.arange(height, device=device) + 0.5) / height * 2 - 1
+            x = (torch.arange(width, device=device) + 0.5) / width * 2 - 1
+            grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+            centres.append(torch.stack([grid_x, grid_y], -1).reshape(-1, 2))
+        return torch.cat(centres)[None, :, None, :]
+
+    def _prepare_decoder(self) -> None:
+        """Queries, their positions and first references: the same for every image."""
+        detector = self.detector
+        width = detector.embed_dims
+        query_pos, query = torch.split(detector.query_embedding.weight[None], width, dim=2)
+        first = detector.decoder.layers[0]
+        after_self_attention = first.norms[0](self_attention(first.self_attn, detector.num_queries, query, query_pos))
+        self.register_buffer("query_pos", query_pos.detach().clone())
+        self.register_buffer("first_query", after_self_attention.detach().clone())
+        references = detector.reference_points_fc(query_pos).sigmoid()
+        self.register_buffer("first_reference_logits", clamped_logits(torch.logit(references)).detach())
+        self.register_buffer("first_centres", (2 * references - 1)[:, :, None, :].detach())
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        features = self.detector.extract_feat(inputs)
+        memory = torch.cat([feature.flatten(2) for feature in features], dim=2).transpose(1, 2)
+        for layer, attend in zip(self.detector.encoder.layers, self.encoder_attention):
+            attended = attend(memory + self.positions, memory, self.encoder_centres)
+            memory = layer.norms[0](memory + attended)
+            memory = layer.norms[1](memory + feed_forward(layer.ffn, memory))
+        return self._decode(memory)
+
+    def _decode(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoder layers and the last prediction layer."""
+        detector, head = self.detector, self.detector.bbox_head
+        layers = list(detector.decoder.layers)
+        query = self.first_query.expand(memory.shape[0], -1, -1)
+        box_logits = None
+        for index, (layer, attend) in enumerate(zip(layers, self.decoder_attention)):
+            if index > 0:
+                query = layer.norms[0](self_attention(layer.self_attn, detector.num_queries, query, self.query_pos))
+            if box_logits is None:
+                centres, sizes = self.first_centres, None
+            else:
+                boxes = box_logits.sigmoid()[:, :, None, :]
+                centres, sizes = 2 * boxes[..., :2] - 1, boxes[..., 2:]
+            attended = attend(query + self.query_pos, memory, centres, sizes)
+            query = layer.norms[1](query + attended)
+            query = layer.norms[2](query + feed_forward(layer.ffn, query))
+            last = index == len(layers) - 1
+            if detector.with_box_refine or last:
+                offsets = head.reg_branches[index](query)
+                references = self.first_reference_logits if box_logits is None else box_logits
+                box_logits = add_reference(offsets, references)
+                if not last:
+                    box_logits = clamped_logits(box_logits)
+        logits = head.cls_branches[len(layers) - 1](query)
+        return logits, box_logits.sigmoid()
+
+
+class LeanAttention(nn.Module):
+    """Multi-scale deformable attention over levels of known size, without its residual.
+
+    Args:
+        attention: the module whose weights are used.
+        num_queries: Q. All sizes but the batch are numbers, so that no shape arithmetic enters the graph.
+        sizes_hw: height and width of every level.
+        box_references: whether references are boxes (offsets then count in parts of the box), or points
+            (offsets then count in pixels of the level).
+    """
+
+    def __init__(
+        self,
+        attention: MultiScaleDeformableAttention,
+        num_queries: int,
+        sizes_hw: list[tuple[int, int]],
+        box_references: bool,
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.num_queries = num_queries
+        self.sizes_hw = sizes_hw
+        heads, levels, points = attention.num_heads, attention.num_levels, attention.num_points
+        scale = torch.ones(heads, levels, points, 2, device=attention.sampling_offsets.weight.device)
+        if box_references:
+            # mmcv: centre + offset / P * size * 0.5 in 0..1, which is twice that in -1..1.
+            scale /= points
+        else:
+            for level, (height, width) in enumerate(sizes_hw):
+                scale[:, level] *= torch.tensor([2 / width, 2 / height], device=scale.device)
+        scale = scale.flatten()
+        self.register_buffer("offset_weight", (attention.sampling_offsets.weight * scale[:, None]).detach())
+        self.register_buffer("offset_bias", (attention.sampling_offsets.bias * scale).detach())
+
+    def forward(self, query: Tensor, value: Tensor, centres: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (B, Q, C) with positions added.
+            value: (B, S, C).
+            centres: (B or 1, Q, 1, 2), grid coordinates (x, y) in -1..1.
+            sizes: (B, Q, 1, 2), width and height of box references in 0..1; None for points.
+
+        Returns:
+            (B, Q, C).
+        """
+        module = self.attention
+        heads, levels, points = module.num_heads, module.num_levels, module.num_points
+        num_queries, width = self.num_queries, module.embed_dims
+
+        offsets = F.linear(query, self.offset_weight, self.offset_bias)
+        offsets = offsets.reshape(-1, num_queries, heads * levels * points, 2)
+        grid = centres + (offsets if sizes is None else offsets * sizes)
+        grid = grid.reshape(-1, num_queries, heads, levels * points * 2).transpose(1, 2)
+        grid = grid.reshape(-1, num_queries, levels * points, 2)
+
+        weights = module.attention_weights(query).reshape(-1, num_queries, heads, levels * points)
+        weights = weights.softmax(-1).transpose(1, 2).reshape(-1, 1, num_queries, levels * points)
+
+        value = module.value_proj(value).transpose(1, 2)
+        planes = value.split([height * width for height, width in self.sizes_hw], dim=2)
+        grids = grid.split(points, dim=2)
+        sampled = [
+            F.grid_sample(
+                plane.reshape(-1, width // heads, *size_hw),
+                level_grid,
+                mode="bilinear",
+                padding_mode="zeros",
+                align_corners=False,
+            )
+            for plane, level_grid, size_hw in zip(planes, grids, self.sizes_hw)
+        ]
+        attended = (torch.cat(sampled, dim=-1) * weights).sum(-1)
+        return module.output_proj(attended.reshape(-1, width, num_queries).transpose(1, 2))
+
+
+def self_attention(module: nn.Module, num_queries: int, query: Tensor, query_pos: Tensor) -> Tensor:
+    """mmcv's ``MultiheadAttention`` among the queries, residual included: (B, Q, C) → (B, Q, C)."""
+    attention = module.attn
+    width, heads = attention.embed_dim, attention.num_heads
+    positioned = query + query_pos
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    query_key = F.linear(positioned, weight[: 2 * width], bias[: 2 * width])
+    value = F.linear(query, weight[2 * width :], bias[2 * width :])
+
+    def per_head(tensor: Tensor) -> Tensor:
+        return tensor.reshape(-1, num_queries, heads, width // heads).transpose(1, 2)
+
+    queries, keys = per_head(query_key[..., :width]), per_head(query_key[..., width:])
+    scores = queries @ keys.transpose(2, 3) * (1 / math.sqrt(width // heads))
+    mixed = (scores.softmax(-1) @ per_head(value)).transpose(1, 2).reshape(-1, num_queries, width)
+    return query + attention.out_proj(mixed)
+
+
+def feed_forward(module: nn.Module, inputs: Tensor) -> Tensor:
+    """mmcv's ``FFN`` without its residual."""
+    return module.layers(inputs)
+
+
+def clamped_logits(logits: Tensor) -> Tensor:
+    """What mmdet's ``inverse_sigmoid`` makes of ``sigmoid(logits)``: a bound near ±11.5."""
+    bound = math.log(1 / INVERSE_SIGMOID_EPS)
+    return logits.clamp(-bound, bound)
+
+
+def add_reference(offsets: Tensor, reference_logits: Tensor) -> Tensor:
+    """Box offsets (B, Q, 4) onto reference boxes (…, 4), or onto the centres of reference points (…, 2)."""
+    if reference_logits.shape[-1] == 4:
+        return offsets + reference_logits
+    return offsets + F.pad(reference_logits, (0, 2))

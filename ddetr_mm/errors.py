@@ -1,0 +1,99 @@
+"""The errors a user can cause, and how they are told.
+
+Every command turns an :class:`InputError` into one message on standard error and exit status 2;
+anything else is a defect of ours (exit status 1). The module imports nothing, so that every layer
+may use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+_UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<unset>"})()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with the input, with all a user needs to mend it.
+
+    Attributes:
+        what: the fault in a few words, e.g. ``"is not an option"``.
+        file: the file it was found in.
+        where: a dotted key path, a line (``"line 12"``), or both.
+        value: the offending value; left out of the message when not given.
+        allowed: what would be accepted, in words or as a list.
+        mend: what to do about it.
+    """
+
+    what: str
+    file: str | PathLike[str] | None = None
+    where: str | None = None
+    value: Any = _UNSET
+    allowed: Any = None
+    mend: str | None = None
+
+    def __str__(self) -> str:
+        place = ": ".join(str(part) for part in (self.file, self.where) if part)
+        text = f"{place}: {self.what}" if place else self.what
+        if self.value is not _UNSET:
+            text += f" (got {shorten(self.value)})"
+        if self.allowed is not None:
+            allowed = self.allowed
+            if not isinstance(allowed, str):
+                allowed = ", ".join(str(option) for option in allowed)
+            text += f"; allowed: {allowed}"
+        if self.mend:
+            text += f"; {self.mend}"
+        return text
+
+
+class InputError(Exception):
+    """Wrong input: a spec, a data file, a checkpoint, an argument or the environment.
+
+    Args:
+        problems: one or several :class:`Problem`, or plain text. All are shown at once.
+    """
+
+    exit_status = 2
+
+    def __init__(self, *problems: Problem | str) -> None:
+        self.problems: tuple[Problem, ...] = tuple(
+            problem if isinstance(problem, Problem) else Problem(problem) for problem in problems
+        )
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    @classmethod
+    def collect(cls, problems: Iterable[Problem]) -> None:
+        """Raise one error that holds all ``problems``; do nothing when there are none."""
+        found = tuple(problems)
+        if found:
+            raise cls(*found)
+
+
+class SpecError(InputError):
+    """The YAML spec or a ``key=value`` override is wrong."""
+
+
+class DataError(InputError):
+    """Images, labels or annotation files are wrong or missing."""
+
+
+class WeightsError(InputError):
+    """A checkpoint cannot be read, or does not fit the model."""
+
+
+class ExportError(InputError):
+    """A model cannot be exported as asked, or the export does not agree with PyTorch."""
+
+
+class StackError(InputError):
+    """Torch, mmcv, mmdet or another part of the environment is missing or does not fit."""
+
+
+def shorten(value: Any, limit: int = 120) -> str:
+    """``repr`` of a value, cut to ``limit`` characters for messages."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

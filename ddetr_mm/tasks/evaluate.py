@@ -1,0 +1,31 @@
+"""``ddetr-mm evaluate``: COCO metrics of a checkpoint."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from ddetr_mm.spec import load_spec
+from ddetr_mm.tasks.session import choose_device, open_session, require_device
+
+
+def run(arguments: Namespace) -> None:
+    """Evaluate; leaves ``results.json`` and ``predictions.json``."""
+    loaded = load_spec(arguments.experiment_spec, arguments.overrides, "evaluate")
+    spec = loaded.spec
+    choose_device(spec, spec.evaluate.gpu_ids)
+    require_device(spec)
+    with open_session(loaded, "evaluate") as session:
+        from ddetr_mm.tasks.runner import build_runner, load_checkpoint
+
+        checkpoint = spec.evaluate.checkpoint
+        runner = build_runner(loaded, "evaluate", session.folder, checkpoint)
+        load_checkpoint(runner.model, checkpoint, where="evaluate.checkpoint")
+        session.status.write(f"Loading checkpoint: {checkpoint}")
+        metrics = runner.test()
+        session.status.write(
+            "Test metrics generated.",
+            kpi={
+                "test_mAP": str(metrics["coco/bbox_mAP"]),
+                "test_mAP50": str(metrics["coco/bbox_mAP_50"]),
+            },
+        )

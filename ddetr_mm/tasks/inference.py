@@ -1,0 +1,28 @@
+"""``ddetr-mm inference``: label files and annotated images for folders of images."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from ddetr_mm.spec import load_spec
+from ddetr_mm.tasks.session import choose_device, open_session, require_device
+
+
+def run(arguments: Namespace) -> None:
+    """Detect; leaves ``labels/*.txt`` and ``images_annotated/``."""
+    loaded = load_spec(arguments.experiment_spec, arguments.overrides, "inference")
+    spec = loaded.spec
+    choose_device(spec, spec.inference.gpu_ids)
+    require_device(spec)
+    with open_session(loaded, "inference") as session:
+        from ddetr_mm.tasks.runner import build_runner, load_checkpoint
+
+        checkpoint = spec.inference.checkpoint
+        runner = build_runner(loaded, "inference", session.folder, checkpoint)
+        load_checkpoint(runner.model, checkpoint, where="inference.checkpoint")
+        session.status.write(f"Loading checkpoint: {checkpoint}")
+        counts = runner.test()
+        print(
+            f"{counts['inference/objects']:.0f} objects in {counts['inference/images']:.0f} images: "
+            f"{session.folder}/labels, {session.folder}/images_annotated"
+        )

@@ -1,0 +1,113 @@
+"""mmdet's own ``tools/train.py`` and ``tools/test.py`` with a spec where they take a config.
+
+The tools of the installed mmdet run unchanged. Before they start, ``ddetr_mm`` is imported (so that they
+also run beside mmcv-lite), a spec among the arguments is replaced by its translation, and a checkpoint of
+another format by its conversion.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+from ddetr_mm.errors import InputError, Problem, StackError
+
+SPEC_SUFFIXES = (".yaml", ".yml")
+SUBTASK_OF_TOOL = {"train": "train", "test": "evaluate"}
+
+
+def main(tool: str) -> int:
+    """Run one of mmdet's tools on the process's arguments.
+
+    Args:
+        tool: ``"train"`` or ``"test"``.
+
+    Returns:
+        The exit status: 0, or 2 for wrong input. The tool's own ``SystemExit`` passes through.
+    """
+    try:
+        script = mmdet_tool(tool)
+        sys.argv = [str(script), *prepare_arguments(tool, sys.argv[1:])]
+        runpy.run_path(str(script), run_name="__main__")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def mmdet_tool(tool: str) -> Path:
+    """The script inside the installed mmdet.
+
+    Raises:
+        StackError: when mmdet is not installed as a wheel that carries its tools.
+    """
+    package = importlib.util.find_spec("mmdet")
+    places = [] if package is None or package.origin is None else [Path(package.origin).parent]
+    for folder in places:
+        for script in (folder / ".mim" / "tools" / f"{tool}.py", folder.parent / "tools" / f"{tool}.py"):
+            if script.is_file():
+                return script
+    raise StackError(Problem(f"mmdet's tools/{tool}.py was not found", mend="pip install mmdet==3.3.0"))
+
+
+def prepare_arguments(tool: str, arguments: list[str]) -> list[str]:
+    """Replace a spec by its translated config, and for ``test`` a foreign checkpoint by a converted one.
+
+    Args:
+        tool: ``"train"`` or ``"test"``.
+        arguments: as given by the user; the config (or spec) and the checkpoint are found by position, as
+            the first ones, which is how mmdet's tools document them.
+    """
+    prepared = list(arguments)
+    if not prepared or prepared[0].startswith("-"):
+        return prepared
+    checkpoint = None
+    if tool == "test" and len(prepared) > 1 and not prepared[1].startswith("-"):
+        checkpoint = prepared[1]
+    folder = work_dir(prepared)
+    if Path(prepared[0]).suffix.lower() in SPEC_SUFFIXES:
+        prepared[0] = str(translate_spec(prepared[0], tool, checkpoint, folder))
+    if checkpoint is not None:
+        prepared[1] = str(mmdet_checkpoint(checkpoint, folder))
+    return prepared
+
+
+def work_dir(arguments: list[str]) -> Path:
+    """The tool's ``--work-dir``, by default ``work_dirs/<name of the config>`` as in mmdet."""
+    for position, argument in enumerate(arguments):
+        if argument == "--work-dir" and position + 1 < len(arguments):
+            return Path(arguments[position + 1])
+        if argument.startswith("--work-dir="):
+            return Path(argument.partition("=")[2])
+    return Path("work_dirs") / Path(arguments[0]).stem
+
+
+def translate_spec(spec_path: str, tool: str, checkpoint: str | None, folder: Path) -> Path:
+    """Write the spec's config into ``folder`` under the spec's name and return its path."""
+    from ddetr_mm.files import write_text_whole
+    from ddetr_mm.spec import load_spec
+    from ddetr_mm.tasks.runner import config_source
+
+    subtask = SUBTASK_OF_TOOL[tool]
+    overrides = [f"evaluate.checkpoint={checkpoint}"] if checkpoint else []
+    loaded = load_spec(spec_path, overrides, subtask)
+    named = checkpoint or loaded.spec.train.pretrained_model_path
+    return write_text_whole(folder / f"{Path(spec_path).stem}.py", config_source(loaded, subtask, named))
+
+
+def mmdet_checkpoint(path: str, folder: Path) -> Path:
+    """A checkpoint that mmengine loads: the given one, or a conversion of it in ``folder``.
+
+    Raises:
+        WeightsError: when the file is no checkpoint.
+    """
+    from ddetr_mm.weights import convert_checkpoint, inspect_checkpoint
+
+    if "://" in path or inspect_checkpoint(path).format == "mmdet":
+        return Path(path)
+    converted = folder / f"{Path(path).stem}_mmdet.pth"
+    report = convert_checkpoint(path, converted, "mmdet")
+    print(report.summary(), file=sys.stderr)
+    return converted

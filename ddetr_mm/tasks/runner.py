@@ -1,0 +1,120 @@
+"""From a loaded spec to an mmengine Runner, and a checkpoint of any format into its model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+from torch import nn
+
+import ddetr_mm.register  # noqa: F401 - puts our components into the registries
+from ddetr_mm.errors import Problem, WeightsError
+from ddetr_mm.files import write_text_whole
+from ddetr_mm.spec import LoadedSpec
+from ddetr_mm.translate import spec_config_text, to_config
+from ddetr_mm.weights import inspect_checkpoint, load_for_model
+
+CONFIG_NAME = "config.py"
+
+
+def look_up_channels(backbone_cfg: dict[str, Any]) -> list[int]:
+    """Output channels of a backbone that the spec brings, by building it."""
+    from ddetr_mm.models.feature_channels import feature_channels
+
+    return list(feature_channels(backbone_cfg).channels)
+
+
+def config_source(loaded: LoadedSpec, subtask: str, checkpoint: str | None = None) -> str:
+    """The translated config as Python text.
+
+    Args:
+        loaded: the spec.
+        subtask: what the config is for.
+        checkpoint: a checkpoint the run will start from; its origin decides whether padded attention
+            values are zeroed, unless the spec says.
+    """
+    zeroed = None
+    if checkpoint and Path(checkpoint).exists() and not str(checkpoint).endswith((".onnx", ".engine")):
+        zeroed = inspect_checkpoint(checkpoint).zero_padded_values
+    draft = to_config(loaded, subtask, zero_padded_values=zeroed, look_up_channels=look_up_channels)
+    return spec_config_text(loaded, draft, subtask)
+
+
+def build_runner(loaded: LoadedSpec, subtask: str, folder: Path, checkpoint: str | None = None, **changes: Any) -> Runner:
+    """An mmengine Runner for a subtask, its config left in the results folder.
+
+    Args:
+        loaded: the spec.
+        subtask: ``train``, ``evaluate`` or ``inference``.
+        folder: the results folder.
+        checkpoint: see :func:`config_source`.
+        changes: top-level config values to set, e.g. ``load_from`` and ``resume``.
+    """
+    text = config_source(loaded, subtask, checkpoint)
+    path = write_text_whole(folder / CONFIG_NAME, text)
+    config = Config.fromfile(str(path))
+    for name, value in changes.items():
+        config[name] = value
+    runner = Runner.from_cfg(config)
+    # The Runner dumps the config under the same name, without the comments.
+    write_text_whole(path, text)
+    return runner
+
+
+def build_model(loaded: LoadedSpec, subtask: str, checkpoint: str, *, where: str) -> tuple[nn.Module, Config]:
+    """The network of a spec with the weights of a checkpoint, in eval mode, without a Runner.
+
+    Args:
+        loaded: the spec.
+        subtask: what the config is for.
+        checkpoint: a checkpoint of any known format.
+        where: the spec key that named it, for messages.
+
+    Returns:
+        The detector and its config.
+    """
+    require_file(checkpoint, where)
+    config = Config.fromstring(config_source(loaded, subtask, checkpoint), ".py")
+    register_scope(config)
+    model = MODELS.build(config.model)
+    load_checkpoint(model, checkpoint, where=where)
+    return model.eval(), config
+
+
+def register_scope(config: Config) -> None:
+    """Make the config's default scope the current one, as a Runner does."""
+    init_default_scope(config.get("default_scope", "mmdet"))
+
+
+def require_file(path: str, where: str) -> None:
+    """Check that a checkpoint exists.
+
+    Raises:
+        WeightsError: when it does not.
+    """
+    if not Path(path).exists():
+        raise WeightsError(Problem("does not exist", file=path, where=where, mend="name a checkpoint file"))
+
+
+def load_checkpoint(model: nn.Module, path: str, *, where: str) -> None:
+    """Load a checkpoint of any known format into a model and say how it went.
+
+    Args:
+        model: built for evaluation, inference or export.
+        path: the checkpoint.
+        where: the spec key that named it, for messages.
+
+    Raises:
+        WeightsError: when the file is missing, is not a checkpoint or leaves parameters without values.
+    """
+    require_file(path, where)
+    report = load_for_model(model, path, strict=True)
+    print(report.summary(), file=sys.stderr)
+    names = inspect_checkpoint(path).class_names
+    if names:
+        model.dataset_meta = dict(classes=tuple(names))

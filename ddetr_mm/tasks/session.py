@@ -1,0 +1,96 @@
+"""What every subtask has around it: its results folder, status.json, experiment.yaml, notes, device."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.files import write_text_whole
+from ddetr_mm.runtime.status import StatusLog
+from ddetr_mm.spec import ExperimentSpec, LoadedSpec, spec_to_yaml, task_results_dir
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of a subtask: where its results go, and its status log."""
+
+    folder: Path
+    status: StatusLog
+
+
+@contextmanager
+def open_session(loaded: LoadedSpec, subtask: str) -> Iterator[Session]:
+    """Make the results folder, write ``experiment.yaml`` and keep ``status.json`` while the block runs.
+
+    A conversion leaves no ``experiment.yaml``, as in the reference.
+
+    Raises:
+        DataError: when the results folder cannot be written to.
+    """
+    folder = task_results_dir(loaded.spec, subtask)
+    with _told_as_input_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if subtask != "convert":
+            write_text_whole(folder / "experiment.yaml", spec_to_yaml(loaded.spec))
+    say_notes(loaded)
+    status = StatusLog.at(folder / "status.json")
+    with status.task(subtask):
+        yield Session(folder, status)
+
+
+@contextmanager
+def _told_as_input_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            Problem(
+                f"the results folder cannot be written to: {error.strerror}",
+                file=folder,
+                where="results_dir",
+                mend="name a folder you may write to: results_dir=…",
+            )
+        ) from error
+
+
+def say_notes(loaded: LoadedSpec) -> None:
+    """Print what loading the spec has to say: fields without effect, values adjusted."""
+    for note in loaded.notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def choose_device(spec: ExperimentSpec, gpu_ids: list[int]) -> None:
+    """Decide where PyTorch runs; must be called before torch is imported.
+
+    ``ddetr_mm.device: cpu`` hides all GPUs; else the process sees those that ``gpu_ids`` names, unless the
+    environment has chosen already.
+    """
+    if spec.ddetr_mm.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif "CUDA_VISIBLE_DEVICES" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpu_ids)
+
+
+def require_device(spec: ExperimentSpec) -> None:
+    """Check that a GPU is there when the spec insists on one.
+
+    Raises:
+        DataError: for ``ddetr_mm.device: cuda`` without a usable GPU.
+    """
+    import torch
+
+    if spec.ddetr_mm.device == "cuda" and not torch.cuda.is_available():
+        raise DataError(
+            Problem(
+                "no CUDA GPU can be used",
+                where="ddetr_mm.device",
+                value="cuda",
+                allowed="auto, cpu",
+                mend="check `nvidia-smi` and that torch was built for CUDA",
+            )
+        )

@@ -1,0 +1,56 @@
+"""``ddetr-mm train``: spec → config → Runner, resuming by itself."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from ddetr_mm.errors import Problem, WeightsError
+from ddetr_mm.spec import ExperimentSpec, load_spec
+from ddetr_mm.tasks.session import choose_device, open_session, require_device
+
+
+def run(arguments: Namespace) -> None:
+    """Train, validate and checkpoint; see the contract of the command in the README."""
+    loaded = load_spec(arguments.experiment_spec, arguments.overrides, "train")
+    spec = loaded.spec
+    choose_device(spec, spec.train.gpu_ids)
+    require_device(spec)
+    with open_session(loaded, "train") as session:
+        from ddetr_mm.tasks.runner import build_runner
+
+        start = checkpoint_to_resume(spec, session.folder)
+        if start is not None:
+            session.status.write(f"Resuming training from checkpoint: {start}")
+        runner = build_runner(
+            loaded,
+            "train",
+            session.folder,
+            spec.train.pretrained_model_path,
+            load_from=str(start) if start else None,
+            resume=start is not None,
+        )
+        runner.train()
+
+
+def checkpoint_to_resume(spec: ExperimentSpec, folder: Path) -> Path | None:
+    """Where to go on: the checkpoint the spec names, else the folder's latest, else nowhere.
+
+    Raises:
+        WeightsError: when the spec names a checkpoint that is not there.
+    """
+    from ddetr_mm.runtime.checkpoint_hook import find_latest_checkpoint
+
+    named = spec.train.resume_training_checkpoint_path
+    if named:
+        if not Path(named).is_file():
+            raise WeightsError(
+                Problem(
+                    "does not exist",
+                    file=named,
+                    where="train.resume_training_checkpoint_path",
+                    mend="name a checkpoint of this training, or remove the key to go on from the latest",
+                )
+            )
+        return Path(named)
+    return find_latest_checkpoint(folder)

@@ -1,0 +1,138 @@
+"""Spec section ``dataset`` → pipelines, dataloaders and evaluators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ddetr_mm.spec import ExperimentSpec
+from ddetr_mm.spec.schema import DataSource
+from ddetr_mm.translate.draft import Reference
+
+AUGMENTATION_KEYS = tuple(
+    f"dataset.augmentation.{name}"
+    for name in (
+        "scales",
+        "random_resize_max_size",
+        "horizontal_flip_prob",
+        "train_random_resize",
+        "train_random_crop_min",
+        "train_random_crop_max",
+        "fixed_random_crop",
+    )
+)
+TEST_PIPELINE_KEYS = (
+    "dataset.augmentation.test_random_resize",
+    "dataset.augmentation.random_resize_max_size",
+)
+LOADER_KEYS = (
+    "dataset.batch_size",
+    "dataset.workers",
+    "dataset.pin_memory",
+    "dataset.dataset_type",
+    "dataset.num_classes",
+)
+
+
+def train_pipeline(spec: ExperimentSpec) -> list[dict[str, Any]]:
+    """Loading, flip, then either large-scale jitter or the two-way random resize and crop of DETR."""
+    augmentation = spec.dataset.augmentation
+    pipeline: list[dict[str, Any]] = [
+        dict(type="LoadImageFromFile"),
+        dict(type="LoadAnnotations", with_bbox=True),
+        dict(type="RandomFlip", prob=augmentation.horizontal_flip_prob),
+    ]
+    if augmentation.fixed_random_crop:
+        pipeline.append(dict(type="LargeScaleJitter", size=augmentation.fixed_random_crop))
+    else:
+        pipeline.append(dict(type="RandomChoice", transforms=resize_choices(spec), prob=[0.5, 0.5]))
+    pipeline.append(dict(type="PackDetInputs"))
+    return pipeline
+
+
+def resize_choices(spec: ExperimentSpec) -> list[list[dict[str, Any]]]:
+    """The two equally likely branches: plain multi-scale resize; resize, crop and resize again."""
+    augmentation = spec.dataset.augmentation
+    multi_scale = resize(spec, list(augmentation.scales), augmentation.random_resize_max_size)
+    crop_first = [
+        resize(spec, list(augmentation.train_random_resize), None),
+        dict(
+            type="TAORandomSizeCrop",
+            min_size=augmentation.train_random_crop_min,
+            max_size=augmentation.train_random_crop_max,
+        ),
+        dict(multi_scale),
+    ]
+    return [[multi_scale], crop_first]
+
+
+def resize(spec: ExperimentSpec, scales: list[int], max_size: int | None) -> dict[str, Any]:
+    """A resize of the shorter side to one of ``scales``, the longer side bounded by ``max_size``."""
+    return dict(type="TAORandomResize", scales=scales, max_size=max_size, backend=spec.ddetr_mm.resize)
+
+
+def test_pipeline(
+    spec: ExperimentSpec, *, stretch_wh: tuple[int, int] | None = None, with_annotations: bool = True
+) -> list[dict[str, Any]]:
+    """Loading and one fixed resize.
+
+    Args:
+        spec: a checked experiment spec.
+        stretch_wh: resize to exactly this width and height instead of keeping the aspect ratio.
+        with_annotations: also load the ground truth (in the original frame).
+    """
+    augmentation = spec.dataset.augmentation
+    if stretch_wh is None:
+        step = resize(spec, [augmentation.test_random_resize], augmentation.random_resize_max_size)
+    else:
+        step = dict(type="Resize", scale=stretch_wh, keep_ratio=False, backend="pillow")
+    pipeline: list[dict[str, Any]] = [dict(type="LoadImageFromFile"), step]
+    if with_annotations:
+        pipeline.append(dict(type="LoadAnnotations", with_bbox=True))
+    return [*pipeline, dict(type="PackDetInputs")]
+
+
+def coco_dataset(
+    spec: ExperimentSpec, sources: list[dict[str, str]], pipeline: Reference, *, test_mode: bool
+) -> dict[str, Any]:
+    """Config of the annotated dataset; labels are raw category ids, as the class columns are."""
+    return dict(
+        type="SerializedCocoDataset",
+        sources=sources,
+        label_mode="category_id",
+        num_classes=spec.dataset.num_classes,
+        storage="shared" if spec.dataset.dataset_type == "serialized" else "process",
+        pipeline=pipeline,
+        test_mode=test_mode,
+    )
+
+
+def dataloader(spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool) -> dict[str, Any]:
+    """Config of one dataloader; every sample of a validation or test set is seen once."""
+    workers = spec.dataset.workers
+    return dict(
+        batch_size=spec.dataset.batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=spec.dataset.pin_memory,
+        drop_last=False,
+        sampler=dict(type="DefaultSampler", shuffle=train),
+        dataset=dataset,
+    )
+
+
+def plain_sources(sources: Sequence[DataSource]) -> list[dict[str, str]]:
+    """The spec's data sources as plain dicts for a config."""
+    return [dict(image_dir=source.image_dir, json_file=source.json_file) for source in sources]
+
+
+def evaluator(spec: ExperimentSpec, sources: list[dict[str, str]], conf_threshold: float, **extra: Any) -> dict[str, Any]:
+    """Config of the COCO metric over the given sources."""
+    return dict(
+        type="FastCocoMetric",
+        sources=sources,
+        eval_class_ids=list(spec.dataset.eval_class_ids) if spec.dataset.eval_class_ids else None,
+        conf_threshold=conf_threshold,
+        classwise=True,
+        **extra,
+    )

@@ -1,0 +1,252 @@
+"""An experiment spec as an mmengine config: the one place that knows both vocabularies.
+
+``to_config`` puts the sections together in the order a reader wants them: the network, the data, the
+schedule, the run. What each section holds is told by its own module beside this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from ddetr_mm.errors import Problem, SpecError
+from ddetr_mm.spec import ExperimentSpec, LoadedSpec, task_results_dir
+from ddetr_mm.spec.schema import DataSource, InferSource
+from ddetr_mm.translate import data_section, model_section, runtime_section, schedule_section
+from ddetr_mm.translate.draft import ConfigDraft, Reference
+from ddetr_mm.translate.write import config_text
+
+SUBTASKS = ("train", "evaluate", "inference", "export")
+
+ChannelLookup = Callable[[dict[str, Any]], list[int]]
+
+
+def to_config(
+    loaded: LoadedSpec,
+    subtask: str,
+    *,
+    zero_padded_values: bool | None = None,
+    look_up_channels: ChannelLookup | None = None,
+) -> ConfigDraft:
+    """Translate a spec for one subtask.
+
+    Args:
+        loaded: what :func:`ddetr_mm.spec.load_spec` returned.
+        subtask: one of :data:`SUBTASKS`.
+        zero_padded_values: what the checkpoint's origin demands; the spec's own
+            ``ddetr_mm.zero_padded_values`` wins, and without either nothing is zeroed.
+        look_up_channels: gives the output channels of a backbone config; needed only when the spec brings
+            a backbone of its own (``ddetr_mm.backbone``).
+
+    Raises:
+        SpecError: for a subtask that has no config.
+    """
+    if subtask not in SUBTASKS:
+        raise SpecError(Problem("has no mmengine config", where="subtask", value=subtask, allowed=SUBTASKS))
+    spec = loaded.spec
+    zeroed = spec.ddetr_mm.zero_padded_values
+    if zeroed is None:
+        zeroed = bool(zero_padded_values)
+    channels = None
+    if spec.ddetr_mm.backbone:
+        if look_up_channels is None:
+            raise ValueError("a spec with ddetr_mm.backbone needs look_up_channels")
+        channels = look_up_channels(dict(spec.ddetr_mm.backbone))
+
+    draft = ConfigDraft()
+    draft.add("default_scope", "mmdet")
+    draft.add(
+        "custom_imports",
+        dict(imports=["ddetr_mm.register"], allow_failed_imports=False),
+        remark="Puts the components of ddetr_mm into mmdet's registries.",
+    )
+    draft.add(
+        "model",
+        model_section.detector(spec, zero_padded_values=zeroed, channels=channels),
+        model_section.SOURCE_KEYS,
+        remark="The network.",
+    )
+    {"train": _add_train, "evaluate": _add_evaluate, "inference": _add_inference, "export": _add_export}[subtask](
+        draft, spec
+    )
+    _add_run(draft, spec, subtask, zeroed)
+    return draft
+
+
+def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
+    train_sources = data_section.plain_sources(spec.dataset.train_data_sources or [])
+    val_sources = data_section.plain_sources(spec.dataset.val_data_sources or [])
+    draft.add(
+        "train_pipeline",
+        data_section.train_pipeline(spec),
+        data_section.AUGMENTATION_KEYS,
+        "What happens to a training image.",
+    )
+    draft.add(
+        "test_pipeline",
+        data_section.test_pipeline(spec),
+        data_section.TEST_PIPELINE_KEYS,
+        "What happens to a validation image.",
+    )
+    train_data = data_section.coco_dataset(spec, train_sources, Reference("train_pipeline"), test_mode=False)
+    val_data = data_section.coco_dataset(spec, val_sources, Reference("test_pipeline"), test_mode=True)
+    draft.add(
+        "train_dataloader",
+        data_section.dataloader(spec, train_data, train=True),
+        ("dataset.train_data_sources", *data_section.LOADER_KEYS),
+        "The data; labels are category ids, so class column 0 stays for the background.",
+    )
+    draft.add(
+        "val_dataloader", data_section.dataloader(spec, val_data, train=False), ("dataset.val_data_sources",)
+    )
+    draft.add("test_dataloader", Reference("val_dataloader"))
+    draft.add(
+        "val_evaluator",
+        data_section.evaluator(spec, val_sources, spec.evaluate.conf_threshold),
+        ("dataset.eval_class_ids", "evaluate.conf_threshold"),
+        "COCO's metrics.",
+    )
+    draft.add("test_evaluator", Reference("val_evaluator"))
+    draft.add(
+        "optim_wrapper",
+        schedule_section.optim_wrapper(spec),
+        schedule_section.OPTIM_KEYS,
+        "The optimizer; learning rates are multiplied for parameters with these parts in their names.",
+    )
+    draft.add(
+        "param_scheduler",
+        schedule_section.param_scheduler(spec),
+        schedule_section.SCHEDULER_KEYS,
+        "The schedule, in epochs.",
+    )
+    draft.add(
+        "train_cfg", schedule_section.train_loop(spec), ("train.num_epochs", "train.validation_interval")
+    )
+    draft.add("val_cfg", dict(type="ValLoop"))
+    draft.add("test_cfg", dict(type="TestLoop"))
+
+
+def _add_evaluate(draft: ConfigDraft, spec: ExperimentSpec) -> None:
+    sources = data_section.plain_sources(_test_sources(spec))
+    draft.add(
+        "test_pipeline",
+        data_section.test_pipeline(spec),
+        data_section.TEST_PIPELINE_KEYS,
+        "What happens to an image.",
+    )
+    dataset = data_section.coco_dataset(spec, sources, Reference("test_pipeline"), test_mode=True)
+    draft.add(
+        "test_dataloader",
+        data_section.dataloader(spec, dataset, train=False),
+        ("dataset.test_data_sources", *data_section.LOADER_KEYS),
+        "The data; labels are category ids, so class column 0 stays for the background.",
+    )
+    folder = str(task_results_dir(spec, "evaluate"))
+    metric = data_section.evaluator(spec, sources, spec.evaluate.conf_threshold, results_dir=folder)
+    draft.add(
+        "test_evaluator", metric, ("dataset.eval_class_ids", "evaluate.conf_threshold"), "COCO's metrics."
+    )
+    draft.add("test_cfg", dict(type="TestLoop"))
+
+
+def _test_sources(spec: ExperimentSpec) -> list[DataSource]:
+    """The one test source, or the validation sources where the spec names no test data."""
+    if spec.dataset.test_data_sources:
+        return [spec.dataset.test_data_sources]
+    return list(spec.dataset.val_data_sources or [])
+
+
+def _add_inference(draft: ConfigDraft, spec: ExperimentSpec) -> None:
+    settings = spec.inference
+    stretch = None
+    if settings.input_width and settings.input_height:
+        stretch = (settings.input_width, settings.input_height)
+    steps = data_section.test_pipeline(spec, stretch_wh=stretch, with_annotations=False)
+    keys = (*data_section.TEST_PIPELINE_KEYS, "inference.input_width", "inference.input_height")
+    draft.add("test_pipeline", steps, keys, "What happens to an image.")
+    infer_source = spec.dataset.infer_data_sources or InferSource()
+    dataset = dict(
+        type="ImageFolderDataset",
+        image_dirs=list(infer_source.image_dir),
+        pipeline=Reference("test_pipeline"),
+    )
+    draft.add(
+        "test_dataloader",
+        data_section.dataloader(spec, dataset, train=False),
+        ("dataset.infer_data_sources", "dataset.batch_size", "dataset.workers"),
+    )
+    draft.add(
+        "test_evaluator",
+        dict(
+            type="DetectionWriter",
+            output_dir=str(task_results_dir(spec, "inference")),
+            conf_threshold=settings.conf_threshold,
+            color_map=dict(settings.color_map) if settings.color_map else None,
+            outline_width=settings.outline_width,
+            per_sequence=settings.is_internal,
+            class_names_file=infer_source.classmap,
+        ),
+        tuple(
+            f"inference.{name}" for name in ("conf_threshold", "color_map", "outline_width", "is_internal")
+        ),
+        remark="Writes label files and annotated images.",
+    )
+    draft.add("test_cfg", dict(type="TestLoop"))
+
+
+def _add_export(draft: ConfigDraft, spec: ExperimentSpec) -> None:
+    settings = spec.export
+    stretch = (settings.input_width, settings.input_height)
+    steps = data_section.test_pipeline(spec, stretch_wh=stretch, with_annotations=False)
+    draft.add(
+        "test_pipeline", steps, ("export.input_width", "export.input_height"), "What happens to an image."
+    )
+
+
+def _add_run(draft: ConfigDraft, spec: ExperimentSpec, subtask: str, zeroed: bool) -> None:
+    train = subtask == "train"
+    folder = task_results_dir(spec, subtask)
+    draft.add(
+        "default_hooks",
+        runtime_section.default_hooks(spec, train=train, zero_padded_values=zeroed),
+        runtime_section.CHECKPOINT_KEYS if train else (),
+        "The run.",
+    )
+    if train:
+        draft.add("custom_hooks", runtime_section.train_hooks(spec, str(folder / "status.json")))
+    draft.add("visualizer", runtime_section.visualizer())
+    draft.add("randomness", runtime_section.randomness(spec), runtime_section.SEED_KEYS)
+    draft.add("env_cfg", runtime_section.environment(spec), ("train.cudnn.benchmark",))
+    draft.add("log_processor", dict(type="LogProcessor", window_size=50, by_epoch=True))
+    draft.add("log_level", "INFO")
+    draft.add("work_dir", str(folder), ("results_dir",))
+    draft.add("load_from", None)
+    draft.add("resume", False)
+
+
+def spec_config_text(loaded: LoadedSpec, draft: ConfigDraft, subtask: str) -> str:
+    """The draft as commented Python: above each section stand the spec fields it came from."""
+
+    def describe(key: str) -> str:
+        origin = loaded.origin.get(key) or next(
+            (f"{where} and below" for path, where in loaded.origin.items() if path.startswith(key + ".")),
+            "default",
+        )
+        return f"{key} = {_plain(attrgetter(key)(loaded.spec))!r} ({origin})"
+
+    title = [
+        f"Config for `{subtask}`, translated from the spec {Path(loaded.path).name}.",
+        "It stands alone: mmengine.Config.fromfile reads it, mmdet's tools and init_detector run it.",
+        "Above each section stand the spec fields it was made from and where their values came from.",
+    ]
+    return config_text(draft, title=title, describe=describe)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses of the spec as dicts, for showing."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
