@@ -1,0 +1,1 @@
+"""What surrounds a run: status file, checkpoints, curves, result files, progress."""

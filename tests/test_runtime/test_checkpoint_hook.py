@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mmengine.runner.runner as mmengine_runner
+import numpy as np
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.hooks import Hook
+
+from ddetr_mm.errors import InputError
+from ddetr_mm.runtime.checkpoint_hook import TAOCheckpointHook
+from ddetr_mm.runtime.checkpoints import LATEST_NAME, find_latest_checkpoint, is_whole, list_checkpoints
+
+
+def names(folder):
+    return [path.name for path in list_checkpoints(folder)]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def test_saves_by_epoch_and_the_last(make_runner, tmp_path):
+    make_runner([TAOCheckpointHook(interval=2)], epochs=5).train()
+    folder = tmp_path / "train"
+    assert names(folder) == ["model_epoch_001.pth", "model_epoch_003.pth", "model_epoch_004.pth"]
+    assert str((folder / LATEST_NAME).readlink()) == "model_epoch_004.pth"
+    assert (folder / "last_checkpoint").read_text() == str(folder / "model_epoch_004.pth")
+    meta = load(folder / LATEST_NAME)["meta"]
+    assert (meta["epoch"], meta["iter"], meta["batches_done"]) == (5, 25, 0)
+
+
+def test_saves_by_step_with_the_step_in_the_name(make_runner, tmp_path):
+    make_runner([TAOCheckpointHook(interval=5, unit="step")], epochs=3, batches=4).train()
+    folder = tmp_path / "train"
+    assert names(folder) == [
+        "model_epoch_001_step_00005.pth",
+        "model_epoch_002_step_00010.pth",
+        "model_epoch_002_step_00012.pth",
+    ]
+    metas = [load(path)["meta"] for path in list_checkpoints(folder)]
+    assert [(meta["epoch"], meta["iter"], meta["batches_done"]) for meta in metas] == [
+        (1, 5, 1),
+        (2, 10, 2),
+        (3, 12, 0),
+    ]
+
+
+def test_a_step_that_ends_an_epoch_is_saved_as_finished_epoch(make_runner, tmp_path):
+    make_runner([TAOCheckpointHook(interval=4, unit="step")], epochs=2, batches=4).train()
+    folder = tmp_path / "train"
+    assert names(folder) == ["model_epoch_000_step_00004.pth", "model_epoch_001_step_00008.pth"]
+    first = load(list_checkpoints(folder)[0])
+    assert (first["meta"]["epoch"], first["meta"]["batches_done"]) == (1, 0)
+    assert first["param_schedulers"][0]["last_step"] == 1
+
+
+def test_loops_that_count_iterations(make_runner, tmp_path):
+    runner = make_runner(
+        [TAOCheckpointHook(interval=3, unit="step")],
+        batches=5,
+        train_cfg={"by_epoch": False, "max_iters": 7},
+        param_scheduler=None,
+    )
+    runner.train()
+    steps = [load(path)["meta"]["iter"] for path in list_checkpoints(tmp_path / "train")]
+    assert steps == [3, 6, 7]
+
+
+def test_content_is_plain_and_carries_what_tools_need(make_runner, tmp_path):
+    extra = {"spec": "a: 1", "labels": [1, {"deep": (2,)}]}
+    hook = ConfigDict({"type": "TAOCheckpointHook", "extra_meta": extra})
+    make_runner([hook], epochs=1, validate=True).train()
+    checkpoint = load(tmp_path / "train" / "model_epoch_000.pth")
+    assert {"meta", "state_dict", "message_hub", "optimizer", "param_schedulers", "rng_states"} <= set(
+        checkpoint
+    )
+    assert checkpoint["meta"]["ddetr_mm"] == extra
+    assert checkpoint["meta"]["dataset_meta"]["category_ids"] == [1, 2]
+    assert len(checkpoint["rng_states"]) == 1
+
+
+def test_reading_needs_no_class(make_runner, tmp_path):
+    make_runner([TAOCheckpointHook()], epochs=2, validate=True).train()
+    path = tmp_path / "train" / "model_epoch_001.pth"
+    assert torch.serialization.get_unsafe_globals_in_checkpoint(path) == []
+
+
+def test_message_hub_survives_resuming(make_runner, tmp_path):
+    first = make_runner([TAOCheckpointHook()], epochs=2, validate=True)
+    first.train()
+    second = make_runner([TAOCheckpointHook()], epochs=3, validate=True, resume=True)
+    second.train()
+    losses = second.message_hub.get_scalar("train/loss").data[0]
+    assert len(losses) == 15
+    assert losses[:10].tolist() == first.message_hub.get_scalar("train/loss").data[0].tolist()
+
+
+def test_keeps_only_as_many_as_asked(make_runner, tmp_path):
+    make_runner([TAOCheckpointHook(max_keep=2)], epochs=5).train()
+    assert names(tmp_path / "train") == ["model_epoch_003.pth", "model_epoch_004.pth"]
+
+
+def test_a_finished_run_writes_nothing_more(make_runner, tmp_path):
+    make_runner([TAOCheckpointHook()], epochs=1).train()
+    before = (tmp_path / "train" / "model_epoch_000.pth").stat().st_mtime_ns
+    make_runner([TAOCheckpointHook()], epochs=1, resume=True).train()
+    assert names(tmp_path / "train") == ["model_epoch_000.pth"]
+    assert (tmp_path / "train" / "model_epoch_000.pth").stat().st_mtime_ns == before
+
+
+def test_early_stop_saves_the_end(make_runner, tmp_path):
+    runner = make_runner([TAOCheckpointHook(interval=3)], epochs=5)
+    epoch_run = runner.train_loop.run_epoch
+
+    def stop_after_two():
+        epoch_run()
+        runner.train_loop.stop_training = runner.epoch == 2
+
+    runner.train_loop.run_epoch = stop_after_two
+    runner.train()
+    assert names(tmp_path / "train") == ["model_epoch_001.pth"]
+    assert load(tmp_path / "train" / LATEST_NAME)["meta"]["epoch"] == 2
+
+
+@pytest.mark.parametrize("validate", [False, True])
+def test_resumed_run_ends_bit_equal(make_runner, tmp_path, validate):
+    straight = make_runner([TAOCheckpointHook()], tmp_path / "a", epochs=3, validate=validate)
+    straight.train()
+
+    class Killed(Exception):
+        pass
+
+    class Stop(Hook):
+        priority = "VERY_HIGH"
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            if runner.iter == 7:
+                raise Killed
+
+    with pytest.raises(Killed):
+        make_runner([TAOCheckpointHook(), Stop()], tmp_path / "b", epochs=3, validate=validate).train()
+    torch.rand(17)
+    np.random.random(5)
+    # The data of the interrupted epoch are drawn again from the state at its beginning.
+    resumed = make_runner([TAOCheckpointHook()], tmp_path / "b", epochs=3, validate=validate, resume=True)
+    resumed.train()
+    ends = [load(tmp_path / name / "model_epoch_002.pth") for name in "ab"]
+    for key, weights in ends[0]["state_dict"].items():
+        assert torch.equal(weights, ends[1]["state_dict"][key]), key
+    moments = [end["optimizer"]["state"][0]["exp_avg"] for end in ends]
+    assert torch.equal(*moments)
+    assert ends[0]["param_schedulers"] == ends[1]["param_schedulers"]
+
+
+def test_full_disk_is_one_message_and_keeps_the_last_good(make_runner, tmp_path, monkeypatch):
+    folder = tmp_path / "train"
+    real = mmengine_runner.save_checkpoint
+
+    def save_on_full_disk(checkpoint, filename, **options):
+        if checkpoint["meta"]["epoch"] == 2:
+            Path(filename).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(checkpoint, filename, **options)
+
+    monkeypatch.setattr(mmengine_runner, "save_checkpoint", save_on_full_disk)
+    with pytest.raises(InputError, match=r"no space left.*model_epoch_000\.pth"):
+        make_runner([TAOCheckpointHook()], epochs=3).train()
+    assert names(folder) == ["model_epoch_000.pth"]
+    assert is_whole(find_latest_checkpoint(folder))
+    assert not list(folder.glob(".tmp-*"))
+
+
+def test_settings_are_checked():
+    with pytest.raises(ValueError, match="epoch, step"):
+        TAOCheckpointHook(unit="iter")
+    with pytest.raises(ValueError, match="at least 1"):
+        TAOCheckpointHook(interval=0)
+
+
+KILLED_RUN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from conftest import build_runner
+from ddetr_mm.runtime.checkpoint_hook import TAOCheckpointHook
+build_runner(Path(sys.argv[1]), [TAOCheckpointHook(interval=1, unit="step")], epochs=100000).train()
+"""
+
+
+def test_a_killed_run_leaves_only_whole_files_and_goes_on(make_runner, tmp_path):
+    folder = tmp_path / "train"
+    command = [sys.executable, "-c", KILLED_RUN, str(folder), str(Path(__file__).parent)]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list_checkpoints(folder)) < 5 and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    written = list_checkpoints(folder)
+    assert len(written) >= 5
+    assert all(is_whole(path) for path in written)
+    latest = find_latest_checkpoint(folder)
+    # The link is at most one checkpoint behind: the moment between renaming and linking.
+    assert latest.name in [path.name for path in written[-2:]]
+    done = load(latest)["meta"]["iter"]
+    (folder / ".tmp-1-model_epoch_009.pth").touch()
+    runner = make_runner(
+        [TAOCheckpointHook(interval=1, unit="step")],
+        folder,
+        epochs=load(latest)["meta"]["epoch"] + 1,
+        load_from=str(latest),
+        resume=True,
+    )
+    runner.train()
+    assert runner.iter > done
+    assert not list(folder.glob(".tmp-*"))
+    assert json.dumps(load(folder / LATEST_NAME)["meta"]["iter"]) == str(runner.iter)
