@@ -12,7 +12,8 @@ from typing import Any
 from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
-from ..errors import Problem
+from ddetr_mm.errors import Problem
+
 from .aliases import canonical
 from .source import Branch, Leaf, Listing, Tree
 from .suggest import suggest_key
@@ -20,7 +21,7 @@ from .walk import FieldType, Kind, SchemaField, fields_of
 
 MISSING = "???"
 MAX_INTEGER = 2**63 - 1
-_NODES = {int: IntegerNode, float: FloatNode, str: StringNode, bool: BooleanNode}
+_NODES: dict[type, Any] = {int: IntegerNode, float: FloatNode, str: StringNode, bool: BooleanNode}
 
 Steps = tuple[str | int, ...]
 
@@ -56,6 +57,10 @@ class Binder:
         self.faulty.add(name)
         self.problems.append(Problem(what, file=self.file, where=f"{name}, {where}", **more))
 
+    def note(self, path: Steps, tree: Tree, what: str) -> None:
+        """Record that a value was accepted in another form."""
+        self.notes.append(f"{dotted(path)} ({tree.where}) {what}")
+
     def section(self, tree: Tree | None, cls: type, path: Steps = ()) -> dict[str, Any]:
         """The values of a section, by field name; unknown and wrong ones are left out."""
         if tree is None or (isinstance(tree, Leaf) and tree.value is None):
@@ -63,8 +68,12 @@ class Binder:
         known = fields_of(cls)
         if not isinstance(tree, Branch):
             what = "is not a section" if path else "the spec is not a mapping of keys to values"
-            name = path or ("the file",)
-            self.fault(name, tree.where, what, allowed="lines of key: value below it, of " + ", ".join(known))
+            self.fault(
+                path or ("the file",),
+                tree.where,
+                what,
+                allowed="lines of key: value below it, of " + ", ".join(known),
+            )
             return {}
         values: dict[str, Any] = {}
         for key, item in tree.items.items():
@@ -85,7 +94,7 @@ class Binder:
             other = dotted((*path[:-1], name))
             self.fault(path, item.where, f"is another name of {other}, which is given too", mend="keep one")
             return False
-        self.notes.append(f"{dotted(path)} ({item.where}) is read as {dotted((*path[:-1], name))}")
+        self.note(path, item, f"is read as {dotted((*path[:-1], name))}")
         return True
 
     def field(self, values: dict[str, Any], one: SchemaField, tree: Tree, path: Steps) -> None:
@@ -126,11 +135,12 @@ class Binder:
     def single_section(self, one: SchemaField, tree: Tree, path: Steps) -> Tree:
         """A list of one section where one section is expected: that section, with a note."""
         if isinstance(tree, Listing) and one.type.optional and len(tree.items) == 1:
-            self.notes.append(f"{dotted(path)} ({tree.where}) takes one source; its list of one is read as that")
+            self.note(path, tree, "takes one source; its list of one is read as that")
             return tree.items[0]
         return tree
 
     def scalar(self, values: dict[str, Any], one: SchemaField, tree: Tree, path: Steps) -> None:
+        """Convert a single value."""
         if not isinstance(tree, Leaf):
             shown = "a mapping" if isinstance(tree, Branch) else "a list"
             self.fault(path, tree.where, f"is {shown}", allowed=one.type.words())
@@ -171,7 +181,7 @@ class Binder:
         sections = one.type.kind is Kind.SECTIONS
         if one.meta.single and isinstance(tree, Branch if sections else Leaf):
             if sections:
-                self.notes.append(f"{dotted(path)} ({tree.where}) takes a list; its one entry is read as that")
+                self.note(path, tree, "takes a list; its one entry is read as that")
             tree = Listing([tree], tree.where)
         if not isinstance(tree, Listing):
             shown = tree.text if isinstance(tree, Leaf) else "a mapping"

@@ -43,7 +43,7 @@ def check_values(part: Any, report: Report, prefix: str = "") -> None:
         report: called as ``report(path, what, value=…, allowed=…, mend=…)`` for every fault.
         prefix: dotted path of ``part`` with a trailing dot, or empty.
     """
-    for name, one in fields_of(type(part)).items():
+    for name, one in fields_of(part.__class__).items():
         value, path, kind = getattr(part, name), prefix + name, one.type.kind
         if value is None:
             continue

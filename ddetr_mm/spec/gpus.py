@@ -27,9 +27,7 @@ def drop_overruled_gpus(tree: Branch) -> list[str]:
         for key, where in given.items():
             if where != OVERRIDE:
                 del part.items[key]
-                notes.append(
-                    f"{name}.{key} ({where}) has no effect because the command line names the GPUs"
-                )
+                notes.append(f"{name}.{key} ({where}) has no effect because the command line names the GPUs")
     return notes
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 MAX_LENGTH = 10_000
@@ -90,42 +90,36 @@ class _Reckoner:
         return total
 
 
-def resolve_interpolations(
-    config: DictConfig, paths: list[Steps], report: Callable[..., None]
-) -> bool:
+def resolve_interpolations(config: Any, paths: list[Steps], report: Callable[..., None]) -> list[Steps]:
     """Check that every interpolation can be resolved, within bounds and to the right type.
 
     Args:
-        config: the merged spec, with interpolations in place.
+        config: the merged OmegaConf spec, with interpolations in place.
         paths: where they are; list positions as numbers.
         report: called as ``report(path, what, value=…, allowed=…)`` for every one that cannot.
 
     Returns:
-        True when all can be resolved.
+        The paths that cannot be resolved.
     """
-    raw = OmegaConf.to_container(config, resolve=False)
-    reckoner = _Reckoner(raw)
-    fine = True
-    for path in paths[MAX_COUNT:]:
+    reckoner = _Reckoner(OmegaConf.to_container(config, resolve=False))
+    bad = list(paths[MAX_COUNT:])
+    for path in bad:
         report(path, f"is one interpolation too many: a spec may hold {MAX_COUNT}")
-        fine = False
     for path in paths[:MAX_COUNT]:
-        plain = _plain(path)
-        text = reckoner.value(plain)
         try:
-            reckoner.length(plain)
+            reckoner.length(_plain(path))
         except _Unresolvable as error:
-            report(path, str(error), value=text, allowed=FORMS)
-            fine = False
-    if not fine:
-        return False
+            bad.append(path)
+            report(path, str(error), value=reckoner.value(_plain(path)), allowed=FORMS)
+    if bad:
+        return bad
     for path in paths:
-        node: Any = config
+        node = config
         try:
             for step in _plain(path):
                 node = node[int(step)] if isinstance(node, ListConfig) else node[step]
         except (OmegaConfBaseException, RecursionError) as error:
+            bad.append(path)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             report(path, f"cannot be resolved: {reason}", value=reckoner.value(_plain(path)))
-            fine = False
-    return fine
+    return bad

@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
-from ..errors import Problem, SpecError
+from ddetr_mm.errors import Problem, SpecError
+
 from .bind import Binder, dotted
 from .bounds import check_values
+from .effects import notes_of_doubt, notes_without_effect
 from .gpus import agree_on_gpus, drop_overruled_gpus
 from .interpolation import Steps, resolve_interpolations
+from .mandatory import incomplete_sources, missing_fields
 from .overrides import apply_overrides
+from .rules import violations
 from .schema import ConvertSpec, ExperimentSpec
 from .source import Branch, parse_yaml, read_text
 from .suggest import nearest
@@ -32,8 +35,8 @@ class LoadedSpec:
         spec: an :class:`ExperimentSpec`, or a :class:`ConvertSpec` for convert.
         path: the file it came from.
         subtask: the subtask it was checked for; None: only what holds for every subtask was checked.
-        origin: dotted path of every field (and list item) the user set → ``"line 12"`` or
-            ``"override"``; absent: the default.
+        origin: dotted path of everything the user wrote (fields, their items, and sections) →
+            ``"line 12"`` or ``"override"``; absent: the default.
         notes: one line each for what was accepted in another form, overruled, or has no effect.
     """
 
@@ -80,17 +83,24 @@ def guess_root(tree: Branch) -> type[ExperimentSpec] | type[ConvertSpec]:
     """Which kind of spec a file holds, by its top-level keys."""
     experiment, convert = set(fields_of(ExperimentSpec)), set(fields_of(ConvertSpec))
     keys = set(tree.items)
-    return ConvertSpec if keys & (convert - experiment) and not keys & (experiment - convert) else ExperimentSpec
+    is_convert = keys & (convert - experiment) and not keys & (experiment - convert)
+    return ConvertSpec if is_convert else ExperimentSpec
 
 
-def load_spec(path: str | Path, overrides: Sequence[str] = (), subtask: str | None = None) -> LoadedSpec:
+def load_spec(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    subtask: str | None = None,
+    require_mandatory: bool = True,
+) -> LoadedSpec:
     """Load a spec, apply overrides, and check all of it.
 
     Args:
         path: the YAML file. An empty file means all defaults.
         overrides: ``key=value`` texts, applied in order; see :mod:`ddetr_mm.spec.overrides`.
-        subtask: one of :data:`~ddetr_mm.spec.walk.SUBTASKS`: what that subtask needs is checked too. None
-            checks what holds for all, and tells a convert spec from an experiment by its keys.
+        subtask: one of :data:`~ddetr_mm.spec.walk.SUBTASKS`: the rules of that subtask apply. None applies
+            the rules of all, and tells a convert spec from an experiment by its keys.
+        require_mandatory: check too that ``subtask`` finds everything it cannot do without.
 
     Returns:
         The typed spec with where each value came from, and notes.
@@ -118,16 +128,28 @@ def load_spec(path: str | Path, overrides: Sequence[str] = (), subtask: str | No
             notes += drop_overruled_gpus(tree)
     binder = Binder(root, file)
     values = binder.section(tree, root)
-    problems += binder.problems
     collector = _Collector(file, binder)
     spec = _merge(root, values, binder.interpolations, collector)
-    if spec is not None:
-        check_values(spec, collector.report)
-        if isinstance(spec, ExperimentSpec):
-            notes += agree_on_gpus(spec, set(binder.where))
-    SpecError.collect([*problems, *collector.problems])
-    assert spec is not None
-    return LoadedSpec(spec, file, subtask, dict(binder.where), binder.notes + notes)
+    _check(spec, subtask, require_mandatory, collector)
+    SpecError.collect([*problems, *binder.problems, *collector.problems])
+    notes = binder.notes + notes
+    if isinstance(spec, ExperimentSpec):
+        notes += agree_on_gpus(spec, set(binder.where))
+    notes += notes_without_effect(spec, binder.where)
+    notes += notes_of_doubt(spec, binder.where)
+    return LoadedSpec(spec, file, subtask, dict(binder.where), notes)
+
+
+def _check(spec: Spec, subtask: str | None, require_mandatory: bool, collector: _Collector) -> None:
+    """Check values, rules between fields, and what the subtask needs."""
+    check_values(spec, collector.report)
+    faults = list(violations(spec, subtask, set(collector.binder.faulty)))
+    if isinstance(spec, ExperimentSpec):
+        faults += incomplete_sources(spec)
+    if subtask is not None and require_mandatory:
+        faults += missing_fields(spec, subtask)
+    for fault in faults:
+        collector.report(fault.path, fault.what, **fault.words())
 
 
 def _merge(
@@ -135,17 +157,29 @@ def _merge(
     values: dict[str, Any],
     interpolations: list[Steps],
     collector: _Collector,
-) -> Spec | None:
-    """Merge values into the defaults and resolve interpolations; None when that is impossible."""
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(root), values)
-        assert isinstance(config, DictConfig)
-        if interpolations and not resolve_interpolations(config, interpolations, collector.report):
-            return None
-        spec = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        where = getattr(error, "full_key", None) or "the file"
-        collector.report(str(where), "cannot be merged: " + str(error).splitlines()[0])
-        return None
-    assert isinstance(spec, (ExperimentSpec, ConvertSpec))
+) -> Spec:
+    """Merge values into the defaults and resolve interpolations; those that cannot be are left out."""
+    config = OmegaConf.merge(OmegaConf.structured(root), values)
+    if interpolations:
+        bad = resolve_interpolations(config, interpolations, collector.report)
+        while bad:
+            for path in bad:
+                _remove(values, path)
+            config = OmegaConf.merge(OmegaConf.structured(root), values)
+            left = [path for path in interpolations if path not in bad]
+            interpolations, bad = left, resolve_interpolations(config, left, lambda *_, **__: None)
+    spec = OmegaConf.to_object(config)
+    if not isinstance(spec, (ExperimentSpec, ConvertSpec)):
+        raise TypeError(f"OmegaConf made a {type(spec)} of the schema")
     return spec
+
+
+def _remove(values: Any, path: Steps) -> None:
+    """Take one value out of nested dicts and lists; an item of a list takes the list with it."""
+    for depth, step in enumerate(path):
+        if depth + 1 == len(path) or isinstance(path[depth + 1], int):
+            values.pop(step, None)
+            return
+        values = values.get(step)
+        if values is None:
+            return

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import Problem
+from ddetr_mm.errors import Problem
+
 from .aliases import canonical
 from .source import Branch, Leaf, Listing, Tree, parse_yaml, plain_leaf
 from .suggest import suggest_key
@@ -68,18 +69,10 @@ def read_value(text: str, file: Path | None, key: str) -> Tree:
         # Hydra's own notation leaves out the blank after a colon: {person:red,car:blue}.
         stripped = _PACKED_PAIR.sub(r"\1: ", stripped)
     tree, problems = parse_yaml(stripped, file, where=f"{key}, {OVERRIDE}")
-    if problems:
-        found = problems[0]
-        raise _Fault(
-            Problem(
-                found.what.replace("is not valid YAML", "the value is not valid YAML"),
-                file=file,
-                where=f"{key}, {OVERRIDE}",
-                value=text,
-                mend="quote text that contains brackets, commas or quotes",
-            )
-        )
-    assert tree is not None
+    if tree is None or problems:
+        what = problems[0].what.replace("is not valid YAML", "the value is not valid YAML")
+        mend = "quote text that contains brackets, commas or quotes"
+        raise _Fault(Problem(what, file=file, where=f"{key}, {OVERRIDE}", mend=mend))
     _mark(tree)
     return tree
 
@@ -243,9 +236,7 @@ class _Applier:
         raise self.fault(path, "the spec has neither a mapping nor a list at this place")
 
 
-def apply_overrides(
-    tree: Branch, root: type, overrides: Sequence[str], file: Path | None
-) -> list[Problem]:
+def apply_overrides(tree: Branch, root: type, overrides: Sequence[str], file: Path | None) -> list[Problem]:
     """Apply overrides in order, changing ``tree``; return the problems of those that do not fit."""
     applier = _Applier(root, file)
     problems = []

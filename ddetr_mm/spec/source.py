@@ -11,11 +11,11 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import yaml
 
-from ..errors import Problem, SpecError
+from ddetr_mm.errors import Problem, SpecError
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 50_000
@@ -38,13 +38,13 @@ _MERGE = re.compile(r"<<$")
 class SpecLoader(yaml.SafeLoader):
     """PyYAML's safe loader, with numbers as in YAML 1.2 and dates left as text."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 -- as PyYAML declares it; filled below
 
 
 class SpecDumper(yaml.SafeDumper):
     """Quotes exactly what :class:`SpecLoader` would read as something else."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers = {}  # noqa: RUF012 -- as PyYAML declares it; filled below
 
     def ignore_aliases(self, data: Any) -> bool:
         """Write equal values out in full: anchors would only puzzle readers."""
@@ -84,7 +84,7 @@ class Listing:
     where: str
 
 
-Tree = Union[Leaf, Branch, Listing]
+Tree = Leaf | Branch | Listing
 
 
 class Faults(Exception):
@@ -164,7 +164,8 @@ class _TreeBuilder:
     def build(self, node: yaml.Node) -> Tree:
         self.count += 1
         if self.count > MAX_NODES:
-            raise Faults(self.fault(f"expands to more than {MAX_NODES} values", node, mend="use fewer aliases"))
+            what = f"expands to more than {MAX_NODES} values"
+            raise Faults(self.fault(what, node, mend="use fewer aliases"))
         if any(node is parent for parent in self.active):
             raise Faults(self.fault("an alias refers to a value that contains it", node))
         if len(self.active) >= MAX_DEPTH:
@@ -264,17 +265,16 @@ def _yaml_problem(error: yaml.YAMLError, text: str, file: str | Path | None) -> 
 
 def _check_size(text: str, file: str | Path | None) -> None:
     """Refuse texts whose composing would cost unbounded time or stack."""
-    depth = count = 0
-    for event in yaml.parse(text, Loader=SpecLoader):
-        count += 1
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, Loader=SpecLoader)):
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             depth += 1
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
             depth -= 1
-        where = f"line {event.start_mark.line + 1}"
+        where = f"line {event.start_mark.line + 1}" if event.start_mark else None
         if depth > MAX_DEPTH:
             raise Faults(Problem(f"is nested more than {MAX_DEPTH} levels deep", file=file, where=where))
-        if count > MAX_NODES:
+        if count >= MAX_NODES:
             raise Faults(Problem(f"holds more than {MAX_NODES} values", file=file, where=where))
 
 

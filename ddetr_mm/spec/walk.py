@@ -113,8 +113,7 @@ def fields_of(cls: type) -> dict[str, SchemaField]:
     found = {}
     for declared in fields(cls):
         default = declared.default
-        if default is MISSING:
-            assert declared.default_factory is not MISSING
+        if declared.default_factory is not MISSING:
             default = declared.default_factory()
         found[declared.name] = SchemaField(
             declared.name, _field_type(hints[declared.name]), meta_of(declared), default

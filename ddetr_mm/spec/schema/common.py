@@ -46,6 +46,4 @@ class WandbConfig:
     sync_tensorboard: bool = spec_field(False, doc="Copy the TensorBoard events into the run.")
     save_code: bool = spec_field(False, doc="Upload the source code of the main script.")
     name: str = spec_field("TAO Toolkit training experiment", doc="Name shown for the run.")
-    run_id: str = spec_field(
-        "", doc="Identifier of an existing run to continue; empty: a new one."
-    )
+    run_id: str = spec_field("", doc="Identifier of an existing run to continue; empty: a new one.")

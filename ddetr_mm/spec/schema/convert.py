@@ -21,9 +21,7 @@ class ConvertSpec:
     results_dir: str | None = spec_field(
         None, placeholder=True, doc="Folder the annotation files are written to."
     )
-    image_dir_name: str | None = spec_field(
-        None, doc="Folder of the images inside a sequence folder."
-    )
+    image_dir_name: str | None = spec_field(None, doc="Folder of the images inside a sequence folder.")
     label_dir_name: str | None = spec_field(
         None, doc="Folder of the KITTI label files inside a sequence folder."
     )
@@ -33,9 +31,7 @@ class ConvertSpec:
         le=100,
         doc="Percent of the images that go to validation (fold 0); acts with partition_mode: random.",
     )
-    num_shards: int = spec_field(
-        32, ge=1, doc="Number of annotation files per sequence and partition."
-    )
+    num_shards: int = spec_field(32, ge=1, doc="Number of annotation files per sequence and partition.")
     num_partitions: int = spec_field(1, ge=1, doc="Number of folds the data is divided into.")
     partition_mode: str | None = spec_field(
         None,

@@ -42,9 +42,7 @@ class TensorrtConfig:
         pattern_words="layer:precision, as in name:fp32 or *:fp16",
         doc="Precision of single layers, each as layer:precision; * stands for any part of a name.",
     )
-    data_type: str = spec_field(
-        "FP32", options=("FP32", "FP16", "INT8"), doc="Precision of the engine."
-    )
+    data_type: str = spec_field("FP32", options=("FP32", "FP16", "INT8"), doc="Precision of the engine.")
     calibration: CalibrationConfig = section(CalibrationConfig)
 
 
@@ -63,9 +61,7 @@ class GenTrtEngineConfig:
     timing_cache: str | None = spec_field(
         None, doc="File in which TensorRT keeps its timings from one build to the next; null: none."
     )
-    batch_size: int = spec_field(
-        -1, ge=-1, doc="Batch size of the ONNX file, which overrules it; -1: any."
-    )
+    batch_size: int = spec_field(-1, ge=-1, doc="Batch size of the ONNX file, which overrules it; -1: any.")
     verbose: bool = spec_field(False, doc="Print TensorRT's own messages.")
     tensorrt: TensorrtConfig = section(TensorrtConfig)
     input_channel: int = spec_field(3, origin=REFERENCE_5_1, doc="Channels of the input.")

@@ -17,9 +17,7 @@ class TensorQuantizationConfig:
     quant_axis: int | None = spec_field(
         None, doc="Axis that gets a scale of its own per index; null: one scale for the tensor."
     )
-    observer_or_fake_quant_kwargs: dict[str, Any] | None = spec_field(
-        {}, doc="Arguments of the observer."
-    )
+    observer_or_fake_quant_kwargs: dict[str, Any] | None = spec_field({}, doc="Arguments of the observer.")
 
 
 @dataclass
@@ -28,9 +26,7 @@ class LayerQuantizationConfig:
 
     module_name: str = spec_field("", doc="Name, or pattern of names, of the layers.")
     weights: TensorQuantizationConfig | None = spec_field(None, doc="Their weights; null: not.")
-    activations: TensorQuantizationConfig | None = spec_field(
-        None, doc="Their activations; null: not."
-    )
+    activations: TensorQuantizationConfig | None = spec_field(None, doc="Their activations; null: not.")
 
 
 @dataclass

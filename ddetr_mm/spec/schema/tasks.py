@@ -12,9 +12,7 @@ from .fields import spec_field
 class EvaluateConfig(DistributedTask):
     """COCO metrics of a checkpoint on dataset.test_data_sources."""
 
-    checkpoint: str | None = spec_field(
-        None, placeholder=True, doc="Checkpoint (or .onnx file) to evaluate."
-    )
+    checkpoint: str | None = spec_field(None, placeholder=True, doc="Checkpoint (or .onnx file) to evaluate.")
     trt_engine: str | None = spec_field(
         None, doc="TensorRT engine to evaluate in place of the checkpoint; null: none."
     )
@@ -55,7 +53,8 @@ class InferenceConfig(DistributedTask):
     input_width: int | None = spec_field(
         None,
         ge=32,
-        doc="Width images are stretched to, in pixels; acts together with input_height. null: keep the ratio.",
+        doc="""Width images are stretched to, in pixels; acts together with input_height. null: the
+        ratio of the sides is kept.""",
     )
     input_height: int | None = spec_field(
         None, ge=32, doc="Height images are stretched to, in pixels; see input_width."
@@ -67,9 +66,7 @@ class InferenceConfig(DistributedTask):
 class ExportConfig:
     """An ONNX file from a checkpoint."""
 
-    results_dir: str | None = spec_field(
-        None, doc="Folder for the log of export; null: results_dir/export."
-    )
+    results_dir: str | None = spec_field(None, doc="Folder for the log of export; null: results_dir/export.")
     gpu_id: int = spec_field(0, ge=0, doc="Index of the GPU to use, if there is one.")
     checkpoint: str | None = spec_field(None, placeholder=True, doc="Checkpoint to export.")
     onnx_file: str | None = spec_field(None, placeholder=True, doc="Path of the .onnx file to write.")

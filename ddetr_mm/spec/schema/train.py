@@ -56,15 +56,11 @@ class OptimConfig:
 class CheckpointerConfig:
     """Keeping the best checkpoints."""
 
-    enable_topk: bool = spec_field(
-        False, origin=REFERENCE_7_3, doc="Keep the best checkpoints by a metric."
-    )
+    enable_topk: bool = spec_field(False, origin=REFERENCE_7_3, doc="Keep the best checkpoints by a metric.")
     replace_periodic: bool = spec_field(
         False, origin=REFERENCE_7_3, doc="Keep only the best ones, not those of every interval."
     )
-    monitor: str | None = spec_field(
-        None, origin=REFERENCE_7_3, doc="The metric that says which is best."
-    )
+    monitor: str | None = spec_field(None, origin=REFERENCE_7_3, doc="The metric that says which is best.")
     mode: str | None = spec_field(
         None,
         origin=REFERENCE_7_3,

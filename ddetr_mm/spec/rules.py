@@ -1,0 +1,390 @@
+"""What must hold between several fields of a spec. One rule is one small function in a table.
+
+A rule names the fields it reads: it is left out when one of them is wrong in itself, so that one mistake
+makes one message. It yields :class:`Fault` for every violation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from .schema import ConvertSpec, ExperimentSpec
+
+Check = Callable[[Any], Iterator["Fault"]]
+
+SIDE_MULTIPLE = 32
+GROUP_NORM_GROUPS = 32
+
+
+NOT_SHOWN: Any = object()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A violated rule: the field to blame, what is wrong, what would be right."""
+
+    path: str
+    what: str
+    value: Any = NOT_SHOWN
+    allowed: str | None = None
+    mend: str | None = None
+
+    def words(self) -> dict[str, Any]:
+        """The arguments of a problem beyond its place and what is wrong."""
+        words: dict[str, Any] = {"allowed": self.allowed, "mend": self.mend}
+        if self.value is not NOT_SHOWN:
+            words["value"] = self.value
+        return words
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A check and when it applies.
+
+    Attributes:
+        name: the function's name.
+        doc: the rule in one sentence.
+        root: the kind of spec it is about.
+        reads: dotted paths of the fields it looks at.
+        subtasks: the subtasks it applies to; empty: all.
+        check: yields the faults.
+    """
+
+    name: str
+    doc: str
+    root: type
+    reads: tuple[str, ...]
+    subtasks: tuple[str, ...]
+    check: Check
+
+
+RULES: list[Rule] = []
+
+
+def rule(*reads: str, subtasks: Iterable[str] = (), root: type = ExperimentSpec) -> Callable[[Check], Check]:
+    """Put a function into :data:`RULES`."""
+
+    def register(check: Check) -> Check:
+        doc = (check.__doc__ or "").strip()
+        RULES.append(Rule(check.__name__, doc, root, reads, tuple(subtasks), check))
+        return check
+
+    return register
+
+
+def violations(spec: ExperimentSpec | ConvertSpec, subtask: str | None, faulty: set[str]) -> Iterator[Fault]:
+    """The faults of all rules that apply.
+
+    Args:
+        spec: the typed spec.
+        subtask: None applies every rule of this kind of spec.
+        faulty: dotted paths with a fault of their own (or of an item, ``path[2]``).
+    """
+    bare = {path.partition("[")[0] for path in faulty} | faulty
+    for one in RULES:
+        if not isinstance(spec, one.root) or bare.intersection(one.reads):
+            continue
+        if one.subtasks and subtask is not None and subtask not in one.subtasks:
+            continue
+        yield from one.check(spec)
+
+
+# Model
+
+
+@rule("model.return_interm_indices", "model.num_feature_levels")
+def levels_match_indices(spec: ExperimentSpec) -> Iterator[Fault]:
+    """return_interm_indices has num_feature_levels entries."""
+    indices, levels = spec.model.return_interm_indices, spec.model.num_feature_levels
+    if len(indices) != levels:
+        yield Fault(
+            "model.return_interm_indices",
+            f"has {len(indices)} entries, but model.num_feature_levels is {levels}",
+            indices,
+            allowed=f"{levels} entries",
+            mend=f"set model.num_feature_levels to {len(indices)} or list {levels} indices",
+        )
+
+
+@rule("model.return_interm_indices")
+def indices_ascend(spec: ExperimentSpec) -> Iterator[Fault]:
+    """return_interm_indices is not empty, ascends without repeats, and contains 3 where it contains 4."""
+    indices = spec.model.return_interm_indices
+    if not indices or any(low >= high for low, high in pairwise(indices)):
+        yield Fault(
+            "model.return_interm_indices",
+            "must ascend without repeats",
+            indices,
+            allowed="for example [1, 2, 3, 4], [1, 2, 3] or [1]",
+        )
+    elif 4 in indices and 3 not in indices:
+        yield Fault(
+            "model.return_interm_indices",
+            "has level 4 without level 3, which it is made from",
+            indices,
+            mend="add 3 or drop 4",
+        )
+
+
+@rule("model.hidden_dim", "model.nheads")
+def heads_divide_width(spec: ExperimentSpec) -> Iterator[Fault]:
+    """hidden_dim is a multiple of nheads."""
+    width, heads = spec.model.hidden_dim, spec.model.nheads
+    if width % heads:
+        yield Fault(
+            "model.nheads", f"does not divide model.hidden_dim, which is {width}", heads, allowed="a divisor"
+        )
+
+
+@rule("model.hidden_dim")
+def width_fits_groups(spec: ExperimentSpec) -> Iterator[Fault]:
+    """hidden_dim is a multiple of 32, for group normalisation and the sine encoding."""
+    width = spec.model.hidden_dim
+    if width % GROUP_NORM_GROUPS:
+        below = max(width // GROUP_NORM_GROUPS, 1) * GROUP_NORM_GROUPS
+        yield Fault(
+            "model.hidden_dim",
+            f"is not a multiple of {GROUP_NORM_GROUPS} (group normalisation has {GROUP_NORM_GROUPS} groups)",
+            width,
+            mend=f"use {below} or {below + GROUP_NORM_GROUPS}",
+        )
+
+
+@rule("model.num_select", "model.num_queries", "dataset.num_classes")
+def selection_exists(spec: ExperimentSpec) -> Iterator[Fault]:
+    """num_select is at most num_queries x num_classes."""
+    most = spec.model.num_queries * spec.dataset.num_classes
+    if spec.model.num_select > most:
+        yield Fault(
+            "model.num_select",
+            f"is more than model.num_queries x dataset.num_classes = {most}",
+            spec.model.num_select,
+            allowed=f"1 to {most}",
+        )
+
+
+@rule("model.loss_types")
+def some_loss(spec: ExperimentSpec) -> Iterator[Fault]:
+    """loss_types is not empty and names each loss once."""
+    kinds = spec.model.loss_types
+    if not kinds or len(set(kinds)) < len(kinds):
+        yield Fault("model.loss_types", "must name each loss once, and at least one", kinds)
+
+
+@rule("ddetr_mm.backbone")
+def backbone_has_type(spec: ExperimentSpec) -> Iterator[Fault]:
+    """A backbone configuration of ours names its class in ``type``."""
+    backbone = spec.ddetr_mm.backbone
+    if backbone is not None and (not isinstance(backbone.get("type"), str) or not backbone["type"]):
+        yield Fault(
+            "ddetr_mm.backbone",
+            "has no type",
+            backbone,
+            mend="name an mmdet backbone, as in {type: ResNet, depth: 18}",
+        )
+
+
+# Data
+
+
+@rule("dataset.augmentation.train_random_crop_min", "dataset.augmentation.train_random_crop_max")
+def crop_range_ascends(spec: ExperimentSpec) -> Iterator[Fault]:
+    """train_random_crop_min is at most train_random_crop_max."""
+    low, high = (
+        spec.dataset.augmentation.train_random_crop_min,
+        spec.dataset.augmentation.train_random_crop_max,
+    )
+    if low > high:
+        yield Fault(
+            "dataset.augmentation.train_random_crop_min",
+            f"is more than train_random_crop_max, which is {high}",
+            low,
+            allowed=f"at most {high}",
+        )
+
+
+@rule("dataset.augmentation.fixed_random_crop")
+def jitter_size_fits(spec: ExperimentSpec) -> Iterator[Fault]:
+    """fixed_random_crop is divisible by 32."""
+    side = spec.dataset.augmentation.fixed_random_crop
+    if side is not None and side % SIDE_MULTIPLE:
+        below = max(side // SIDE_MULTIPLE, 1) * SIDE_MULTIPLE
+        yield Fault(
+            "dataset.augmentation.fixed_random_crop",
+            f"is not divisible by {SIDE_MULTIPLE}",
+            side,
+            mend=f"use {below} or {below + SIDE_MULTIPLE}",
+        )
+
+
+@rule("dataset.augmentation.scales", "dataset.augmentation.train_random_resize")
+def sizes_to_draw_from(spec: ExperimentSpec) -> Iterator[Fault]:
+    """scales and train_random_resize are not empty."""
+    for name in ("scales", "train_random_resize"):
+        sizes = getattr(spec.dataset.augmentation, name)
+        if not sizes:
+            yield Fault(f"dataset.augmentation.{name}", "is empty", sizes, allowed="at least one size")
+
+
+@rule("dataset.augmentation.input_mean", "dataset.augmentation.input_std")
+def channels_of_statistics(spec: ExperimentSpec) -> Iterator[Fault]:
+    """input_mean and input_std have 1 or 3 entries."""
+    for name in ("input_mean", "input_std"):
+        numbers = getattr(spec.dataset.augmentation, name)
+        if len(numbers) not in (1, 3):
+            yield Fault(
+                f"dataset.augmentation.{name}", "has the wrong length", numbers, allowed="1 or 3 numbers"
+            )
+
+
+@rule("dataset.eval_class_ids", "dataset.num_classes")
+def evaluated_classes_exist(spec: ExperimentSpec) -> Iterator[Fault]:
+    """eval_class_ids holds category ids from 1 to num_classes - 1, each once."""
+    ids, most = spec.dataset.eval_class_ids, spec.dataset.num_classes - 1
+    if ids is None:
+        return
+    if not ids:
+        yield Fault("dataset.eval_class_ids", "is empty", ids, mend="list category ids, or use null for all")
+    beyond = [one for one in ids if one > most]
+    if beyond:
+        yield Fault(
+            "dataset.eval_class_ids",
+            f"holds {beyond}, but dataset.num_classes is {most + 1}",
+            ids,
+            allowed=f"1 to {most} (num_classes - 1)",
+        )
+    if len(set(ids)) < len(ids):
+        yield Fault("dataset.eval_class_ids", "holds an id twice", ids)
+
+
+# Training
+
+
+@rule("train.checkpoint_interval", "train.checkpoint_interval_unit", "train.num_epochs", subtasks=["train"])
+def some_checkpoint(spec: ExperimentSpec) -> Iterator[Fault]:
+    """checkpoint_interval, in epochs, is at most num_epochs."""
+    interval, epochs = spec.train.checkpoint_interval, spec.train.num_epochs
+    if spec.train.checkpoint_interval_unit == "epoch" and interval > epochs:
+        yield Fault(
+            "train.checkpoint_interval",
+            f"is more than train.num_epochs, which is {epochs}: no checkpoint would be written",
+            interval,
+            allowed=f"1 to {epochs}",
+        )
+
+
+@rule("train.validation_interval", "train.num_epochs", subtasks=["train"])
+def some_validation(spec: ExperimentSpec) -> Iterator[Fault]:
+    """validation_interval is at most num_epochs."""
+    interval, epochs = spec.train.validation_interval, spec.train.num_epochs
+    if interval > epochs:
+        yield Fault(
+            "train.validation_interval",
+            f"is more than train.num_epochs, which is {epochs}: no validation would be run",
+            interval,
+            allowed=f"1 to {epochs}",
+        )
+
+
+@rule("train.optim.lr_steps")
+def decay_steps_ascend(spec: ExperimentSpec) -> Iterator[Fault]:
+    """lr_steps ascends without repeats."""
+    steps = spec.train.optim.lr_steps
+    if any(low >= high for low, high in pairwise(steps)):
+        yield Fault(
+            "train.optim.lr_steps",
+            "must ascend without repeats",
+            steps,
+            mend=f"write {sorted(set(steps))}",
+        )
+
+
+@rule("train.gpu_ids", "evaluate.gpu_ids", "inference.gpu_ids")
+def gpus_named_once(spec: ExperimentSpec) -> Iterator[Fault]:
+    """gpu_ids names at least one GPU, and each once."""
+    for name in ("train", "evaluate", "inference"):
+        ids = getattr(spec, name).gpu_ids
+        if not ids or len(set(ids)) < len(ids):
+            yield Fault(f"{name}.gpu_ids", "must name each GPU once, and at least one", ids)
+
+
+# Inference, export, engines
+
+
+@rule("inference.input_width", "inference.input_height", subtasks=["inference"])
+def both_sides_given(spec: ExperimentSpec) -> Iterator[Fault]:
+    """inference.input_width and input_height are given together."""
+    width, height = spec.inference.input_width, spec.inference.input_height
+    if (width is None) != (height is None):
+        given, missing = ("width", "height") if height is None else ("height", "width")
+        yield Fault(
+            f"inference.input_{missing}",
+            f"is not given, but inference.input_{given} is",
+            mend="give both or neither",
+        )
+
+
+@rule("export.input_channel", subtasks=["export"])
+def three_channels(spec: ExperimentSpec) -> Iterator[Fault]:
+    """The exported network takes 3 channels."""
+    if spec.export.input_channel != 3:
+        yield Fault("export.input_channel", "cannot be exported", spec.export.input_channel, allowed="3")
+
+
+@rule("export.format", subtasks=["export"])
+def onnx_only(spec: ExperimentSpec) -> Iterator[Fault]:
+    """export writes ONNX."""
+    if spec.export.format != "onnx":
+        yield Fault("export.format", "cannot be written here", spec.export.format, allowed="onnx")
+
+
+@rule("export.batch_size", "gen_trt_engine.batch_size", "evaluate.batch_size", "inference.batch_size")
+def batch_not_empty(spec: ExperimentSpec) -> Iterator[Fault]:
+    """A batch size is -1 or at least 1, never 0."""
+    for name in ("export", "gen_trt_engine", "evaluate", "inference"):
+        if getattr(spec, name).batch_size == 0:
+            yield Fault(f"{name}.batch_size", "is out of range", 0, allowed="-1, or at least 1")
+
+
+_TRT = "gen_trt_engine.tensorrt."
+
+
+@rule(_TRT + "min_batch_size", _TRT + "opt_batch_size", _TRT + "max_batch_size")
+def batches_ascend(spec: ExperimentSpec) -> Iterator[Fault]:
+    """min_batch_size <= opt_batch_size <= max_batch_size."""
+    options = spec.gen_trt_engine.tensorrt
+    sizes = [options.min_batch_size, options.opt_batch_size, options.max_batch_size]
+    if sizes != sorted(sizes):
+        yield Fault(
+            _TRT + "opt_batch_size",
+            "does not lie between min_batch_size and max_batch_size",
+            sizes,
+            allowed="min <= opt <= max",
+        )
+
+
+# Conversion
+
+
+@rule("partition_mode", "num_partitions", root=ConvertSpec)
+def partitions_fit_mode(spec: ConvertSpec) -> Iterator[Fault]:
+    """Without a mode there is 1 partition; random makes exactly 2."""
+    mode, count = spec.partition_mode, spec.num_partitions
+    if mode is None and count != 1:
+        yield Fault(
+            "num_partitions",
+            "needs a partition_mode when it is more than 1",
+            count,
+            allowed="1 without a mode",
+            mend="add partition_mode: sequence, or partition_mode: random with num_partitions: 2",
+        )
+    if mode == "random" and count != 2:
+        yield Fault(
+            "num_partitions",
+            "does not fit partition_mode: random, which makes a validation and a training fold",
+            count,
+            allowed="2",
+        )
