@@ -1,0 +1,277 @@
+"""Deformable DETR as NVIDIA TAO trains it, assembled from mmdet's detector.
+
+Source: Zhu et al., arXiv 2010.04159. Shapes: B images, C channels, L levels, h, w of a level,
+S sum of all levels' h*w, Q queries.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from mmdet.models.detectors import DeformableDETR
+from mmdet.models.layers import SinePositionalEncoding
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from torch import Tensor, nn
+
+from .deformable_attention import SizesHW, level_layout
+from .padding import feature_sizes_hw, level_padding
+from .transformer import DeformableDecoder, DeformableEncoder
+
+
+@MODELS.register_module()
+class TAODeformableDETR(DeformableDETR):
+    """mmdet's DeformableDETR with the reference's treatment of padding.
+
+    ::
+
+        images ─ backbone ─ neck ─ levels ─┬─ pre_transformer ── forward_encoder ── pre_decoder ─┐
+                                           │   masks, sine         memory            queries,    │
+        img_shape of the samples ──────────┘   positions                             references  │
+        logits, boxes ── bbox_head ── forward_decoder ───────────────────────────────────────────┘
+
+    What differs from mmdet:
+
+    - Padding shapes the sine positions and the valid ratios alone; attention values in the padding
+      count as they are. ``zero_padded_values=True`` sets them to zero, as mmdet and the original
+      authors do: then a prediction does not depend on the padding of its batch.
+    - ``forward(mode='tensor')`` works without data samples (nothing is padded then) and in training
+      mode.
+    - The caller's config is left as it is.
+    - Nothing is read back from a GPU between images and predictions.
+
+    Initial weights are mmdet's, which are the reference's: Xavier in the transformer and the neck
+    (gain 1, bias 0), sampling offsets on eight rays, level embeddings and queries normal. The
+    backbone's are its own: give ResNet ``zero_init_residual=False`` where its norms are frozen and
+    no pretrained weights are loaded, else its residual branches stay zero.
+
+    Args:
+        zero_padded_values: whether attention values in the padding are set to zero.
+        activation_checkpoint: whether encoder and decoder layers recompute their activations in
+            the backward pass (less memory, more time, equal gradients).
+        **kwargs: mmdet's.
+    """
+
+    def __init__(
+        self,
+        *args,
+        decoder: dict,
+        bbox_head: dict,
+        zero_padded_values: bool = False,
+        activation_checkpoint: bool = False,
+        encoder: dict,
+        data_preprocessor: dict | nn.Module | None = None,
+        **kwargs,
+    ) -> None:
+        # mmengine looks the preprocessor up in its own registry unless mmdet is the default scope.
+        if isinstance(data_preprocessor, dict):
+            data_preprocessor = MODELS.build(copy.deepcopy(data_preprocessor))
+        # mmdet writes into the configs it is given.
+        super().__init__(
+            *args,
+            encoder=copy.deepcopy(encoder),
+            decoder=copy.deepcopy(decoder),
+            bbox_head=copy.deepcopy(bbox_head),
+            data_preprocessor=data_preprocessor,
+            **kwargs,
+        )
+        self.zero_padded_values = zero_padded_values
+        self.activation_checkpoint = activation_checkpoint
+        if activation_checkpoint:
+            for layer in (*self.encoder.layers, *self.decoder.layers):
+                layer.activation_checkpoint = True
+
+    def _init_layers(self) -> None:
+        """Build what is neither backbone, neck nor head; names of parameters are mmdet's."""
+        self.positional_encoding = SinePositionalEncoding(**self.positional_encoding)
+        self.encoder = DeformableEncoder(**self.encoder)
+        self.decoder = DeformableDecoder(**self.decoder)
+        self.embed_dims = self.encoder.embed_dims
+        if self.positional_encoding.num_feats * 2 != self.embed_dims:
+            raise ValueError(
+                f"positional_encoding.num_feats must be half of the {self.embed_dims} channels, "
+                f"not {self.positional_encoding.num_feats}"
+            )
+        self.level_embed = nn.Parameter(torch.empty(self.num_feature_levels, self.embed_dims))
+        nn.init.normal_(self.level_embed)
+        if self.as_two_stage:
+            self.memory_trans_fc = nn.Linear(self.embed_dims, self.embed_dims)
+            self.memory_trans_norm = nn.LayerNorm(self.embed_dims)
+            self.pos_trans_fc = nn.Linear(self.embed_dims * 2, self.embed_dims * 2)
+            self.pos_trans_norm = nn.LayerNorm(self.embed_dims * 2)
+        else:
+            self.query_embedding = nn.Embedding(self.num_queries, self.embed_dims * 2)
+            self.reference_points_fc = nn.Linear(self.embed_dims, 2)
+
+    def _forward(
+        self, batch_inputs: Tensor, batch_data_samples: Sequence[DetDataSample] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Raw outputs of every decoder layer: ``forward(mode='tensor')``.
+
+        Args:
+            batch_inputs: (B, 3, H, W), normalised.
+            batch_data_samples: samples with ``img_shape`` and ``batch_input_shape``; None when the
+                images fill the batch.
+
+        Returns:
+            Logits (layers, B, Q, classes) and boxes (layers, B, Q, 4) as (cx, cy, w, h), 0..1 over
+            the unpadded image.
+        """
+        features = self.extract_feat(batch_inputs)
+        outputs = self.forward_transformer(features, batch_data_samples)
+        return self.bbox_head(outputs["hidden_states"], outputs["references"])
+
+    def pre_transformer(
+        self,
+        mlvl_feats: Sequence[Tensor],
+        batch_data_samples: Sequence[DetDataSample] | None = None,
+    ) -> tuple[dict, dict]:
+        """Flatten the levels, and work out positions and padding.
+
+        Args:
+            mlvl_feats: L features (B, C, h, w).
+            batch_data_samples: samples with ``img_shape`` and ``batch_input_shape``, both (height,
+                width); None when nothing is padded.
+
+        Returns:
+            Arguments of :meth:`forward_encoder` and, in part, of :meth:`forward_decoder`.
+
+        Raises:
+            ValueError: if the neck gives another number of levels than ``num_feature_levels``.
+        """
+        if len(mlvl_feats) != self.num_feature_levels:
+            raise ValueError(
+                f"the neck gives {len(mlvl_feats)} levels, num_feature_levels is {self.num_feature_levels}"
+            )
+        device = mlvl_feats[0].device
+        level_sizes_hw = feature_sizes_hw(mlvl_feats)
+        if batch_data_samples is None:
+            input_size_hw, valid_sizes_hw = (1, 1), [(1, 1)]
+        else:
+            input_size_hw = tuple(batch_data_samples[0].batch_input_shape[:2])
+            valid_sizes_hw = [tuple(sample.img_shape[:2]) for sample in batch_data_samples]
+        masks, valid_ratios = level_padding(valid_sizes_hw, input_size_hw, level_sizes_hw, device)
+        positions = [
+            self._level_positions(level, mask, size_hw, device)
+            for level, (mask, size_hw) in enumerate(zip(masks, level_sizes_hw, strict=True))
+        ]
+        spatial_shapes, level_start_index = level_layout(level_sizes_hw, device)
+        padded = None if masks[0] is None else torch.cat([mask.flatten(1) for mask in masks], 1)
+        shared = {
+            "spatial_shapes": spatial_shapes,
+            "level_start_index": level_start_index,
+            "valid_ratios": valid_ratios,
+            "level_sizes_hw": level_sizes_hw,
+        }
+        encoder_inputs = dict(
+            feat=torch.cat([feature.flatten(2).transpose(1, 2) for feature in mlvl_feats], 1),
+            feat_mask=padded,
+            feat_pos=torch.cat(positions, 1),
+            **shared,
+        )
+        return encoder_inputs, dict(memory_mask=padded, **shared)
+
+    def _level_positions(
+        self, level: int, mask: Tensor | None, size_hw: tuple[int, int], device: torch.device
+    ) -> Tensor:
+        """Sine positions plus the level's embedding, (B, h*w, C); (1, h*w, C) without padding."""
+        template = None if mask is not None else torch.zeros(1, 1, *size_hw, device=device)
+        positions = self.positional_encoding(mask, input=template)
+        return positions.flatten(2).transpose(1, 2) + self.level_embed[level]
+
+    def forward_encoder(
+        self,
+        feat: Tensor,
+        feat_mask: Tensor | None,
+        feat_pos: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor,
+        valid_ratios: Tensor,
+        level_sizes_hw: SizesHW | None = None,
+    ) -> dict:
+        """Run the encoder.
+
+        Args:
+            feat: (B, S, C) features.
+            feat_mask: (B, S), True in the padding, or None.
+            feat_pos: (B or 1, S, C) positions.
+            spatial_shapes: (L, 2) as (height, width).
+            level_start_index: (L,).
+            valid_ratios: (B or 1, L, 2) as (x, y).
+            level_sizes_hw: ``spatial_shapes`` as integers.
+
+        Returns:
+            Arguments of :meth:`pre_decoder`: ``memory`` (B, S, C), ``memory_mask``, ``spatial_shapes``.
+        """
+        memory = self.encoder(
+            query=feat,
+            query_pos=feat_pos,
+            key_padding_mask=feat_mask if self.zero_padded_values else None,
+            spatial_shapes=spatial_shapes,
+            level_start_index=level_start_index,
+            valid_ratios=valid_ratios,
+            level_sizes_hw=level_sizes_hw,
+        )
+        return {"memory": memory, "memory_mask": feat_mask, "spatial_shapes": spatial_shapes}
+
+    def pre_decoder(
+        self, memory: Tensor, memory_mask: Tensor | None, spatial_shapes: Tensor
+    ) -> tuple[dict, dict]:
+        """Take mmdet's queries and initial references, computed in float32 under autocast.
+
+        Args:
+            memory: (B, S, C).
+            memory_mask: (B, S), True in the padding, or None; used with two stages only.
+            spatial_shapes: (L, 2) as (height, width); used with two stages only.
+
+        Returns:
+            Arguments of :meth:`forward_decoder` and, in training, of the head's loss.
+        """
+        if self.as_two_stage:
+            memory = memory.to(self.level_embed.dtype)
+        with torch.autocast(memory.device.type, enabled=False):
+            return super().pre_decoder(memory, memory_mask, spatial_shapes)
+
+    def forward_decoder(
+        self,
+        query: Tensor,
+        query_pos: Tensor,
+        memory: Tensor,
+        memory_mask: Tensor | None,
+        reference_points: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor,
+        valid_ratios: Tensor,
+        level_sizes_hw: SizesHW | None = None,
+    ) -> dict:
+        """Run the decoder.
+
+        Args:
+            query: (B, Q, C).
+            query_pos: (B, Q, C).
+            memory: (B, S, C).
+            memory_mask: (B, S), True in the padding, or None.
+            reference_points: (B, Q, 2) as (cx, cy) or (B, Q, 4), 0..1 over the unpadded image.
+            spatial_shapes: (L, 2) as (height, width).
+            level_start_index: (L,).
+            valid_ratios: (B or 1, L, 2) as (x, y).
+            level_sizes_hw: ``spatial_shapes`` as integers.
+
+        Returns:
+            ``hidden_states`` (layers, B, Q, C) and ``references``, a list of layers + 1 tensors.
+        """
+        states, references = self.decoder(
+            query=query,
+            value=memory,
+            query_pos=query_pos,
+            key_padding_mask=memory_mask if self.zero_padded_values else None,
+            reference_points=reference_points,
+            spatial_shapes=spatial_shapes,
+            level_start_index=level_start_index,
+            valid_ratios=valid_ratios,
+            reg_branches=self.bbox_head.reg_branches if self.with_box_refine else None,
+            level_sizes_hw=level_sizes_hw,
+        )
+        return {"hidden_states": states, "references": [reference_points, *references]}

@@ -1,0 +1,91 @@
+"""What any mmdet backbone config puts out, learnt by building and running it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+
+from ddetr_mm.errors import Problem, SpecError
+
+_PROBE_SIZE = 128  # pixels; a multiple of every usual stride
+
+
+@dataclass(frozen=True)
+class FeatureInfo:
+    """The feature maps of a backbone, in its order.
+
+    Attributes:
+        channels: channels of each map.
+        strides: pixels of the input per cell of each map.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def feature_info(backbone_cfg: Mapping[str, Any]) -> FeatureInfo:
+    """Channels and strides of a backbone config's outputs.
+
+    The backbone is built without pretrained weights and run once on the CPU on a small black image.
+    The state of the random generator is left as it was, and so is the config.
+
+    Args:
+        backbone_cfg: an mmdet backbone config, ``type`` included; a type of another package needs
+            its scope (``mmpretrain.ConvNeXt``) and that package.
+
+    Returns:
+        What it puts out.
+
+    Raises:
+        SpecError: if the type is unknown, an argument is wrong, the backbone does not run, or it
+            does not put out feature maps.
+    """
+    if not isinstance(backbone_cfg, Mapping) or "type" not in backbone_cfg:
+        raise SpecError(
+            Problem(
+                "a backbone config needs a type",
+                value=backbone_cfg,
+                mend="give a mapping such as {type: ResNet, depth: 18, out_indices: [1, 2, 3]}",
+            )
+        )
+    cfg = copy.deepcopy(dict(backbone_cfg))
+    for name in ("init_cfg", "pretrained"):  # nothing is downloaded or read to learn shapes
+        cfg.pop(name, None)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            backbone = MODELS.build(cfg).eval()
+            features = backbone(torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE))
+    except Exception as error:  # whatever a foreign backbone raises, its config is the cause
+        raise SpecError(
+            Problem(
+                f"this backbone config cannot be built and run: {str(error).strip()}",
+                value=dict(backbone_cfg),
+                mend="check the type and its arguments in mmdet; for another package's backbone "
+                "write its scope (mmpretrain.ConvNeXt) and install that package",
+            )
+        ) from error
+    if not isinstance(features, (tuple, list)) or any(feature.dim() != 4 for feature in features):
+        raise SpecError(
+            Problem(
+                "this backbone does not put out a list of feature maps",
+                value=dict(backbone_cfg),
+                mend="use a detection backbone, and name its stages in out_indices",
+            )
+        )
+    return FeatureInfo(
+        channels=tuple(feature.shape[1] for feature in features),
+        strides=tuple(round(_PROBE_SIZE / feature.shape[-1]) for feature in features),
+    )
+
+
+def feature_channels(backbone_cfg: Mapping[str, Any]) -> list[int]:
+    """Channels of a backbone config's outputs, as ``ChannelMapper.in_channels`` takes them.
+
+    Arguments and errors are those of :func:`feature_info`.
+    """
+    return list(feature_info(backbone_cfg).channels)

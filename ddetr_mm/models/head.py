@@ -1,0 +1,224 @@
+"""Prediction head of Deformable DETR with the reference's loss, matching and post-processing.
+
+Shapes: G decoder layers, B images, Q queries, C class columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mmdet.models.dense_heads import DeformableDETRHead
+from mmdet.models.losses import FocalLoss
+from mmdet.registry import MODELS
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+from ddetr_mm.errors import InputError, Problem
+
+from .criterion import set_losses
+from .deformable_attention import host_to_device
+from .matching import MatchingCost, Objects, assign_all_layers, matching_costs
+from .postprocess import top_detections
+from .transformer import place_boxes
+
+
+@MODELS.register_module()
+class TAODeformableDETRHead(DeformableDETRHead):
+    """mmdet's DeformableDETRHead with the reference's behaviour.
+
+    Parameters and their initialisation are mmdet's, and equal the reference's: class bias at
+    probability 0.01, last box layer zero, its width and height bias -2 (in the first layer only,
+    when boxes are refined).
+
+    What differs from mmdet: all layers and images are matched with one transfer to the host; every
+    loss is divided by the number of labelled boxes averaged over ranks (``sync_cls_avg_factor`` is
+    accepted and has no further effect); scores and boxes are computed in float32 under autocast;
+    boxes are not clipped to the image unless asked; ``predict`` computes the last layer only.
+
+    Args:
+        aux_loss: whether every decoder layer gets a loss (keys ``d0.loss_cls`` …), or only the last.
+        background_column: whether class column 0 is the background and never a label (columns are
+            COCO category ids then).
+        **kwargs: mmdet's. ``loss_cls`` must be a FocalLoss; ``train_cfg.assigner`` a
+            HungarianAssigner of FocalLossCost, BBoxL1Cost (xywh) and IoUCost (giou);
+            ``test_cfg.max_per_img`` (100) is the number of detections of an image, cut down to
+            queries x classes; ``test_cfg.clip_boxes`` (False) cuts boxes at the image's border.
+
+    Raises:
+        ValueError: if the losses, the assigner or ``max_per_img`` are others than these.
+    """
+
+    def __init__(self, *args, aux_loss: bool = True, background_column: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if not (isinstance(self.loss_cls, FocalLoss) and not self.loss_cls.activated):
+            raise ValueError(f"loss_cls must be FocalLoss on logits, not {self.loss_cls}")
+        self.aux_loss = aux_loss
+        self.background_column = background_column
+        assigner = getattr(self, "assigner", None)
+        self.matching_cost = None if assigner is None else MatchingCost.from_assigner(assigner)
+        test_cfg = self.test_cfg or {}
+        self.max_per_img = test_cfg.get("max_per_img", 100)
+        self.clip_boxes = test_cfg.get("clip_boxes", False)
+        if self.max_per_img < 1:
+            raise ValueError(f"test_cfg.max_per_img must be at least 1, not {self.max_per_img}")
+
+    def forward(self, hidden_states: Tensor, references: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Scores and boxes of every decoder layer.
+
+        Args:
+            hidden_states: (G, B, Q, channels).
+            references: G + 1 reference points, (B, Q, 2) or (B, Q, 4), the initial one first; the
+                last is not used.
+
+        Returns:
+            Logits (G, B, Q, C) and boxes (G, B, Q, 4) as (cx, cy, w, h), 0..1 over the unpadded image.
+        """
+        outputs = [
+            self.forward_layer(layer, hidden_state, references[layer])
+            for layer, hidden_state in enumerate(hidden_states)
+        ]
+        logits, boxes_cxcywh = zip(*outputs, strict=True)
+        return torch.stack(logits), torch.stack(boxes_cxcywh)
+
+    def forward_layer(self, layer: int, hidden_state: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, Q, C) and boxes (B, Q, 4) of one decoder layer, float32 under autocast.
+
+        Args:
+            layer: decoder layer, from 0.
+            hidden_state: that layer's output, (B, Q, channels).
+            reference: the reference points that went into that layer, (B, Q, 2 or 4).
+        """
+        branch = self.cls_branches[layer]
+        with torch.autocast(hidden_state.device.type, enabled=False):
+            logits = branch(hidden_state.to(branch.weight.dtype))
+        return logits, place_boxes(self.reg_branches[layer], hidden_state, reference)
+
+    def loss_by_feat(
+        self,
+        all_layers_cls_scores: Tensor,
+        all_layers_bbox_preds: Tensor,
+        enc_cls_scores: Tensor | None,
+        enc_bbox_preds: Tensor | None,
+        batch_gt_instances: Sequence[InstanceData],
+        batch_img_metas: Sequence[dict],
+        batch_gt_instances_ignore: None = None,
+    ) -> dict[str, Tensor]:
+        """Match and compute the weighted losses.
+
+        Args:
+            all_layers_cls_scores: (G, B, Q, C) logits.
+            all_layers_bbox_preds: (G, B, Q, 4) as (cx, cy, w, h), 0..1 over the unpadded image.
+            enc_cls_scores: (B, S, C) of the encoder's proposals, with two stages only.
+            enc_bbox_preds: (B, S, 4), likewise.
+            batch_gt_instances: ``labels`` and ``bboxes`` (xyxy, pixels of ``img_shape``) per image.
+            batch_img_metas: ``img_shape``, the unpadded (height, width), and ``img_path`` if known.
+            batch_gt_instances_ignore: must be None; ignored objects take no part.
+
+        Returns:
+            ``loss_cls``, ``loss_bbox``, ``loss_iou`` of the last layer; those of layer i < G - 1 as
+            ``d{i}.loss_…``; those of the encoder's proposals as ``enc_loss_…``.
+
+        Raises:
+            NonFiniteCostError: if predictions are NaN or infinite.
+            DataError: if a label is not a class column.
+        """
+        objects = Objects.from_instances(batch_gt_instances, batch_img_metas)
+        first = 0 if self.aux_loss else len(all_layers_cls_scores) - 1
+        losses = self._losses(all_layers_cls_scores[first:], all_layers_bbox_preds[first:], objects)
+        named = {name: values[-1] for name, values in losses.items()}
+        for layer in range(len(losses["loss_cls"]) - 1):
+            named.update({f"d{layer}.{name}": values[layer] for name, values in losses.items()})
+        if enc_cls_scores is not None:
+            # Proposals are told from nothing only, all in column 0, as in the original two-stage code.
+            foreground = [
+                InstanceData(labels=torch.zeros_like(gt.labels), bboxes=gt.bboxes)
+                for gt in batch_gt_instances
+            ]
+            objects = Objects.from_instances(foreground, batch_img_metas)
+            losses = self._losses(enc_cls_scores[None], enc_bbox_preds[None], objects)
+            named.update({f"enc_{name}": values[0] for name, values in losses.items()})
+        return named
+
+    def _losses(self, logits: Tensor, boxes_cxcywh: Tensor, objects: Objects) -> dict[str, Tensor]:
+        """Match the given layers and compute their losses, each (layers,)."""
+        if self.matching_cost is None:
+            raise ValueError("the head cannot be trained without train_cfg.assigner")
+        costs = matching_costs(logits, boxes_cxcywh, objects, self.matching_cost)
+        matches = assign_all_layers(costs, objects, num_classes=logits.shape[-1])
+        return set_losses(
+            logits, boxes_cxcywh, objects, matches, self.loss_cls, self.loss_bbox, self.loss_iou
+        )
+
+    def predict(
+        self,
+        hidden_states: Tensor,
+        references: Sequence[Tensor],
+        batch_data_samples: Sequence,
+        rescale: bool = True,
+    ) -> list[InstanceData]:
+        """Detections from the last decoder layer.
+
+        Args:
+            hidden_states: (G, B, Q, channels).
+            references: as in :meth:`forward`.
+            batch_data_samples: B samples with ``img_shape`` and, to rescale, ``scale_factor``.
+            rescale: whether boxes are in pixels of the original image, or of the resized one.
+
+        Returns:
+            Per image ``bboxes`` (k, 4) xyxy, ``scores`` (k,) falling, ``labels`` (k,).
+
+        Raises:
+            InputError: if ``rescale`` is asked for and a sample has no ``scale_factor``.
+        """
+        last = len(hidden_states) - 1
+        logits, boxes_cxcywh = self.forward_layer(last, hidden_states[last], references[last])
+        metas = [sample.metainfo for sample in batch_data_samples]
+        return self.predict_by_feat(logits[None], boxes_cxcywh[None], metas, rescale=rescale)
+
+    def predict_by_feat(
+        self,
+        all_layers_cls_scores: Tensor,
+        all_layers_bbox_preds: Tensor,
+        batch_img_metas: Sequence[dict],
+        rescale: bool = False,
+    ) -> list[InstanceData]:
+        """Detections from the last of the given layers; arguments and result as in :meth:`predict`."""
+        logits, boxes_cxcywh = all_layers_cls_scores[-1], all_layers_bbox_preds[-1]
+        sizes = [detection_size_hw(meta, rescale) for meta in batch_img_metas]
+        sizes_hw = host_to_device(sizes, logits.device, torch.float32)
+        scores, labels, boxes_xyxy = top_detections(
+            logits, boxes_cxcywh, sizes_hw, self.max_per_img, self.background_column
+        )
+        if self.clip_boxes:
+            limits = sizes_hw.flip(-1).repeat(1, 2)[:, None]
+            boxes_xyxy = boxes_xyxy.clamp(min=0).minimum(limits)
+        return [
+            InstanceData(bboxes=boxes_xyxy[image], scores=scores[image], labels=labels[image])
+            for image in range(len(batch_img_metas))
+        ]
+
+
+def detection_size_hw(img_meta: dict, rescale: bool) -> tuple[float, float]:
+    """Height and width that relative boxes of an image are multiplied by, in pixels.
+
+    Args:
+        img_meta: ``img_shape`` (height, width) and ``scale_factor`` (width, height).
+        rescale: whether to undo the resizing.
+
+    Raises:
+        InputError: if ``rescale`` is asked for and ``scale_factor`` is missing.
+    """
+    height, width = img_meta["img_shape"][:2]
+    if not rescale:
+        return height, width
+    scale_factor = img_meta.get("scale_factor")
+    if scale_factor is None:
+        raise InputError(
+            Problem(
+                "boxes cannot be scaled back to the original image: the sample has no scale_factor",
+                file=img_meta.get("img_path"),
+                mend="add 'scale_factor' to the meta_keys of PackDetInputs, or predict with rescale=False",
+            )
+        )
+    return height / float(scale_factor[1]), width / float(scale_factor[0])
