@@ -1,8 +1,10 @@
 """Checkpoints that travel between TAO, the original authors' release, Hugging Face and mmdet."""
 
 from ddetr_mm.weights.architecture import Architecture, infer_architecture
+from ddetr_mm.weights.backbone import load_backbone
 from ddetr_mm.weights.checkpoint import FORMATS, Checkpoint, CheckpointInfo, CheckpointMeta
 from ddetr_mm.weights.convert import convert_checkpoint
+from ddetr_mm.weights.load import fill_model, load_for_model
 from ddetr_mm.weights.read import inspect_checkpoint, read_checkpoint
 from ddetr_mm.weights.report import LoadReport
 
@@ -14,7 +16,10 @@ __all__ = [
     "CheckpointMeta",
     "LoadReport",
     "convert_checkpoint",
+    "fill_model",
     "infer_architecture",
     "inspect_checkpoint",
+    "load_backbone",
+    "load_for_model",
     "read_checkpoint",
 ]

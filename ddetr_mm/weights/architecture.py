@@ -11,9 +11,13 @@ from torch import Tensor
 
 from ddetr_mm.weights.key_engine import same_values
 
-_BOTTLENECKS = {(3, 4, 6, 3): "resnet_50", (3, 4, 23, 3): "resnet_101", (3, 8, 36, 3): "resnet_152"}
-_BASIC_BLOCKS = {(2, 2, 2, 2): "resnet_18", (3, 4, 6, 3): "resnet_34"}
-_GCVIT = {
+_BOTTLENECKS: dict[tuple[int, ...], str] = {
+    (3, 4, 6, 3): "resnet_50",
+    (3, 4, 23, 3): "resnet_101",
+    (3, 8, 36, 3): "resnet_152",
+}
+_BASIC_BLOCKS: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet_18", (3, 4, 6, 3): "resnet_34"}
+_GCVIT: dict[tuple[tuple[int, ...], int, int], str] = {
     # (depths, width of the first stage, window of the third stage) → name
     ((2, 2, 6, 2), 64, 14): "gc_vit_xxtiny",
     ((3, 4, 6, 5), 64, 14): "gc_vit_xtiny",
@@ -108,6 +112,8 @@ def infer_architecture(
     dec_points = _num_points(shapes, "decoder.layers.0.cross_attn", heads, num_levels, notes)
     head = shapes.get("bbox_head.cls_branches.0.weight")
     two_stage = "memory_trans_fc.weight" in shapes
+    if with_box_refine is None:
+        with_box_refine = two_stage or branches_differ(canonical)
     return Architecture(
         backbone=backbone,
         backbone_stage_channels=stage_channels,
@@ -126,7 +132,7 @@ def infer_architecture(
         enc_points=enc_points,
         dec_points=dec_points,
         num_classes=head[0] if head else None,
-        with_box_refine=branches_differ(canonical) or two_stage if with_box_refine is None else with_box_refine,
+        with_box_refine=with_box_refine,
         two_stage=two_stage,
         notes=tuple(notes),
     )
@@ -209,7 +215,7 @@ def _num_points(
         return None
     points, rest = divmod(shape[0], heads * levels)
     if rest:
-        notes.append(f"{prefix}: {shape[0]} attention weights are not {heads} heads x {levels} levels x points")
+        notes.append(f"{prefix}: {shape[0]} is not {heads} heads x {levels} levels x points")
         return None
     return points
 
@@ -231,7 +237,8 @@ def expected_keys(architecture: Architecture) -> list[str]:
     names = [f"neck.convs.{i}" for i in range(len(architecture.neck_in_channels))]
     names += [f"neck.extra_convs.{i}" for i in range(architecture.num_extra_levels)]
     keys = ["level_embed"]
-    keys += [f"{name}.conv.{leaf}" for name in names for leaf in (affine if architecture.neck_bias else affine[:1])]
+    conv_leaves = affine if architecture.neck_bias else affine[:1]
+    keys += [f"{name}.conv.{leaf}" for name in names for leaf in conv_leaves]
     keys += [f"{name}.gn.{leaf}" for name in names for leaf in affine]
     if architecture.two_stage:
         modules = ["memory_trans_fc", "memory_trans_norm", "pos_trans_fc", "pos_trans_norm"]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ddetr_mm.weights.architecture import Architecture
 from ddetr_mm.weights.key_engine import KeyTrace
+from ddetr_mm.weights.key_maps import CheckpointFormat
 
-CheckpointFormat = Literal["mmdet", "tao", "official", "hf"]
 LabelMode = Literal["category_id", "contiguous"]
 FORMATS: tuple[CheckpointFormat, ...] = ("mmdet", "tao", "official", "hf")
 

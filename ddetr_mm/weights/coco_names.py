@@ -20,5 +20,6 @@ NUM_COLUMNS = 91
 def coco_column_names() -> tuple[str, ...]:
     """One name a column: ``background`` for column 0, ``unknown`` for the ids COCO leaves out."""
     words = _BY_CATEGORY_ID.split()
-    names = {int(number): name.replace("_", " ") for number, name in zip(words[::2], words[1::2], strict=True)}
+    pairs = zip(words[::2], words[1::2], strict=True)
+    names = {int(number): name.replace("_", " ") for number, name in pairs}
     return tuple(names.get(column, "unknown" if column else "background") for column in range(NUM_COLUMNS))

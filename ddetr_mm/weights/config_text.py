@@ -38,8 +38,9 @@ def _plain(node: ast.expr) -> Any:
         return node.value
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_plain(item) for item in node.elts]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
-        return -node.operand.value if isinstance(node.operand.value, (int, float)) else None
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _plain(node.operand)
+        return -value if isinstance(value, (int, float)) else None
     if isinstance(node, ast.Dict):
         pairs = zip(node.keys, node.values, strict=True)
         return {_plain(key): _plain(value) for key, value in pairs if isinstance(key, ast.Constant)}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.weights.architecture import Architecture, expected_keys
-from ddetr_mm.weights.checkpoint import FORMATS, Checkpoint, CheckpointMeta, column_ids
+from ddetr_mm.weights.checkpoint import FORMATS, Checkpoint, column_ids
 from ddetr_mm.weights.hf_config import hf_config
 from ddetr_mm.weights.key_engine import KeyTrace, from_canonical
 from ddetr_mm.weights.key_maps import TABLES
@@ -69,8 +69,8 @@ def convert_checkpoint(
     report.notes += _spec_notes(checkpoint)
     if to == "hf" and checkpoint.meta.num_heads is None:
         report.notes.append(
-            f"{checkpoint.architecture.num_heads} attention heads are assumed (weights tell only heads x points);"
-            " a spec with model.nheads settles it"
+            f"{checkpoint.architecture.num_heads} attention heads are assumed: weights tell only heads x"
+            " points; a spec with model.nheads settles it"
         )
     return report
 
@@ -123,7 +123,7 @@ def _completed(
         if meta.num_classes is not None and len(names) != meta.num_classes:
             raise WeightsError(
                 Problem(
-                    f"has {meta.num_classes} columns in its class head, but {len(names)} class names were given",
+                    f"has {meta.num_classes} class columns, but {len(names)} class names were given",
                     file=checkpoint.path,
                     mend="give one name a column, the background's included",
                 )
@@ -176,10 +176,10 @@ def _neck_bias(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Tensor], dict
         if bias not in canonical and to != "mmdet":
             canonical[bias] = canonical[key].new_zeros(canonical[key].shape[0])
             filled[bias] = "zeros: the source's neck has no bias"
-        elif to == "mmdet" and not checkpoint.meta.neck_bias and bias in canonical:
-            if not bool(torch.count_nonzero(canonical[bias])):
-                del canonical[bias]
-                dropped[bias] = "zeros that stood for the missing bias of the original neck"
+        unwanted = to == "mmdet" and not checkpoint.meta.neck_bias and bias in canonical
+        if unwanted and not bool(torch.count_nonzero(canonical[bias])):
+            del canonical[bias]
+            dropped[bias] = "zeros that stood for the missing bias of the original neck"
     return canonical, filled, dropped
 
 
@@ -205,5 +205,3 @@ def _spec_notes(checkpoint: Checkpoint) -> list[str]:
         for key, said, there in pairs
         if said is not None and there is not None and said != there
     ]
-
-

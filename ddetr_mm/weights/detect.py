@@ -25,8 +25,8 @@ _SIGNS: tuple[tuple[str, FormatTable], ...] = (
     (r"bbox_head\.transformer\.(encoder|decoder)\.layers\..+", key_maps.MMDET_2),
     (r"(model\.){1,2}transformer\.(encoder|decoder)\.layers\..+", key_maps.TAO),
     (r"transformer\.(encoder|decoder)\.layers\..+", key_maps.OFFICIAL),
-    (r"model\.(encoder|decoder)\.layers\.\d+\.(self_attn_layer_norm|encoder_attn_layer_norm)\..+", key_maps.HF),
-    (r"(encoder|decoder)\.layers\.\d+\.(self_attn_layer_norm|encoder_attn_layer_norm)\..+", key_maps.HF),
+    (r"model\.(encoder|decoder)\.layers\.\d+\.(self|encoder)_attn_layer_norm\..+", key_maps.HF),
+    (r"(encoder|decoder)\.layers\.\d+\.(self|encoder)_attn_layer_norm\..+", key_maps.HF),
     (r"(encoder|decoder)\.layers\.\d+\.ffn\.layers\..+", key_maps.MMDET),
 )
 
@@ -70,7 +70,7 @@ def find_weights(raw: RawFile) -> FoundWeights:
             stripped = {f"model.{key}": value for key, value in stripped.items()}
         version = "2" if table is key_maps.MMDET_2 else ""
         return FoundWeights(stripped, table, version, original, extras)
-    _refuse_other(raw.path, stripped)
+    raise WeightsError(_other_content(raw.path, stripped))
 
 
 def plain_state_dict(raw: RawFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -96,7 +96,7 @@ def plain_state_dict(raw: RawFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
         refuse_encrypted(raw.path)
     if not isinstance(weights, Mapping) or not weights:
         shown = short_names([str(key) for key in content]) or "nothing"
-        _refuse(raw.path, f"holds no weights (its entries: {shown})", "give a file that torch.save wrote of a model")
+        _refuse(raw.path, f"holds no weights (its entries: {shown})", "give a file of a model's weights")
     strange = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
     if strange:
         _refuse(
@@ -114,7 +114,11 @@ def _check_storage(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that claim more values than the file holds (a few bytes repeated without end)."""
     for key, value in tensors.items():
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            _refuse(path, f"holds weights of a kind that is not supported: {key} ({value.layout})", "save them dense")
+            _refuse(
+                path,
+                f"holds weights of a kind that is not supported: {key} ({value.layout})",
+                "save them dense",
+            )
         if value.numel() * value.element_size() > value.untyped_storage().nbytes():
             _refuse(
                 path,
@@ -150,24 +154,26 @@ def _refuse(path: Path, what: str, mend: str) -> NoReturn:
     raise WeightsError(Problem(what, file=path, mend=mend))
 
 
-def _refuse_other(path: Path, state_dict: Mapping[str, Tensor]) -> NoReturn:
+def _other_content(path: Path, state_dict: Mapping[str, Tensor]) -> Problem:
     keys = list(state_dict)
     if is_backbone_alone(state_dict):
-        _refuse(
-            path,
+        return Problem(
             f"holds a backbone, not a detector (its keys: {short_names(keys)})",
-            "name it as model.pretrained_backbone_path",
+            file=path,
+            mend="name it as model.pretrained_backbone_path",
         )
-    _refuse(
-        path,
+    return Problem(
         f"holds no Deformable DETR of any known format (its keys: {short_names(keys)})",
-        "known are mmdet, TAO, the original authors' release and Hugging Face",
+        file=path,
+        allowed="mmdet's, TAO's, the original authors' and Hugging Face's",
     )
 
 
 def is_backbone_alone(state_dict: Mapping[str, Tensor]) -> bool:
     """Whether the keys are those of an image classifier: a ResNet or a GCViT by itself."""
     return any(
-        re.fullmatch(r"(layer1\.0\.conv1|levels\.0\.blocks\.0\.attn\.qkv|stages\.0\.blocks\.0\.attn\.qkv)\.weight", key)
+        re.fullmatch(
+            r"(layer1\.0\.conv1|levels\.0\.blocks\.0\.attn\.qkv|stages\.0\.blocks\.0\.attn\.qkv)\.weight", key
+        )
         for key in state_dict
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.weights.checkpoint import Checkpoint
@@ -32,11 +32,13 @@ def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dic
     if found.backbone not in _TIMM_NAMES:
         _refuse(checkpoint, f"has the backbone {found.backbone}", "its Deformable DETR takes ResNets only")
     if found.two_stage and not found.with_box_refine:
-        _refuse(checkpoint, "is two-stage without box refinement", "its Deformable DETR has the first only with the second")
+        _refuse(checkpoint, "is two-stage without box refinement", "there it needs both")
     if found.num_classes is None:
         _refuse(checkpoint, "has no class head", "convert a whole detector")
     if found.enc_points is None or found.dec_points is None:
-        _refuse(checkpoint, "has a number of attention heads that its shapes do not tell", "give its spec with -e")
+        _refuse(
+            checkpoint, "has a number of attention heads that its shapes do not tell", "give its spec with -e"
+        )
     names = meta.class_names or tuple(f"LABEL_{column}" for column in range(found.num_classes))
     stages = [found.backbone_stage_channels.index(channels) + 1 for channels in found.neck_in_channels]
     config: dict[str, Any] = {
@@ -89,5 +91,5 @@ def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dic
     return config
 
 
-def _refuse(checkpoint: Checkpoint, what: str, why: str) -> None:
+def _refuse(checkpoint: Checkpoint, what: str, why: str) -> NoReturn:
     raise WeightsError(Problem(f"cannot become a Hugging Face model: it {what}; {why}", file=checkpoint.path))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ddetr_mm.weights.key_maps import FormatTable
+from ddetr_mm.weights.key_maps import MMDET, FormatTable
 
 _PATTERNS = {
     "i": r"\d+",
@@ -67,9 +67,7 @@ def _foreign_projection(table: FormatTable) -> str:
     return "neck.convs.{level}.conv.weight"
 
 
-def to_canonical(
-    state_dict: Mapping[str, Tensor], table: FormatTable
-) -> tuple[dict[str, Tensor], KeyTrace]:
+def to_canonical(state_dict: Mapping[str, Tensor], table: FormatTable) -> tuple[dict[str, Tensor], KeyTrace]:
     """Rename a foreign state dict into canonical names.
 
     Tensors are not copied, except where several are joined into one.
@@ -184,7 +182,7 @@ def from_canonical(
         The foreign state dict and the trace of every canonical key.
     """
     trace = KeyTrace()
-    num_levels = num_stage_levels(state_dict, FormatTable("canonical", ()))
+    num_levels = num_stage_levels(state_dict, MMDET)
     foreign: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         if table.without_counters and is_counter(key):
@@ -244,7 +242,7 @@ def same_values(left: Tensor, right: Tensor) -> bool:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(template: str) -> re.Pattern[str]:
     """The regular expression of a template; names of placeholders become group names."""
     pieces = re.split(r"\{(\w+)\}", template)
@@ -253,4 +251,3 @@ def _compiled(template: str) -> re.Pattern[str]:
         for index, piece in enumerate(pieces)
     )
     return re.compile(text)
-

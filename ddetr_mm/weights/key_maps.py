@@ -15,6 +15,9 @@ The decoder's norms look twisted because the original numbers them by the order 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+CheckpointFormat = Literal["mmdet", "tao", "official", "hf"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class FormatTable:
             applied in turn, each at most once.
     """
 
-    name: str
+    name: CheckpointFormat
     rules: tuple[KeyRule, ...]
     aliases: tuple[AliasRule, ...] = ()
     without_counters: bool = False
@@ -117,6 +120,7 @@ TAO = FormatTable(
 )
 """The reference's Lightning checkpoint: the original's names behind the two wrappers' prefixes."""
 
+
 def _hf_resnet_alternatives() -> tuple[tuple[str, str], ...]:
     """Hugging Face's own ResNet (in place of timm's): nested numbers for torchvision's names."""
     backbone = "model.backbone.conv_encoder.model"
@@ -169,7 +173,9 @@ HF = FormatTable(
         ),
         *_deformable_attention("decoder.layers.{i}.cross_attn", "model.decoder.layers.{i}.encoder_attn"),
         KeyRule("decoder.layers.{i}.norms.0.{leaf}", "model.decoder.layers.{i}.self_attn_layer_norm.{leaf}"),
-        KeyRule("decoder.layers.{i}.norms.1.{leaf}", "model.decoder.layers.{i}.encoder_attn_layer_norm.{leaf}"),
+        KeyRule(
+            "decoder.layers.{i}.norms.1.{leaf}", "model.decoder.layers.{i}.encoder_attn_layer_norm.{leaf}"
+        ),
         KeyRule("decoder.layers.{i}.norms.2.{leaf}", "model.decoder.layers.{i}.final_layer_norm.{leaf}"),
         KeyRule("decoder.layers.{i}.ffn.layers.0.0.{leaf}", "model.decoder.layers.{i}.fc1.{leaf}"),
         KeyRule("decoder.layers.{i}.ffn.layers.1.{leaf}", "model.decoder.layers.{i}.fc2.{leaf}"),
@@ -186,7 +192,10 @@ HF = FormatTable(
     # What transformers 5 calls the same modules once they are in memory; its files keep the names above.
     alternatives=(
         ("model.backbone.model.{rest}", "model.backbone.conv_encoder.model.{rest}"),
-        ("model.{side}.layers.{i}.self_attn.o_proj.{leaf}", "model.{side}.layers.{i}.self_attn.out_proj.{leaf}"),
+        (
+            "model.{side}.layers.{i}.self_attn.o_proj.{leaf}",
+            "model.{side}.layers.{i}.self_attn.out_proj.{leaf}",
+        ),
         ("model.{side}.layers.{i}.mlp.{part}.{leaf}", "model.{side}.layers.{i}.{part}.{leaf}"),
         *_hf_resnet_alternatives(),
     ),
@@ -207,20 +216,29 @@ MMDET_2 = FormatTable(
         KeyRule("pos_trans_fc.{leaf}", "bbox_head.transformer.pos_trans.{leaf}"),
         KeyRule("pos_trans_norm.{leaf}", "bbox_head.transformer.pos_trans_norm.{leaf}"),
         KeyRule(
-            "encoder.layers.{i}.self_attn.{rest}", "bbox_head.transformer.encoder.layers.{i}.attentions.0.{rest}"
+            "encoder.layers.{i}.self_attn.{rest}",
+            "bbox_head.transformer.encoder.layers.{i}.attentions.0.{rest}",
         ),
         KeyRule(
-            "decoder.layers.{i}.self_attn.{rest}", "bbox_head.transformer.decoder.layers.{i}.attentions.0.{rest}"
+            "decoder.layers.{i}.self_attn.{rest}",
+            "bbox_head.transformer.decoder.layers.{i}.attentions.0.{rest}",
         ),
         KeyRule(
-            "decoder.layers.{i}.cross_attn.{rest}", "bbox_head.transformer.decoder.layers.{i}.attentions.1.{rest}"
+            "decoder.layers.{i}.cross_attn.{rest}",
+            "bbox_head.transformer.decoder.layers.{i}.attentions.1.{rest}",
         ),
         *(
-            KeyRule(f"{side}.layers.{{i}}.ffn.{{rest}}", f"bbox_head.transformer.{side}.layers.{{i}}.ffns.0.{{rest}}")
+            KeyRule(
+                f"{side}.layers.{{i}}.ffn.{{rest}}",
+                f"bbox_head.transformer.{side}.layers.{{i}}.ffns.0.{{rest}}",
+            )
             for side in ("encoder", "decoder")
         ),
         *(
-            KeyRule(f"{side}.layers.{{i}}.norms.{{rest}}", f"bbox_head.transformer.{side}.layers.{{i}}.norms.{{rest}}")
+            KeyRule(
+                f"{side}.layers.{{i}}.norms.{{rest}}",
+                f"bbox_head.transformer.{side}.layers.{{i}}.norms.{{rest}}",
+            )
             for side in ("encoder", "decoder")
         ),
         KeyRule("bbox_head.cls_branches.{rest}", "bbox_head.cls_branches.{rest}"),

@@ -19,7 +19,7 @@ from __future__ import annotations
 import pickletools
 import re
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO
 
 
@@ -55,18 +55,20 @@ class InertList:
         return []
 
 
+_LIGHTNING = r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities)"
 _CLASS_NAME = r"_?[A-Z]\w*"
 
 _STAND_INS: tuple[tuple[str, type], ...] = (
     # Lightning: hyper parameters, loop and callback states.
-    (r"(pytorch_lightning|lightning|lightning_fabric|lightning\.fabric)(\.\w+)*\.AttributeDict", InertDict),
-    (rf"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities)(\.\w+)*\.{_CLASS_NAME}", InertObject),
+    (rf"{_LIGHTNING}(\.\w+)*\.AttributeDict", InertDict),
+    (rf"{_LIGHTNING}(\.\w+)*\.{_CLASS_NAME}", InertObject),
     # Configurations as hyper parameters.
     (rf"omegaconf(\.\w+)*\.{_CLASS_NAME}", InertObject),
     (rf"nvidia_tao_(pytorch|core)(\.\w+)*\.{_CLASS_NAME}", InertObject),
-    (rf"(addict\.addict|mmengine\.config\.config|mmcv\.utils\.config|yacs\.config|easydict)\.{_CLASS_NAME}", InertDict),
+    (rf"(addict\.addict|mmengine\.config\.config|mmcv\.utils\.config)\.{_CLASS_NAME}", InertDict),
+    (rf"(yacs\.config|easydict)\.{_CLASS_NAME}", InertDict),
     # mmengine: histories of logged values, and NumPy numbers inside them.
-    (rf"mmengine\.(logging|structures|visualization|hooks|registry|dataset)(\.\w+)*\.{_CLASS_NAME}", InertObject),
+    (rf"mmengine\.(logging|structures|registry|dataset)(\.\w+)*\.{_CLASS_NAME}", InertObject),
     (r"numpy\.(core|_core)\.multiarray\.(_reconstruct|scalar)", InertObject),
     (rf"numpy\.(ndarray|dtype|dtypes\.{_CLASS_NAME}|bool_?|u?int(8|16|32|64)|float(16|32|64))", InertObject),
     # The standard library's containers and values.
@@ -139,7 +141,9 @@ def _modern(name: str) -> str:
     return f"{ {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module) }.{rest}"
 
 
-def sort_names(names: Iterable[str]) -> tuple[list[tuple[type, str]], list[str]]:
+def sort_names(
+    names: Iterable[str],
+) -> tuple[list[tuple[Callable[..., Any], str] | Callable[..., Any]], list[str]]:
     """Decide on every name a file asks for.
 
     Args:
@@ -149,7 +153,7 @@ def sort_names(names: Iterable[str]) -> tuple[list[tuple[type, str]], list[str]]
         ``(stand-in, name)`` pairs for :func:`torch.serialization.safe_globals`, and the names that stay
         refused.
     """
-    offered: list[tuple[type, str]] = []
+    offered: list[tuple[Callable[..., Any], str] | Callable[..., Any]] = []
     refused: list[str] = []
     for name in names:
         if _TORCH_OWN.fullmatch(name):

@@ -63,9 +63,7 @@ def read_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoin
             f"{len(trace.differing_aliases)} repeated keys differ from what they repeat"
             f" ({short_names(trace.differing_aliases, 2)}); the values under the main names are used"
         )
-    format_name = found.table.name
-    assert format_name in ("mmdet", "tao", "official", "hf")
-    return Checkpoint(canonical, format_name, meta, architecture, raw.path, trace, notes)
+    return Checkpoint(canonical, found.table.name, meta, architecture, raw.path, trace, notes)
 
 
 def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
@@ -96,7 +94,9 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
 def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise a :class:`WeightsError` that names the keys holding NaN or infinity, if any do."""
     broken = [
-        key for key, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())
+        key
+        for key, value in tensors.items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
     ]
     if broken:
         raise WeightsError(
@@ -256,8 +256,7 @@ def _label_convention(format_name: str, found: FoundWeights, meta: CheckpointMet
     if format_name in ("tao", "official"):
         return replace(meta, label_mode="category_id", background_column=0)
     if format_name == "hf":
-        by_id = (names is not None and is_filler(names[0])) or (names is None and meta.num_classes == NUM_COLUMNS)
-        if by_id:
+        if (meta.num_classes == NUM_COLUMNS) if names is None else is_filler(names[0]):
             return replace(meta, label_mode="category_id", background_column=0)
         return meta
     described = found.extras.get("meta")

@@ -60,8 +60,8 @@ def explain_strange_bytes(path: Path, start: bytes) -> Problem:
     if _is_text(start):
         return _not_weights(path, "a JSON file" if start.lstrip()[:1] in (b"{", b"[") else "a text file")
     return Problem(
-        "is neither a PyTorch nor a safetensors file; it may be damaged, or encrypted by the reference's closed"
-        " scheme, which cannot be read here",
+        "is neither a PyTorch nor a safetensors file; it may be damaged, or encrypted by the reference's"
+        " own, closed scheme, which cannot be read here",
         file=path,
         mend="check where it comes from; an encrypted checkpoint must be saved without encryption_key",
     )

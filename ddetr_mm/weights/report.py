@@ -62,7 +62,10 @@ class LoadReport:
         lines += _listed("unexpected (not used)", self.unexpected)
         lines += _listed(
             "reshaped (not used)",
-            [f"{key}: {list(there)} in the file, {list(here)} here" for key, (there, here) in self.reshaped.items()],
+            [
+                f"{key}: {list(file)} in the file, {list(here)} here"
+                for key, (file, here) in self.reshaped.items()
+            ],
         )
         lines += _listed("carried over in part", [f"{key}: {how}" for key, how in self.carried_over.items()])
         lines += _counted("repeat another key", self.aliases)

@@ -28,6 +28,7 @@ from ddetr_mm.weights.refusals import ENCRYPTED, MALICIOUS_MEND, explain_strange
 _MAX_PICKLE_BYTES = 256 * 2**20
 _MAX_JSON_BYTES = 64 * 2**20
 _PICKLES_IN_OLD_FILE = 5  # magic number, protocol, system, the object, the storages' keys
+_AGAIN = "copy or download it again"
 _DAMAGE = (ValueError, IndexError, OverflowError, EOFError, struct.error)
 """What pickletools raises on bytes that are no pickle."""
 
@@ -67,7 +68,7 @@ def read_raw(path: str | Path) -> RawFile:
         _refuse(path, "does not exist", "check the path")
     size = path.stat().st_size
     if size == 0:
-        _refuse(path, "is empty (0 bytes)", "copy or download it again")
+        _refuse(path, "is empty (0 bytes)", _AGAIN)
     try:
         with path.open("rb") as file:
             start = file.read(512)
@@ -95,7 +96,7 @@ def _read_torch_zip(path: Path, size: int) -> Any:
         with zipfile.ZipFile(path) as archive:
             pickled = _data_pickle(path, archive, size)
     except zipfile.BadZipFile as error:
-        _refuse(path, "is truncated or damaged: its zip directory is missing", "copy or download it again", error)
+        _refuse(path, "is truncated or damaged: its zip directory is missing", _AGAIN, error)
     # Memory-mapped storages cannot reach outside the file, whatever sizes the pickle claims.
     return _load(path, _names(path, pickled), mmap=True)
 
@@ -112,7 +113,7 @@ def _data_pickle(path: Path, archive: zipfile.ZipFile, size: int) -> bytes:
             "unpack the archive if the weights file is inside it; otherwise do not trust it",
         )
     if sum(entry.file_size for entry in entries) > size:
-        _refuse(path, "claims more content than it has bytes", "do not trust it; get it again from its source")
+        _refuse(path, "claims more content than it has bytes", "do not trust it")
     names = [entry.filename for entry in entries]
     inside = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
     if any("/code/" in name for name in names):
@@ -123,23 +124,24 @@ def _data_pickle(path: Path, archive: zipfile.ZipFile, size: int) -> bytes:
         )
     if not inside:
         shown = ", ".join(names[:4]) or "nothing"
-        _refuse(path, f"is a zip archive but not a PyTorch file (it holds {shown})", "give the weights file itself")
+        what = f"is a zip archive but not a PyTorch file (it holds {shown})"
+        _refuse(path, what, "give the weights file itself")
     entry = archive.getinfo(inside[0])
     if entry.file_size > _MAX_PICKLE_BYTES:
         _refuse(
-            path, f"has an index of {entry.file_size} bytes, more than any model needs", "do not trust this file"
+            path, f"has an index of {entry.file_size} bytes, which no model needs", "do not trust this file"
         )
     try:
         return archive.read(entry)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        _refuse(path, f"is damaged: {error}", "copy or download it again", error)
+        _refuse(path, f"is damaged: {error}", _AGAIN, error)
 
 
 def _names(path: Path, pickled: bytes) -> list[str]:
     try:
         return names_in_pickle(pickled)
     except _DAMAGE as error:
-        _refuse(path, f"is damaged: its index cannot be read ({error})", "copy or download it again", error)
+        _refuse(path, f"is damaged: its index cannot be read ({error})", _AGAIN, error)
 
 
 def _read_torch_pickle(path: Path) -> Any:
@@ -151,7 +153,7 @@ def _read_torch_pickle(path: Path) -> Any:
                 names += names_in_pickle(file)
             except _DAMAGE as error:
                 if number == 0:
-                    _refuse(path, f"is no whole PyTorch file ({error})", "copy or download it again", error)
+                    _refuse(path, f"is no whole PyTorch file ({error})", _AGAIN, error)
                 break  # fewer pickles than torch.save writes: torch.load below says what is missing
     return _load(path, names, mmap=False)
 
@@ -173,7 +175,7 @@ def _load(path: Path, names: list[str], *, mmap: bool) -> Any:
         if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in text:
             _refuse(path, f"is not a plain file of weights: {text}", MALICIOUS_MEND, error)
         what = f"is truncated, damaged or no PyTorch file: {type(error).__name__}: {text}"
-        _refuse(path, what, "copy or download it again", error)
+        _refuse(path, what, _AGAIN, error)
 
 
 def _first_line(text: str, limit: int = 200) -> str:
@@ -207,14 +209,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             path,
             f"is truncated or no safetensors file: its header claims {struct.unpack('<Q', start)[0]} bytes"
             f" in a file of {size}",
-            "copy or download it again",
+            _AGAIN,
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
-        _refuse(path, f"is not a whole safetensors file: {_first_line(str(error))}", "copy or download it again", error)
+        _refuse(path, f"is no whole safetensors file: {_first_line(str(error))}", _AGAIN, error)
 
 
 # --- Hugging Face folders --------------------------------------------------------------------------
@@ -224,8 +226,12 @@ def _read_folder(folder: Path) -> RawFile:
     config_path = folder / "config.json"
     weights = [
         name
-        for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                     "pytorch_model.bin.index.json")
+        for name in (
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+        )
         if (folder / name).is_file()
     ]
     if not config_path.is_file() or not weights:

@@ -48,7 +48,8 @@ def write_checkpoint(
     try:
         if path.suffix == ".safetensors":
             with written_whole(path) as temporary:
-                save_file(_separate(tensors), temporary, metadata={"format": "pt", META_KEY: json.dumps(plain)})
+                metadata = {"format": "pt", META_KEY: json.dumps(plain)}
+                save_file(_separate(tensors), temporary, metadata=metadata)
         elif format_name == "hf":
             _write_hf_folder(path, tensors, {**(hf_config or {}), META_KEY: plain})
         else:
@@ -102,7 +103,7 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_hf_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
-        raise WeightsError(Problem("is a file, but this format is a folder", file=folder, mend="give a folder's name"))
+        raise WeightsError(Problem("is a file, but this format is a folder", file=folder))
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     if folder.exists():
         # Other files of the folder (an image processor's settings …) stay.
