@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -102,9 +102,9 @@ def leaves_folder(name: str) -> bool:
     """Whether a file name, joined to a folder, could name something outside it, or nothing at all."""
     if name and name[0] not in "/\\" and ".." not in name and "\0" not in name and ":" not in name[:2]:
         return False  # the common case, without building a path
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    drive = len(name) > 1 and name[1] == ":" and name[0].isalpha() and name[2:3] in ("\\", "/")
-    return not name or "\0" in name or parts[0] == "/" or ".." in parts or drive
+    slashed = name.replace("\\", "/")
+    drive = len(name) > 1 and name[0].isalpha() and slashed[1:3] == ":/"
+    return not name or "\0" in name or slashed[0] == "/" or ".." in slashed.split("/") or drive
 
 
 def merge_categories(sources: Sequence[ParsedSource]) -> dict[int, str]:

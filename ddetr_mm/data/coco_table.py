@@ -95,6 +95,9 @@ class CocoTable:
         start, end = self.mask_starts[box : box + 2]
         return json.loads(self.mask_bytes[start:end].tobytes()) if end > start else None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CocoTable:
+        return self  # nothing changes a table: copies of a dataset share it
+
     @classmethod
     def array_names(cls) -> list[str]:
         """Names of the array columns, in order."""

@@ -63,6 +63,14 @@ class CocoSource:
         DataError.collect(problems)
         return cls(image_dir=os.fspath(source["image_dir"]), json_file=os.fspath(source["json_file"]))
 
+    def image_path(self, file_name: str) -> str:
+        """Where an image of this source lies (a path, or a URL where ``image_dir`` is one)."""
+        return join_location(self.image_dir, file_name)
+
+    def below(self, root: str) -> CocoSource:
+        """The same source with relative paths taken relative to ``root``."""
+        return CocoSource(join_location(root, self.image_dir), join_location(root, self.json_file))
+
     def files(self) -> list[Path]:
         """The annotation files, sorted by name.
 
@@ -77,7 +85,7 @@ class CocoSource:
             found = sorted(item for item in path.rglob("*.json") if item.is_file())
             searched = path / "**" / "*.json"
         elif glob.has_magic(self.json_file):
-            matches = map(Path, glob.glob(self.json_file, recursive=True))  # noqa: PTH207 (absolute patterns)
+            matches = map(Path, glob.glob(self.json_file, recursive=True))
             found = sorted(item for item in matches if item.is_file())
             searched = path
         else:
@@ -86,6 +94,15 @@ class CocoSource:
             what = "no annotation file is there"
             raise DataError(Problem(what, searched, mend="correct the pattern or folder in json_file"))
         return found
+
+
+def join_location(folder: str, name: str) -> str:
+    """``name`` below ``folder``; ``name`` itself where it is absolute, a URL, or there is no folder."""
+    if not folder or name.startswith("/") or "://" in name:
+        return name
+    if not name:
+        return folder
+    return folder + name if folder.endswith("/") else f"{folder}/{name}"
 
 
 def read_coco_sources(

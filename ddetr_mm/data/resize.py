@@ -1,0 +1,70 @@
+"""Resizing images to Pillow's pixels, several times faster than Pillow.
+
+The reference resizes with Pillow's bilinear filter, which averages over the shrunken area
+(antialiasing). Two implementations agree with it to one grey level and are picked by case: where
+nothing shrinks, the filter is plain bilinear interpolation, which OpenCV does fastest; where something
+shrinks, torch's antialiased resize of 8-bit images follows Pillow's arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+Image = npt.NDArray[Any]
+
+
+def resize_like_pillow(image_hwc: Image, size_hw: tuple[int, int]) -> Image:
+    """Resize with antialiased bilinear interpolation.
+
+    Args:
+        image_hwc: (H, W) or (H, W, C), uint8 or floating point. Channel order does not matter.
+        size_hw: new (height, width), pixels.
+
+    Returns:
+        A new array (or the input itself where the size is the same), same type. For uint8 each value is
+        within one grey level of Pillow's ``Image.resize(..., Image.Resampling.BILINEAR)``.
+    """
+    height, width = image_hwc.shape[:2]
+    if (height, width) == size_hw:
+        return image_hwc
+    if size_hw[0] >= height and size_hw[1] >= width:
+        return resize_plain(image_hwc, size_hw)
+    channels_last = image_hwc if image_hwc.ndim == 3 else image_hwc[:, :, None]
+    batch = torch.from_numpy(np.ascontiguousarray(channels_last)).permute(2, 0, 1)[None]
+    resized = functional.interpolate(
+        batch, size=size_hw, mode="bilinear", align_corners=False, antialias=True
+    )
+    result: Image = resized[0].permute(1, 2, 0).numpy()
+    return result if image_hwc.ndim == 3 else result[:, :, 0]
+
+
+def resize_plain(image_hwc: Image, size_hw: tuple[int, int]) -> Image:
+    """Resize with plain bilinear interpolation (OpenCV), without antialiasing.
+
+    Faster than :func:`resize_like_pillow`, and different from it where the image shrinks: thin
+    structures alias. This is what stock mmdet does.
+
+    Args:
+        image_hwc: (H, W) or (H, W, C), uint8 or floating point.
+        size_hw: new (height, width), pixels.
+
+    Returns:
+        A new array (or the input itself where the size is the same), same type.
+    """
+    if image_hwc.shape[:2] == size_hw:
+        return image_hwc
+    resized = cv2.resize(image_hwc, size_hw[::-1], interpolation=cv2.INTER_LINEAR)
+    return resized if resized.ndim == image_hwc.ndim else resized[:, :, None]
+
+
+RESIZE_BACKENDS: dict[str, Callable[[Image, tuple[int, int]], Image]] = {
+    "pillow": resize_like_pillow,
+    "fast": resize_plain,
+}
