@@ -190,7 +190,7 @@ KILLED_RUN = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from conftest import build_runner
+from tiny_runs import build_runner
 from ddetr_mm.runtime.checkpoint_hook import TAOCheckpointHook
 build_runner(Path(sys.argv[1]), [TAOCheckpointHook(interval=1, unit="step")], epochs=100000).train()
 """

@@ -1,0 +1,335 @@
+"""The COCO box metric for mmdet configs: collects detections, scores them fast, writes result files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmdet.registry import METRICS
+from mmengine.dist import broadcast_object_list, gather_object, is_main_process
+from mmengine.evaluator import BaseMetric
+from mmengine.logging import MMLogger
+
+from ddetr_mm.data.coco_table import CocoTable
+from ddetr_mm.data.sources import read_coco_sources
+from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.evaluation.coco_eval import CocoResult, evaluate_boxes, write_results_json
+from ddetr_mm.evaluation.columns import DetectionColumns, GroundTruthColumns, xyxy_to_xywh
+from ddetr_mm.evaluation.gather import ImageResult, merge_ranks, pack
+from ddetr_mm.evaluation.predictions import write_predictions_json
+from ddetr_mm.evaluation.tables import class_table, source_table
+
+MMDET_NAMES = {
+    "bbox_mAP": "AP",
+    "bbox_mAP_50": "AP50",
+    "bbox_mAP_75": "AP75",
+    "bbox_mAP_s": "APs",
+    "bbox_mAP_m": "APm",
+    "bbox_mAP_l": "APl",
+    "bbox_AR@1": "ARmax1",
+    "bbox_AR@10": "ARmax10",
+    "bbox_AR@100": "ARmax100",
+    "bbox_AR_s@100": "ARs",
+    "bbox_AR_m@100": "ARm",
+    "bbox_AR_l@100": "ARl",
+}
+"""Metric keys as mmdet's hooks know them → COCO's names."""
+
+
+@METRICS.register_module()
+class FastCocoMetric(BaseMetric):
+    """COCO's box metrics, in the place of mmdet's ``CocoMetric``.
+
+    Metrics are reported as ``coco/bbox_mAP``, ``coco/bbox_mAP_50`` … (:data:`MMDET_NAMES`), unrounded.
+    After :meth:`evaluate` the first rank has the full result in :attr:`result` and those of single
+    sources in :attr:`source_results`.
+
+    Ground truth comes from ``sources``, or ``ann_file``, or, with neither, from ``instances`` in the data
+    samples (as with ``CocoMetric``). Every image of the ground truth counts, also one that no sample was
+    given for.
+
+    A label becomes a category id by ``dataset_meta['category_ids']`` where the dataset has it (None there:
+    detections of this label are dropped); else, as in mmdet, label ``i`` is the ``i``-th category of the
+    file among those that ``dataset_meta['classes']`` names.
+
+    Args:
+        ann_file: COCO annotation file (or pattern, or folder of shards).
+        sources: several ``dict(image_dir=…, json_file=…)``; exclusive with ``ann_file``.
+        eval_class_ids: category ids to score; all when None.
+        conf_threshold: detections below this score are dropped.
+        classwise: log a table of the scores of each class.
+        per_source: with several sources, score each one by itself too.
+        results_dir: folder for ``results.json`` (the twelve figures) and ``predictions.json``.
+        outfile_prefix: also write predictions as ``<prefix>.bbox.json``, as ``CocoMetric`` does.
+        format_only: only write the predictions, for data without ground truth.
+        backend: see :func:`ddetr_mm.evaluation.coco_eval.evaluate_boxes`.
+        metric: only ``"bbox"``; there so that configs of ``CocoMetric`` can be kept.
+        collect_device: unused, results are gathered directly; there for the same reason.
+        backend_args: only None; there for the same reason.
+        prefix: see ``BaseMetric``.
+
+    Raises:
+        ValueError: contradicting arguments.
+    """
+
+    default_prefix = "coco"
+
+    def __init__(
+        self,
+        ann_file: str | None = None,
+        sources: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        eval_class_ids: Sequence[int] | None = None,
+        conf_threshold: float = 0.0,
+        classwise: bool = True,
+        per_source: bool = True,
+        results_dir: str | None = None,
+        outfile_prefix: str | None = None,
+        format_only: bool = False,
+        backend: str = "auto",
+        metric: str | Sequence[str] = "bbox",
+        collect_device: str = "cpu",
+        backend_args: None = None,
+        prefix: str | None = None,
+    ) -> None:
+        super().__init__(collect_device=collect_device, prefix=prefix)
+        if ann_file is not None and sources is not None:
+            raise ValueError("give ann_file or sources, not both")
+        if ([metric] if isinstance(metric, str) else list(metric)) != ["bbox"]:
+            raise ValueError(f"FastCocoMetric scores boxes: metric must be 'bbox', not {metric!r}")
+        if backend_args is not None:
+            raise ValueError("FastCocoMetric reads local files: backend_args must be None")
+        if format_only and not (outfile_prefix or results_dir):
+            raise ValueError("format_only needs outfile_prefix or results_dir to write to")
+        self.sources = [{"image_dir": "", "json_file": ann_file}] if ann_file is not None else sources
+        self.eval_class_ids = None if eval_class_ids is None else list(eval_class_ids)
+        self.conf_threshold = conf_threshold
+        self.classwise = classwise
+        self.per_source = per_source
+        self.results_dir = None if results_dir is None else Path(results_dir)
+        self.outfile_prefix = outfile_prefix
+        self.format_only = format_only
+        self.backend = backend
+        self.result: CocoResult | None = None
+        self.source_results: dict[str, CocoResult] = {}
+        self._table: CocoTable | None = None
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
+        """Keep what is needed of one batch: arrays of the detections above the threshold."""
+        for sample in data_samples:
+            found = sample["pred_instances"]
+            scores = found["scores"].detach().cpu().float().numpy()
+            # Not `scores >= threshold`: a NaN must get through to be counted and told.
+            keep = ~(scores < self.conf_threshold)
+            self.results.append(
+                ImageResult(
+                    image_id=int(sample["img_id"]),
+                    boxes_xyxy=found["bboxes"].detach().cpu().float().numpy().reshape(-1, 4)[keep],
+                    scores=scores[keep],
+                    labels=found["labels"].detach().cpu().numpy()[keep],
+                    instances=None if self.sources is not None else sample.get("instances"),
+                )
+            )
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """Gather the results of all ranks and score them on the first; all ranks return the metrics.
+
+        Unlike ``BaseMetric.evaluate`` this neither writes files to exchange results nor relies on the
+        order in which samples went to ranks: an image that a sampler gave out twice counts once.
+
+        Args:
+            size: number of images of the dataset.
+        """
+        parts = gather_object(pack(self.results))
+        self.results.clear()
+        answer: list[Any] = [None, None]
+        failure: BaseException | None = None
+        if is_main_process():
+            try:
+                answer[0] = self.compute_metrics(merge_ranks(parts or []), expected=size)
+            except Exception as error:
+                # The other ranks wait for an answer, whatever it is; then this one tells the error.
+                failure, answer[1] = error, f"{type(error).__name__}: {error}"
+        broadcast_object_list(answer)
+        if failure is not None:
+            raise failure
+        if answer[1] is not None:
+            raise RuntimeError(f"evaluation failed on the first rank: {answer[1]}")
+        return {f"{self.prefix}/{key}" if self.prefix else key: value for key, value in answer[0].items()}
+
+    def compute_metrics(self, results: list[ImageResult], expected: int | None = None) -> dict[str, float]:
+        """Score the merged results of all ranks.
+
+        Args:
+            results: one entry an image, each image once.
+            expected: how many images there should be; a smaller number is warned about.
+
+        Returns:
+            Keys of :data:`MMDET_NAMES` without the prefix; empty with ``format_only``.
+        """
+        logger = MMLogger.get_current_instance()
+        if expected is not None and len(results) < expected:
+            logger.warning(f"Only {len(results)} of {expected} images have been evaluated.")
+        truth = self._ground_truth(results)
+        found = self._detections(results, truth)
+        self._write_predictions(found)
+        if self.format_only:
+            return {}
+        classes = self._scored_classes(truth)
+        self.result = evaluate_boxes(truth, found, category_ids=classes, backend=self.backend)
+        self.source_results = self._score_sources(truth, found)
+        self._report(logger, self.result)
+        if self.results_dir is not None:
+            write_results_json(self.results_dir / "results.json", self.result)
+        return {key: self.result[name] for key, name in MMDET_NAMES.items()}
+
+    def _ground_truth(self, results: list[ImageResult]) -> GroundTruthColumns:
+        if self.sources is None:
+            return _truth_of_samples(results, self._label_ids(None), self._class_names())
+        if self._table is None:
+            self._table = read_coco_sources(self.sources, annotations_required=not self.format_only)
+        return truth_of_table(self._table)
+
+    def _detections(self, results: list[ImageResult], truth: GroundTruthColumns) -> DetectionColumns:
+        """Detections of all images, ordered by image id, with category ids in the place of labels."""
+        known = set(truth.image_ids.tolist())
+        stray = next((result.image_id for result in results if result.image_id not in known), None)
+        if stray is not None:
+            raise DataError(
+                Problem(
+                    "a sample's image id is not in the annotations that it is evaluated with",
+                    where="val_evaluator",
+                    value=stray,
+                    mend="give the evaluator the same ann_file or sources as the dataset",
+                )
+            )
+        if not results:
+            return DetectionColumns.empty()
+        ordered = sorted(results, key=lambda result: result.image_id)
+        labels = np.concatenate([result.labels for result in ordered])
+        label_ids = self._label_ids(truth)
+        if len(labels) and (labels.max() >= len(label_ids) or labels.min() < 0):
+            raise DataError(
+                Problem(
+                    "the model gives labels that the dataset has no class for",
+                    value=int(labels.max() if labels.max() >= len(label_ids) else labels.min()),
+                    allowed=f"0 to {len(label_ids) - 1}",
+                    mend="make the model's number of classes fit the dataset's",
+                )
+            )
+        category_ids = label_ids[labels]
+        detections = DetectionColumns(
+            image_ids=np.repeat(
+                [result.image_id for result in ordered], [len(result.scores) for result in ordered]
+            ),
+            boxes_xywh=xyxy_to_xywh(np.concatenate([result.boxes_xyxy for result in ordered])),
+            scores=np.concatenate([result.scores for result in ordered]),
+            category_ids=category_ids,
+        )
+        return detections.rows(category_ids >= 0)
+
+    def _scored_classes(self, truth: GroundTruthColumns) -> list[int]:
+        """The classes asked for; without such a wish those that the dataset has labels for."""
+        if self.eval_class_ids is not None:
+            return self.eval_class_ids
+        labelled = set(self._label_ids(truth).tolist())
+        return [number for number in truth.category_names if number in labelled]
+
+    def _label_ids(self, truth: GroundTruthColumns | None) -> np.ndarray:
+        """(labels,) int64 category id of each label; -1 where the label stands for no category."""
+        meta = self.dataset_meta or {}
+        if meta.get("category_ids") is not None:
+            ids = [-1 if number is None else int(number) for number in meta["category_ids"]]
+        elif truth is None:
+            ids = list(range(len(self._class_names())))
+        else:
+            wanted = set(self._class_names())
+            ids = [number for number, name in truth.category_names.items() if name in wanted]
+        return np.array(ids, dtype=np.int64)
+
+    def _class_names(self) -> list[str]:
+        return list((self.dataset_meta or {}).get("classes") or ())
+
+    def _write_predictions(self, found: DetectionColumns) -> None:
+        paths = [] if self.results_dir is None else [self.results_dir / "predictions.json"]
+        if self.outfile_prefix is not None:
+            paths.append(Path(f"{self.outfile_prefix}.bbox.json"))
+        for path in paths:
+            write_predictions_json(path, found, self._table)
+
+    def _score_sources(self, truth: GroundTruthColumns, found: DetectionColumns) -> dict[str, CocoResult]:
+        if not self.per_source or self._table is None or self.sources is None or len(self.sources) < 2:
+            return {}
+        return {
+            f"{number}: {source['json_file']}": evaluate_boxes(
+                truth,
+                found,
+                category_ids=self._scored_classes(truth),
+                image_ids=self._table.image_ids[self._table.source_indices == number],
+                backend=self.backend,
+            )
+            for number, source in enumerate(self.sources)
+        }
+
+    def _report(self, logger: MMLogger, result: CocoResult) -> None:
+        for note in result.notes:
+            logger.warning(note)
+        if self.classwise:
+            logger.info("\n" + class_table(result))
+        if self.source_results:
+            logger.info("\n" + source_table(self.source_results))
+
+
+def truth_of_table(table: CocoTable) -> GroundTruthColumns:
+    """The ground truth of read sources, under their unique image ids."""
+    return GroundTruthColumns(
+        image_ids=table.image_ids,
+        box_image_ids=table.image_ids[table.box_image_rows],
+        boxes_xywh=table.boxes_xywh,
+        category_ids=table.category_ids,
+        iscrowd=table.crowd,
+        areas=table.areas,
+        category_names=table.category_names,
+    )
+
+
+def _truth_of_samples(
+    results: list[ImageResult], label_ids: np.ndarray, class_names: list[str]
+) -> GroundTruthColumns:
+    """The ground truth that the data samples carry: boxes xyxy, areas from the boxes."""
+    rows: list[tuple[int, Sequence[float], int, bool]] = []
+    for result in results:
+        if result.instances is None:
+            raise DataError(
+                Problem(
+                    "has nothing to compare detections with",
+                    where="val_evaluator",
+                    mend="give it ann_file or sources, or let PackDetInputs pass on 'instances'",
+                )
+            )
+        rows += [
+            (
+                result.image_id,
+                item["bbox"],
+                int(label_ids[item["bbox_label"]]),
+                bool(item.get("ignore_flag", 0)),
+            )
+            for item in result.instances
+        ]
+    rows = [row for row in rows if row[2] >= 0]
+    boxes_xywh = xyxy_to_xywh(np.array([row[1] for row in rows], dtype=np.float64))
+    return GroundTruthColumns(
+        image_ids=np.array([result.image_id for result in results]),
+        box_image_ids=np.array([row[0] for row in rows]),
+        boxes_xywh=boxes_xywh,
+        category_ids=np.array([row[2] for row in rows]),
+        iscrowd=np.array([row[3] for row in rows]),
+        areas=boxes_xywh[:, 2] * boxes_xywh[:, 3],
+        category_names={
+            int(number): class_names[label] if label < len(class_names) else str(number)
+            for label, number in enumerate(label_ids.tolist())
+            if number >= 0
+        },
+    )

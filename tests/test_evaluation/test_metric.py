@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_scenes import data_samples, random_scene, write_coco
+from mmdet.registry import METRICS
+
+from ddetr_mm.errors import DataError
+from ddetr_mm.evaluation.coco_eval import METRIC_NAMES, evaluate_boxes
+from ddetr_mm.evaluation.columns import DetectionColumns
+from ddetr_mm.evaluation.metric import MMDET_NAMES, FastCocoMetric
+
+LABELS = {3: 0, 6: 1, 9: 2, 12: 3}
+META = {"classes": tuple(f"class {number}" for number in LABELS), "category_ids": tuple(LABELS)}
+
+
+def run(metric, samples, meta=META, batch_size=3):
+    metric.dataset_meta = meta
+    for start in range(0, len(samples), batch_size):
+        metric.process({}, samples[start : start + batch_size])
+    return metric.evaluate(len(samples))
+
+
+def as_float32(detections):
+    """Detections with the precision that tensors carry."""
+    corners = detections.boxes_xywh.copy()
+    corners[:, 2:] += corners[:, :2]
+    corners = corners.astype(np.float32).astype(np.float64)
+    corners[:, 2:] -= corners[:, :2]
+    return DetectionColumns(
+        detections.image_ids, corners, detections.scores.astype(np.float32), detections.category_ids
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_mmdets_own_metric(scene_file, seed):
+    (truth, detections), path = scene_file(seed)
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    theirs = METRICS.build({"type": "CocoMetric", "ann_file": str(path), "metric": "bbox"})
+    ours = METRICS.build(
+        {"type": "FastCocoMetric", "ann_file": str(path), "metric": "bbox", "format_only": False}
+    )
+    meta = {"classes": META["classes"]}
+    expected, found = run(theirs, samples, meta), run(ours, samples, meta)
+    for key, value in expected.items():
+        # mmdet rounds to three places; its AP counts 1000 detections an image, we have fewer than 100
+        assert found[key] == pytest.approx(value, abs=0.00051), key
+    assert set(found) == {f"coco/{name}" for name in MMDET_NAMES}
+
+
+def test_gives_the_pure_functions_figures(scene_file):
+    (truth, detections), path = scene_file(5)
+    metric = FastCocoMetric(ann_file=str(path))
+    metrics = run(metric, data_samples(detections, LABELS, truth.image_ids))
+    expected = evaluate_boxes(truth, as_float32(detections))
+    for key, name in MMDET_NAMES.items():
+        assert metrics[f"coco/{key}"] == pytest.approx(expected[name], abs=1e-9)
+    assert metric.result.metrics == pytest.approx(expected.metrics)
+
+
+def test_labels_follow_category_ids_of_the_dataset(scene_file):
+    (truth, detections), path = scene_file(1)
+    # As with raw category ids for labels: label 0 is background, gaps are unknown.
+    raw = {"classes": ("background",) * 13, "category_ids": [n if n in LABELS else None for n in range(13)]}
+    samples = data_samples(detections, {number: number for number in LABELS}, truth.image_ids)
+    plain = run(FastCocoMetric(ann_file=str(path)), samples, raw)
+    samples[0]["pred_instances"]["labels"][:] = 0
+    dropped = FastCocoMetric(ann_file=str(path))
+    run(dropped, samples, raw)
+    number = len(samples[0]["pred_instances"]["labels"])
+    assert plain == run(FastCocoMetric(ann_file=str(path)), data_samples(detections, LABELS, truth.image_ids))
+    assert number > 0
+    assert dropped.result.num_detections == len(detections) - number
+
+
+def test_without_category_ids_labels_follow_the_file_like_mmdet(scene_file):
+    (truth, detections), path = scene_file(1)
+    content = json.loads(path.read_text())
+    content["categories"].reverse()
+    path.write_text(json.dumps(content))
+    subset = {"classes": ("class 3", "class 9")}  # in the file: 12, 9, 6, 3
+    keep = np.isin(detections.category_ids, [3, 9])
+    samples = data_samples(detections.rows(keep), {9: 0, 3: 1}, truth.image_ids)
+    metric = FastCocoMetric(ann_file=str(path))
+    run(metric, samples, subset)
+    expected = evaluate_boxes(truth, as_float32(detections), category_ids=[3, 9])
+    assert metric.result.metrics == pytest.approx(expected.metrics)
+
+
+def test_files_numbered_from_zero_lose_no_box(scene_file):
+    (truth, detections), path = scene_file(0)
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    from_one = run(FastCocoMetric(ann_file=str(path)), samples)
+    write_coco(path, truth, first_id=0)
+    assert run(FastCocoMetric(ann_file=str(path)), samples) == from_one
+
+
+def test_threshold_and_chosen_classes(scene_file):
+    (truth, detections), path = scene_file(2)
+    metric = FastCocoMetric(ann_file=str(path), conf_threshold=0.5, eval_class_ids=[6, 9])
+    run(metric, data_samples(detections, LABELS, truth.image_ids))
+    kept = as_float32(detections).rows(detections.scores >= 0.5)
+    expected = evaluate_boxes(truth, kept, category_ids=[6, 9])
+    assert metric.result.metrics == pytest.approx(expected.metrics)
+    assert [entry.category_id for entry in metric.result.per_class] == [6, 9]
+
+
+def test_sources_with_colliding_ids(tmp_path):
+    # All scores differ: among equal ones the order of images would count, and their ids change here.
+    scenes = [random_scene(seed, score_levels=10**6) for seed in (7, 8)]
+    sources, samples, row = [], [], 0
+    for number, (truth, detections) in enumerate(scenes):
+        renamed = {int(image): position for position, image in enumerate(truth.image_ids)}
+        path = write_coco(tmp_path / f"{number}.json", truth, renamed)
+        sources.append({"image_dir": str(tmp_path), "json_file": str(path)})
+        new_ids = np.array([renamed[int(image)] for image in detections.image_ids]) + row
+        moved = DetectionColumns(new_ids, detections.boxes_xywh, detections.scores, detections.category_ids)
+        samples += data_samples(moved, LABELS, range(row, row + len(renamed)))
+        row += len(renamed)
+    metric = FastCocoMetric(sources=sources, results_dir=str(tmp_path / "out"))
+    run(metric, samples)
+    for number, (truth, detections) in enumerate(scenes):
+        alone = evaluate_boxes(truth, as_float32(detections))
+        name = f"{number}: {sources[number]['json_file']}"
+        assert metric.source_results[name].metrics == pytest.approx(alone.metrics)
+    assert metric.result.num_images == 24
+    written = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {(entry["source"], entry["image_id"]) for entry in written} <= {
+        (source, image) for source in (0, 1) for image in range(12)
+    }
+    second = [entry for entry in written if entry["source"] == 1]
+    truth, detections = scenes[1]
+    image = int(truth.image_ids[second[0]["image_id"]])
+    assert second[0]["file_name"] == f"{image}.png"
+    assert len(second) == len(detections)
+
+
+def test_writes_results_and_predictions(scene_file, tmp_path):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    (truth, detections), path = scene_file(3)
+    metric = FastCocoMetric(
+        ann_file=str(path), results_dir=str(tmp_path / "out"), outfile_prefix=str(tmp_path / "sub" / "val")
+    )
+    run(metric, data_samples(detections, LABELS, truth.image_ids))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results) == list(METRIC_NAMES)
+    predictions = tmp_path / "out" / "predictions.json"
+    assert predictions.read_text() == (tmp_path / "sub" / "val.bbox.json").read_text()
+    # The file scores the same when read by pycocotools.
+    coco = COCO(str(path))
+    evaluator = COCOeval(coco, coco.loadRes(str(predictions)), "bbox")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    np.testing.assert_allclose(list(results.values()), evaluator.stats, atol=1e-6)
+    assert set(json.loads(predictions.read_text())[0]) == {"image_id", "category_id", "bbox", "score"}
+
+
+def test_format_only_needs_no_annotations(scene_file, tmp_path):
+    (truth, detections), path = scene_file(4)
+    content = json.loads(path.read_text())
+    del content["annotations"]
+    path.write_text(json.dumps(content))
+    metric = FastCocoMetric(ann_file=str(path), format_only=True, outfile_prefix=str(tmp_path / "test"))
+    assert run(metric, data_samples(detections, LABELS, truth.image_ids)) == {}
+    assert len(json.loads((tmp_path / "test.bbox.json").read_text())) == len(detections)
+
+
+def test_ground_truth_from_the_samples(scene_file):
+    (truth, detections), path = scene_file(6)
+    boxes = np.concatenate(
+        [truth.boxes_xywh[:, :2], truth.boxes_xywh[:, :2] + truth.boxes_xywh[:, 2:]], axis=1
+    )
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    for sample in samples:
+        sample["instances"] = [
+            {
+                "bbox": boxes[row].tolist(),
+                "bbox_label": LABELS[int(truth.category_ids[row])],
+                "ignore_flag": int(truth.iscrowd[row]),
+            }
+            for row in np.flatnonzero(truth.box_image_ids == sample["img_id"])
+        ]
+    from_samples = run(FastCocoMetric(), samples)
+    from_file = run(FastCocoMetric(ann_file=str(path)), samples)
+    # Areas differ (the file's are those of a shape inside the box), so only figures over all sizes agree.
+    for name in ("bbox_mAP", "bbox_mAP_50", "bbox_AR@100"):
+        assert from_samples[f"coco/{name}"] == pytest.approx(from_file[f"coco/{name}"], abs=1e-6)
+    del samples[2]["instances"]
+    with pytest.raises(DataError, match="ann_file or sources"):
+        run(FastCocoMetric(), samples)
+
+
+def test_no_detections_and_nan_are_told_not_crashed_on(scene_file, caplog):
+    (truth, detections), path = scene_file(0)
+    nothing = data_samples(DetectionColumns.empty(), LABELS, truth.image_ids)
+    metric = FastCocoMetric(ann_file=str(path))
+    assert set(run(metric, nothing).values()) == {0.0}
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    samples[1]["pred_instances"]["scores"][:] = float("nan")
+    run(metric, samples)
+    assert "non-finite" in metric.result.notes[0]
+
+
+def test_an_image_given_twice_counts_once(scene_file):
+    (truth, detections), path = scene_file(9)
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    once = run(FastCocoMetric(ann_file=str(path)), samples)
+    assert run(FastCocoMetric(ann_file=str(path)), samples + samples[:4]) == once
+
+
+def test_wrong_image_ids_and_labels_are_named(scene_file):
+    (truth, detections), path = scene_file(0)
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    samples[0]["img_id"] = 123456
+    with pytest.raises(DataError, match=r"123456.*same ann_file"):
+        run(FastCocoMetric(ann_file=str(path)), samples)
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    samples[0]["pred_instances"]["labels"][0] = 80
+    with pytest.raises(DataError, match=r"\(got 80\); allowed: 0 to 3"):
+        run(FastCocoMetric(ann_file=str(path)), samples)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"ann_file": "a", "sources": []},
+        {"ann_file": "a", "metric": ["bbox", "segm"]},
+        {"ann_file": "a", "format_only": True},
+        {"ann_file": "a", "backend_args": {"backend": "petrel"}},
+    ],
+)
+def test_contradicting_arguments(arguments):
+    with pytest.raises(ValueError, match=r"ann_file or sources|bbox|outfile_prefix|backend_args"):
+        FastCocoMetric(**arguments)
+
+
+TWO_RANKS = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from evaluation_scenes import data_samples, random_scene
+import ddetr_mm
+import torch.distributed
+from ddetr_mm.evaluation.metric import FastCocoMetric
+rank = int(sys.argv[4])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=2)
+truth, detections = random_scene(9)
+labels = {3: 0, 6: 1, 9: 2, 12: 3}
+samples = data_samples(detections, labels, truth.image_ids)
+metric = FastCocoMetric(ann_file=sys.argv[2])
+metric.dataset_meta = {"category_ids": list(labels)}
+# uneven and overlapping shares
+metric.process({}, samples[:8] if rank == 0 else samples[7:])
+print(f"RANK{rank}" + json.dumps(metric.evaluate(len(samples))), flush=True)
+metric.sources = [{"image_dir": "", "json_file": "missing.json"}]
+metric._table = None
+try:
+    metric.evaluate(1)
+except Exception as error:
+    print(f"ERROR{rank} {type(error).__name__}: {error}", flush=True)
+"""
+
+
+def test_two_ranks_give_what_one_gives(scene_file, tmp_path):
+    (truth, detections), path = scene_file(9)
+    alone = run(FastCocoMetric(ann_file=str(path)), data_samples(detections, LABELS, truth.image_ids))
+    arguments = [str(Path(__file__).parent), str(path), str(tmp_path / "meeting")]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_RANKS, *arguments, str(rank)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    answers = [worker.communicate(timeout=300) for worker in workers]
+    for rank, (output, errors) in enumerate(answers):
+        assert workers[rank].returncode == 0, errors
+        found = json.loads(output.split(f"RANK{rank}")[1].splitlines()[0])
+        assert found == pytest.approx(alone, abs=1e-12)
+    assert "ERROR0 DataError" in answers[0][0]
+    assert "ERROR1 RuntimeError: evaluation failed on the first rank: DataError" in answers[1][0]
