@@ -212,7 +212,8 @@ class SerializedCocoDataset(BaseDetDataset):
         settings = {} if self.test_mode or self.filter_cfg is None else self.filter_cfg
         keep = np.ones(self.table.num_images, bool)
         if settings.get("filter_empty_gt", False):
-            usable = self._usable_labels(slice(None))[0]
+            labels = labels_of(self.table.category_ids, self._lookup)
+            usable = self.table.visible & (labels >= 0)  # crowds and ignored boxes count, as in mmdet
             before = np.concatenate([[0], np.cumsum(usable)])
             keep &= before[self.table.box_starts[1:]] > before[self.table.box_starts[:-1]]
         if settings.get("min_size", 0) > 0:

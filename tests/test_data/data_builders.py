@@ -18,7 +18,8 @@ def image(image_id: int, name: str | None = None, *, width: int = 64, height: in
 
 def box(box_id: int, image_id: int, xywh: list[float], category: int = 1, **more: Any) -> dict[str, Any]:
     area = more.pop("area", xywh[2] * xywh[3])
-    return {"id": box_id, "image_id": image_id, "bbox": xywh, "category_id": category, "area": area, **more}
+    record = {"id": box_id, "image_id": image_id, "bbox": xywh, "category_id": category, "area": area}
+    return {**record, "iscrowd": 0, **more}
 
 
 def categories(*names: str, first: int = 1) -> list[dict[str, Any]]:
