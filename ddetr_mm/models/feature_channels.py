@@ -58,7 +58,8 @@ def feature_info(backbone_cfg: Mapping[str, Any]) -> FeatureInfo:
         cfg.pop(name, None)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            backbone = MODELS.build(cfg).eval()
+            backbone = MODELS.build(cfg)
+            backbone.eval()  # mmdet's ResNet.train returns nothing, so eval() does too
             features = backbone(torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE))
     except Exception as error:  # whatever a foreign backbone raises, its config is the cause
         raise SpecError(
