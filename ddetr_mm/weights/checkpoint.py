@@ -44,6 +44,7 @@ class CheckpointMeta:
         neck_bias: False when the weights come from a neck without bias; conversions that need one fill in
             zeros, and writing mmdet's names takes the zeros out again.
         num_heads: attention heads where the file says so.
+        num_queries: object queries (two-stage: proposals) where the file says so.
         epoch: epoch the file was written after, where it says so.
         spec: the experiment spec the weights belong to, as plain data, or None.
     """
@@ -59,6 +60,7 @@ class CheckpointMeta:
     two_stage: bool = False
     neck_bias: bool = True
     num_heads: int | None = None
+    num_queries: int | None = None
     epoch: int | None = None
     spec: dict[str, Any] | None = None
 
@@ -76,6 +78,7 @@ class CheckpointMeta:
             "two_stage": self.two_stage,
             "neck_bias": self.neck_bias,
             "num_heads": self.num_heads,
+            "num_queries": self.num_queries,
             "epoch": self.epoch,
             "spec": self.spec,
         }
@@ -143,7 +146,7 @@ def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> Checkp
     for key in ("zero_padded_values", "with_box_refine", "two_stage", "neck_bias"):
         if isinstance(values.get(key), bool):
             changes[key] = values[key]
-    for key in ("background_column", "num_heads", "epoch"):
+    for key in ("background_column", "num_heads", "num_queries", "epoch"):
         if isinstance(values.get(key), int) and not isinstance(values[key], bool):
             changes[key] = values[key]
     if isinstance(values.get("source_format"), str):

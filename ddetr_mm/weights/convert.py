@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.weights.architecture import Architecture, expected_keys
-from ddetr_mm.weights.checkpoint import FORMATS, Checkpoint, column_ids
+from ddetr_mm.weights.checkpoint import FORMATS, ZERO_PADDED_VALUES, Checkpoint, column_ids
 from ddetr_mm.weights.hf_config import hf_config
 from ddetr_mm.weights.key_engine import KeyTrace, from_canonical
 from ddetr_mm.weights.key_maps import TABLES
@@ -67,6 +67,12 @@ def convert_checkpoint(
     report = compose_report(checkpoint, trace, filled, dropped)
     report.target, report.target_format = str(dst), to
     report.notes += _spec_notes(checkpoint)
+    if to != "mmdet" and checkpoint.meta.zero_padded_values != ZERO_PADDED_VALUES[to]:
+        report.notes.append(
+            "in batches with padding the target's own implementation predicts something else: it"
+            + (" zeroes" if ZERO_PADDED_VALUES[to] else " does not zero")
+            + " attention values there, the weights were made the other way"
+        )
     if to == "hf" and checkpoint.meta.num_heads is None:
         report.notes.append(
             f"{checkpoint.architecture.num_heads} attention heads are assumed: weights tell only heads x"

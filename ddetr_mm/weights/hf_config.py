@@ -63,13 +63,13 @@ def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dic
         "is_encoder_decoder": True,
         "num_channels": 3,
         "num_feature_levels": found.num_feature_levels,
-        "num_queries": found.num_queries or _DEFAULT_PROPOSALS,
+        "num_queries": meta.num_queries or _DEFAULT_PROPOSALS,
         "position_embedding_type": "sine",
         "return_intermediate": True,
         # Tied, transformers would put one layer's branches in place of all: right only without refinement.
         "tie_word_embeddings": not found.with_box_refine,
         "two_stage": found.two_stage,
-        "two_stage_num_proposals": _DEFAULT_PROPOSALS,
+        "two_stage_num_proposals": meta.num_queries or _DEFAULT_PROPOSALS,
         "with_box_refine": found.with_box_refine,
     }
     backbone = _TIMM_NAMES[found.backbone]

@@ -16,11 +16,15 @@ weights-only unpickler alone, which looks names up in its own table and in ours,
 
 from __future__ import annotations
 
+import _compat_pickle
+import pickle
 import pickletools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
+
+SafeGlobal: TypeAlias = "Callable[..., Any] | tuple[Callable[..., Any], str]"
 
 
 class InertObject:
@@ -55,6 +59,25 @@ class InertList:
         return []
 
 
+class InertHistory(InertObject):
+    """Stands for mmengine's HistoryBuffer."""
+
+
+class InertMethod(InertObject):
+    """Stands for the methods of HistoryBuffer that mmengine pickles as ``getattr(HistoryBuffer, name)``."""
+
+    def __new__(cls, owner: Any = None, name: Any = None, *_rest: Any, **_options: Any) -> InertMethod:
+        """Make a stand-in for a statistics method of a history; refuse to be asked for anything else.
+
+        Raises:
+            pickle.UnpicklingError: for an attribute of any other object, or of another name.
+        """
+        if owner is not InertHistory or name not in ("min", "max", "current", "mean"):
+            raise pickle.UnpicklingError(f"asks for attribute {name!r} of {owner!r} by builtins.getattr")
+        return object.__new__(cls)
+
+
+_HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 _LIGHTNING = r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities)"
 _CLASS_NAME = r"_?[A-Z]\w*"
 
@@ -68,6 +91,7 @@ _STAND_INS: tuple[tuple[str, type], ...] = (
     (rf"(addict\.addict|mmengine\.config\.config|mmcv\.utils\.config)\.{_CLASS_NAME}", InertDict),
     (rf"(yacs\.config|easydict)\.{_CLASS_NAME}", InertDict),
     # mmengine: histories of logged values, and NumPy numbers inside them.
+    (re.escape(_HISTORY), InertHistory),
     (rf"mmengine\.(logging|structures|registry|dataset)(\.\w+)*\.{_CLASS_NAME}", InertObject),
     (r"numpy\.(core|_core)\.multiarray\.(_reconstruct|scalar)", InertObject),
     (rf"numpy\.(ndarray|dtype|dtypes\.{_CLASS_NAME}|bool_?|u?int(8|16|32|64)|float(16|32|64))", InertObject),
@@ -124,7 +148,8 @@ def names_in_pickle(pickled: bytes | BinaryIO) -> list[str]:
     strings: list[str] = []
     for opcode, argument, _position in pickletools.genops(pickled):
         if opcode.name in ("GLOBAL", "INST"):
-            names[_modern(str(argument).replace(" ", ".", 1))] = None
+            module, _, name = str(argument).partition(" ")
+            names[_modern(module, name)] = None
         elif opcode.name == "STACK_GLOBAL":
             # Protocol 4 takes module and name from the stack: usually the two strings put there last.
             names[".".join(strings[-2:]) or "a name put together at run time"] = None
@@ -135,30 +160,35 @@ def names_in_pickle(pickled: bytes | BinaryIO) -> list[str]:
     return list(names)
 
 
-def _modern(name: str) -> str:
-    """A name as Python 3 has it: pickles of protocol 2 keep the names of Python 2."""
-    module, _, rest = name.partition(".")
-    return f"{ {'__builtin__': 'builtins', 'copy_reg': 'copyreg'}.get(module, module) }.{rest}"
+def _modern(module: str, name: str) -> str:
+    """A name as Python 3 has it: pickles of protocol 2 keep the names of Python 2 (``__builtin__ long``)."""
+    renamed = _compat_pickle.NAME_MAPPING.get((module, name))
+    if renamed is None:
+        renamed = (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+    return ".".join(renamed)
 
 
 def sort_names(
     names: Iterable[str],
-) -> tuple[list[tuple[Callable[..., Any], str] | Callable[..., Any]], list[str]]:
+) -> tuple[list[SafeGlobal], list[str]]:
     """Decide on every name a file asks for.
 
     Args:
         names: dotted names.
 
     Returns:
-        ``(stand-in, name)`` pairs for :func:`torch.serialization.safe_globals`, and the names that stay
+        ``(stand-in, name)`` pairs for :func:`torch.serialization.add_safe_globals`, and the names that stay
         refused.
     """
-    offered: list[tuple[Callable[..., Any], str] | Callable[..., Any]] = []
+    names = list(names)
+    offered: list[SafeGlobal] = []
     refused: list[str] = []
     for name in names:
         if _TORCH_OWN.fullmatch(name):
             continue
         stand_in = stand_in_for(name)
+        if name == "builtins.getattr" and _HISTORY in names:
+            stand_in = InertMethod
         if stand_in is None:
             refused.append(name)
         else:

@@ -151,10 +151,8 @@ def _interpret(
         refine = own["with_box_refine"]
     if refine is None and "refine" in trace.used_alias:
         refine = True
-    heads = own.get("num_heads") or hints.get("num_heads")
-    architecture = infer_architecture(
-        canonical, with_box_refine=refine, num_heads=heads if isinstance(heads, int) and heads > 0 else None
-    )
+    heads = _count(own.get("num_heads")) or _count(hints.get("num_heads"))
+    architecture = infer_architecture(canonical, with_box_refine=refine, num_heads=heads)
     columns = architecture.num_classes
     names = _class_names(raw, found, columns, notes)
     meta = CheckpointMeta(
@@ -166,7 +164,8 @@ def _interpret(
         with_box_refine=architecture.with_box_refine,
         two_stage=architecture.two_stage,
         neck_bias=architecture.neck_bias,
-        num_heads=heads if isinstance(heads, int) else None,
+        num_heads=heads,
+        num_queries=architecture.num_queries or _count(hints.get("num_queries")),
         epoch=_epoch(found.extras),
     )
     meta = _label_convention(format_name, found, meta)
@@ -178,6 +177,11 @@ def _interpret(
     if meta.category_ids is None:
         meta = replace(meta, category_ids=column_ids(meta.class_names, meta.label_mode))
     return meta, architecture, [*notes, *architecture.notes]
+
+
+def _count(value: Any) -> int | None:
+    """A positive whole number out of an untrusted file, or None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _own_meta(raw: RawFile, found: FoundWeights) -> Mapping[str, Any]:
@@ -201,15 +205,20 @@ def _hints(raw: RawFile, found: FoundWeights) -> dict[str, Any]:
     if raw.config:
         hints["with_box_refine"] = bool(raw.config.get("with_box_refine", False))
         hints["num_heads"] = raw.config.get("encoder_attention_heads", 8)
+        queries = "two_stage_num_proposals" if raw.config.get("two_stage") else "num_queries"
+        hints["num_queries"] = raw.config.get(queries, 300)
         return hints
     arguments = found.extras.get("args")
     if isinstance(arguments, InertObject) and isinstance(arguments.state, Mapping):
         hints["num_heads"] = arguments.state.get("nheads")
+        hints["num_queries"] = arguments.state.get("num_queries")
     meta = found.extras.get("meta")
     if isinstance(meta, Mapping):
         model = model_settings(meta.get("cfg") or meta.get("config"))
         if isinstance(model.get("with_box_refine"), bool):
             hints["with_box_refine"] = model["with_box_refine"]
+        if "num_queries" in model:
+            hints["num_queries"] = model["num_queries"]
         if model.get("type") == "TAODeformableDETR":
             hints["zero_padded_values"] = bool(model.get("zero_padded_values", False))
         attention = model

@@ -13,6 +13,8 @@ import pickle
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.weights.pickle_names import names_in_pickle, sort_names
+from ddetr_mm.weights.pickle_names import SafeGlobal, names_in_pickle, sort_names
 from ddetr_mm.weights.refusals import ENCRYPTED, MALICIOUS_MEND, explain_strange_bytes, short_names
 
 _MAX_PICKLE_BYTES = 256 * 2**20
@@ -163,7 +165,7 @@ def _load(path: Path, names: list[str], *, mmap: bool) -> Any:
     if refused:
         _refuse(path, f"asks to run or build {short_names(refused)}", MALICIOUS_MEND)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(offered):
+        with warnings.catch_warnings(), _only_allowed(offered):
             # Files of other pickle protocols make torch warn; they load or fail here.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -176,6 +178,22 @@ def _load(path: Path, names: list[str], *, mmap: bool) -> Any:
             _refuse(path, f"is not a plain file of weights: {text}", MALICIOUS_MEND, error)
         what = f"is truncated, damaged or no PyTorch file: {type(error).__name__}: {text}"
         _refuse(path, what, _AGAIN, error)
+
+
+@contextmanager
+def _only_allowed(offered: Sequence[SafeGlobal]) -> Iterator[None]:
+    """Allow these names beside torch's own, and no others that somebody allowed for the whole process.
+
+    Both a real class and its stand-in under one name would leave it to chance which is used.
+    """
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(offered))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def _first_line(text: str, limit: int = 200) -> str:
