@@ -24,7 +24,6 @@ NO_EFFECT: dict[str, str] = {
     "model.clip_max_norm": "gradients are clipped by train.clip_grad_norm",
     "model.precise_msda": _LATER,
     "dataset.quant_calibration_data_sources": _QUANTIZE,
-    "dataset.augmentation.pad_size_divisor": _LATER,
     "train.optim.monitor_name": "no scheduler watches a value",
     "train.input_width": _AUGMENTED,
     "train.input_height": _AUGMENTED,

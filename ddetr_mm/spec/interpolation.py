@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 MAX_LENGTH = 10_000
@@ -24,6 +24,7 @@ FORMS = "${path.to.key} or ${oc.env:NAME}"
 MAX_COUNT = 200
 
 Steps = tuple[str | int, ...]
+Report = Callable[..., None]
 Path_ = tuple[str, ...]
 
 
@@ -90,29 +91,37 @@ class _Reckoner:
         return total
 
 
-def resolve_interpolations(config: Any, paths: list[Steps], report: Callable[..., None]) -> list[Steps]:
-    """Check that every interpolation can be resolved, within bounds and to the right type.
+def unbounded_interpolations(raw: Any, paths: list[Steps], report: Report) -> list[Steps]:
+    """The interpolations that are malformed, name nothing, go in circles, or expand without bound.
 
     Args:
-        config: the merged OmegaConf spec, with interpolations in place.
+        raw: the spec with its defaults as nested dicts and lists, interpolations in place.
         paths: where they are; list positions as numbers.
-        report: called as ``report(path, what, value=…, allowed=…)`` for every one that cannot.
-
-    Returns:
-        The paths that cannot be resolved.
+        report: called as ``report(path, what, value=…, allowed=…)`` for every one found.
     """
-    reckoner = _Reckoner(OmegaConf.to_container(config, resolve=False))
-    bad = list(paths[MAX_COUNT:])
-    for path in bad:
-        report(path, f"is one interpolation too many: a spec may hold {MAX_COUNT}")
-    for path in paths[:MAX_COUNT]:
+    if len(paths) > MAX_COUNT:
+        report(paths[MAX_COUNT], f"is one interpolation too many: a spec may hold {MAX_COUNT}")
+        return list(paths)
+    reckoner = _Reckoner(raw)
+    bad = []
+    for path in paths:
         try:
             reckoner.length(_plain(path))
         except _Unresolvable as error:
             bad.append(path)
             report(path, str(error), value=reckoner.value(_plain(path)), allowed=FORMS)
-    if bad:
-        return bad
+    return bad
+
+
+def unresolved_interpolations(config: Any, paths: list[Steps], report: Report) -> list[Steps]:
+    """The interpolations that OmegaConf cannot resolve to a value of the field's type.
+
+    Args:
+        config: the merged OmegaConf spec.
+        paths: where its interpolations are; all of them bounded.
+        report: called as ``report(path, what)`` for every one found.
+    """
+    bad = []
     for path in paths:
         node = config
         try:
@@ -121,5 +130,5 @@ def resolve_interpolations(config: Any, paths: list[Steps], report: Callable[...
         except (OmegaConfBaseException, RecursionError) as error:
             bad.append(path)
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            report(path, f"cannot be resolved: {reason}", value=reckoner.value(_plain(path)))
+            report(path, f"cannot be resolved: {reason}")
     return bad

@@ -15,7 +15,7 @@ from .bind import Binder, dotted
 from .bounds import check_values
 from .effects import notes_of_doubt, notes_without_effect
 from .gpus import agree_on_gpus, drop_overruled_gpus
-from .interpolation import Steps, resolve_interpolations
+from .interpolation import Steps, unbounded_interpolations, unresolved_interpolations
 from .mandatory import incomplete_sources, missing_fields
 from .overrides import apply_overrides
 from .rules import violations
@@ -159,27 +159,50 @@ def _merge(
     collector: _Collector,
 ) -> Spec:
     """Merge values into the defaults and resolve interpolations; those that cannot be are left out."""
-    config = OmegaConf.merge(OmegaConf.structured(root), values)
-    if interpolations:
-        bad = resolve_interpolations(config, interpolations, collector.report)
-        while bad:
-            for path in bad:
-                _remove(values, path)
-            config = OmegaConf.merge(OmegaConf.structured(root), values)
-            left = [path for path in interpolations if path not in bad]
-            interpolations, bad = left, resolve_interpolations(config, left, lambda *_, **__: None)
+    defaults = OmegaConf.to_container(OmegaConf.structured(root))
+    if not isinstance(defaults, dict):
+        raise TypeError(f"OmegaConf made a {type(defaults)} of the schema")
+    bad = unbounded_interpolations(_overlay(defaults, values), interpolations, collector.report)
+    # With some taken out, those that refer to them would only repeat the complaint.
+    report = _silent if bad else collector.report
+    while True:
+        for path in bad:
+            removed = _remove(values, path)
+            interpolations = [left for left in interpolations if left[: len(removed)] != removed]
+        config = OmegaConf.merge(OmegaConf.structured(root), values)
+        bad = unresolved_interpolations(config, interpolations, report)
+        if not bad:
+            break
     spec = OmegaConf.to_object(config)
     if not isinstance(spec, (ExperimentSpec, ConvertSpec)):
         raise TypeError(f"OmegaConf made a {type(spec)} of the schema")
     return spec
 
 
-def _remove(values: Any, path: Steps) -> None:
-    """Take one value out of nested dicts and lists; an item of a list takes the list with it."""
+def _silent(*_: Any, **__: Any) -> None:
+    """Report nothing."""
+
+
+def _overlay(base: dict[Any, Any], values: dict[str, Any]) -> dict[Any, Any]:
+    """``base`` with ``values`` on top, section by section."""
+    result = dict(base)
+    for name, value in values.items():
+        below = base.get(name)
+        if isinstance(below, dict) and isinstance(value, dict):
+            value = _overlay(below, value)
+        result[name] = value
+    return result
+
+
+def _remove(values: Any, path: Steps) -> Steps:
+    """Take one value out of nested dicts; an item of a list takes the whole list with it.
+
+    Returns:
+        The path of what was taken out.
+    """
     for depth, step in enumerate(path):
         if depth + 1 == len(path) or isinstance(path[depth + 1], int):
             values.pop(step, None)
-            return
-        values = values.get(step)
-        if values is None:
-            return
+            return path[: depth + 1]
+        values = values.get(step, {})
+    return path

@@ -23,7 +23,6 @@ OVERRIDE = "override"
 FORM = "key=value with a dotted key, as in train.num_epochs=20 or 'train.optim.lr_steps=[10, 20]'"
 
 _TOKEN = re.compile(r"\.?([^.\[\]]+)|\[(\d{1,6})\]")
-_PACKED_PAIR = re.compile(r"([{,]\s*[^\s:{}\[\],'\"]+):(?=[^\s{}\[\],])")
 
 
 @dataclass(frozen=True)
@@ -65,28 +64,32 @@ def read_value(text: str, file: Path | None, key: str) -> Tree:
         return Leaf("", "", OVERRIDE)
     if stripped[0] not in "[{\"'":
         return plain_leaf(stripped, OVERRIDE)
-    if stripped[0] == "{":
-        # Hydra's own notation leaves out the blank after a colon: {person:red,car:blue}.
-        stripped = _PACKED_PAIR.sub(r"\1: ", stripped)
     tree, problems = parse_yaml(stripped, file, where=f"{key}, {OVERRIDE}")
     if tree is None or problems:
         what = problems[0].what.replace("is not valid YAML", "the value is not valid YAML")
         mend = "quote text that contains brackets, commas or quotes"
         raise _Fault(Problem(what, file=file, where=f"{key}, {OVERRIDE}", mend=mend))
-    _mark(tree)
-    return tree
+    return _as_override(tree, file, key)
 
 
-def _mark(tree: Tree) -> None:
-    """Give every node of an override's value its origin."""
-    tree.where = OVERRIDE
-    children: Sequence[Tree] = ()
-    if isinstance(tree, Branch):
-        children = list(tree.items.values())
-    elif isinstance(tree, Listing):
-        children = tree.items
-    for child in children:
-        _mark(child)
+def _as_override(tree: Tree, file: Path | None, key: str) -> Tree:
+    """Give every node of an override's value its origin, and read Hydra's packed mappings.
+
+    Hydra's own notation leaves out the blank after a colon, ``{person:red,car:blue}``, which YAML takes
+    for keys without values.
+    """
+    if isinstance(tree, Leaf):
+        return Leaf(tree.value, tree.text, OVERRIDE)
+    if isinstance(tree, Listing):
+        return Listing([_as_override(item, file, key) for item in tree.items], OVERRIDE)
+    items: dict[str, Tree] = {}
+    for name, item in tree.items.items():
+        bare, colon, rest = name.partition(":")
+        if colon and isinstance(item, Leaf) and item.value is None and item.text == "":
+            items[bare] = read_value(rest, file, key)
+        else:
+            items[name] = _as_override(item, file, key)
+    return Branch(items, OVERRIDE)
 
 
 class _Applier:

@@ -36,8 +36,8 @@ class ConvertSpec:
     partition_mode: str | None = spec_field(
         None,
         options=("random", "sequence"),
-        doc="""null: no partitions; random: 2 folds of images, drawn at random; sequence: whole sequences
-        are dealt out to the folds.""",
+        doc="""How folds are made. null: none; random: 2 folds of images, drawn at random; sequence: whole
+        sequences are dealt out to the folds.""",
     )
     image_extension: str | None = spec_field(
         None,

@@ -124,7 +124,7 @@ class DatasetConfig:
     dataset_type: str = spec_field(
         "serialized",
         options=("serialized", "default"),
-        doc="""serialized: one shared copy of the annotations for all processes of a machine; default:
+        doc="""How annotations are held. serialized: one shared copy for all processes of a machine; default:
         every process holds its own.""",
     )
     num_classes: int = spec_field(

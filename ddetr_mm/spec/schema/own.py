@@ -32,7 +32,7 @@ class OwnSection:
         "pillow",
         origin=OURS,
         options=("pillow", "fast"),
-        doc="pillow: the reference's pixels; fast: quicker, with slightly different pixels.",
+        doc="How images are resized. pillow: the reference's pixels; fast: quicker, slightly other pixels.",
     )
     log_interval: int = spec_field(50, origin=OURS, ge=1, doc="Steps between two lines of the log.")
     deterministic: bool = spec_field(

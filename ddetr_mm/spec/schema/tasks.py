@@ -72,8 +72,8 @@ class ExportConfig:
     onnx_file: str | None = spec_field(None, placeholder=True, doc="Path of the .onnx file to write.")
     on_cpu: bool = spec_field(
         True,
-        doc="""true: standard ONNX operators only (GridSample; opset raised to 16 or more); false: deformable
-        attention as a node of TensorRT's plugin.""",
+        doc="""Form of deformable attention. true: standard ONNX operators only (GridSample; opset raised to
+        16 or more); false: a node of TensorRT's plugin.""",
     )
     input_channel: int = spec_field(
         3, ge=1, options=(1, 3), doc="Channels of the input; the network takes 3."

@@ -43,7 +43,7 @@ class OptimConfig:
     lr_scheduler: str = spec_field(
         "MultiStep",
         options=("MultiStep", "StepLR"),
-        doc="MultiStep: decay at lr_steps; StepLR: decay every lr_step_size epochs.",
+        doc="When the rates decay. MultiStep: at lr_steps; StepLR: every lr_step_size epochs.",
     )
     lr_steps: list[int] = spec_field(
         [40], ge=1, doc="Epochs, ascending, at which MultiStep multiplies the rates by lr_decay."
@@ -126,7 +126,7 @@ class TrainConfig(DistributedTask):
     precision: str = spec_field(
         "fp32",
         options=("fp32", "fp16", "bf16"),
-        doc="fp32; fp16: mixed precision with loss scaling; bf16 (ours): mixed precision without.",
+        doc="Number format: fp32; fp16, mixed with loss scaling; or bf16 (ours), mixed without it.",
     )
     distributed_strategy: str = spec_field(
         "ddp",

@@ -1,0 +1,113 @@
+"""``${…}`` in values."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+import pytest
+
+from ddetr_mm.spec import get_field
+from ddetr_mm.spec.schema import DataSource
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        (
+            "results_dir: /r\nevaluate: {checkpoint: '${results_dir}/train/a.pth'}",
+            "evaluate.checkpoint",
+            "/r/train/a.pth",
+        ),
+        ("model: {num_select: '${model.num_queries}'}", "model.num_select", 300),
+        ("model: {num_select: '${.num_queries}'}", "model.num_select", 300),
+        ("model: {num_select: '${..train.seed}'}", "model.num_select", 1234),
+        ("evaluate: {gpu_ids: '${train.gpu_ids}'}\ntrain: {gpu_ids: [0, 1]}", "evaluate.gpu_ids", [0, 1]),
+        (
+            "evaluate: {gpu_ids: ['${train.gpu_ids[0]}', 1]}\ntrain: {gpu_ids: [3]}",
+            "evaluate.gpu_ids",
+            [3, 1],
+        ),
+        ("results_dir: ${oc.env:SPEC_TEST_DIR}/r", "results_dir", "/env/r"),
+        ("results_dir: ${oc.env:SPEC_TEST_NOT_SET,/d}/r", "results_dir", "/d/r"),
+        ("model_name: a\nwandb: {name: '${model_name}-${train.num_epochs}'}", "wandb.name", "a-10"),
+        ("inference: {color_map: {a: red, b: '${.a}'}}", "inference.color_map", {"a": "red", "b": "red"}),
+        (
+            "dataset: {train_data_sources: [{image_dir: a, json_file: b}],"
+            " val_data_sources: '${dataset.train_data_sources}'}",
+            "dataset.val_data_sources",
+            [DataSource("a", "b")],
+        ),
+        (
+            "dataset: {val_data_sources: [{image_dir: a, json_file: b}],"
+            " test_data_sources: '${dataset.val_data_sources[0]}'}",
+            "dataset.test_data_sources",
+            DataSource("a", "b"),
+        ),
+        ("ddetr_mm: {backbone: {type: X, n: '${model.hidden_dim}'}}", "ddetr_mm.backbone.n", 256),
+    ],
+)
+def test_interpolation(load, monkeypatch, text: str, path: str, value: object):
+    monkeypatch.setenv("SPEC_TEST_DIR", "/env")
+    monkeypatch.delenv("SPEC_TEST_NOT_SET", raising=False)
+    assert get_field(load(text).spec, path) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("results_dir: ${nope}", "names nope, which the spec does not have"),
+        ("results_dir: ${train.nope}", "names train.nope"),
+        ("results_dir: ${results_dir}", "circle"),
+        ("results_dir: ${model_name}\nmodel_name: ${results_dir}", "circle"),
+        ("results_dir: '${oc.env:SPEC_TEST_NOT_SET}'", "cannot be resolved"),
+        ("results_dir: '${oc.decode:x}'", "is not an interpolation that a spec may hold"),
+        ("results_dir: '${now:%Y}'", "is not an interpolation"),
+        ("results_dir: '${${model_name}}'", "is not an interpolation"),
+        ("results_dir: '${unclosed'", "is not an interpolation"),
+        ("results_dir: '${'", "is not an interpolation"),
+        ("train: {seed: '${model.backbone}'}", "cannot be resolved"),
+        ("train: {gpu_ids: '${train.seed}'}", "train.gpu_ids"),
+        ("train: ${model}", "is not a section"),
+        ("train: {seed: '${model}'}", "cannot be resolved"),
+        ("train: {num_epochs: '${model.seed_}'}", "names model.seed_"),
+        ("train: {num_epochs: '${export.gpu_id}'}", "out of range"),
+    ],
+)
+def test_bad_interpolation(problems, monkeypatch, text: str, words: str):
+    monkeypatch.delenv("SPEC_TEST_NOT_SET", raising=False)
+    found = problems(text)
+    assert any(words in one for one in found), found
+
+
+def test_interpolations_that_expand_without_end_are_bounded(problems):
+    names = [f"k{n:02}" for n in range(40)]
+    entries = [f"{names[0]}: '{'x' * 100}'"]
+    entries += [f"{name}: '${{.{last}}}${{.{last}}}'" for last, name in pairwise(names)]
+    start = time.perf_counter()
+    found = problems("inference: {color_map: {" + ", ".join(entries) + "}}")
+    assert time.perf_counter() - start < 10
+    assert any("expands to more than" in one for one in found)
+
+
+def test_long_chains_and_many_interpolations_are_bounded(problems):
+    entries = ", ".join(f"k{n}: '${{.k{n + 1}}}'" for n in range(3000))
+    found = problems("inference: {color_map: {" + entries + ", k3000: red}}")
+    assert any("too many" in one for one in found)
+
+
+def test_a_chain_of_moderate_length_resolves(load):
+    entries = ", ".join(f"k{n}: '${{.k{n + 1}}}'" for n in range(10))
+    loaded = load("inference: {color_map: {" + entries + ", k10: red}}")
+    assert loaded.spec.inference.color_map["k0"] == "red"
+
+
+def test_one_bad_interpolation_does_not_hide_other_problems(problems):
+    found = problems("results_dir: ${nope}\nmodel: {backbone: x, num_select: 0}")
+    assert len(found) == 3
+
+
+def test_the_key_is_not_shown(problems):
+    found = problems("encryption_key: 'secret${nope}'")
+    assert found
+    assert "secret" not in found[0]

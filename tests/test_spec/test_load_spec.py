@@ -1,0 +1,300 @@
+"""Loading as a whole: the documentation's examples, types, all errors at once, sources, results folders."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ddetr_mm.errors import SpecError
+from ddetr_mm.spec import ConvertSpec, ExperimentSpec, get_field, load_spec, task_results_dir
+from ddetr_mm.spec.schema import DataSource
+
+ASSETS = Path(__file__).parent / "assets"
+SOURCES = "dataset: {train_data_sources: [{image_dir: a, json_file: b}]}\n"
+
+
+def test_documentation_example_of_training():
+    loaded = load_spec(ASSETS / "documentation_experiment.yaml", subtask="train")
+    spec = loaded.spec
+    assert isinstance(spec, ExperimentSpec)
+    assert spec.model.pretrained_backbone_path == "/path/to/your-pretrained-backbone-model"
+    assert spec.dataset.train_data_sources == [
+        DataSource("/path/to/coco/train2017/", "/path/to/coco/annotations/instances_train2017.json")
+    ]
+    assert spec.train.optim.lr_backbone == 2e-5
+    assert spec.train.checkpoint_interval == 5
+    assert loaded.origin["model.num_queries"] == "line 28"
+    assert loaded.notes == ["model.pretrained_model_path (line 22) is read as model.pretrained_backbone_path"]
+
+
+def test_documentation_example_of_convert():
+    for subtask in (None, "convert"):
+        loaded = load_spec(ASSETS / "documentation_convert.yaml", subtask=subtask)
+        assert isinstance(loaded.spec, ConvertSpec)
+        assert loaded.spec.num_shards == 32
+        assert loaded.spec.image_dir_name == "images"
+        assert loaded.notes == []
+
+
+def test_documentation_example_loads_quickly():
+    load_spec(ASSETS / "documentation_experiment.yaml")
+    start = time.perf_counter()
+    for _ in range(5):
+        load_spec(ASSETS / "documentation_experiment.yaml", ["train.num_epochs=20"])
+    assert (time.perf_counter() - start) / 5 < 0.5
+
+
+def test_empty_file_means_defaults(load):
+    for text in ("", "# only a comment\n", "{}", "model:\ntrain: ~\n"):
+        assert load(text).spec == ExperimentSpec()
+    assert load("", (), "convert", require_mandatory=False).spec == ConvertSpec()
+
+
+@pytest.mark.parametrize("text", ["- a", "3", "text", "[1, 2]"])
+def test_not_a_mapping(problems, text: str):
+    assert "the spec is not a mapping" in problems(text)[0]
+
+
+def test_all_problems_of_a_spec_are_told_at_once(problems):
+    found = problems(
+        """
+num_queries: 300
+trian: {}
+model:
+  num_queries: many
+  backbone: resnet50
+  dropout_ratio: 1.5
+  return_interm_indices: 3
+  nheads: ~
+train:
+  precision: 16
+  optim: {lr: .nan, momentum: true, lr_steps: [1, x, 2.5]}
+  seed: 99999999999999999999
+results_dir: ${nowhere}
+""",
+        ["train.num_epochs=0"],
+    )
+    expected = [
+        ("num_queries, line 2: is not a key", "did you mean model.num_queries?"),
+        ("trian, line 3: is not a key", "did you mean train?"),
+        ("model.num_queries, line 5: is of the wrong type", "an integer"),
+        ("model.backbone, line 6: is not an option", "did you mean resnet_50?"),
+        ("model.dropout_ratio, line 7: is out of range", "at most 1"),
+        ("model.return_interm_indices, line 8: is not a list", "write [3]"),
+        ("model.nheads, line 9: has no value", "an integer"),
+        ("train.precision, line 11: is not an option", "did you mean"),
+        ("train.optim.lr, line 12: is not a finite number", "more than 0"),
+        ("train.optim.momentum, line 12: is of the wrong type", "a number"),
+        ("train.optim.lr_steps[1], line 12", "an integer"),
+        ("train.optim.lr_steps[2], line 12", "2.5"),
+        ("train.seed, line 13: is too large", "64 bits"),
+        ("results_dir, line 14: names nowhere", "${path.to.key}"),
+        ("train.num_epochs, override: is out of range", "at least 1"),
+    ]
+    for place, words in expected:
+        assert any(place in one and words in one for one in found), (place, found)
+    assert len(found) == len(expected)
+    assert all("spec.yaml" in one for one in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("train: {seed: '7'}", "train.seed", 7),
+        ("train: {seed: 7.0}", "train.seed", 7),
+        ("train: {seed: 1e3}", "train.seed", 1000),
+        ("train: {optim: {lr: 1}}", "train.optim.lr", 1.0),
+        ("train: {optim: {lr: '2e-4'}}", "train.optim.lr", 2e-4),
+        ("train: {optim: {lr: 2e-4}}", "train.optim.lr", 2e-4),
+        ("train: {verbose: 'yes'}", "train.verbose", True),
+        ("train: {verbose: 1}", "train.verbose", True),
+        ("train: {verbose: off}", "train.verbose", False),
+        ("encryption_key: 0123", "encryption_key", "0123"),
+        ("wandb: {name: 2024-01-01}", "wandb.name", "2024-01-01"),
+        ("wandb: {name: no}", "wandb.name", "no"),
+        ("wandb: {tags: [1, no, x]}", "wandb.tags", ["1", "no", "x"]),
+        ("inference: {color_map: {no: red, 1: blue}}", "inference.color_map", {"no": "red", "1": "blue"}),
+        ("gen_trt_engine: {tensorrt: {data_type: fp16}}", "gen_trt_engine.tensorrt.data_type", "FP16"),
+        ("export: {batch_size: null}", "export.batch_size", None),
+        ("quantize: {device: 'cuda:1'}", "quantize.device", "cuda:1"),
+        (
+            "quantize: {layers: [{module_name: a, weights: {dtype: int8, quant_axis: 0}}]}",
+            "quantize.layers[0].weights.quant_axis",
+            0,
+        ),
+        ("ddetr_mm: {backbone: {type: X, x: [1, {y: 1e-3}], z: ~}}", "ddetr_mm.backbone.x[1].y", 1e-3),
+    ],
+)
+def test_values_are_converted(load, text: str, path: str, value: object):
+    found = get_field(load(text).spec, path)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {seed: true}", "an integer"),
+        ("train: {seed: 1.5}", "an integer"),
+        ("train: {seed: ''}", "leave the key out"),
+        ("train: {seed: [1]}", "is a list"),
+        ("train: {seed: {a: 1}}", "is a mapping"),
+        ("train: {seed: -2}", "at least -1"),
+        ("train: {verbose: 2}", "true or false"),
+        ("train: {verbose: maybe}", "true or false"),
+        ("train: {optim: {lr: true}}", "a number"),
+        ("train: {optim: {lr: .inf}}", "finite"),
+        ("train: {optim: {lr: 1e999}}", "finite"),
+        ("train: {optim: {lr: 0}}", "more than 0"),
+        ("train: {optim: {lr: '???'}}", "placeholder ???"),
+        ("train: {optim: 3}", "is not a section"),
+        ("train: {gpu_ids: [-1]}", "train.gpu_ids[0]"),
+        ("train: {gpu_ids: [[0]]}", "an integer"),
+        ("train: {gpu_ids: [~]}", "an integer"),
+        ("train: {gpu_ids: {a: 1}}", "is not a list"),
+        ("train: {freeze: ['???']}", "train.freeze[0]"),
+        ("wandb: {name: ~}", "has no value"),
+        ("inference: {color_map: red}", "is not a mapping"),
+        ("inference: {color_map: {a: ~}}", "inference.color_map.a"),
+        ("quantize: {device: gpu}", "cuda:N"),
+        ("gen_trt_engine: {tensorrt: {layers_precision: [fp16]}}", "layer:precision"),
+        ("ddetr_mm: {backbone: {type: '???'}}", "placeholder"),
+        ("ddetr_mm: {backbone: {type: X, y: [.nan]}}", "ddetr_mm.backbone.y[0]"),
+        ("ddetr_mm: {backbone: resnet}", "is not a mapping"),
+        ("model: {num_querys: 3}", "did you mean model.num_queries?"),
+        ("input_source: a\nmodel: {}", "belongs to the spec of convert"),
+        ("model: {pretrained_model_path: a, pretrained_backbone_path: b}", "another name of"),
+        ("dataset: {train_data_sources: [a]}", "train_data_sources[0], line 1: is not a section"),
+        ("dataset: {train_data_sources: [{image_dir: a}]}", "train_data_sources[0].json_file"),
+        (
+            "dataset: {train_data_sources: [{image_dir: a, json: b}]}",
+            "did you mean dataset.train_data_sources[0].json_file?",
+        ),
+        ("dataset: {test_data_sources: {image_dir: a}}", "test_data_sources.json_file"),
+        ("dataset: {test_data_sources: [{}, {}]}", "is not a section"),
+        ("dataset: {infer_data_sources: {classmap: a}}", "infer_data_sources.image_dir"),
+    ],
+)
+def test_wrong_values(problems, text: str, words: str):
+    found = problems(text)
+    assert any(words in one for one in found), found
+
+
+def test_sources_in_other_forms(load):
+    loaded = load(
+        "dataset:\n"
+        "  train_data_sources: {image_dir: a, json_file: b}\n"
+        "  test_data_sources: [{image_dir: c, json_file: d}]\n"
+        "  infer_data_sources: {image_dir: e}\n"
+    )
+    assert loaded.spec.dataset.train_data_sources == [DataSource("a", "b")]
+    assert loaded.spec.dataset.test_data_sources == DataSource("c", "d")
+    assert loaded.spec.dataset.infer_data_sources.image_dir == ["e"]
+    assert len(loaded.notes) == 2
+    assert "dataset.train_data_sources (line 2) takes a list" in loaded.notes[0]
+    assert "dataset.test_data_sources (line 3) takes one source" in loaded.notes[1]
+
+
+def test_list_of_image_folders(load):
+    loaded = load("dataset: {infer_data_sources: {image_dir: [a, b], classmap: c}}")
+    assert loaded.spec.dataset.infer_data_sources.image_dir == ["a", "b"]
+    assert loaded.spec.dataset.infer_data_sources.classmap == "c"
+
+
+NEEDED = {
+    "train": ["dataset.train_data_sources", "dataset.val_data_sources"],
+    "evaluate": ["evaluate.checkpoint", "dataset.test_data_sources"],
+    "inference": ["inference.checkpoint", "dataset.infer_data_sources"],
+    "export": ["export.checkpoint", "export.onnx_file"],
+    "gen_trt_engine": ["gen_trt_engine.onnx_file"],
+    "convert": ["input_source", "results_dir", "image_dir_name", "label_dir_name"],
+}
+
+
+@pytest.mark.parametrize("subtask", NEEDED)
+def test_mandatory_fields(load, problems, subtask: str):
+    found = problems("", (), subtask)
+    assert [one.split(": ")[1].split(",")[0].split(" ")[0] for one in found] == NEEDED[subtask]
+    assert all(f"is needed for {subtask}" in one for one in found)
+    load("", (), subtask, require_mandatory=False)
+
+
+def test_placeholders_count_as_not_given(problems):
+    assert (
+        len(problems("evaluate:\n  checkpoint: ???\ndataset:\n  test_data_sources: null", (), "evaluate"))
+        == 2
+    )
+
+
+@pytest.mark.parametrize("task", ["evaluate", "inference"])
+def test_an_engine_stands_for_a_checkpoint(load, task: str):
+    sources = "dataset: {test_data_sources: {image_dir: a, json_file: b}, infer_data_sources: {image_dir: a}}"
+    loaded = load(f"{sources}\n{task}: {{trt_engine: e}}", (), task)
+    assert getattr(loaded.spec, task).trt_engine == "e"
+
+
+def test_calibration_is_needed_for_int8_alone(problems):
+    text = "gen_trt_engine: {onnx_file: a, tensorrt: {data_type: %s}}"
+    assert problems(text % "FP16", (), "gen_trt_engine") == []
+    found = problems(text % "int8", (), "gen_trt_engine")
+    assert len(found) == 2
+    assert "cal_image_dir" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "subtask", "folder"),
+    [
+        ("", "train", "/results/train"),
+        ("results_dir: /r", "evaluate", "/r/evaluate"),
+        ("results_dir: /r\ninference: {results_dir: /i}", "inference", "/i"),
+        ("results_dir: ''\nexport: {results_dir: /e}", "export", "/e"),
+        ("results_dir: /r\ntrain: {results_dir: ''}", "train", "/r/train"),
+    ],
+)
+def test_results_folder(load, text: str, subtask: str, folder: str):
+    loaded = load(text, (), subtask, require_mandatory=False)
+    assert task_results_dir(loaded.spec, subtask) == Path(folder)
+
+
+def test_no_results_folder(load, problems):
+    for text in ("results_dir: ''", "results_dir: null"):
+        assert any("results_dir" in one and "is empty" in one for one in problems(text, (), "train"))
+        spec = load(text).spec
+        with pytest.raises(SpecError, match="no place for the results"):
+            task_results_dir(spec, "train")
+    with pytest.raises(SpecError, match="no place"):
+        task_results_dir(ConvertSpec(), "convert")
+
+
+def test_unknown_subtask(load):
+    with pytest.raises(SpecError, match="did you mean train"):
+        load("", (), "trian")
+
+
+def test_kind_of_spec_is_told_by_its_keys(load):
+    assert isinstance(load("input_source: a").spec, ConvertSpec)
+    assert isinstance(load("results_dir: a").spec, ExperimentSpec)
+    assert isinstance(load("ddetr_mm: {log_interval: 3}").spec, ExperimentSpec)
+
+
+def test_get_field():
+    spec = ExperimentSpec()
+    assert get_field(spec, "train.optim.lr") == 2e-4
+    assert get_field(spec, "dataset.augmentation.scales[0]") == 480
+    assert get_field(spec, "dataset.test_data_sources.image_dir") is None
+    for path in ("train.nope", "dataset.augmentation.scales[99]", "dataset.augmentation.scales.x"):
+        with pytest.raises(KeyError):
+            get_field(spec, path)
+
+
+def test_spec_imports_neither_torch_nor_openmmlab_nor_numpy():
+    code = (
+        "import sys, ddetr_mm.spec; "
+        "print(*sorted({'torch', 'mmengine', 'mmcv', 'mmdet', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,222 @@
+"""Every rule between fields: a spec that keeps it and one that breaks it."""
+
+from __future__ import annotations
+
+import pytest
+
+from ddetr_mm.spec import SUBTASKS
+from ddetr_mm.spec.rules import RULES
+from ddetr_mm.spec.walk import all_paths
+
+CASES = [
+    # rule, subtask, kept, broken, words of the message
+    (
+        "levels_match_indices",
+        None,
+        "model: {num_feature_levels: 2, return_interm_indices: [1, 2]}",
+        "model: {num_feature_levels: 3, return_interm_indices: [1, 2]}",
+        "model.return_interm_indices, line 1: has 2 entries, but model.num_feature_levels is 3",
+    ),
+    (
+        "levels_match_indices",
+        "evaluate",
+        "model: {num_feature_levels: 5, return_interm_indices: [0, 1, 2, 3, 4]}",
+        "model: {num_feature_levels: 3}",
+        "model.return_interm_indices (default), line 1: has 4 entries",
+    ),
+    (
+        "indices_ascend",
+        None,
+        "model: {num_feature_levels: 2, return_interm_indices: [0, 3]}",
+        "model: {num_feature_levels: 2, return_interm_indices: [3, 0]}",
+        "must ascend",
+    ),
+    (
+        "indices_ascend",
+        None,
+        "model: {num_feature_levels: 2, return_interm_indices: [3, 4]}",
+        "model: {num_feature_levels: 2, return_interm_indices: [3, 3]}",
+        "must ascend",
+    ),
+    (
+        "indices_ascend",
+        None,
+        "model: {num_feature_levels: 2, return_interm_indices: [3, 4]}",
+        "model: {num_feature_levels: 2, return_interm_indices: [2, 4]}",
+        "level 4 without level 3",
+    ),
+    ("heads_divide_width", None, "model: {nheads: 4}", "model: {nheads: 7}", "does not divide"),
+    (
+        "width_fits_groups",
+        None,
+        "model: {hidden_dim: 64}",
+        "model: {hidden_dim: 100, nheads: 4}",
+        "96 or 128",
+    ),
+    (
+        "selection_exists",
+        None,
+        "model: {num_select: 30, num_queries: 10}\ndataset: {num_classes: 3}",
+        "model: {num_select: 31, num_queries: 10}\ndataset: {num_classes: 3}",
+        "num_queries x dataset.num_classes = 30",
+    ),
+    ("some_loss", None, "model: {loss_types: [boxes]}", "model: {loss_types: []}", "at least one"),
+    ("some_loss", None, "model: {loss_types: [boxes]}", "model: {loss_types: [boxes, boxes]}", "once"),
+    (
+        "backbone_has_type",
+        None,
+        "ddetr_mm: {backbone: {type: ResNet, depth: 18}}",
+        "ddetr_mm: {backbone: {depth: 18}}",
+        "has no type",
+    ),
+    (
+        "crop_range_ascends",
+        None,
+        "dataset: {augmentation: {train_random_crop_min: 600}}",
+        "dataset: {augmentation: {train_random_crop_min: 601}}",
+        "more than train_random_crop_max, which is 600",
+    ),
+    (
+        "jitter_size_fits",
+        None,
+        "dataset: {augmentation: {fixed_random_crop: 1024}}",
+        "dataset: {augmentation: {fixed_random_crop: 1000}}",
+        "use 992 or 1024",
+    ),
+    (
+        "sizes_to_draw_from",
+        None,
+        "dataset: {augmentation: {scales: [64]}}",
+        "dataset: {augmentation: {scales: []}}",
+        "scales, line 1: is empty",
+    ),
+    (
+        "sizes_to_draw_from",
+        None,
+        "dataset: {augmentation: {train_random_resize: [64]}}",
+        "dataset: {augmentation: {train_random_resize: []}}",
+        "train_random_resize, line 1: is empty",
+    ),
+    (
+        "channels_of_statistics",
+        None,
+        "dataset: {augmentation: {input_mean: [0.5], input_std: [1]}}",
+        "dataset: {augmentation: {input_mean: [0.5, 0.5]}}",
+        "1 or 3 numbers",
+    ),
+    (
+        "evaluated_classes_exist",
+        None,
+        "dataset: {num_classes: 91, eval_class_ids: [1, 90]}",
+        "dataset: {num_classes: 91, eval_class_ids: [1, 91]}",
+        "1 to 90",
+    ),
+    (
+        "evaluated_classes_exist",
+        None,
+        "dataset: {eval_class_ids: [2, 1]}",
+        "dataset: {eval_class_ids: [1, 1]}",
+        "twice",
+    ),
+    ("evaluated_classes_exist", None, "dataset: {}", "dataset: {eval_class_ids: []}", "null for all"),
+    (
+        "some_checkpoint",
+        None,
+        "train: {num_epochs: 3, checkpoint_interval: 3}",
+        "train: {num_epochs: 3, checkpoint_interval: 4}",
+        "no checkpoint would be written",
+    ),
+    (
+        "some_checkpoint",
+        None,
+        "train: {num_epochs: 3, checkpoint_interval: 400, checkpoint_interval_unit: step}",
+        "train: {num_epochs: 3, checkpoint_interval: 400}",
+        "train.checkpoint_interval, line 1",
+    ),
+    (
+        "some_validation",
+        None,
+        "train: {num_epochs: 3, validation_interval: 3}",
+        "train: {num_epochs: 3, validation_interval: 4}",
+        "no validation would be run",
+    ),
+    (
+        "decay_steps_ascend",
+        None,
+        "train: {optim: {lr_steps: [3, 5]}}",
+        "train: {optim: {lr_steps: [5, 3, 3]}}",
+        "write [3, 5]",
+    ),
+    ("gpus_named_once", None, "train: {gpu_ids: [3, 1]}", "train: {gpu_ids: [1, 1]}", "train.gpu_ids"),
+    ("gpus_named_once", None, "evaluate: {gpu_ids: [3]}", "evaluate: {gpu_ids: []}", "evaluate.gpu_ids"),
+    (
+        "both_sides_given",
+        None,
+        "inference: {input_width: 64, input_height: 32}",
+        "inference: {input_width: 64}",
+        "inference.input_height (default), line 1: is not given",
+    ),
+    ("three_channels", None, "export: {input_channel: 3}", "export: {input_channel: 1}", "allowed: 3"),
+    ("onnx_only", None, "export: {format: onnx}", "export: {format: xdl}", "allowed: onnx"),
+    ("batch_not_empty", None, "export: {batch_size: null}", "export: {batch_size: 0}", "-1, or at least 1"),
+    ("batch_not_empty", None, "export: {batch_size: -1}", "evaluate: {batch_size: 0}", "evaluate.batch_size"),
+    (
+        "batches_ascend",
+        None,
+        "gen_trt_engine: {tensorrt: {min_batch_size: 1, opt_batch_size: 4, max_batch_size: 4}}",
+        "gen_trt_engine: {tensorrt: {min_batch_size: 1, opt_batch_size: 4, max_batch_size: 2}}",
+        "min <= opt <= max",
+    ),
+    (
+        "partitions_fit_mode",
+        "convert",
+        "num_partitions: 3\npartition_mode: sequence",
+        "num_partitions: 3",
+        "needs a partition_mode",
+    ),
+    (
+        "partitions_fit_mode",
+        "convert",
+        "num_partitions: 2\npartition_mode: random",
+        "num_partitions: 3\npartition_mode: random",
+        "does not fit partition_mode: random",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "subtask", "kept", "broken", "words"), CASES)
+def test_rule(load, name: str, subtask: str | None, kept: str, broken: str, words: str):
+    from ddetr_mm.errors import SpecError
+
+    load(kept, (), subtask, require_mandatory=False)
+    with pytest.raises(SpecError) as caught:
+        load(broken, (), subtask, require_mandatory=False)
+    assert len(caught.value.problems) == 1, str(caught.value)
+    assert words in str(caught.value)
+
+
+def test_every_rule_has_a_case():
+    assert {one.name for one in RULES} == {case[0] for case in CASES}
+
+
+@pytest.mark.parametrize("one", RULES, ids=lambda one: one.name)
+def test_rules_read_fields_that_exist(one):
+    assert set(one.reads) <= set(all_paths(one.root))
+    assert set(one.subtasks) <= set(SUBTASKS)
+    assert one.doc.endswith(".")
+    assert "\n" not in one.doc
+
+
+@pytest.mark.parametrize("subtask", ["evaluate", "inference", "export", "gen_trt_engine"])
+def test_training_intervals_matter_to_training_only(load, problems, subtask: str):
+    text = "train: {num_epochs: 1, validation_interval: 5, checkpoint_interval: 5}"
+    load(text, (), subtask, require_mandatory=False)
+    found = problems(text, (), "train")
+    assert any("validation_interval" in one for one in found)
+    assert any("checkpoint_interval" in one for one in found)
+
+
+def test_a_wrong_value_is_told_once_and_not_again_by_a_rule(problems):
+    found = problems("model: {num_feature_levels: 9, return_interm_indices: [7, 8]}")
+    assert len(found) == 3  # 9, 7 and 8 are each out of range; no word of their number
+    assert all("out of range" in one for one in found)

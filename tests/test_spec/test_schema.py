@@ -1,0 +1,198 @@
+"""The schema against the reference's table of fields, and its own promises."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ddetr_mm.spec import ConvertSpec, ExperimentSpec, iter_fields
+from ddetr_mm.spec.bounds import check_values
+from ddetr_mm.spec.differences import ABSENT, DEFAULTS, OPTIONS, RANGES
+from ddetr_mm.spec.walk import FieldInfo, Kind, fields_of
+
+TABLE = Path(__file__).resolve().parents[3] / "shared" / "spec" / "spec_fields.csv"
+FIELDS = {info.path: info for info in iter_fields()}
+TYPE_WORDS = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "str": "text",
+    "List[int]": "a list of integers",
+    "List[float]": "a list of numbers",
+    "List[str]": "a list of texts",
+    "Dict[str,Any]": "a mapping",
+    "Dict[str,str]": "a mapping of names to text",
+}
+OTHER_TYPES = {
+    # Sources are sections of their own here, with the keys the reference reads from its free mappings.
+    "dataset.train_data_sources": "a list of sections: image_dir, json_file, or null",
+    "dataset.val_data_sources": "a list of sections: image_dir, json_file, or null",
+    "dataset.test_data_sources": "a section: image_dir, json_file, or null",
+    "dataset.infer_data_sources": "a section: image_dir, classmap, or null",
+    "dataset.infer_data_sources.image_dir": "a list of texts",
+    "dataset.infer_data_sources.classmap": "text, or null",
+    "dataset.quant_calibration_data_sources": "a section: image_dir, json_file, or null",
+    "quantize.layers": "a list of sections: module_name, weights, activations, or null",
+    # Null means "not given" for text that has no default, and a dynamic batch for export.
+    "evaluate.checkpoint": "text, or null",
+    "inference.checkpoint": "text, or null",
+    "export.checkpoint": "text, or null",
+    "export.onnx_file": "text, or null",
+    "export.batch_size": "an integer, or null",
+    "gen_trt_engine.onnx_file": "text, or null",
+    "gen_trt_engine.tensorrt.calibration.cal_cache_file": "text, or null",
+    "convert:results_dir": "text, or null",
+    "convert:image_dir_name": "text, or null",
+    "convert:label_dir_name": "text, or null",
+    "convert:image_extension": "text, or null",
+}
+
+
+def reference_rows() -> list[dict[str, str]]:
+    if not TABLE.is_file():
+        return []
+    with TABLE.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+needs_table = pytest.mark.skipif(not TABLE.is_file(), reason=f"{TABLE} is not there")
+
+
+@needs_table
+def test_every_row_of_the_reference_is_in_the_schema():
+    rows = {row["path"] for row in reference_rows()}
+    assert len(rows) == 204
+    assert rows - set(FIELDS) == set()
+    extra = {path for path in set(FIELDS) - rows if FIELDS[path].origin != "ours"}
+    assert extra == set()
+
+
+def expected_default(row: dict[str, str]) -> Any:
+    text = row["default"]
+    if text in ("", "???"):
+        return None if text == "" else text
+    value = yaml.safe_load(text)
+    return float(value) if row["type"] == "float" else value
+
+
+@needs_table
+@pytest.mark.parametrize("row", reference_rows(), ids=lambda row: row["path"])
+def test_default_is_the_references_or_a_listed_difference(row: dict[str, str]):
+    info = FIELDS[row["path"]]
+    listed = {one.path: one for one in DEFAULTS}.get(row["path"])
+    if listed is not None:
+        assert listed.schema == expected_default(row)
+        assert info.default == listed.ours
+        assert listed.ours != listed.schema
+    elif row["source"].startswith("free key"):
+        assert info.default in ("???", None, "")
+    else:
+        assert info.default == expected_default(row)
+
+
+@needs_table
+@pytest.mark.parametrize("row", reference_rows(), ids=lambda row: row["path"])
+def test_type_is_the_references(row: dict[str, str]):
+    info = FIELDS[row["path"]]
+    if row["path"] in OTHER_TYPES:
+        assert info.type == OTHER_TYPES[row["path"]]
+        return
+    optional = row["type"].startswith("Optional[")
+    bare = row["type"][len("Optional[") : -1] if optional else row["type"]
+    if bare.endswith("QuantizationConfig"):
+        assert info.type.startswith("a section: dtype")
+        return
+    assert info.type == TYPE_WORDS[bare] + (", or null" if optional else "")
+
+
+def range_in_words(row: dict[str, str]) -> str:
+    """The reference's bounds in the words of :meth:`FieldMeta.bounds`."""
+    parts = []
+    if row["options"] in ("math_cond: > 0.0", "math_cond: >0", "math_cond: > 0") and row["type"] == "float":
+        parts.append("more than 0")
+    elif row["valid_min"]:
+        parts.append(f"at least {float(row['valid_min']):g}")
+    if row["valid_max"] not in ("", "inf"):
+        parts.append(f"at most {float(row['valid_max']):g}")
+    return ", ".join(parts)
+
+
+@needs_table
+@pytest.mark.parametrize("row", reference_rows(), ids=lambda row: row["path"])
+def test_range_is_the_references_or_a_listed_difference(row: dict[str, str]):
+    info = FIELDS[row["path"]]
+    listed = {one.path: one for one in RANGES}.get(row["path"])
+    if listed is not None:
+        assert info.bounds == listed.ours
+        stale = info.bounds == range_in_words(row) and listed.documentation == ABSENT
+        assert not stale, "no longer a difference: take it off the list"
+    else:
+        assert info.bounds == range_in_words(row)
+
+
+@needs_table
+@pytest.mark.parametrize("row", reference_rows(), ids=lambda row: row["path"])
+def test_options_are_the_references_or_a_listed_difference(row: dict[str, str]):
+    info = FIELDS[row["path"]]
+    options = "" if row["options"].startswith("math_cond") else row["options"]
+    listed = {one.path: one for one in OPTIONS}.get(row["path"])
+    if listed is None:
+        assert set(map(str, info.options or ())) == set(filter(None, options.split(",")))
+    elif info.options is not None:
+        assert ", ".join(map(str, info.options)) == listed.ours
+
+
+@pytest.mark.parametrize("table", [DEFAULTS, RANGES, OPTIONS], ids=["defaults", "ranges", "options"])
+def test_listed_differences_name_fields_once(table):
+    paths = [one.path for one in table]
+    assert len(set(paths)) == len(paths)
+    assert set(paths) <= set(FIELDS)
+
+
+@pytest.mark.parametrize("info", FIELDS.values(), ids=FIELDS)
+def test_every_field_is_documented(info: FieldInfo):
+    assert len(info.doc) > 8
+    assert info.doc[0].isupper()
+    assert info.doc.endswith(".")
+
+
+@pytest.mark.parametrize("root", [ExperimentSpec, ConvertSpec])
+def test_defaults_lie_in_their_own_ranges(root: type):
+    found = []
+    check_values(root(), lambda path, what, **_: found.append((path, what)))
+    assert found == []
+
+
+def test_defaults_are_not_shared_between_instances():
+    one, other = ExperimentSpec(), ExperimentSpec()
+    one.dataset.augmentation.scales.append(1)
+    one.train.optim.lr = 1.0
+    assert other.dataset.augmentation.scales[-1] == 800
+    assert other.train.optim.lr == 2e-4
+
+
+def test_sections_have_docstrings_and_fields_have_metadata():
+    def visit(part: type) -> int:
+        assert is_dataclass(part)
+        assert part.__doc__
+        assert not part.__doc__.startswith(part.__name__ + "(")
+        seen = len(fields(part))
+        for one in fields_of(part).values():
+            if one.type.kind in (Kind.SECTION, Kind.SECTIONS):
+                seen += visit(one.type.base)
+        return seen
+
+    assert visit(ExperimentSpec) > 150
+    assert visit(ConvertSpec) == 15
+
+
+def test_convert_fields_alone():
+    paths = [info.path for info in iter_fields("convert")]
+    assert paths[:3] == ["input_source", "data_root", "results_dir"]
+    assert "ddetr_mm.strict" in paths
+    assert not any(path.startswith("convert:") for path in paths)
