@@ -16,12 +16,15 @@ from ddetr_mm.files import write_text_whole
 from ddetr_mm.runtime.checkpoints import (
     CheckpointName,
     checkpoint_written_whole,
+    find_latest_checkpoint,
     full_disk_told,
     link_latest,
     remove_leftovers,
 )
 from ddetr_mm.runtime.message_state import message_state_from_plain, plain_message_state, plain_values
 from ddetr_mm.runtime.rng import RngState, capture_rng_state, restore_host_rng, restore_torch_rng
+
+__all__ = ["TAOCheckpointHook", "find_latest_checkpoint"]
 
 UNITS = ("epoch", "step")
 

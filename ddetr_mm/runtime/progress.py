@@ -1,0 +1,172 @@
+"""How far long work has got: a bar on a terminal, a plain line every few seconds elsewhere.
+
+Both go to standard error, so that standard output stays a command's answer. ``NO_COLOR`` and
+``TERM=dumb`` are respected. Of a distributed run only the first rank shows anything.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, TextIO, TypeVar
+
+from ddetr_mm.runtime.status import on_first_rank
+
+Item = TypeVar("Item")
+
+LINE_INTERVAL_S = 5.0
+"""Seconds between two plain lines."""
+
+_RECENT_S = 30.0
+"""The time left is reckoned from about so many seconds past: long enough to be steady, short enough to
+forget a slow start."""
+
+
+class Progress:
+    """Shows the progress of one piece of work while its ``with`` block runs.
+
+    Args:
+        description: what is being done, e.g. ``"converting"``.
+        total: how many steps there are; None until it is known.
+        unit: what a step is, e.g. ``"images"``.
+        stream: where to write; standard error when None.
+    """
+
+    def __init__(
+        self, description: str, total: int | None = None, unit: str = "", stream: TextIO | None = None
+    ) -> None:
+        self.description = description
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self._stream = stream or sys.stderr
+        self._shown = on_first_rank()
+        self._bar: Any = None
+        self._task: Any = None
+        self._rate = RecentRate()
+        self._last_line = 0.0
+
+    def __enter__(self) -> Progress:
+        self._last_line = time.monotonic()
+        self._rate.add(self._last_line, 0)
+        if self._shown and is_live_terminal(self._stream):
+            self._start_bar()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._shown and kind is None and self.done:
+            self._print_line(time.monotonic())
+
+    def update(self, done: int, total: int | None = None) -> None:
+        """Tell how much is done.
+
+        Args:
+            done: steps done since the beginning.
+            total: steps in all, if that is known now or has changed.
+        """
+        now = time.monotonic()
+        self.done = done
+        self.total = total if total is not None else self.total
+        self._rate.add(now, done)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=self.total)
+        elif self._shown and now - self._last_line >= LINE_INTERVAL_S:
+            self._print_line(now)
+
+    def advance(self, steps: int = 1) -> None:
+        """Tell that so many more steps are done."""
+        self.update(self.done + steps)
+
+    def _start_bar(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(self.unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(file=self._stream),
+            speed_estimate_period=_RECENT_S,
+        )
+        self._task = self._bar.add_task(self.description, total=self.total)
+        self._bar.start()
+
+    def _print_line(self, now: float) -> None:
+        self._last_line = now
+        text = f"{self.description}: {self.done}"
+        if self.total:
+            text += f"/{self.total}"
+        text += f" {self.unit}".rstrip()
+        if self.total:
+            text += f" ({self.done / self.total:.0%})"
+        speed = self._rate.per_second()
+        if speed and self.total and self.done < self.total:
+            left = timedelta(seconds=round((self.total - self.done) / speed))
+            text += f", {speed:.3g}/s, {left} left"
+        print(text, file=self._stream, flush=True)
+
+
+class RecentRate:
+    """Steps a second over the last :data:`_RECENT_S` seconds."""
+
+    def __init__(self) -> None:
+        self._points: list[tuple[float, int]] = []
+
+    def add(self, now: float, done: int) -> None:
+        """Note that ``done`` steps are done at ``now`` seconds; at most one point in 0.2 s is kept."""
+        if len(self._points) > 1 and now - self._points[-2][0] < 0.2:
+            self._points[-1] = (now, done)
+        else:
+            self._points.append((now, done))
+        while len(self._points) > 2 and now - self._points[1][0] > _RECENT_S:
+            self._points.pop(0)
+
+    def per_second(self) -> float:
+        """The rate; 0 as long as it is not known."""
+        if len(self._points) < 2:
+            return 0.0
+        (start, before), (now, done) = self._points[0], self._points[-1]
+        return (done - before) / (now - start) if now > start else 0.0
+
+
+def track(
+    items: Iterable[Item], description: str, total: int | None = None, unit: str = ""
+) -> Iterator[Item]:
+    """Yield the items and show how many have been worked on.
+
+    Args:
+        items: anything to loop over.
+        description: what is being done.
+        total: how many there are; ``len(items)`` where it has one.
+        unit: what an item is.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with Progress(description, total, unit) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+def is_live_terminal(stream: TextIO) -> bool:
+    """Whether a bar that redraws itself makes sense on a stream."""
+    return stream.isatty() and os.environ.get("TERM", "") != "dumb"
