@@ -86,6 +86,7 @@ class JsonColumns:
         crowd, ignored: (M,) bool, the annotation's ``iscrowd`` and ``ignore``.
         segmentations: M JSON texts (empty where absent), or None when not asked for.
         categories: category id to name, in the file's order.
+        annotated: whether the file has ``annotations`` at all (a test set may not).
     """
 
     image_ids: npt.NDArray[np.int64]
@@ -101,13 +102,13 @@ class JsonColumns:
     ignored: npt.NDArray[np.bool_]
     segmentations: list[bytes] | None
     categories: dict[int, str]
+    annotated: bool
 
 
 def parse_coco_json(
     content: bytes | memoryview,
     path: Path,
     *,
-    annotations_required: bool = True,
     with_masks: bool = False,
 ) -> JsonColumns:
     """Decode one COCO annotation file.
@@ -115,7 +116,6 @@ def parse_coco_json(
     Args:
         content: the bytes of the file (any buffer, a memory map for one).
         path: the file's name, for messages.
-        annotations_required: whether a file without ``annotations`` (a test set) is an error.
         with_masks: keep every annotation's ``segmentation`` as JSON text.
 
     Returns:
@@ -126,10 +126,6 @@ def parse_coco_json(
             the wrong type or a box number that is not finite, or names one category id twice.
     """
     document = _decode(content, path, with_masks)
-    if document.annotations is None and annotations_required:
-        raise DataError(
-            Problem("has no annotations", path, "annotations", mend="add the list, empty if there are none")
-        )
     columns = _columns(document, path, with_masks)
     _check_finite(columns, path)
     return columns
@@ -222,6 +218,7 @@ def _columns(document: Any, path: Path, with_masks: bool) -> JsonColumns:
         ignored=np.fromiter((bool(item.ignore) for item in annotations), np.bool_, num_boxes),
         segmentations=[bytes(item.segmentation) for item in annotations] if with_masks else None,
         categories=_categories(document.categories, path),
+        annotated=document.annotations is not None,
     )
 
 

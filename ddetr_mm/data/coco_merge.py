@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +42,11 @@ def build_table(sources: Sequence[ParsedSource], *, check_folders: Sequence[bool
 
     original_ids = np.concatenate([part.image_ids for part in parts])
     unique = len(parts) == 1 or len(np.unique(original_ids)) == len(original_ids)
-    notes = [] if unique else ["image ids repeat across sources: images are numbered from 0 instead"]
     counts = np.concatenate([np.diff(part.box_starts) for part in parts])
     sizes_hw = np.concatenate([part.sizes_hw for part in parts])
     boxes_xywh = np.concatenate([part.boxes_xywh for part in parts])
     visible = visible_boxes(boxes_xywh, np.repeat(sizes_hw, counts, axis=0))
     ignored = np.concatenate([part.ignored for part in parts])
-    notes += _box_notes(sources, parts, visible)
     return CocoTable(
         image_ids=original_ids if unique else np.arange(len(original_ids), dtype=np.int64),
         original_image_ids=original_ids,
@@ -68,8 +66,8 @@ def build_table(sources: Sequence[ParsedSource], *, check_folders: Sequence[bool
         visible=visible,
         mask_bytes=np.concatenate([part.mask_bytes for part in parts]),
         mask_starts=_mask_starts(parts),
+        annotated_shards=np.array([item.annotated for source in sources for item in source.columns], bool),
         category_names=category_names,
-        notes=tuple(notes),
     )
 
 
@@ -169,23 +167,6 @@ def _image_rows(source: ParsedSource, image_ids: npt.NDArray[np.int64]) -> npt.N
             problems.append(Problem(what, path, where, int(wanted[first]), mend=mend))
     DataError.collect(problems[:MAX_PROBLEMS_SHOWN])
     return np.concatenate(rows)
-
-
-def _box_notes(
-    sources: Sequence[ParsedSource], parts: Sequence[_Part], visible: npt.NDArray[np.bool_]
-) -> Iterator[str]:
-    """One note per source that has boxes of which nothing is left."""
-    end = 0
-    for source, part in zip(sources, parts, strict=True):
-        start, end = end, end + len(part.category_ids)
-        lost = np.flatnonzero(~visible[start:end])
-        if lost.size:
-            row = int(np.searchsorted(part.box_starts, lost[0], side="right")) - 1
-            yield (
-                f"{source.paths[0]}: {lost.size} of {end - start} boxes have no area inside their image and "
-                f"are not used, the first in image {int(part.image_ids[row])}: "
-                f"{part.boxes_xywh[lost[0]].tolist()}"
-            )
 
 
 def _starts(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

@@ -40,8 +40,8 @@ class CocoTable:
             no area, or lie outside, are not visible and no training target.
         mask_bytes, mask_starts: (S,) uint8 and (M + 1,) int64, the ``segmentation`` of every box as JSON
             text; both empty unless they were asked for.
+        annotated_shards: (number of files,) bool, whether the file has ``annotations`` at all.
         category_names: category id to name, in the order of the files.
-        notes: what a user should know about the data (counts of dropped boxes and the like).
     """
 
     image_ids: npt.NDArray[np.int64]
@@ -60,8 +60,8 @@ class CocoTable:
     visible: npt.NDArray[np.bool_]
     mask_bytes: npt.NDArray[np.uint8]
     mask_starts: npt.NDArray[np.int64]
+    annotated_shards: npt.NDArray[np.bool_]
     category_names: Mapping[int, str]
-    notes: tuple[str, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -77,6 +77,22 @@ class CocoTable:
     def box_image_rows(self) -> npt.NDArray[np.int64]:
         """(M,) int64, the image row of every box. Computed anew on each access."""
         return np.repeat(np.arange(self.num_images), np.diff(self.box_starts))
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know about the data: ids that were replaced, boxes that cannot be used."""
+        notes = []
+        if not np.array_equal(self.image_ids, self.original_image_ids):
+            notes.append("image ids repeat across sources: images are numbered from 0 instead")
+        lost = np.flatnonzero(~self.visible)
+        rows = np.searchsorted(self.box_starts, lost, side="right") - 1
+        sources, first, counts = np.unique(self.source_indices[rows], return_index=True, return_counts=True)
+        for source, index, count in zip(sources.tolist(), first.tolist(), counts.tolist(), strict=True):
+            notes.append(
+                f"source {source}: {count} boxes have no area inside their image and are not used, the first "
+                f"in {self.file_name(int(rows[index]))}: {self.boxes_xywh[lost[index]].tolist()}"
+            )
+        return notes
 
     def file_name(self, row: int) -> str:
         """The name of image ``row``, relative to its source's image folder."""
@@ -101,7 +117,7 @@ class CocoTable:
     @classmethod
     def array_names(cls) -> list[str]:
         """Names of the array columns, in order."""
-        return [field.name for field in fields(cls) if field.name not in ("category_names", "notes")]
+        return [field.name for field in fields(cls) if field.name != "category_names"]
 
 
 def visible_boxes(

@@ -21,10 +21,8 @@ from mmengine.logging import print_log
 from ddetr_mm.data.coco_table import CocoTable
 from ddetr_mm.data.image_check import unreadable_image
 from ddetr_mm.data.labels import LabelMap, build_label_map, labels_of
-from ddetr_mm.data.sources import CocoSource, read_coco_sources
+from ddetr_mm.data.sources import STORAGES, CocoSource, read_coco_sources
 from ddetr_mm.errors import DataError, Problem
-
-STORAGES = ("shared", "process")
 
 
 @DATASETS.register_module()
@@ -106,7 +104,10 @@ class SerializedCocoDataset(BaseDetDataset):
             return
         self.sources = self._resolve_sources()
         self.table = read_coco_sources(
-            self.sources, annotations_required=not self.test_mode, with_masks=self.with_masks
+            self.sources,
+            annotations_required=not self.test_mode,
+            with_masks=self.with_masks,
+            storage=self.storage,
         )
         label_map = build_label_map(
             self.table, self.label_mode, self._metainfo.get("classes"), self.num_classes

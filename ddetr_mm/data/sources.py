@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ddetr_mm.data.annotation_cache import cached_table
 from ddetr_mm.data.coco_checks import ParsedSource
 from ddetr_mm.data.coco_json import JsonColumns, parse_coco_json
 from ddetr_mm.data.coco_merge import build_table
 from ddetr_mm.data.coco_table import CocoTable
 from ddetr_mm.data.image_size import IMAGE_EXTENSIONS
 from ddetr_mm.errors import DataError, Problem
+
+STORAGES = ("shared", "process")
 
 
 @dataclass(frozen=True)
@@ -110,35 +115,49 @@ def read_coco_sources(
     *,
     annotations_required: bool = True,
     with_masks: bool = False,
+    storage: str = "process",
 ) -> CocoTable:
     """Read and merge all sources.
 
     Args:
         sources: in order; mappings with ``image_dir`` and ``json_file`` are accepted.
-        annotations_required: whether a file without ``annotations`` is an error.
+        annotations_required: whether a file without ``annotations`` (a test set) is an error.
         with_masks: keep segmentations too.
+        storage: ``'process'``: parse, and keep the columns in this process; ``'shared'``: one parse and
+            one copy a machine, see :mod:`ddetr_mm.data.annotation_cache`.
 
     Raises:
         DataError: anything that is wrong with the files, see
             :func:`~ddetr_mm.data.coco_json.parse_coco_json` and
             :func:`~ddetr_mm.data.coco_merge.build_table`.
+        ValueError: no such storage.
     """
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be one of {', '.join(STORAGES)}, not {storage!r}")
     wanted = [CocoSource.of(source) for source in sources]
     if not wanted:
         raise DataError(Problem("no data source is given", mend="give image_dir and json_file"))
-    parsed = []
-    for source in wanted:
-        paths = source.files()
-        columns = tuple(_parse_file(path, annotations_required, with_masks) for path in paths)
-        parsed.append(ParsedSource(tuple(paths), columns))
-    return build_table(parsed, check_folders=[bool(source.image_dir) for source in wanted])
+    files = [source.files() for source in wanted]
+    check_folders = [bool(source.image_dir) for source in wanted]
+
+    def build() -> CocoTable:
+        parsed = [
+            ParsedSource(tuple(paths), tuple(_parse_file(path, with_masks) for path in paths))
+            for paths in files
+        ]
+        return build_table(parsed, check_folders=check_folders)
+
+    table = cached_table(files, [check_folders, with_masks], build) if storage == "shared" else build()
+    if annotations_required and not table.annotated_shards.all():
+        path = [path for paths in files for path in paths][int(np.argmin(table.annotated_shards))]
+        mend = "add the list, empty if there are none"
+        raise DataError(Problem("has no annotations", path, "annotations", mend=mend))
+    return table
 
 
-def _parse_file(path: Path, annotations_required: bool, with_masks: bool) -> JsonColumns:
+def _parse_file(path: Path, with_masks: bool) -> JsonColumns:
     with _mapped(path) as content:
-        return parse_coco_json(
-            content, path, annotations_required=annotations_required, with_masks=with_masks
-        )
+        return parse_coco_json(content, path, with_masks=with_masks)
 
 
 @contextmanager

@@ -105,7 +105,6 @@ def broken(change):
     [
         (lambda d: d.pop("images"), None, "images", None),
         (lambda d: d.pop("categories"), None, "categories", None),
-        (lambda d: d.pop("annotations"), "annotations", "no annotations", None),
         (lambda d: d["images"][1].pop("width"), "images[1]", "width", None),
         (lambda d: d["images"][1].update(height="60"), "images[1].height", "expected 'int'", "60"),
         (lambda d: d["images"][1].update(height=0), "images[1].height", ">= 1", 0),
@@ -137,7 +136,10 @@ def test_a_list_is_no_annotation_file():
 def test_annotations_may_be_missing_in_a_test_set():
     document = three_images()
     del document["annotations"]
-    assert parse(document, annotations_required=False).boxes_xywh.shape == (0, 4)
+    columns = parse(document)
+    assert columns.boxes_xywh.shape == (0, 4)
+    assert not columns.annotated
+    assert parse(three_images()).annotated
 
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)

@@ -40,7 +40,7 @@ def test_boxes_are_grouped_by_image_in_file_order(tmp_path):
     assert table.box_image_rows.tolist() == [0, 0, 0, 2]
     assert [table.file_name(row) for row in range(3)] == ["7.jpg", "sub/3.jpg", "5.jpg"]
     assert (table.num_images, table.num_boxes) == (3, 4)
-    assert table.notes == ()
+    assert table.notes == []
 
 
 def test_colliding_image_ids_are_replaced_by_row_numbers(tmp_path):
@@ -118,6 +118,15 @@ def test_annotations_without_ids_are_no_duplicates(tmp_path):
     for item in boxes:
         del item["id"]
     assert read(tmp_path, coco([image(1)], boxes)).num_boxes == 3
+
+
+def test_files_without_annotations_are_named(tmp_path):
+    document = three_images()
+    del document["annotations"]
+    assert read(tmp_path, coco([image(1)], []), document, annotations_required=False).num_boxes == 0
+    (found,) = problems(tmp_path, coco([image(1)], []), document)
+    assert found.where == "annotations"
+    assert found.file.parent.name == "source1"
 
 
 def test_dangling_image_id(tmp_path):
@@ -200,8 +209,8 @@ def test_boxes_without_area_in_the_image_are_counted(tmp_path):
     ]
     table = read(tmp_path, coco([image(1)], boxes))
     assert table.visible.tolist() == [False, False, False, False, True, True]
-    assert "4 of 6 boxes" in table.notes[0]
-    assert "image 1" in table.notes[0]
+    assert "4 boxes" in table.notes[0]
+    assert "the first in 1.jpg: [10.0, 10.0, 0.0, 5.0]" in table.notes[0]
 
 
 def test_a_box_outside_the_recorded_size_may_lie_in_the_turned_image():
