@@ -70,6 +70,7 @@ def build_runner(
     epochs: int = 2,
     batches: int = 5,
     validate: bool = False,
+    runner_class: type[Runner] = Runner,
     **options: Any,
 ) -> Runner:
     """A runner over ``batches`` batches of 2 an epoch, with only ``hooks`` and mmengine's own basic ones."""
@@ -106,4 +107,4 @@ def build_runner(
             "val_cfg": {},
             "val_evaluator": Evaluator([FixedAP()]),
         }
-    return Runner(**(settings | options))
+    return runner_class(**(settings | options))

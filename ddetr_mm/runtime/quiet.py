@@ -1,0 +1,61 @@
+"""A Runner whose console tells what matters; the log file still holds every word.
+
+mmengine's Runner greets with several screens: the machine's libraries, the whole config, which hook runs
+at which point. All of that belongs into the log file of a run, and goes only there.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+from mmengine.logging import MMLogger
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+_FILE_ONLY = re.compile(
+    r"""
+    \s*-{20,}\s*System\ environment:            # libraries and the machine
+    | Config:\n                                 # the config, which is in the results folder too
+    | Hooks\ will\ be\ executed\ in
+    | Exp\ name:
+    | "FileClient"\ will\ be\ deprecated        # mmengine's own calls, nothing a user can change
+    | "HardDiskBackend"\ is\ the\ alias
+    | Distributed\ training\ is\ not\ used
+    | paramwise_options\ --                     # one line a parameter
+    """,
+    re.VERBOSE,
+)
+
+
+class ConsoleFilter(logging.Filter):
+    """Keeps messages that only a log file should hold away from a stream; errors always pass."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is shown."""
+        return record.levelno >= logging.ERROR or not _FILE_ONLY.match(record.getMessage())
+
+
+def quiet_console(logger: logging.Logger) -> None:
+    """Put the filter on a logger's console handlers, once; its file handlers stay as they are."""
+    for handler in logger.handlers:
+        to_console = isinstance(handler, logging.StreamHandler) and not isinstance(
+            handler, logging.FileHandler
+        )
+        if to_console and not any(isinstance(known, ConsoleFilter) for known in handler.filters):
+            handler.addFilter(ConsoleFilter())
+
+
+@RUNNERS.register_module()
+class QuietRunner(Runner):
+    """mmengine's Runner with :func:`quiet_console` on its logger from the first message on.
+
+    In a config: ``runner_type = 'QuietRunner'``; in code: ``QuietRunner.from_cfg(config)``.
+    """
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Build the logger as mmengine does, then quieten its console."""
+        logger = super().build_logger(*args, **kwargs)
+        quiet_console(logger)
+        return logger
