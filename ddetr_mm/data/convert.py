@@ -31,6 +31,7 @@ from ddetr_mm.data.convert_options import (
     ShardReport,
 )
 from ddetr_mm.data.convert_plan import Plan, Step
+from ddetr_mm.data.gc_pause import garbage_collection_paused
 from ddetr_mm.data.kitti_chunk import Chunk, ChunkContent, prepare_process, read_chunk
 from ddetr_mm.data.kitti_sequences import KittiSequence, count_labels, labels_without_image
 from ddetr_mm.data.ordered_pool import ordered_map, usable_cores
@@ -73,12 +74,12 @@ def convert_kitti(
     say("Generating partitions")
     with ResultFolder(options.results_dir) as folder:
         folder.check_free(_planned_files(plan) + _foreign_shards(plan, folder))
-        writing = _Writing(plan, folder.staging, progress or (lambda done, total: None), say)
+        writing = _Writing(plan, folder, progress or (lambda done, total: None), say)
         try:
             writing.run()
         finally:
             writing.discard()
-        _write_stats(folder.staging / STATS_NAME, plan, writing)
+        _write_stats(folder.staged(STATS_NAME), plan, writing)
         folder.commit([*writing.files, WARNINGS_NAME, STATS_NAME])
     say("Json generation complete.")
     say("Dataset convert finished successfully")
@@ -99,7 +100,7 @@ def convert_kitti(
 
 
 class _Writing:
-    """Writes the shards of a plan into a folder.
+    """Writes the shards of a plan.
 
     Attributes:
         files: shards written, relative to the folder.
@@ -109,12 +110,12 @@ class _Writing:
         boxes_per_category: category id → number of boxes.
     """
 
-    def __init__(self, plan: Plan, folder: Path, progress: Progress, status: Status) -> None:
+    def __init__(self, plan: Plan, folder: ResultFolder, progress: Progress, status: Status) -> None:
         self.plan = plan
         self.folder = folder
         self.files: list[str] = []
         self.sequences: list[SequenceReport] = []
-        self.problems = ProblemList(folder / WARNINGS_NAME)
+        self.problems = ProblemList(folder.staged(WARNINGS_NAME))
         self.num_images = self.num_annotations = 0
         self.boxes_per_category: Counter[int] = Counter()
         self._progress = progress
@@ -138,7 +139,8 @@ class _Writing:
             read_chunk, chunks(), self._num_processes(), prepare_process, (self.plan.rules,)
         )
         for content in contents:
-            self._write(on_the_way.popleft(), content)
+            with garbage_collection_paused():
+                self._write(on_the_way.popleft(), content)
         self.problems.close()
 
     def discard(self) -> None:
@@ -196,7 +198,7 @@ class _Writing:
     def _begin_shard(self, sequence: KittiSequence, step: Step) -> ShardWriter:
         self._status(f"Writing partition {step.partition}, shard {step.shard}")
         return ShardWriter(
-            self.folder / self._file_of(step),
+            self.folder.staged(self._file_of(step)),
             f"KITTI sequence {sequence.name}",
             self._categories,
             self.num_images,

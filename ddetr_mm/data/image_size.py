@@ -8,8 +8,12 @@ decodes the image: slow, exact and rare. Sizes are those after EXIF rotation, as
 
 from __future__ import annotations
 
+import io
 import os
 import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +33,8 @@ IMAGE_EXTENSIONS: tuple[str, ...] = (
     ".tiff",
 )
 
+_HEAD_BYTES = 2048
+_MAX_KNOWN_HEADERS = 4096
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -87,11 +93,13 @@ def read_image_size(path: str, *, decode: bool = False) -> ImageSize:
 
 def _size_from_header(path: str, descriptor: int) -> ImageSize | None:
     """The size, or None when only decoding can tell."""
-    head = os.pread(descriptor, 32, 0)
+    head = os.read(descriptor, _HEAD_BYTES)
     num_bytes = os.lseek(descriptor, 0, os.SEEK_END)
     if head.startswith(b"\xff\xd8"):
-        whole = os.pread(descriptor, 2, num_bytes - 2) == b"\xff\xd9"
-    elif head.startswith(_PNG_SIGNATURE):
+        # What follows the end mark, or is missing before it, needs a decoder's judgement.
+        whole = num_bytes > 4 and os.pread(descriptor, 2, num_bytes - 2) == b"\xff\xd9"
+        return _jpeg_size(path, head) if whole else None
+    if head.startswith(_PNG_SIGNATURE):
         whole = _png_is_plain_and_whole(descriptor, num_bytes)
     elif head.startswith(b"BM"):
         whole = _bmp_is_whole(head, num_bytes)
@@ -101,10 +109,34 @@ def _size_from_header(path: str, descriptor: int) -> ImageSize | None:
         return _tiff_size(path, num_bytes)
     else:
         whole = False
-    if not whole:
-        return None
-    width, height = imagesize.get(path)
+    return _library_size(path) if whole else None
+
+
+def _library_size(source: str | io.BytesIO) -> ImageSize | None:
+    width, height = imagesize.get(source)
     return ImageSize(width, height) if width > 0 and height > 0 else None
+
+
+_known_headers: dict[bytes, ImageSize] = {}
+
+
+def _jpeg_size(path: str, head: bytes) -> ImageSize | None:
+    """Size of a JPEG; the library is asked once for each distinct header.
+
+    The frames of a video or the images of one camera often share all bytes up to the compressed data. A
+    header is remembered only when the library finds the same size in it alone: an ``FF DA`` inside a
+    thumbnail, say, is no end of a header.
+    """
+    end = head.find(b"\xff\xda", 2)
+    if end < 0:
+        return _library_size(path)
+    header = head[: end + 2]
+    size = _known_headers.get(header)
+    if size is None:
+        size = _library_size(path)
+        if size and len(_known_headers) < _MAX_KNOWN_HEADERS and _library_size(io.BytesIO(header)) == size:
+            _known_headers[header] = size
+    return size
 
 
 def _png_is_plain_and_whole(descriptor: int, num_bytes: int) -> bool:
@@ -151,8 +183,8 @@ def _webp_is_plain_and_whole(head: bytes, num_bytes: int) -> bool:
 def _tiff_size(path: str, num_bytes: int) -> ImageSize | None:
     """Size by Pillow's lazy open, when all strips or tiles lie inside the file."""
     try:
-        with Image.open(path) as image:
-            tags = image.tag_v2
+        with _opened(path) as image:
+            tags = image.tag_v2  # type: ignore[attr-defined]
             for offsets_tag, counts_tag in _TIFF_OFFSETS_AND_COUNTS:
                 offsets, counts = tags.get(offsets_tag), tags.get(counts_tag)
                 if offsets and counts and len(offsets) == len(counts):
@@ -164,13 +196,22 @@ def _tiff_size(path: str, num_bytes: int) -> ImageSize | None:
     return None
 
 
+@contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """The image without the warnings of damage that does not keep Pillow from decoding."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            yield image
+
+
 def _turned(width: int, height: int, orientation: int | None) -> ImageSize:
     return ImageSize(height, width) if orientation in _QUARTER_TURNS else ImageSize(width, height)
 
 
 def _decoded_size(path: str) -> ImageSize:
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             image.load()  # also turns a TIFF, whose orientation is gone afterwards
             size = _turned(image.width, image.height, image.getexif().get(_EXIF_ORIENTATION))
     except Exception as error:  # Pillow's plugins raise many kinds on damaged files

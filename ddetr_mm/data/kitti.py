@@ -13,7 +13,7 @@ files that are in any way unusual are read again line by line, which finds out w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 NUM_COLUMNS = (15, 16)
 _BOX_COLUMNS = slice(4, 8)
 _BOX_FIELDS = slice(3, 7)  # the same, counted after the class
+_NUM_FIRST_COLUMNS = 8  # up to the box
 
-_IS_SPACE = np.zeros(256, dtype=bool)
-_IS_SPACE[list(b" \t\n\r\v\f")] = True
-_NEWLINE = ord("\n")
+_FILES_AT_ONCE = 64  # few enough for the words to stay in the processor's cache
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_REMEMBERED_NAMES = 10_000
 
@@ -106,21 +105,35 @@ def parse_labels(texts: Sequence[bytes], lookup: ClassLookup) -> tuple[LabelColu
         ``texts`` makes it raise.
     """
     problems: list[LabelProblem] = []
-    parts: list[LabelColumns] = []
-    odd = set(range(len(texts)))
-    for num_columns, members in _regular_files(texts).items():
-        odd.difference_update(members)
-        try:
-            parts.append(_read_regular(texts, members, num_columns, lookup, problems))
-        except _Irregular:
-            for member in members:
-                try:
-                    parts.append(_read_regular(texts, [member], num_columns, lookup, problems))
-                except _Irregular:
-                    odd.add(member)
-    parts.extend(_read_lines(texts[member], member, lookup, problems) for member in sorted(odd))
+    ended = [text if text.endswith(b"\n") else text + b"\n" for text in texts]
+    plain = [member for member, text in enumerate(texts) if _is_plain(text)]
+    parts = [
+        part
+        for start in range(0, len(plain), _FILES_AT_ONCE)
+        for part in _read_regular(ended, plain[start : start + _FILES_AT_ONCE], lookup, problems)
+    ]
+    read = {member for part_members, _ in parts for member in part_members}
+    columns = [part for _, part in parts]
+    columns += [
+        _read_lines(text, member, lookup, problems) for member, text in enumerate(texts) if member not in read
+    ]
     problems.sort(key=lambda problem: problem[:2])
-    return _joined(parts), problems
+    return _joined(columns), problems
+
+
+def _is_plain(text: bytes) -> bool:
+    """Whether lines can be told apart and class names read without looking twice."""
+    if not text or b"\r" in text:
+        return False
+    return text.isascii() or (_is_utf8(text) and not text.startswith(_BYTE_ORDER_MARK))
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _joined(parts: Sequence[LabelColumns]) -> LabelColumns:
@@ -139,84 +152,88 @@ def _joined(parts: Sequence[LabelColumns]) -> LabelColumns:
     )
 
 
-def _regular_files(texts: Sequence[bytes]) -> dict[int, list[int]]:
-    """Number of columns → files whose every line has that many, in plain ASCII with plain line ends."""
-    ended = [_ended(text) for text in texts]
-    everything = b"".join(ended)
-    if not everything:
-        return {}
-    characters = np.frombuffer(everything, dtype=np.uint8)
-    is_space = _IS_SPACE[characters]
-    starts_word = ~is_space
-    starts_word[1:] &= is_space[:-1]
-    line_ends = np.flatnonzero(characters == _NEWLINE)
-    words_per_line = np.diff(np.searchsorted(np.flatnonzero(starts_word), line_ends), prepend=0)
-    file_ends = np.cumsum(np.fromiter(map(len, ended), dtype=np.int64, count=len(ended)))
-    file_of_line = np.searchsorted(file_ends, line_ends, side="right")
-    plain = np.ones(len(texts), dtype=bool)
-    if not everything.isascii() or b"\r" in everything:
-        plain = np.array([text.isascii() and b"\r" not in text for text in texts], dtype=bool)
-    regular: dict[int, list[int]] = {}
-    for num_columns in NUM_COLUMNS:
-        fits = plain.copy()
-        fits[file_of_line[words_per_line != num_columns]] = False
-        if fits.any():
-            regular[num_columns] = np.flatnonzero(fits).tolist()
-    return regular
-
-
-def _ended(text: bytes) -> bytes:
-    return text if text.endswith(b"\n") else text + b"\n"
-
-
 def _read_regular(
-    texts: Sequence[bytes],
-    members: Sequence[int],
-    num_columns: int,
-    lookup: ClassLookup,
-    problems: list[LabelProblem],
+    ended: Sequence[bytes], members: Sequence[int], lookup: ClassLookup, problems: list[LabelProblem]
+) -> list[tuple[Sequence[int], LabelColumns]]:
+    """Read all files without a fault together; those with one are found by halving.
+
+    Returns:
+        Pairs of files and their content; files with faults are in none.
+    """
+    if not members:
+        return []
+    try:
+        return [(members, _read_together(ended, members, lookup, problems))]
+    except _Irregular:
+        half = len(members) // 2
+        if not half:
+            return []
+        return [
+            *_read_regular(ended, members[:half], lookup, problems),
+            *_read_regular(ended, members[half:], lookup, problems),
+        ]
+
+
+def _read_together(
+    ended: Sequence[bytes], members: Sequence[int], lookup: ClassLookup, problems: list[LabelProblem]
 ) -> LabelColumns:
-    """Read files of ``num_columns`` words a line in one go.
+    """Read files of which every line is right, an unknown class aside.
 
     Raises:
-        _Irregular: a word that has to be a finite number is none.
+        _Irregular: some line is not.
     """
-    ended = [_ended(texts[member]) for member in members]
-    everything = b"".join(ended)
-    words = everything.split()
-    names = words[::num_columns]
-    others: set[bytes] = set()
-    for column in (*range(1, _BOX_COLUMNS.start), *range(_BOX_COLUMNS.stop, num_columns)):
-        others.update(words[column::num_columns])
+    own = [ended[member] for member in members]
+    everything = b"".join(own)
+    lines = everything.split(b"\n")
+    lines.pop()
+    try:
+        columns = list(zip(*[line.split(None, _NUM_FIRST_COLUMNS) for line in lines], strict=True))
+    except ValueError:
+        raise _Irregular from None
+    if len(columns) != _NUM_FIRST_COLUMNS + 1:
+        raise _Irregular
+    names, *unused_columns = columns[: _BOX_COLUMNS.start]
+    unused = set().union(*unused_columns)
+    for rest in set(columns[-1]):  # few differ: most tools fill the unused columns with zeros
+        fields = rest.split()
+        if len(fields) + _NUM_FIRST_COLUMNS not in NUM_COLUMNS:
+            raise _Irregular
+        unused.update(fields)
     # float() takes "1_000" for a number; an underscore is fine in a class name only.
     if everything.count(b"_") != b"".join(names).count(b"_"):
         raise _Irregular
-    try:
-        boxes = np.array(
-            [
-                list(map(float, words[column::num_columns]))
-                for column in range(*_BOX_COLUMNS.indices(num_columns))
-            ]
-        )
-        rest = np.fromiter(map(float, others), dtype=np.float64, count=len(others))
-    except ValueError:
-        raise _Irregular from None
-    if not (np.isfinite(boxes).all() and np.isfinite(rest).all()):
-        raise _Irregular
-    lines_per_file = np.fromiter((text.count(b"\n") for text in ended), dtype=np.int64, count=len(ended))
+    boxes = np.empty((len(lines), 4))
+    for edge, words in enumerate(columns[_BOX_COLUMNS]):
+        boxes[:, edge] = _finite(words)
+    _finite(unused)
+    lines_per_file = np.fromiter((text.count(b"\n") for text in own), dtype=np.int64, count=len(own))
     file_index = np.repeat(np.asarray(members, dtype=np.int32), lines_per_file)
     first_line = np.repeat(np.cumsum(lines_per_file) - lines_per_file, lines_per_file)
-    line_numbers = (np.arange(len(names)) - first_line + 1).astype(np.int32)
-    category_ids = np.fromiter(map(lookup.__getitem__, names), dtype=np.int32, count=len(names))
-    unknown = np.flatnonzero(category_ids == 0)
-    if len(unknown):
-        problems.extend(
-            LabelProblem(int(file_index[row]), int(line_numbers[row]), "unknown_class", names[row].decode())
-            for row in unknown
-        )
-        known = category_ids != 0
-        return LabelColumns(boxes.T[known], category_ids[known], file_index[known], line_numbers[known])
-    return LabelColumns(boxes.T, category_ids, file_index, line_numbers)
+    line_numbers = (np.arange(len(lines)) - first_line + 1).astype(np.int32)
+    category_ids = np.fromiter(map(lookup.__getitem__, names), dtype=np.int32, count=len(lines))
+    known = category_ids != 0
+    if known.all():
+        return LabelColumns(boxes, category_ids, file_index, line_numbers)
+    problems.extend(
+        LabelProblem(int(file_index[row]), int(line_numbers[row]), "unknown_class", names[row].decode())
+        for row in np.flatnonzero(~known)
+    )
+    return LabelColumns(boxes[known], category_ids[known], file_index[known], line_numbers[known])
+
+
+def _finite(words: Collection[bytes]) -> NDArray[np.float64]:
+    """Words as numbers.
+
+    Raises:
+        _Irregular: one is no finite number.
+    """
+    try:
+        numbers = np.fromiter(map(float, words), dtype=np.float64, count=len(words))
+    except ValueError:
+        raise _Irregular from None
+    if not np.isfinite(numbers).all():
+        raise _Irregular
+    return numbers
 
 
 def _read_lines(

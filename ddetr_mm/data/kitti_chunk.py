@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ddetr_mm.data.conversion_problems import FoundProblem
+from ddetr_mm.data.gc_pause import garbage_collection_paused
 from ddetr_mm.data.image_size import UnreadableImage, read_image_size
 from ddetr_mm.data.kitti import BOX_VERDICTS, FIRST_DROPPED_VERDICT, ClassLookup, clip_boxes, parse_labels
 from ddetr_mm.data.kitti_sequences import LABEL_EXTENSION, image_stem
+
+_READ_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -124,16 +128,13 @@ class ChunkReader:
         num_missing = 0
         for position, name in enumerate(chunk.names):
             image_file = chunk.image_prefix + name
-            try:
-                name.encode()
-            except UnicodeEncodeError:
+            if not (name.isascii() or _is_utf8(name)):
                 shown = image_file.encode("utf-8", "backslashreplace").decode()
                 found.append((position, 0, FoundProblem("name_not_utf8", shown, 0, "file name")))
                 continue
             label = image_stem(name, self.rules.image_extension) + LABEL_EXTENSION
             try:
-                with open(f"{chunk.label_dir}/{label}", "rb", buffering=0) as file:
-                    text = file.read()
+                text = _read_file(f"{chunk.label_dir}/{label}")
                 size = read_image_size(f"{chunk.image_dir}/{name}", decode=self.rules.decode_images)
             except FileNotFoundError:
                 num_missing += 1
@@ -162,6 +163,26 @@ class ChunkReader:
         )
 
 
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_file(path: str) -> bytes:
+    """The whole file; twice as fast as ``open``, which counts with millions of files of a kilobyte."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        content = os.read(descriptor, _READ_BYTES)
+        while more := os.read(descriptor, _READ_BYTES):
+            content += more
+    finally:
+        os.close(descriptor)
+    return content
+
+
 _reader: ChunkReader | None = None
 
 
@@ -175,4 +196,5 @@ def read_chunk(chunk: Chunk) -> ChunkContent:
     """:meth:`ChunkReader.read` by the rules of :func:`prepare_process`."""
     if _reader is None:
         raise RuntimeError("prepare_process() has to be called before read_chunk()")
-    return _reader.read(chunk)
+    with garbage_collection_paused():
+        return _reader.read(chunk)

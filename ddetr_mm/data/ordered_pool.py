@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -19,7 +20,10 @@ Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
 
-_TASKS_IN_FLIGHT_PER_PROCESS = 4
+# A process works on one task while the next ones wait for it in a pipe.
+_TASKS_PER_PROCESS = 3
+# Tasks that the calling process can take from while the others work.
+_SPARE_TASKS = 8
 
 
 def usable_cores() -> int:
@@ -28,13 +32,25 @@ def usable_cores() -> int:
 
 
 class _Pending(Generic[Task, Result]):
-    """A task that was handed out, and its result as soon as there is one."""
+    """A task, and its result to be, once somebody is at it."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.future: Future[Result] | None = None
-        self.result: Result | None = None
-        self.finished = False  # by the calling process
+
+    def do(self, function: Callable[[Task], Result]) -> None:
+        """Do it here and now; an error is kept for the moment at which the result is due."""
+        self.future = Future()
+        try:
+            self.future.set_result(function(self.task))
+        except Exception as error:
+            self.future.set_exception(error)
+
+    def is_lost(self) -> bool:
+        """Whether no result will come, now that the pool is broken."""
+        if self.future is None or not self.future.done():
+            return True
+        return isinstance(self.future.exception(), BrokenProcessPool)
 
 
 def ordered_map(
@@ -70,54 +86,62 @@ def ordered_map(
         initargs=(initializer, initargs),
     )
     try:
-        yield from _share_out(pool, function, iter(tasks), num_processes * _TASKS_IN_FLIGHT_PER_PROCESS + 2)
+        yield from _share_out(pool, function, iter(tasks), num_processes * _TASKS_PER_PROCESS)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _share_out(
-    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterator[Task], num_in_flight: int
+    pool: ProcessPoolExecutor, function: Callable[[Task], Result], tasks: Iterator[Task], num_elsewhere: int
 ) -> Iterator[Result]:
     window: deque[_Pending[Task, Result]] = deque()
     try:
-        for task in tasks:
-            window.append(_Pending(task))
-            _submit(pool, function, window[-1])
-            while len(window) >= num_in_flight:
-                yield _next_result(window, function)
-        while window:
-            yield _next_result(window, function)
+        while True:
+            for task in itertools.islice(tasks, num_elsewhere + _SPARE_TASKS - len(window)):
+                window.append(_Pending(task))
+            if not window:
+                return
+            _hand_out(pool, function, window, num_elsewhere)
+            first = window[0].future
+            spare = next((pending for pending in window if pending.future is None), None)
+            if spare is not None and not (first and first.done()):
+                spare.do(function)
+            elif first is not None:
+                result = first.result()
+                window.popleft()
+                yield result
     except BrokenProcessPool:
         logger.warning("a worker process ended unexpectedly; going on in one process")
-        for pending in window:
-            yield pending.result if pending.finished else function(pending.task)  # type: ignore[misc]
-        yield from map(function, tasks)
+    for pending in window:
+        if pending.is_lost():
+            pending.do(function)
+        yield pending.future.result()  # type: ignore[union-attr]
+    yield from map(function, tasks)
 
 
-def _submit(
-    pool: ProcessPoolExecutor, function: Callable[[Task], Result], pending: _Pending[Task, Result]
+def _hand_out(
+    pool: ProcessPoolExecutor,
+    function: Callable[[Task], Result],
+    window: Iterable[_Pending[Task, Result]],
+    num_elsewhere: int,
 ) -> None:
+    """Give waiting tasks to the pool until it has ``num_elsewhere`` to do.
+
+    Tasks are given only when they are about to be done: one that has been given cannot be taken back
+    (cancelling it would leave a pool that breaks later in a state in which it never answers).
+    """
+    missing = num_elsewhere - sum(
+        pending.future is not None and not pending.future.done() for pending in window
+    )
     # Submitting may start a process, which inherits the blocked signal: Ctrl-C never reaches it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        pending.future = pool.submit(function, pending.task)
+        for pending in window:
+            if missing > 0 and pending.future is None:
+                pending.future = pool.submit(function, pending.task)
+                missing -= 1
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _next_result(window: deque[_Pending[Task, Result]], function: Callable[[Task], Result]) -> Result:
-    """Result of the first task of the window, which leaves it."""
-    first = window[0]
-    while not first.finished and first.future is not None and not first.future.done():
-        stolen = next(
-            (item for item in window if not item.finished and item.future and item.future.cancel()), None
-        )
-        if stolen is None:
-            break
-        stolen.result, stolen.finished = function(stolen.task), True
-    result = first.result if first.finished or first.future is None else first.future.result()
-    window.popleft()
-    return result  # type: ignore[return-value]
 
 
 def _start_process(initializer: Callable[..., None], initargs: tuple[Any, ...]) -> None:

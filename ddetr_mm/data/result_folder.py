@@ -1,9 +1,10 @@
 """A folder whose files are replaced as one: all of the new ones, or none.
 
 New files are made in a hidden folder inside the results folder (so that a rename is enough even where
-the results folder is a mount point). What a run wrote is listed in ``.ddetr_mm_convert.json``; the next
-run takes away exactly that and leaves everything else alone. While files change places the list says so
-first: a run that is killed in that moment is completed by the next one. A lock keeps two runs apart.
+the results folder is a mount point), under names that no search for ``*.json`` finds. What a run wrote
+is listed in ``.ddetr_mm_convert.json``; the next run takes away exactly that and leaves everything else
+alone. While files change places the list says so first: a run that is killed in that moment is completed
+by the next one. A lock keeps two runs apart.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from types import TracebackType
 from typing import Any
 
 from ddetr_mm.errors import DataError, Problem
-from ddetr_mm.files import write_text_whole
 
 MANIFEST_NAME = ".ddetr_mm_convert.json"
 _STAGING_PREFIX = ".ddetr_mm_convert.tmp-"
+_STAGED_SUFFIX = ".part"
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +33,14 @@ logger = logging.getLogger(__name__)
 class ResultFolder:
     """The results folder of one run; a context manager.
 
-    Files are written below :attr:`staging` and appear under their final names with :meth:`commit`. Leaving
-    the ``with`` block without it drops them.
+    Files are written where :meth:`staged` says and appear under their final names with :meth:`commit`.
+    Leaving the ``with`` block without it drops them.
 
     Args:
         path: the results folder; made if missing.
 
     Attributes:
         path: the results folder.
-        staging: folder to write into, while inside the ``with`` block.
 
     Raises:
         DataError: on entering: the folder cannot be written to, or another run is writing to it.
@@ -48,7 +48,7 @@ class ResultFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.staging = path
+        self._staging = path
         self._lock = -1
         self._former: list[str] = []
 
@@ -62,8 +62,11 @@ class ResultFolder:
             if "move_from" in manifest:
                 self._finish_moving(manifest)
             for stale in self.path.glob(f"{_STAGING_PREFIX}*"):
-                shutil.rmtree(stale)
-            self.staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=self.path))
+                if stale.is_dir():
+                    shutil.rmtree(stale)
+                else:
+                    stale.unlink()
+            self._staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=self.path))
         except OSError as error:
             self._release()
             raise DataError(
@@ -86,9 +89,19 @@ class ResultFolder:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            shutil.rmtree(self.staging)
+            shutil.rmtree(self._staging)
         finally:
             self._release()
+
+    def staged(self, file: str) -> Path:
+        """Where to write a file while inside the ``with`` block; its folder is made.
+
+        Args:
+            file: path relative to the results folder.
+        """
+        path = self._staging / (file + _STAGED_SUFFIX)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def check_free(self, files: Iterable[str]) -> None:
         """Make sure that no file of someone else stands where one of ``files`` shall go.
@@ -112,19 +125,17 @@ class ResultFolder:
                 )
             )
 
-    def former_files(self) -> list[str]:
-        """Paths, relative to the results folder, of what the last finished run wrote."""
-        return list(self._former)
-
     def commit(self, files: Sequence[str]) -> None:
         """Take away the last run's files and put the staged ones in their places.
 
         Args:
-            files: paths relative to :attr:`staging` and to the results folder alike; the last one is put in
-                place last, so it can stand for the whole.
+            files: paths relative to the results folder; the last one is put in place last, so it can
+                stand for the whole.
         """
         self.check_free(files)
-        manifest = {"move_from": self.staging.name, "files": list(files), "former_files": self._former}
+        for file in files:
+            os.rename(self.staged(file), self._staging / file)
+        manifest = {"move_from": self._staging.name, "files": list(files), "former_files": self._former}
         self._write_manifest(manifest)
         self._finish_moving(manifest)
 
@@ -203,7 +214,9 @@ class ResultFolder:
         return manifest
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:
-        write_text_whole(self.path / MANIFEST_NAME, json.dumps(manifest, indent=1) + "\n")
+        temporary = self.path / f"{_STAGING_PREFIX}manifest"
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path / MANIFEST_NAME)
 
 
 def _is_manifest(manifest: Any) -> bool:

@@ -93,14 +93,14 @@ def shard_file(
     return folder / f"{folder.name}{fold}-shard-{shard:05d}-of-{num_shards:05d}.json"
 
 
-class _Image(msgspec.Struct):
+class _Image(msgspec.Struct, gc=False):
     id: int
     file_name: str
     width: int
     height: int
 
 
-class _Annotation(msgspec.Struct):
+class _Annotation(msgspec.Struct, gc=False):
     id: int
     image_id: int
     category_id: int
@@ -113,7 +113,7 @@ class ShardWriter:
     """Writes one COCO JSON file bit by bit; memory does not grow with its size.
 
     Args:
-        path: the file; its folder is made.
+        path: the file, in a folder that exists.
         description: ``info.description`` of the file.
         categories: the ``categories`` list.
         first_image_id: id of the first image; the following ones count on.
@@ -132,7 +132,6 @@ class ShardWriter:
         first_image_id: int,
         first_annotation_id: int,
     ) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.num_images = self.num_annotations = 0
         self._first_image_id = first_image_id
         self._first_annotation_id = first_annotation_id
