@@ -10,10 +10,12 @@ L levels, P points per level and head.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from mmcv.ops.multi_scale_deform_attn import (
@@ -37,6 +39,13 @@ def has_compiled_cuda_op() -> bool:
     if not has_compiled_ops():
         return False
     return importlib.import_module("mmcv._ext").get_compiling_cuda_version() != "not available"
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A block in which tensors keep their dtype, also on devices that know no autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def host_to_device(values: Sequence, device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -89,7 +98,7 @@ def sample_values(
     Returns:
         (B, Q, C) in the dtype of ``value``.
     """
-    with torch.autocast(value.device.type, enabled=False):
+    with no_autocast(value.device):
         value_f32 = value.float()
         locations, weights = sampling_locations.float(), attention_weights.float()
         if value.is_cuda and has_compiled_cuda_op():
@@ -166,7 +175,8 @@ class DeformableAttention(MultiScaleDeformableAttention):
         value = self.value_proj(value)
         if key_padding_mask is not None:
             value = value.masked_fill(key_padding_mask[..., None], 0.0)
-        value = value.unflatten(-1, (self.num_heads, -1))
+        batch, num_values, width = value.shape
+        value = value.view(batch, num_values, self.num_heads, width // self.num_heads)
         locations, weights = self._locations_and_weights(query, reference_points, level_sizes_hw)
         output = sample_values(
             value, locations, weights, level_sizes_hw, spatial_shapes, level_start_index, self.im2col_step
@@ -177,10 +187,12 @@ class DeformableAttention(MultiScaleDeformableAttention):
         self, query: Tensor, reference_points: Tensor, level_sizes_hw: SizesHW
     ) -> tuple[Tensor, Tensor]:
         """Where each query looks, (B, Q, M, L, P, 2), and how much each point counts, (B, Q, M, L, P)."""
-        grid = (self.num_heads, self.num_levels, self.num_points)
-        offsets = self.sampling_offsets(query).float().unflatten(-1, (*grid, 2))
-        weights = self.attention_weights(query).float().unflatten(-1, (self.num_heads, -1))
-        weights = weights.softmax(-1).unflatten(-1, grid[1:])
+        batch, num_queries, _ = query.shape
+        heads, levels, points = self.num_heads, self.num_levels, self.num_points
+        # view() with the traced batch size, not unflatten(), which an export would freeze.
+        offsets = self.sampling_offsets(query).float().view(batch, num_queries, heads, levels, points, 2)
+        weights = self.attention_weights(query).float().view(batch, num_queries, heads, levels * points)
+        weights = weights.softmax(-1).view(batch, num_queries, heads, levels, points)
         centers = reference_points.float()[:, :, None, :, None, :]
         if reference_points.shape[-1] == 2:
             sizes_wh = host_to_device(

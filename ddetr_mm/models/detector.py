@@ -16,7 +16,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
 
-from .deformable_attention import SizesHW, level_layout
+from .deformable_attention import SizesHW, level_layout, no_autocast
 from .padding import feature_sizes_hw, level_padding
 from .transformer import DeformableDecoder, DeformableEncoder
 
@@ -231,7 +231,7 @@ class TAODeformableDETR(DeformableDETR):
         """
         if self.as_two_stage:
             memory = memory.to(self.level_embed.dtype)
-        with torch.autocast(memory.device.type, enabled=False):
+        with no_autocast(memory.device):
             return super().pre_decoder(memory, memory_mask, spatial_shapes)
 
     def forward_decoder(

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddetr_mm.errors import InputError, Problem
 
 from .criterion import set_losses
-from .deformable_attention import host_to_device
+from .deformable_attention import host_to_device, no_autocast
 from .matching import MatchingCost, Objects, assign_all_layers, matching_costs
 from .postprocess import top_detections
 from .transformer import place_boxes
@@ -90,7 +90,7 @@ class TAODeformableDETRHead(DeformableDETRHead):
             reference: the reference points that went into that layer, (B, Q, 2 or 4).
         """
         branch = self.cls_branches[layer]
-        with torch.autocast(hidden_state.device.type, enabled=False):
+        with no_autocast(hidden_state.device):
             logits = branch(hidden_state.to(branch.weight.dtype))
         return logits, place_boxes(self.reg_branches[layer], hidden_state, reference)
 

@@ -113,7 +113,7 @@ class Objects:
     @classmethod
     def from_instances(cls, gt_instances: Sequence, img_metas: Sequence[dict]) -> Objects:
         """Collect mmdet's ground truth (``labels``, ``bboxes`` as xyxy pixels of ``img_shape``)."""
-        labels = torch.cat([instances.labels for instances in gt_instances])
+        labels = torch.cat([instances.labels for instances in gt_instances]).long()
         device = labels.device
         counts = tuple(len(instances.labels) for instances in gt_instances)
         index = [image for image, count in enumerate(counts) for _ in range(count)]

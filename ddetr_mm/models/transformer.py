@@ -29,7 +29,7 @@ from mmengine.model import ModuleList
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .deformable_attention import DeformableAttention, SizesHW
+from .deformable_attention import DeformableAttention, SizesHW, no_autocast
 
 
 class _Checkpointed(nn.Module):
@@ -198,7 +198,7 @@ def place_boxes(branch: nn.Sequential, hidden_state: Tensor, reference_points: T
     Returns:
         (B, Q, 4) as (cx, cy, w, h), 0..1 over the unpadded image, float32.
     """
-    with torch.autocast(hidden_state.device.type, enabled=False):
+    with no_autocast(hidden_state.device):
         deltas = branch(hidden_state.to(branch[0].weight.dtype)).float()
         anchors = inverse_sigmoid(reference_points.float())
         if anchors.shape[-1] == 2:

@@ -10,7 +10,6 @@ from detr_builders import detector_config, golden, golden_state_dict, instances,
 from mmdet.registry import MODELS
 from torch import Tensor
 
-import ddetr_mm.register  # noqa: F401
 from ddetr_mm.models import TAODeformableDETR
 from ddetr_mm.weights.key_engine import to_canonical
 from ddetr_mm.weights.key_maps import OFFICIAL, TAO
@@ -199,6 +198,17 @@ def test_the_config_is_left_alone() -> None:
     before = copy.deepcopy(config)
     MODELS.build(config)
     assert config == before
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_nothing_is_read_back_from_the_device(refine: bool) -> None:
+    """Tensors without data: reading one on the host raises."""
+    model = MODELS.build(detector_config(with_box_refine=refine, zero_padded_values=True)).eval().to("meta")
+    images, samples = padded_batch()
+    logits, _boxes = model(images.to("meta"), samples, mode="tensor")
+    assert logits.is_meta
+    results = model(images.to("meta"), samples, mode="predict")
+    assert results[0].pred_instances.bboxes.shape == (48, 4)
 
 
 def test_wrong_settings_are_named() -> None:
