@@ -4,32 +4,26 @@ Legend: I images, N ground-truth boxes, D detections, K classes, T = 10 overlap 
 (0.50, 0.55 … 0.95), R = 101 recall thresholds (0.00, 0.01 … 1.00), A = 4 area ranges
 (all, small < 32², medium, large > 96² pixels), M = 3 limits of detections an image and class (1, 10, 100).
 
-Two backends do the matching. ``fast`` is hotcoco, which takes and gives arrays; ``pycocotools`` is the
-reference, and what ``auto`` falls back to where hotcoco is missing. Both return the same precision,
-recall and score arrays, so everything below them is shared.
-
-Boxes get their own running ids, from 1. pycocotools takes the annotation id 0 for "no match", so files
-numbered from 0 would otherwise lose one box.
+Two backends do the matching (:mod:`ddetr_mm.evaluation.backends`). ``fast`` is hotcoco, which takes and
+gives arrays; ``pycocotools`` is the reference, and what ``auto`` falls back to where hotcoco is missing.
+Both return the same precision, recall and score arrays, so everything here is shared.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddetr_mm.errors import DataError, Problem, StackError
+from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.evaluation.backends import choose_backend
 from ddetr_mm.evaluation.columns import DetectionColumns, GroundTruthColumns
 from ddetr_mm.files import write_text_whole
 
-BACKENDS = ("auto", "fast", "pycocotools")
 METRIC_NAMES = (
     "AP", "AP50", "AP75", "APs", "APm", "APl",
     "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl",
@@ -119,7 +113,7 @@ def evaluate_boxes(
             non-finite numbers too, which is noted.
         category_ids: classes to score; all of the ground truth's categories when None.
         image_ids: images to score; all of the ground truth's images when None.
-        backend: one of :data:`BACKENDS`.
+        backend: one of :data:`ddetr_mm.evaluation.backends.BACKENDS`.
 
     Raises:
         DataError: a class or image is asked for that the ground truth does not have.
@@ -138,7 +132,7 @@ def evaluate_boxes(
         recall = np.full((shape[0], *shape[2:]), UNDEFINED)
         name = "none"
     else:
-        name, run = _backend(backend)
+        name, run = choose_backend(backend)
         precision, recall, scores = run(truth, found, images, categories)
     return CocoResult(
         metrics=_summary(precision, recall),
@@ -161,6 +155,29 @@ def write_results_json(path: str | Path, result: CocoResult) -> Path:
     """
     figures = {name: result.metrics[name] for name in METRIC_NAMES}
     return write_text_whole(path, json.dumps(figures, indent=2) + "\n")
+
+
+def write_details_json(
+    path: str | Path, result: CocoResult, sources: Mapping[str, CocoResult] | None = None
+) -> Path:
+    """Write all of a result but its curves as JSON: figures, classes, counts, notes, and each source's.
+
+    The file is written whole or not at all.
+    """
+
+    def described(one: CocoResult) -> dict[str, Any]:
+        return {
+            "metrics": one.metrics,
+            "num_images": one.num_images,
+            "num_boxes": one.num_boxes,
+            "num_detections": one.num_detections,
+            "per_class": [asdict(entry) for entry in one.per_class],
+            "backend": one.backend,
+            "notes": list(one.notes),
+        }
+
+    content = described(result) | {"sources": {name: described(one) for name, one in (sources or {}).items()}}
+    return write_text_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _chosen_categories(ground_truth: GroundTruthColumns, wanted: Sequence[int] | None) -> np.ndarray:
@@ -206,112 +223,6 @@ def _notes(truth: GroundTruthColumns, found: DetectionColumns, num_broken: int) 
     elif len(found) == 0:
         notes.append("There are no detections of the scored classes: every figure is 0.")
     return notes
-
-
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
-Runner = Callable[[GroundTruthColumns, DetectionColumns, np.ndarray, np.ndarray], Arrays]
-
-
-def _backend(name: str) -> tuple[str, Runner]:
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
-    if name == "pycocotools":
-        return "pycocotools", _run_pycocotools
-    if importlib.util.find_spec("hotcoco") is None:
-        if name == "fast":
-            raise StackError(
-                Problem(
-                    "the fast COCO evaluator is not installed", value="hotcoco", mend="pip install hotcoco"
-                )
-            )
-        return "pycocotools", _run_pycocotools
-    return "hotcoco", _run_hotcoco
-
-
-def _run_hotcoco(
-    truth: GroundTruthColumns, found: DetectionColumns, images: np.ndarray, categories: np.ndarray
-) -> Arrays:
-    import hotcoco
-
-    annotations = hotcoco.COCO.from_arrays(
-        _image_records(images),
-        _category_records(truth, categories),
-        truth.box_image_ids,
-        truth.category_ids,
-        truth.boxes_xywh,
-        ids=np.arange(1, len(truth) + 1),
-        area=truth.areas,
-        iscrowd=truth.iscrowd.astype(np.int64),
-    )
-    evaluator = hotcoco.COCOeval(annotations, annotations.load_res(_result_table(found)), "bbox")
-    return _run_evaluator(evaluator)
-
-
-def _run_pycocotools(
-    truth: GroundTruthColumns, found: DetectionColumns, images: np.ndarray, categories: np.ndarray
-) -> Arrays:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    boxes = zip(
-        truth.box_image_ids.tolist(),
-        truth.category_ids.tolist(),
-        truth.boxes_xywh.tolist(),
-        truth.areas.tolist(),
-        truth.iscrowd.tolist(),
-        strict=True,
-    )
-    records = [
-        {
-            "id": number,
-            "image_id": image,
-            "category_id": category,
-            "bbox": box,
-            "area": area,
-            "iscrowd": int(crowd),
-        }
-        for number, (image, category, box, area, crowd) in enumerate(boxes, start=1)
-    ]
-    # pycocotools reports its progress by print; the log already says what is going on.
-    with contextlib.redirect_stdout(io.StringIO()):
-        annotations = COCO()
-        annotations.dataset = {
-            "info": {},
-            "images": _image_records(images),
-            "categories": _category_records(truth, categories),
-            "annotations": records,
-        }
-        annotations.createIndex()
-        if len(found):
-            results = annotations.loadRes(_result_table(found))
-        else:
-            # loadRes looks at the first detection to learn what kind it is.
-            results = COCO()
-            results.dataset = {**annotations.dataset, "annotations": []}
-            results.createIndex()
-        return _run_evaluator(COCOeval(annotations, results, "bbox"))
-
-
-def _run_evaluator(evaluator: Any) -> Arrays:
-    evaluator.evaluate()
-    evaluator.accumulate()
-    arrays = evaluator.eval
-    return np.asarray(arrays["precision"]), np.asarray(arrays["recall"]), np.asarray(arrays["scores"])
-
-
-def _image_records(images: np.ndarray) -> list[dict[str, Any]]:
-    # Box evaluation never looks at sizes or names.
-    return [{"id": number, "width": 1, "height": 1, "file_name": ""} for number in images.tolist()]
-
-
-def _category_records(truth: GroundTruthColumns, categories: np.ndarray) -> list[dict[str, Any]]:
-    return [{"id": number, "name": truth.category_names[number]} for number in categories.tolist()]
-
-
-def _result_table(found: DetectionColumns) -> np.ndarray:
-    """(D, 7): image id, x, y, width, height, score, category id, as ``loadRes`` of both backends takes."""
-    columns = (found.image_ids[:, None], found.boxes_xywh, found.scores[:, None], found.category_ids[:, None])
-    return np.concatenate([column.astype(np.float64) for column in columns], axis=1)
 
 
 def _mean(values: np.ndarray) -> float:

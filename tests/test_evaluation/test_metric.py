@@ -136,6 +136,10 @@ def test_sources_with_colliding_ids(tmp_path):
     second = [entry for entry in written if entry["source"] == 1]
     truth, detections = scenes[1]
     image = int(truth.image_ids[second[0]["image_id"]])
+    detail = json.loads((tmp_path / "out" / "results_detail.json").read_text())
+    assert {name: part["metrics"] for name, part in detail["sources"].items()} == {
+        name: part.metrics for name, part in metric.source_results.items()
+    }
     assert second[0]["file_name"] == f"{image}.png"
     assert len(second) == len(detections)
 
@@ -151,6 +155,10 @@ def test_writes_results_and_predictions(scene_file, tmp_path):
     run(metric, data_samples(detections, LABELS, truth.image_ids))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results) == list(METRIC_NAMES)
+    detail = json.loads((tmp_path / "out" / "results_detail.json").read_text())
+    assert [entry["AP"] for entry in detail["per_class"]] == [entry.AP for entry in metric.result.per_class]
+    for picture in ("precision_recall.png", "class_precision.png"):
+        assert (tmp_path / "out" / picture).stat().st_size > 5000
     predictions = tmp_path / "out" / "predictions.json"
     assert predictions.read_text() == (tmp_path / "sub" / "val.bbox.json").read_text()
     # The file scores the same when read by pycocotools.
