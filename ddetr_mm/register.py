@@ -1,6 +1,20 @@
 """The only import for its side effect: registers every class of this package with mmdet.
 
-In an mmengine config: ``custom_imports = dict(imports=['ddetr_mm.register'])``.
+In an mmengine config: ``custom_imports = dict(imports=['ddetr_mm.register'])``. It also lets mmengine read its
+own checkpoints on a torch that refuses unknown classes, and quietens mmengine's list of frozen parameters.
 """
 
-import ddetr_mm.models  # noqa: F401
+import ddetr_mm.data.dataset
+import ddetr_mm.data.image_folder
+import ddetr_mm.data.transforms
+import ddetr_mm.evaluation.metric
+import ddetr_mm.models
+import ddetr_mm.runtime.checkpoint_hook
+import ddetr_mm.runtime.curves
+import ddetr_mm.runtime.detection_writer
+import ddetr_mm.runtime.pretrained_hook
+import ddetr_mm.runtime.status_hook  # noqa: F401 - imported for registration
+from ddetr_mm.stack.mends import allow_mmengine_checkpoint_classes, quiet_frozen_parameter_warnings
+
+allow_mmengine_checkpoint_classes()
+quiet_frozen_parameter_warnings()

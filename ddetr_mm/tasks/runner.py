@@ -9,12 +9,12 @@ from typing import Any
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from mmengine.runner import Runner
 from torch import nn
 
 import ddetr_mm.register  # noqa: F401 - puts our components into the registries
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.files import write_text_whole
+from ddetr_mm.runtime.quiet import QuietRunner
 from ddetr_mm.spec import LoadedSpec
 from ddetr_mm.translate import spec_config_text, to_config
 from ddetr_mm.weights import inspect_checkpoint, load_for_model
@@ -26,7 +26,7 @@ def look_up_channels(backbone_cfg: dict[str, Any]) -> list[int]:
     """Output channels of a backbone that the spec brings, by building it."""
     from ddetr_mm.models.feature_channels import feature_channels
 
-    return list(feature_channels(backbone_cfg).channels)
+    return feature_channels(backbone_cfg)
 
 
 def config_source(loaded: LoadedSpec, subtask: str, checkpoint: str | None = None) -> str:
@@ -45,7 +45,7 @@ def config_source(loaded: LoadedSpec, subtask: str, checkpoint: str | None = Non
     return spec_config_text(loaded, draft, subtask)
 
 
-def build_runner(loaded: LoadedSpec, subtask: str, folder: Path, checkpoint: str | None = None, **changes: Any) -> Runner:
+def build_runner(loaded: LoadedSpec, subtask: str, folder: Path, checkpoint: str | None = None, **changes: Any) -> QuietRunner:
     """An mmengine Runner for a subtask, its config left in the results folder.
 
     Args:
@@ -60,7 +60,7 @@ def build_runner(loaded: LoadedSpec, subtask: str, folder: Path, checkpoint: str
     config = Config.fromfile(str(path))
     for name, value in changes.items():
         config[name] = value
-    runner = Runner.from_cfg(config)
+    runner = QuietRunner.from_cfg(config)
     # The Runner dumps the config under the same name, without the comments.
     write_text_whole(path, text)
     return runner

@@ -20,8 +20,6 @@ def run(arguments: Namespace) -> None:
         from ddetr_mm.tasks.runner import build_runner
 
         start = checkpoint_to_resume(spec, session.folder)
-        if start is not None:
-            session.status.write(f"Resuming training from checkpoint: {start}")
         runner = build_runner(
             loaded,
             "train",

@@ -131,6 +131,8 @@ def backbone_config(
         norm_cfg=dict(type="BN", requires_grad=False),
         norm_eval=True,
         style="pytorch",
+        # mmdet would start every residual branch at zero, where a frozen norm would keep it.
+        zero_init_residual=False,
         with_cp=checkpointing,
     )
     return config, [256 * 2**stage for stage in stages]

@@ -35,12 +35,9 @@ def default_hooks(spec: ExperimentSpec, *, train: bool, zero_padded_values: bool
     return hooks
 
 
-def train_hooks(spec: ExperimentSpec, status_file: str) -> list[dict[str, Any]]:
+def train_hooks(spec: ExperimentSpec) -> list[dict[str, Any]]:
     """Hooks of a training run beyond mmengine's default ones."""
-    hooks: list[dict[str, Any]] = [
-        dict(type="StatusHook", path=status_file),
-        dict(type="CurvesHook"),
-    ]
+    hooks: list[dict[str, Any]] = [dict(type="StatusHook"), dict(type="CurvesHook")]
     if spec.model.pretrained_backbone_path or spec.train.pretrained_model_path:
         hooks.append(
             dict(

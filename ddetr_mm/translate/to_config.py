@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from ddetr_mm.errors import Problem, SpecError
-from ddetr_mm.spec import ExperimentSpec, LoadedSpec, task_results_dir
+from ddetr_mm.spec import ExperimentSpec, LoadedSpec, get_field, task_results_dir
 from ddetr_mm.spec.schema import DataSource, InferSource
 from ddetr_mm.translate import data_section, model_section, runtime_section, schedule_section
 from ddetr_mm.translate.draft import ConfigDraft, Reference
@@ -170,7 +169,7 @@ def _add_inference(draft: ConfigDraft, spec: ExperimentSpec) -> None:
     infer_source = spec.dataset.infer_data_sources or InferSource()
     dataset = dict(
         type="ImageFolderDataset",
-        image_dirs=list(infer_source.image_dir),
+        folders=list(infer_source.image_dir),
         pipeline=Reference("test_pipeline"),
     )
     draft.add(
@@ -216,7 +215,7 @@ def _add_run(draft: ConfigDraft, spec: ExperimentSpec, subtask: str, zeroed: boo
         "The run.",
     )
     if train:
-        draft.add("custom_hooks", runtime_section.train_hooks(spec, str(folder / "status.json")))
+        draft.add("custom_hooks", runtime_section.train_hooks(spec))
     draft.add("visualizer", runtime_section.visualizer())
     draft.add("randomness", runtime_section.randomness(spec), runtime_section.SEED_KEYS)
     draft.add("env_cfg", runtime_section.environment(spec), ("train.cudnn.benchmark",))
@@ -235,7 +234,7 @@ def spec_config_text(loaded: LoadedSpec, draft: ConfigDraft, subtask: str) -> st
             (f"{where} and below" for path, where in loaded.origin.items() if path.startswith(key + ".")),
             "default",
         )
-        return f"{key} = {_plain(attrgetter(key)(loaded.spec))!r} ({origin})"
+        return f"{key} = {_plain(get_field(loaded.spec, key))!r} ({origin})"
 
     title = [
         f"Config for `{subtask}`, translated from the spec {Path(loaded.path).name}.",

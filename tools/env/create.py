@@ -33,6 +33,7 @@ STACKS = {
     "torch2.11": ("3.12", "3.11", "3.10", "3.13"),
 }
 STAMP = "ddetr_mm.json"
+HAS_OPS = ".has-ops"  # left by `make ops`
 # Two distributions that hold the same module must never be in one environment.
 RIVALS = {"opencv-python-headless": "opencv-python", "mmcv-lite": "mmcv"}
 
@@ -104,6 +105,8 @@ def fill(env: Path, stack: str, chosen: tuple[str, str]) -> None:
     if not existing:
         make_env(env, chosen[0], uv)
     write_stamp(env, "unfinished", chosen[1])
+    with contextlib.suppress(FileNotFoundError):  # `make ops` has to put them in again
+        (env / HAS_OPS).unlink()
     python = env_python(env)
     pins = str(PINS / f"{stack}.txt")
     installer = (

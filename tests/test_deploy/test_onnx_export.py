@@ -1,0 +1,144 @@
+"""Exported graphs compute what the detector computes, and stay lean."""
+
+from __future__ import annotations
+
+import collections
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.registry import init_default_scope
+
+import ddetr_mm.register  # noqa: F401 - registers the detector
+from ddetr_mm.deploy.onnx_export import export_onnx, usable_opset
+from ddetr_mm.deploy.parity import BatchParity, ParityReport, compare_outputs, generated_images
+from ddetr_mm.errors import ExportError
+from ddetr_mm.spec import load_spec
+from ddetr_mm.translate import to_config
+
+LEVELS = {1: "[1]", 2: "[1,2]", 4: "[1,2,3,4]", 5: "[0,1,2,3,4]"}
+
+
+def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False):
+    """A small detector with random, lively weights (offsets and boxes are zero at initialisation)."""
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("results_dir: results\n")
+    stages = [stage for stage in range(4) if str(stage) in LEVELS[num_levels]]
+    overrides = [
+        f"model.num_feature_levels={num_levels}",
+        f"model.return_interm_indices={LEVELS[num_levels]}",
+        f"model.with_box_refine={refine}",
+        *("model.enc_layers=2", "model.dec_layers=3", "model.hidden_dim=64", "model.nheads=4"),
+        *("model.num_queries=15", "model.num_select=15", "dataset.num_classes=6", "model.dim_feedforward=48"),
+        f"ddetr_mm.backbone={{type: ResNet, depth: 18, base_channels: 8, out_indices: {stages}}}",
+    ]
+    loaded = load_spec(spec, overrides)
+    channels = [8 * 2**stage for stage in stages]
+    config = to_config(loaded, "export", look_up_channels=lambda _: channels).to_dict()["model"]
+    config["as_two_stage"] = two_stage
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    detector = MODELS.build(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in detector.named_parameters():
+            if parameter.dim() > 1:
+                scale = 0.3 if "sampling_offsets" in name or "reg_branches" in name else parameter.shape[1] ** -0.5
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return detector
+
+
+@pytest.mark.parametrize("num_levels", LEVELS)
+@pytest.mark.parametrize("refine", [True, False])
+def test_the_graph_equals_the_detector(tmp_path, num_levels, refine):
+    detector = tiny_detector(tmp_path, num_levels, refine)
+    report = export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 96), say=lambda _: None)
+    assert [batch.batch_size for batch in report.batches] == [1, 2, 7]
+    assert report.max_abs_diff_boxes < 1e-5 and report.max_abs_diff_logits < 1e-4
+    written = json.loads((tmp_path / "m.parity.json").read_text())
+    assert written["passed"] and written["max_abs_diff_boxes"] == report.max_abs_diff_boxes
+
+
+def test_names_types_and_axes_are_those_of_the_contract(tmp_path):
+    detector = tiny_detector(tmp_path)
+    export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 96), opset=17, say=lambda _: None)
+    model = onnx.load(str(tmp_path / "m.onnx"))
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {
+        "inputs": ["batch", 3, 64, 96],
+        "pred_logits": ["batch", 15, 6],
+        "pred_boxes": ["batch", 15, 4],
+    }
+    assert [value.name for value in model.graph.output] == ["pred_logits", "pred_boxes"]
+    assert {value.type.tensor_type.elem_type for value in model.graph.output} == {onnx.TensorProto.FLOAT}
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 17}
+
+
+def test_only_standard_operators_and_no_shape_arithmetic(tmp_path):
+    detector = tiny_detector(tmp_path)
+    export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 96), say=lambda _: None)
+    nodes = onnx.load(str(tmp_path / "m.onnx")).graph.node
+    counts = collections.Counter(node.op_type for node in nodes)
+    assert {node.domain for node in nodes} == {""}
+    assert counts["GridSample"] == (2 + 3) * 4
+    assert counts["Shape"] <= 12 and counts["NonZero"] == counts["Loop"] == counts["If"] == 0
+
+
+def test_a_fixed_batch_has_no_dynamic_axis(tmp_path):
+    detector = tiny_detector(tmp_path, 2)
+    report = export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 64), batch_size=3, say=lambda _: None)
+    assert [batch.batch_size for batch in report.batches] == [3]
+    shape = onnx.load(str(tmp_path / "m.onnx")).graph.input[0].type.tensor_type.shape
+    assert [dim.dim_value for dim in shape.dim] == [3, 3, 64, 64]
+
+
+def test_a_graph_that_disagrees_is_not_left_there(tmp_path):
+    detector = tiny_detector(tmp_path, 2)
+    with pytest.raises(ExportError, match="does not compute what PyTorch computes"):
+        export_onnx(
+            detector, tmp_path / "m.onnx", input_size_hw=(64, 64), tolerance_boxes=0.0, say=lambda _: None
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["spec.yaml"]
+
+
+def test_two_stage_is_refused(tmp_path):
+    with pytest.raises(ExportError, match="two-stage"):
+        export_onnx(tiny_detector(tmp_path, two_stage=True), tmp_path / "m.onnx", input_size_hw=(64, 64))
+
+
+def test_opsets():
+    assert [usable_opset(opset) for opset in (11, 12, 15, 16, 17, 20)] == [17, 17, 17, 16, 17, 20]
+    with pytest.raises(ExportError, match="16 to 20"):
+        usable_opset(21)
+
+
+def test_differences_are_found():
+    logits, boxes = np.zeros((2, 5, 3)), np.zeros((2, 5, 4))
+    logits[0, 0, 0] = 1.0
+    moved = boxes.copy()
+    moved[1, 2, 3] = 0.25
+    assert compare_outputs((logits, boxes), (logits, moved)) == BatchParity(2, 0.0, 0.25, 1.0)
+    other = logits.copy()
+    other[0, 0, 0], other[0, 1, 0] = 0.0, 1.0
+    compared = compare_outputs((logits, boxes), (other, boxes), top=1)
+    assert compared.max_abs_diff_logits == 1.0 and compared.top_agreement < 1.0
+    with pytest.raises(ExportError, match="wrong shape"):
+        compare_outputs((logits, boxes), (logits[:, :4], boxes))
+
+
+def test_a_difference_that_is_no_number_fails():
+    report = ParityReport("x.onnx", "onnxruntime", 17, 1, (2, 2), 1e-3, 1e-4, "generated")
+    report.batches.append(BatchParity(1, float("nan"), 0.0, 1.0))
+    assert not report.passed
+
+
+def test_generated_images_are_reproducible_and_varied():
+    images = generated_images(2, (70, 50))
+    assert images.shape == (2, 3, 70, 50) and images.dtype == np.float32
+    assert (images == generated_images(2, (70, 50))).all() and images.std() > 0.5
