@@ -2,7 +2,7 @@
 
 New files are made in a hidden folder inside the results folder (so that a rename is enough even where
 the results folder is a mount point), under names that no search for ``*.json`` finds. What a run wrote
-is listed in ``.ddetr_mm_convert.json``; the next run takes away exactly that and leaves everything else
+is listed in ``.ddetr_mm_convert.manifest``; the next run takes away exactly that and leaves everything else
 alone. While files change places the list says so first: a run that is killed in that moment is completed
 by the next one. A lock keeps two runs apart.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 from ddetr_mm.errors import DataError, Problem
 
-MANIFEST_NAME = ".ddetr_mm_convert.json"
+MANIFEST_NAME = ".ddetr_mm_convert.manifest"
 _STAGING_PREFIX = ".ddetr_mm_convert.tmp-"
 _STAGED_SUFFIX = ".part"
 
