@@ -61,7 +61,33 @@ def detector_config(
     """A detector config; by default tiny: a thin ResNet-18, one encoder and two decoder layers."""
     stages = [3] if num_levels == 1 else list(range(max(0, 5 - num_levels), 4))
     base = 8
-    backbone = backbone or {
+    in_channels = list(in_channels or [base * 2**stage for stage in stages])
+    layers = _layer_configs(width, num_heads, num_levels, num_points, feedforward, dropout)
+    return {
+        "type": "TAODeformableDETR",
+        "num_queries": num_queries,
+        "num_feature_levels": num_levels,
+        "with_box_refine": with_box_refine,
+        "data_preprocessor": _preprocessor_config(),
+        "backbone": backbone or _thin_resnet(base, stages),
+        "neck": _neck_config(in_channels, width, num_groups, num_levels),
+        "encoder": {"num_layers": num_encoder_layers, "layer_cfg": layers["encoder"]},
+        "decoder": {
+            "num_layers": num_decoder_layers,
+            "return_intermediate": True,
+            "post_norm_cfg": None,
+            "layer_cfg": layers["decoder"],
+        },
+        "positional_encoding": {"num_feats": width // 2, "normalize": True, "offset": -0.5},
+        "bbox_head": {**head_config(num_classes=num_classes, width=width), **(head or {})},
+        "train_cfg": {"assigner": assigner_config()},
+        "test_cfg": {"max_per_img": 100},
+        **detector,
+    }
+
+
+def _thin_resnet(base: int, stages: Sequence[int]) -> dict:
+    return {
         "type": "ResNet",
         "depth": 18,
         "base_channels": base,
@@ -69,21 +95,42 @@ def detector_config(
         "norm_cfg": {"type": "BN", "requires_grad": True},
         "norm_eval": False,
     }
-    in_channels = list(in_channels or [base * 2**stage for stage in stages])
 
-    def attention() -> dict:
-        return {
-            "embed_dims": width,
-            "num_heads": num_heads,
-            "num_levels": num_levels,
-            "num_points": num_points,
-            "dropout": dropout,
-            "batch_first": True,
-        }
 
-    def ffn() -> dict:
-        return {"embed_dims": width, "feedforward_channels": feedforward, "ffn_drop": dropout}
+def _preprocessor_config() -> dict:
+    return {
+        "type": "FixedPadDetDataPreprocessor",
+        "mean": [123.675, 116.28, 103.53],
+        "std": [58.395, 57.12, 57.375],
+        "bgr_to_rgb": True,
+    }
 
+
+def _neck_config(in_channels: list[int], width: int, num_groups: int, num_levels: int) -> dict:
+    return {
+        "type": "ChannelMapper",
+        "in_channels": in_channels,
+        "kernel_size": 1,
+        "out_channels": width,
+        "bias": True,
+        "act_cfg": None,
+        "norm_cfg": {"type": "GN", "num_groups": num_groups},
+        "num_outs": num_levels,
+    }
+
+
+def _layer_configs(
+    width: int, num_heads: int, num_levels: int, num_points: int, feedforward: int, dropout: float
+) -> dict[str, dict]:
+    """``layer_cfg`` of the encoder and of the decoder."""
+    deformable = {
+        "embed_dims": width,
+        "num_heads": num_heads,
+        "num_levels": num_levels,
+        "num_points": num_points,
+        "dropout": dropout,
+        "batch_first": True,
+    }
     self_attention = {
         "embed_dims": width,
         "num_heads": num_heads,
@@ -91,47 +138,14 @@ def detector_config(
         "dropout_layer": {"type": "Dropout", "drop_prob": dropout},
         "batch_first": True,
     }
+    ffn = {"embed_dims": width, "feedforward_channels": feedforward, "ffn_drop": dropout}
     return {
-        "type": "TAODeformableDETR",
-        "num_queries": num_queries,
-        "num_feature_levels": num_levels,
-        "with_box_refine": with_box_refine,
-        "data_preprocessor": {
-            "type": "FixedPadDetDataPreprocessor",
-            "mean": [123.675, 116.28, 103.53],
-            "std": [58.395, 57.12, 57.375],
-            "bgr_to_rgb": True,
-        },
-        "backbone": backbone,
-        "neck": {
-            "type": "ChannelMapper",
-            "in_channels": in_channels,
-            "kernel_size": 1,
-            "out_channels": width,
-            "bias": True,
-            "act_cfg": None,
-            "norm_cfg": {"type": "GN", "num_groups": num_groups},
-            "num_outs": num_levels,
-        },
-        "encoder": {
-            "num_layers": num_encoder_layers,
-            "layer_cfg": {"self_attn_cfg": attention(), "ffn_cfg": ffn()},
-        },
+        "encoder": {"self_attn_cfg": dict(deformable), "ffn_cfg": dict(ffn)},
         "decoder": {
-            "num_layers": num_decoder_layers,
-            "return_intermediate": True,
-            "post_norm_cfg": None,
-            "layer_cfg": {
-                "self_attn_cfg": self_attention,
-                "cross_attn_cfg": attention(),
-                "ffn_cfg": ffn(),
-            },
+            "self_attn_cfg": self_attention,
+            "cross_attn_cfg": dict(deformable),
+            "ffn_cfg": dict(ffn),
         },
-        "positional_encoding": {"num_feats": width // 2, "normalize": True, "offset": -0.5},
-        "bbox_head": {**head_config(num_classes=num_classes, width=width), **(head or {})},
-        "train_cfg": {"assigner": assigner_config()},
-        "test_cfg": {"max_per_img": 100},
-        **detector,
     }
 
 
