@@ -35,7 +35,7 @@ test: env  ## the default test suite
 
 ops:  ## a second environment with full mmcv and its compiled ops
 	@$(CREATE) --env $(OPS_VENV)
-	@$(OPS_VENV)/bin/python -m ddetr_mm.stack.build_ops
+	@test -e $(OPS_VENV)/.has-ops || { $(OPS_VENV)/bin/ddetr-mm install-ops && touch $(OPS_VENV)/.has-ops; }
 
 test-ops: ops  ## the tests that need mmcv's compiled ops
 	$(ONE_THREAD) $(OPS_VENV)/bin/python $(PYTEST) -m full_ops $(ARGS)

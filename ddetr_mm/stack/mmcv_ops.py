@@ -57,7 +57,7 @@ def install_stand_in() -> None:
             f"{broken} was imported before ddetr_mm, and broke off because mmcv has no compiled ops; "
             f"start Python anew and import ddetr_mm first, or run `{INSTALL_COMMAND}`"
         )
-    sys.meta_path.append(StandInFinder())  # type: ignore[arg-type]
+    sys.meta_path.append(StandInFinder())
 
 
 def has_compiled_ops() -> bool:

@@ -168,7 +168,9 @@ def ms_deform_attn_backward(
             im2col_step=im2col_step,
         )
         gradients = torch.autograd.grad(output, inputs, grad_output)
-    for destination, gradient in zip((grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True):
+    for destination, gradient in zip(
+        (grad_value, grad_sampling_loc, grad_attn_weight), gradients, strict=True
+    ):
         destination.copy_(gradient)
 
 

@@ -41,8 +41,8 @@ class Requirement:
 # The ranges of pyproject.toml (a test holds the two together), and the maintained forks, which number
 # their versions on from the originals'. mmdet < 3.4 takes no mmcv from 2.2 on; the fork takes its own.
 REQUIREMENTS = (
-    Requirement("torch", {"torch": ">=2.5"}, "torch torchvision"),
-    Requirement("torchvision", {"torchvision": ">=0.20"}, "torchvision"),
+    Requirement("torch", {"torch": ">=2.6"}, "torch torchvision"),
+    Requirement("torchvision", {"torchvision": ">=0.21"}, "torchvision"),
     Requirement("mmengine", {"mmengine": ">=0.10.7,<1", "onedl-mmengine": ">=0.10.7,<1"}, "mmengine==0.10.7"),
     Requirement("mmdet", {"mmdet": ">=3.3,<3.4", "onedl-mmdetection": ">=3.3,<4"}, "mmdet==3.3.0"),
     Requirement(

@@ -1,0 +1,94 @@
+"""Small mends of mmengine at run time. Each is applied by a call, once, and a second call does nothing."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_SKIPPED = re.compile(r"^\.?(?P<parameter>\S+) is skipped since its requires_grad=False$")
+
+
+def allow_mmengine_checkpoint_classes() -> None:
+    """Let ``torch.load`` read what mmengine saves beside the weights, its protection left on.
+
+    mmengine calls ``torch.load`` without arguments, which since torch 2.6 refuses every class that it
+    does not know; mmengine's own checkpoints are full of them. See :mod:`ddetr_mm.stack.safe_globals`.
+    """
+    import torch
+
+    from ddetr_mm.stack.safe_globals import safe_globals
+
+    torch.serialization.add_safe_globals(safe_globals())  # a set: adding twice changes nothing
+
+
+def quiet_frozen_parameter_warnings() -> None:
+    """Make mmengine tell the frozen parameters in one line instead of one WARNING for each.
+
+    It logs ``backbone.conv1.weight is skipped since its requires_grad=False`` for every one of them,
+    hundreds of lines, while it builds an optimizer with ``paramwise_cfg``.
+    """
+    from mmengine.optim import DefaultOptimWrapperConstructor
+
+    original = DefaultOptimWrapperConstructor.__call__
+    if getattr(original, "tells_frozen_in_one_line", False):
+        return
+
+    @functools.wraps(original)
+    def call(self: Any, model: Any) -> Any:
+        with frozen_parameters_in_one_line():
+            return original(self, model)
+
+    call.tells_frozen_in_one_line = True  # type: ignore[attr-defined]
+    DefaultOptimWrapperConstructor.__call__ = call
+
+
+@contextmanager
+def frozen_parameters_in_one_line() -> Iterator[None]:
+    """Hold back mmengine's lines on frozen parameters inside the block; log their sum at its end."""
+    from mmengine.logging import MMLogger
+
+    logger = MMLogger.get_current_instance()
+    held_back: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        match = _SKIPPED.match(record.getMessage())
+        if match:
+            held_back.append(match["parameter"])
+        return match is None
+
+    with _filtered(logger, keep):
+        yield
+    if held_back:
+        logger.info(
+            f"{len(held_back)} frozen parameters stay out of the optimizer: {summarise_names(held_back)}"
+        )
+
+
+def summarise_names(parameters: Iterable[str], depth: int = 2, limit: int = 8) -> str:
+    """Parameter names as counts of their first ``depth`` parts: ``backbone.layer1 (30), …``.
+
+    Args:
+        parameters: dotted names.
+        depth: how many parts of a name count.
+        limit: how many groups are told; the rest is counted.
+    """
+    groups: dict[str, int] = {}
+    for name in parameters:
+        group = ".".join(name.split(".")[:depth])
+        groups[group] = groups.get(group, 0) + 1
+    told = [f"{group} ({count})" for group, count in groups.items()]
+    rest = len(told) - limit
+    return ", ".join(told[:limit]) + (f" and {rest} more groups" if rest > 0 else "")
+
+
+@contextmanager
+def _filtered(logger: logging.Logger, keep: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

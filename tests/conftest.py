@@ -1,0 +1,28 @@
+"""Settings for the whole suite, and the tests that an environment cannot run."""
+
+import os
+
+# Before anything imports matplotlib or transformers: no display, no look at a model hub.
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from ddetr_mm.stack.mmcv_ops import has_compiled_ops
+
+# Two busy cores: a slow example says nothing about the code. The same examples in every run.
+settings.register_profile(
+    "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip, with a reason, what needs mmcv's compiled ops where there are none."""
+    if has_compiled_ops():
+        return
+    skip = pytest.mark.skip(reason="mmcv has no compiled ops here; `make test-ops` runs this")
+    for item in items:
+        if item.get_closest_marker("full_ops"):
+            item.add_marker(skip)
