@@ -15,15 +15,17 @@ from omegaconf.errors import OmegaConfBaseException
 from ddetr_mm.errors import Problem
 
 from .aliases import canonical
+from .interpolation import Steps, has_interpolation, is_reference
 from .source import Branch, Leaf, Listing, Tree
 from .suggest import suggest_key
 from .walk import FieldType, Kind, SchemaField, fields_of
 
 MISSING = "???"
 MAX_INTEGER = 2**63 - 1
+MAX_SUGGESTIONS = 50
+_TEXT = FieldType(Kind.SCALAR, str, False)
+_ANY = FieldType(Kind.SCALAR, Any, True)
 _NODES: dict[type, Any] = {int: IntegerNode, float: FloatNode, str: StringNode, bool: BooleanNode}
-
-Steps = tuple[str | int, ...]
 
 
 def dotted(path: Steps) -> str:
@@ -80,7 +82,9 @@ class Binder:
             name = canonical(dotted(path), key)
             if name not in known:
                 prefix = dotted(path) + "." if path else ""
-                mend = suggest_key(self.root, prefix, key, known)
+                mend = None
+                if len(self.problems) < MAX_SUGGESTIONS:
+                    mend = suggest_key(self.root, prefix, key, known)
                 self.fault((*path, key), item.where, "is not a key of the spec", mend=mend)
                 continue
             if name != key and not self.accept_alias((*path, key), name, item, tree):
@@ -113,7 +117,8 @@ class Binder:
                 else:
                     self.fault(path, tree.where, "has no value", value=None, allowed=one.type.words())
                 return
-            if self.is_interpolation(tree, path) and not plain_section:
+            wrapped = kind is Kind.SCALARS and one.meta.single
+            if not plain_section and not wrapped and self.is_interpolation(tree, path, one.type):
                 values[one.name] = tree.value
                 return
         if kind is Kind.SECTION:
@@ -125,12 +130,21 @@ class Binder:
         else:
             self.listing(values, one, tree, path)
 
-    def is_interpolation(self, leaf: Leaf, path: Steps) -> bool:
-        """Whether a value refers to others (``${...}``); remembers its path if so."""
-        if isinstance(leaf.value, str) and "${" in leaf.value:
+    def is_interpolation(self, leaf: Leaf, path: Steps, kind: FieldType) -> bool:
+        """Whether a value is for OmegaConf to resolve (``${...}``); remembers its path if so.
+
+        Text may hold interpolations, plain or escaped; a number needs one; a list or mapping must be one.
+        """
+        text = leaf.value
+        if not isinstance(text, str) or "${" not in text:
+            return False
+        if kind.kind is not Kind.SCALAR:
+            fits = is_reference(text)
+        else:
+            fits = kind.base in (str, Any) or has_interpolation(text)
+        if fits:
             self.interpolations.append(path)
-            return True
-        return False
+        return fits
 
     def single_section(self, one: SchemaField, tree: Tree, path: Steps) -> Tree:
         """A list of one section where one section is expected: that section, with a note."""
@@ -164,6 +178,8 @@ class Binder:
         if base is int and isinstance(value, float) and value.is_integer():
             value = int(value)
         try:
+            if base is not str and isinstance(value, str) and "${" in value:
+                raise ValueError(value)  # OmegaConf's nodes would take it for an interpolation
             value = _NODES[base](value)._value()
         except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
             mend = None
@@ -195,7 +211,9 @@ class Binder:
             here = (*path, index)
             self.where[dotted(here)] = item.where
             if sections:
-                if isinstance(item, Leaf) and self.is_interpolation(item, here):
+                if isinstance(item, Leaf) and self.is_interpolation(
+                    item, here, FieldType(Kind.SECTION, one.type.base, False)
+                ):
                     items.append(item.value)
                 elif isinstance(item, Branch):
                     items.append(self.section(item, one.type.base, here))
@@ -206,7 +224,7 @@ class Binder:
                 shown = item.text if isinstance(item, Leaf) else "a list or mapping"
                 allowed = FieldType(Kind.SCALAR, one.type.base, False).words()
                 self.fault(here, item.where, "is of the wrong type", value=shown, allowed=allowed)
-            elif self.is_interpolation(item, here):
+            elif self.is_interpolation(item, here, FieldType(Kind.SCALAR, one.type.base, False)):
                 items.append(item.value)
             else:
                 found, value = self.convert(item, one, here)
@@ -228,7 +246,7 @@ class Binder:
             self.where[dotted(here)] = item.where
             if not isinstance(item, Leaf) or item.value is None or item.value == MISSING:
                 self.fault(here, item.where, "is of the wrong type", allowed="text")
-            elif self.is_interpolation(item, here):
+            elif self.is_interpolation(item, here, _TEXT):
                 entries[key] = item.value
             else:
                 entries[key] = item.text
@@ -244,5 +262,5 @@ class Binder:
         if tree.value == MISSING:
             self.fault(path, tree.where, "still holds the placeholder ???", mend="give a value")
             return None
-        self.is_interpolation(tree, path)
+        self.is_interpolation(tree, path, _ANY)
         return tree.value

@@ -12,7 +12,7 @@ from .schema import ConvertSpec, ExperimentSpec
 from .source import SpecDumper
 from .walk import Kind, fields_of
 
-_DOLLAR = re.compile(r"(\\*)\$\{")
+_DOLLAR = re.compile(r"(?<!\\)(\\*)\$\{")
 
 
 def _escape(text: str) -> str:
@@ -38,7 +38,7 @@ def to_plain(part: Any) -> dict[str, Any]:
         value = getattr(part, name)
         if one.meta.secret:
             values[name] = None
-        elif one.meta.placeholder and (value is None or value in ("", [])):
+        elif one.meta.placeholder and value == one.default:
             values[name] = MISSING
         elif one.type.kind is Kind.SECTION and value is not None:
             values[name] = to_plain(value)

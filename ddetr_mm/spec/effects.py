@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from .fieldpath import get_field
@@ -132,9 +133,15 @@ CONDITIONS: tuple[Condition, ...] = (
 )
 
 
+@cache
+def _default(root: type) -> object:
+    return root()
+
+
 def _changed(spec: object, path: str, given: Mapping[str, str]) -> str | None:
     """Where the user set ``path``, or something below it, to other than the default; None if nowhere."""
-    default = type(spec)()
+    kind: Any = spec.__class__
+    default = _default(kind)
     for name, where in given.items():
         if name == path or name.startswith((path + ".", path + "[")):
             try:

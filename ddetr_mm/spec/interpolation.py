@@ -7,6 +7,7 @@ cycles are found, before anything is resolved.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,11 @@ from typing import Any
 from omegaconf import ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
-MAX_LENGTH = 10_000
+MAX_LENGTH = 4096
 
-_ANY = re.compile(r"\$\{")
+_OPENING = re.compile(r"(?<!\\)(\\*)\$\{")
 _REFERENCE = re.compile(r"\$\{(\.*)([A-Za-z_][\w.\[\]-]*)\}")
-_ENVIRONMENT = re.compile(r"\$\{oc\.env:[A-Za-z_]\w*(?:,[^${}]*)?\}")
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:([A-Za-z_]\w*)(?:,[^${}]*)?\}")
 FORMS = "${path.to.key} or ${oc.env:NAME}"
 
 MAX_COUNT = 200
@@ -26,6 +27,16 @@ MAX_COUNT = 200
 Steps = tuple[str | int, ...]
 Report = Callable[..., None]
 Path_ = tuple[str, ...]
+
+
+def has_interpolation(text: str) -> bool:
+    """Whether a text holds an interpolation that is not escaped."""
+    return any(len(opening.group(1)) % 2 == 0 for opening in _OPENING.finditer(text))
+
+
+def is_reference(text: str) -> bool:
+    """Whether a text is one reference to another value and nothing else."""
+    return _REFERENCE.fullmatch(text) is not None
 
 
 class _Unresolvable(Exception):
@@ -80,15 +91,24 @@ class _Reckoner:
         if not isinstance(value, str):
             return 1
         total = len(value) + 1
-        understood = len(_ENVIRONMENT.findall(value))
-        for match in _REFERENCE.finditer(value):
-            understood += 1
+        if total > MAX_LENGTH and "${" in value:
+            raise _Unresolvable(f"is longer than {MAX_LENGTH} characters")
+        for opening in _OPENING.finditer(value):
+            if len(opening.group(1)) % 2 == 0:  # an odd number of backslashes makes it plain text
+                total += self._length_at(value, opening.end() - 2, path)
+        return total
+
+    def _length_at(self, text: str, start: int, path: Path_) -> int:
+        """The length of what the interpolation at ``start`` expands to."""
+        match = _REFERENCE.match(text, start)
+        if match:
             dots, reference = match.groups()
             base = path[: len(path) - len(dots)] if dots else ()
-            total += self.length((*base, *_steps(reference)))
-        if understood != len(_ANY.findall(value)):
-            raise _Unresolvable("is not an interpolation that a spec may hold")
-        return total
+            return self.length((*base, *_steps(reference)))
+        match = _ENVIRONMENT.match(text, start)
+        if match:
+            return len(os.environ.get(match.group(1), ""))
+        raise _Unresolvable("is not an interpolation that a spec may hold")
 
 
 def unbounded_interpolations(raw: Any, paths: list[Steps], report: Report) -> list[Steps]:
@@ -99,10 +119,13 @@ def unbounded_interpolations(raw: Any, paths: list[Steps], report: Report) -> li
         paths: where they are; list positions as numbers.
         report: called as ``report(path, what, value=…, allowed=…)`` for every one found.
     """
-    if len(paths) > MAX_COUNT:
-        report(paths[MAX_COUNT], f"is one interpolation too many: a spec may hold {MAX_COUNT}")
-        return list(paths)
     reckoner = _Reckoner(raw)
+    count = 0
+    for path in paths:
+        count += str(reckoner.value(_plain(path))).count("${")
+        if count > MAX_COUNT:
+            report(path, f"holds one interpolation too many: a spec may have {MAX_COUNT}")
+            return list(paths)
     bad = []
     for path in paths:
         try:

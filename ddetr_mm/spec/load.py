@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from ddetr_mm.errors import Problem, SpecError
 
@@ -23,6 +24,8 @@ from .schema import ConvertSpec, ExperimentSpec
 from .source import Branch, parse_yaml, read_text
 from .suggest import nearest
 from .walk import SUBTASKS, fields_of, root_of
+
+MAX_PROBLEMS = 100
 
 Spec = ExperimentSpec | ConvertSpec
 
@@ -67,6 +70,10 @@ class _Collector:
                 known = where[above]
                 return f"{path} (default), {known}" if known.startswith("line") else f"{path} (default)"
         return f"{path} (default)"
+
+    def has_fault_below(self, path: str) -> bool:
+        """Whether something inside the value at ``path`` is at fault."""
+        return any(name.startswith((path + ".", path + "[")) for name in self.binder.faulty)
 
     def report(self, path: str | Steps, what: str, **more: Any) -> None:
         """Record a fault unless the same value has one already."""
@@ -131,13 +138,21 @@ def load_spec(
     collector = _Collector(file, binder)
     spec = _merge(root, values, binder.interpolations, collector)
     _check(spec, subtask, require_mandatory, collector)
-    SpecError.collect([*problems, *binder.problems, *collector.problems])
+    SpecError.collect(_shortened([*problems, *binder.problems, *collector.problems], file))
     notes = binder.notes + notes
     if isinstance(spec, ExperimentSpec):
         notes += agree_on_gpus(spec, set(binder.where))
     notes += notes_without_effect(spec, binder.where)
     notes += notes_of_doubt(spec, binder.where)
     return LoadedSpec(spec, file, subtask, dict(binder.where), notes)
+
+
+def _shortened(problems: list[Problem], file: Path) -> list[Problem]:
+    """The first problems, and how many more there are: a wrong file must not flood the screen."""
+    if len(problems) <= MAX_PROBLEMS:
+        return problems
+    more = len(problems) - MAX_PROBLEMS
+    return [*problems[:MAX_PROBLEMS], Problem(f"{more} more problems are not shown", file=file)]
 
 
 def _check(spec: Spec, subtask: str | None, require_mandatory: bool, collector: _Collector) -> None:
@@ -147,9 +162,19 @@ def _check(spec: Spec, subtask: str | None, require_mandatory: bool, collector: 
     if isinstance(spec, ExperimentSpec):
         faults += incomplete_sources(spec)
     if subtask is not None and require_mandatory:
-        faults += missing_fields(spec, subtask)
+        faults += (one for one in missing_fields(spec, subtask) if not collector.has_fault_below(one.path))
     for fault in faults:
         collector.report(fault.path, fault.what, **fault.words())
+
+
+@cache
+def _defaults(root: Any) -> tuple[DictConfig, dict[Any, Any]]:
+    """The defaults of a kind of spec, as OmegaConf's typed config and as plain values. Not to be changed."""
+    config = OmegaConf.structured(root)
+    plain = OmegaConf.to_container(config)
+    if not isinstance(plain, dict):
+        raise TypeError(f"OmegaConf made a {type(plain)} of the schema")
+    return config, plain
 
 
 def _merge(
@@ -159,9 +184,8 @@ def _merge(
     collector: _Collector,
 ) -> Spec:
     """Merge values into the defaults and resolve interpolations; those that cannot be are left out."""
-    defaults = OmegaConf.to_container(OmegaConf.structured(root))
-    if not isinstance(defaults, dict):
-        raise TypeError(f"OmegaConf made a {type(defaults)} of the schema")
+    kind: Any = root  # mypy takes the class for an instance, which cannot be hashed
+    base, defaults = _defaults(kind)
     bad = unbounded_interpolations(_overlay(defaults, values), interpolations, collector.report)
     # With some taken out, those that refer to them would only repeat the complaint.
     report = _silent if bad else collector.report
@@ -169,7 +193,7 @@ def _merge(
         for path in bad:
             removed = _remove(values, path)
             interpolations = [left for left in interpolations if left[: len(removed)] != removed]
-        config = OmegaConf.merge(OmegaConf.structured(root), values)
+        config = OmegaConf.merge(base, values)
         bad = unresolved_interpolations(config, interpolations, report)
         if not bad:
             break

@@ -18,7 +18,7 @@ import yaml
 from ddetr_mm.errors import Problem, SpecError
 
 MAX_BYTES = 1 << 20
-MAX_NODES = 50_000
+MAX_NODES = 20_000
 MAX_DEPTH = 40
 MAX_NUMBER_LENGTH = 64
 

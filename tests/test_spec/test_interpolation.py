@@ -44,6 +44,12 @@ from ddetr_mm.spec.schema import DataSource
             "dataset.test_data_sources",
             DataSource("a", "b"),
         ),
+        (
+            "dataset: {infer_data_sources: {image_dir: '${results_dir}/x'}}",
+            "dataset.infer_data_sources.image_dir",
+            ["/results/x"],
+        ),
+        ("results_dir: 'a\\${b}'", "results_dir", "a${b}"),
         ("ddetr_mm: {backbone: {type: X, n: '${model.hidden_dim}'}}", "ddetr_mm.backbone.n", 256),
     ],
 )
@@ -72,6 +78,11 @@ def test_interpolation(load, monkeypatch, text: str, path: str, value: object):
         ("train: {seed: '${model}'}", "cannot be resolved"),
         ("train: {num_epochs: '${model.seed_}'}", "names model.seed_"),
         ("train: {num_epochs: '${export.gpu_id}'}", "out of range"),
+        ("train: {num_epochs: '\\${export.gpu_id}'}", "of the wrong type"),
+        ("train: {gpu_ids: '\\${train.gpu_ids}'}", "is not a list"),
+        ("train: {gpu_ids: '${train.gpu_ids}x'}", "is not a list"),
+        ("dataset: {test_data_sources: '\\${0}'}", "is not a section"),
+        ("inference: {color_map: '\\${0}'}", "is not a mapping"),
     ],
 )
 def test_bad_interpolation(problems, monkeypatch, text: str, words: str):
