@@ -11,7 +11,7 @@ from mmdet.registry import DATASETS
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-import ddetr_mm.data.dataset
+import ddetr_mm.data.dataset  # noqa: F401 - registers it
 from ddetr_mm.evaluation.metric import FastCocoMetric
 
 
