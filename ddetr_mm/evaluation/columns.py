@@ -13,7 +13,7 @@ import numpy as np
 
 
 def _column(values: object, dtype: type, shape: tuple[int, ...], name: str) -> np.ndarray:
-    array = np.asarray(values, dtype=dtype)
+    array: np.ndarray = np.asarray(values, dtype=dtype)
     if array.size == 0 and len(array) == 0:
         array = array.reshape(0, *shape[1:])
     if array.ndim != len(shape) or array.shape[1:] != shape[1:]:

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
@@ -172,7 +173,7 @@ def save_image(path: str | os.PathLike[str], image: Image.Image) -> Path:
     path = Path(path)
     if path.suffix.lower() not in Image.registered_extensions():
         raise DataError(Problem("has an ending that names no image format", file=path))
-    options = {"quality": 92} if path.suffix.lower() in (".jpg", ".jpeg") else {}
+    options: dict[str, Any] = {"quality": 92} if path.suffix.lower() in (".jpg", ".jpeg") else {}
     with written_whole(path) as temporary:
         image.save(temporary, **options)
     return path
