@@ -27,7 +27,7 @@ def draw_precision_recall(path: str | Path, result: CocoResult) -> Path:
     figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
     by_overlap, by_class = figure.subplots(1, 2, sharey=True)
     precision = np.where(result.precision > UNDEFINED, result.precision, np.nan)  # (T, R, K)
-    with_truth: np.ndarray = ~np.isnan(precision).all(axis=(0, 1))
+    with_truth = np.asarray(~np.isnan(precision).all(axis=(0, 1)))
     for overlap in (0.5, 0.6, 0.75, 0.9):
         if with_truth.any():
             row = int(np.argmin(np.abs(IOU_THRESHOLDS - overlap)))
