@@ -37,7 +37,7 @@ class LoadedSpec:
     Attributes:
         spec: an :class:`ExperimentSpec`, or a :class:`ConvertSpec` for convert.
         path: the file it came from.
-        subtask: the subtask it was checked for; None: only what holds for every subtask was checked.
+        subtask: the subtask it was checked for; None: checked by every rule, and nothing is mandatory.
         origin: dotted path of everything the user wrote (fields, their items, and sections) →
             ``"line 12"`` or ``"override"``; absent: the default.
         notes: one line each for what was accepted in another form, overruled, or has no effect.

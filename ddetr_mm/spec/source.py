@@ -231,8 +231,7 @@ class _TreeBuilder:
                 )
             lines.setdefault(key, self.where(key_node))
             value = self.build(value_node)
-            if not isinstance(value, Leaf):
-                value.where = self.where(key_node)
+            value.where = self.where(key_node)
             items[key] = value
         for branch in merged:
             for key, value in branch.items.items():

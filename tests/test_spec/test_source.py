@@ -87,6 +87,12 @@ def test_raw_text_and_lines_are_kept():
     assert tree.items["b"].items[1].items["c"] == Leaf(False, "No", "line 4")
 
 
+def test_the_line_is_that_of_the_key():
+    tree, problems = parse_yaml("a: &x 1\nb: *x\nc:\n\n  3\nd: |\n  text\n")
+    assert problems == []
+    assert [item.where for item in tree.items.values()] == ["line 1", "line 2", "line 3", "line 6"]
+
+
 def test_keys_are_text():
     tree, problems = parse_yaml("{no: 1, 2: 3, ~: 4, 1.5: 5}")
     assert problems == []
