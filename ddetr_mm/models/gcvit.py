@@ -75,7 +75,8 @@ class GCViT(BaseModule):
     """GCViT backbone: images in, one feature map for each chosen stage out.
 
     Parameter names follow the paper's module tree (``patch_embed``, ``levels.N.blocks.M``,
-    ``norm{i}``), so a TAO checkpoint's backbone fits after its prefix is cut off.
+    ``norm{i}``), so a TAO checkpoint's backbone fits after its prefix is cut off. An ONNX graph traced
+    from it has standard operators only; its batch may vary, its height and width are the traced ones.
 
     Args:
         variant: a key of :data:`VARIANTS`: xxtiny, xtiny, tiny, small, base, large, large_384.

@@ -63,13 +63,19 @@ def partition_windows(x_bhwc: Tensor, window: int) -> tuple[Tensor, Tensor | Non
         padding, or None where nothing was padded.
     """
     height, width = x_bhwc.shape[1:3]
-    pad_bottom, pad_right = -height % window, -width % window
+    rows, columns = _windows_along(height, window), _windows_along(width, window)
+    pad_bottom, pad_right = rows * window - height, columns * window - width
     if pad_bottom == 0 and pad_right == 0:
         return _to_windows(x_bhwc, window), None
     inside = x_bhwc.new_zeros((1, height, width, 1), dtype=torch.bool)
     padded = F.pad(inside, (0, 0, 0, pad_right, 0, pad_bottom), value=True)
     x_bhwc = F.pad(x_bhwc, (0, 0, 0, pad_right, 0, pad_bottom))
     return _to_windows(x_bhwc, window), _to_windows(padded, window)[0]
+
+
+def _windows_along(tokens: int, window: int) -> int:
+    # Not -(-tokens // window): while an ONNX graph is traced, // rounds towards zero.
+    return (tokens + window - 1) // window
 
 
 def _to_windows(x_bhwc: Tensor, window: int) -> Tensor:
@@ -80,7 +86,7 @@ def _to_windows(x_bhwc: Tensor, window: int) -> Tensor:
 
 def merge_windows(x_blnc: Tensor, window: int, height: int, width: int) -> Tensor:
     """Undo :func:`partition_windows`: (B, L, N, C) back to (B, H, W, C), the padding cut off."""
-    rows, columns = -(-height // window), -(-width // window)
+    rows, columns = _windows_along(height, window), _windows_along(width, window)
     channels = x_blnc.shape[-1]
     x = x_blnc.reshape(-1, rows, columns, window, window, channels).transpose(2, 3)
     x = x.reshape(-1, rows * window, columns * window, channels)

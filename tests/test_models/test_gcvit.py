@@ -10,7 +10,6 @@ from detr_builders import detector_config, golden, golden_state_dict, sample
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-import ddetr_mm.register  # noqa: F401
 from ddetr_mm.errors import SpecError
 from ddetr_mm.models import GCViT, feature_channels
 from ddetr_mm.models.gcvit import VARIANTS, GCViTVariant
