@@ -1,8 +1,11 @@
 """The only import for its side effect: registers every class of this package with mmdet.
 
 In an mmengine config: ``custom_imports = dict(imports=['ddetr_mm.register'])``. It also lets mmengine read its
-own checkpoints on a torch that refuses unknown classes, and quietens mmengine's list of frozen parameters.
+own checkpoints on a torch that refuses unknown classes, and quietens what a user can do nothing about: mmengine's
+list of frozen parameters, and two warnings about calls inside mmdet and about a machine without GPU.
 """
+
+import warnings
 
 import ddetr_mm.data.dataset
 import ddetr_mm.data.image_folder
@@ -18,3 +21,5 @@ from ddetr_mm.stack.mends import allow_mmengine_checkpoint_classes, quiet_frozen
 
 allow_mmengine_checkpoint_classes()
 quiet_frozen_parameter_warnings()
+warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
+warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")

@@ -70,6 +70,15 @@ class ExportGraph(nn.Module):
                 for index, layer in enumerate(detector.decoder.layers)
             )
 
+    @property
+    def output_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of the outputs, all but the batch."""
+        num_queries = self.detector.num_queries
+        return {
+            "pred_logits": (num_queries, self.detector.bbox_head.cls_out_channels),
+            "pred_boxes": (num_queries, 4),
+        }
+
     def _positions(self, features: tuple[Tensor, ...]) -> Tensor:
         """Sine positions plus level embedding of every feature point, ``(1, S, C)``."""
         encoding = self.detector.positional_encoding

@@ -129,6 +129,22 @@ def trace_to_file(
             do_constant_folding=True,
             dynamo=False,
         )
+    state_output_sizes(path, graph.output_sizes)
+
+
+def state_output_sizes(path: Path, sizes: dict[str, tuple[int, ...]]) -> None:
+    """Write the known sizes of the outputs into the file; the exporter loses them behind reshapes.
+
+    Args:
+        path: the ONNX file, changed in place.
+        sizes: output name → all sizes but the batch.
+    """
+    onnx = _require("onnx")
+    model = onnx.load(str(path))
+    for output in model.graph.output:
+        for dimension, size in zip(output.type.tensor_type.shape.dim[1:], sizes[output.name], strict=True):
+            dimension.dim_value = size
+    onnx.save(model, str(path))
 
 
 def check_file(path: Path) -> int:

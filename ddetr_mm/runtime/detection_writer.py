@@ -92,10 +92,17 @@ class DetectionWriter(BaseMetric):
 
     def _write(self, image: Path, boxes_xyxy: np.ndarray, classes: list[str], scores: np.ndarray) -> None:
         labels_file, picture_file = self._targets(image)
-        write_kitti_labels(labels_file, classes, boxes_xyxy, scores)
+        write_kitti_labels(labels_file, names=classes, boxes_xyxy=boxes_xyxy, scores=scores)
         colors = palette([*self._class_names(), *classes]) if self.colors is None else self.colors
         picture = load_upright_rgb(image)
-        drawn = draw_detections(picture, classes, boxes_xyxy, scores, colors, self.outline_width)
+        drawn = draw_detections(
+            picture,
+            names=classes,
+            boxes_xyxy=boxes_xyxy,
+            scores=scores,
+            colors=colors,
+            outline_width=self.outline_width,
+        )
         save_image(picture_file, drawn)
 
     def _targets(self, image: Path) -> tuple[Path, Path]:

@@ -36,12 +36,19 @@ def config_source(loaded: LoadedSpec, subtask: str, checkpoint: str | None = Non
         loaded: the spec.
         subtask: what the config is for.
         checkpoint: a checkpoint the run will start from; its origin decides whether padded attention
-            values are zeroed, unless the spec says.
+            values are zeroed, unless the spec says, and its class names go into the config.
     """
-    zeroed = None
+    zeroed = names = None
     if checkpoint and Path(checkpoint).exists() and not str(checkpoint).endswith((".onnx", ".engine")):
-        zeroed = inspect_checkpoint(checkpoint).zero_padded_values
-    draft = to_config(loaded, subtask, zero_padded_values=zeroed, look_up_channels=look_up_channels)
+        info = inspect_checkpoint(checkpoint)
+        zeroed, names = info.zero_padded_values, info.class_names
+    draft = to_config(
+        loaded,
+        subtask,
+        zero_padded_values=zeroed,
+        class_names=names,
+        look_up_channels=look_up_channels,
+    )
     return spec_config_text(loaded, draft, subtask)
 
 
@@ -115,6 +122,3 @@ def load_checkpoint(model: nn.Module, path: str, *, where: str) -> None:
     require_file(path, where)
     report = load_for_model(model, path, strict=True)
     print(report.summary(), file=sys.stderr)
-    names = inspect_checkpoint(path).class_names
-    if names:
-        model.dataset_meta = dict(classes=tuple(names))

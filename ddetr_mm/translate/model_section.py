@@ -167,10 +167,12 @@ def encoder_layer(model: ModelConfig) -> dict[str, Any]:
 def decoder_layer(model: ModelConfig) -> dict[str, Any]:
     """Config of one decoder layer."""
     return dict(
+        # Not `dropout=`: mmcv would write it into a default that all its attentions share.
         self_attn_cfg=dict(
             embed_dims=model.hidden_dim,
             num_heads=model.nheads,
-            dropout=model.dropout_ratio,
+            attn_drop=model.dropout_ratio,
+            dropout_layer=dict(type="Dropout", drop_prob=model.dropout_ratio),
             batch_first=True,
         ),
         cross_attn_cfg=attention(model, model.dec_n_points),
@@ -208,7 +210,7 @@ def assigner(model: ModelConfig) -> dict[str, Any]:
     return dict(
         type="HungarianAssigner",
         match_costs=[
-            dict(type="FocalLossCost", weight=model.cls_loss_coef, alpha=0.25, gamma=2.0),
+            dict(type="FocalLossCost", weight=model.cls_loss_coef, alpha=0.25, gamma=2.0, eps=1e-8),
             dict(type="BBoxL1Cost", weight=model.bbox_loss_coef, box_format="xywh"),
             dict(type="IoUCost", iou_mode="giou", weight=model.giou_loss_coef),
         ],

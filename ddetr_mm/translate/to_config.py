@@ -7,7 +7,7 @@ schedule, the run. What each section holds is told by its own module beside this
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def to_config(
     subtask: str,
     *,
     zero_padded_values: bool | None = None,
+    class_names: Sequence[str] | None = None,
     look_up_channels: ChannelLookup | None = None,
 ) -> ConfigDraft:
     """Translate a spec for one subtask.
@@ -37,6 +38,7 @@ def to_config(
         subtask: one of :data:`SUBTASKS`.
         zero_padded_values: what the checkpoint's origin demands; the spec's own
             ``ddetr_mm.zero_padded_values`` wins, and without either nothing is zeroed.
+        class_names: the checkpoint's class names by label, which name the detections of inference.
         look_up_channels: gives the output channels of a backbone config; needed only when the spec brings
             a backbone of its own (``ddetr_mm.backbone``).
 
@@ -68,9 +70,10 @@ def to_config(
         model_section.SOURCE_KEYS,
         remark="The network.",
     )
-    {"train": _add_train, "evaluate": _add_evaluate, "inference": _add_inference, "export": _add_export}[subtask](
-        draft, spec
-    )
+    if subtask == "inference":
+        _add_inference(draft, spec, class_names)
+    else:
+        {"train": _add_train, "evaluate": _add_evaluate, "export": _add_export}[subtask](draft, spec)
     _add_run(draft, spec, subtask, zeroed)
     return draft
 
@@ -158,7 +161,7 @@ def _test_sources(spec: ExperimentSpec) -> list[DataSource]:
     return list(spec.dataset.val_data_sources or [])
 
 
-def _add_inference(draft: ConfigDraft, spec: ExperimentSpec) -> None:
+def _add_inference(draft: ConfigDraft, spec: ExperimentSpec, class_names: Sequence[str] | None) -> None:
     settings = spec.inference
     stretch = None
     if settings.input_width and settings.input_height:
@@ -170,6 +173,7 @@ def _add_inference(draft: ConfigDraft, spec: ExperimentSpec) -> None:
     dataset = dict(
         type="ImageFolderDataset",
         folders=list(infer_source.image_dir),
+        metainfo=dict(classes=tuple(class_names)) if class_names else None,
         pipeline=Reference("test_pipeline"),
     )
     draft.add(

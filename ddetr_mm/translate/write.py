@@ -64,7 +64,8 @@ def _mapping_parts(value: Mapping[str, Any]) -> tuple[str, list[tuple[str, Any]]
 
 
 def _is_keyword_argument(key: str) -> bool:
-    return key.isidentifier() and not keyword.iskeyword(key)
+    # Python reads identifiers in a normal form, so that µ would become another letter.
+    return key.isascii() and key.isidentifier() and not keyword.iskeyword(key)
 
 
 def config_text(

@@ -46,7 +46,7 @@ def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False):
     with torch.no_grad():
         for name, parameter in detector.named_parameters():
             if parameter.dim() > 1:
-                scale = 0.3 if "sampling_offsets" in name or "reg_branches" in name else parameter.shape[1] ** -0.5
+                scale = parameter.shape[1] ** -0.5 * (0.5 if "reg_branches" in name else 1.0)
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return detector
 
