@@ -39,7 +39,8 @@ from ddetr_mm.data.result_folder import ResultFolder
 from ddetr_mm.data.shards import ShardWriter, shard_file
 from ddetr_mm.errors import DataError, Problem
 
-_IMAGES_WORTH_A_PROCESS = 4_000
+# Starting a process takes about as long as reading so many images.
+_IMAGES_WORTH_A_PROCESS = 20_000
 _SHOWN_WHEN_STRICT = 20
 _SHARD_NAME = re.compile(r".+-shard-\d{5}-of-\d{5}\.json")
 

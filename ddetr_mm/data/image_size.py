@@ -117,25 +117,27 @@ def _library_size(source: str | io.BytesIO) -> ImageSize | None:
     return ImageSize(width, height) if width > 0 and height > 0 else None
 
 
-_known_headers: dict[bytes, ImageSize] = {}
+# None for a header that was met once.
+_known_headers: dict[bytes, ImageSize | None] = {}
 
 
 def _jpeg_size(path: str, head: bytes) -> ImageSize | None:
-    """Size of a JPEG; the library is asked once for each distinct header.
+    """Size of a JPEG; of files with the same header the library is asked about the first two.
 
     The frames of a video or the images of one camera often share all bytes up to the compressed data. A
-    header is remembered only when the library finds the same size in it alone: an ``FF DA`` inside a
+    header is trusted only when the library finds the same size in it alone: an ``FF DA`` inside a
     thumbnail, say, is no end of a header.
     """
-    end = head.find(b"\xff\xda", 2)
-    if end < 0:
-        return _library_size(path)
-    header = head[: end + 2]
+    end = head.find(b"\xff\xda", 2) + 2
+    header = head[:end] if end > 2 else b""
     size = _known_headers.get(header)
     if size is None:
         size = _library_size(path)
-        if size and len(_known_headers) < _MAX_KNOWN_HEADERS and _library_size(io.BytesIO(header)) == size:
-            _known_headers[header] = size
+        if header in _known_headers:
+            if size and _library_size(io.BytesIO(header)) == size:
+                _known_headers[header] = size
+        elif header and len(_known_headers) < _MAX_KNOWN_HEADERS:
+            _known_headers[header] = None
     return size
 
 

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kitti_builder import KittiFolder, label_line, read_shards, tree
 
@@ -189,6 +189,7 @@ class TestBalance:
         parts = balanced_parts(np.zeros(0, np.int64), np.zeros(0, np.int64), 10, [0.5, 0.5])
         assert np.bincount(parts).tolist() == [5, 5]
 
+    @settings(deadline=None)
     @given(
         st.integers(1, 30).flatmap(
             lambda num: st.tuples(

@@ -171,6 +171,7 @@ numbers = st.floats(-1e6, 1e6).map(lambda value: round(value, 6))
 names = st.sampled_from(["Car", "person", "CAR", "fußgänger"])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(names, st.tuples(numbers, numbers, numbers, numbers), st.none() | st.floats(0, 1))))
 def test_what_is_written_is_read_back(rows):
     text = "".join(kitti_line(name, box, score) + "\n" for name, box, score in rows)
@@ -203,7 +204,7 @@ junk = st.lists(st.one_of(junk_lines, good_lines, st.binary(max_size=60)), max_s
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(junk, max_size=5))
 def test_junk_never_raises_and_no_line_is_lost(texts):
     columns, problems = parse_labels(texts, LOOKUP)
@@ -224,6 +225,7 @@ def test_junk_never_raises_and_no_line_is_lost(texts):
     assert found | dropped == expected
 
 
+@settings(deadline=None)
 @given(st.lists(junk, max_size=5))
 def test_reading_together_or_alone_is_the_same(texts):
     together, problems = parse_labels(texts, LOOKUP)
@@ -270,6 +272,7 @@ class TestClipping:
         assert boxes.shape == (0, 4)
         assert verdicts.shape == (0,)
 
+    @settings(deadline=None)
     @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=4, max_size=4))
     def test_what_is_kept_lies_inside_and_has_an_area(self, box):
         boxes, verdicts = clip_boxes(np.array([box]), np.array([[64, 48]], np.int32))

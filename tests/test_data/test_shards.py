@@ -2,13 +2,14 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddetr_mm.data import shards
 from ddetr_mm.data.shards import ShardWriter, assign_sequences, shard_file, split_evenly, validation_mask
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 50))
 def test_parts_are_near_equal_and_complete(num_items, num_parts):
     parts = split_evenly(num_items, num_parts)
@@ -35,6 +36,7 @@ def test_validation_choice_is_spread_over_all_images():
     assert 50 < np.count_nonzero(chosen < 500) < 150
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 6).flatmap(
         lambda parts: st.tuples(
