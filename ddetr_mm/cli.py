@@ -35,7 +35,6 @@ COMMANDS = (
     Command("evaluate", "COCO metrics of a checkpoint", "ddetr_mm.tasks.evaluate"),
     Command("inference", "label files and annotated images for folders of images", "ddetr_mm.tasks.inference"),
     Command("export", "ONNX, checked against PyTorch before it is left there", "ddetr_mm.tasks.export"),
-    Command("gen_trt_engine", "a TensorRT engine from an ONNX file", "ddetr_mm.tasks.gen_trt_engine"),
     Command("translate", "the spec as a stand-alone mmengine config", "ddetr_mm.tasks.translate"),
     Command("check", "prove spec and data before a long run", "ddetr_mm.tasks.check"),
     Command("weights", "read and write checkpoints of four formats", "ddetr_mm.tasks.weights", takes_spec=False),

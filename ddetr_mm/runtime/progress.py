@@ -6,6 +6,7 @@ Both go to standard error, so that standard output stays a command's answer. ``N
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -49,6 +50,7 @@ class Progress:
         self._task: Any = None
         self._rate = RecentRate()
         self._last_line = 0.0
+        self._borrowed: list[tuple[logging.StreamHandler[Any], Any]] = []
 
     def __enter__(self) -> Progress:
         self._last_line = time.monotonic()
@@ -61,6 +63,8 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
+            for handler, stream in self._borrowed:
+                handler.setStream(stream)
             self._bar.stop()
         elif self._shown and kind is None and self.done:
             self._print_line(time.monotonic())
@@ -84,6 +88,17 @@ class Progress:
     def advance(self, steps: int = 1) -> None:
         """Tell that so many more steps are done."""
         self.update(self.done + steps)
+
+    def show_above(self, logger: logging.Logger) -> None:
+        """Let the console lines of a logger appear above the bar instead of through it."""
+        if self._bar is None:
+            return
+        from rich.file_proxy import FileProxy
+
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler and not isinstance(handler.stream, FileProxy):
+                self._borrowed.append((handler, handler.stream))
+                handler.setStream(FileProxy(self._bar.console, handler.stream))
 
     def _start_bar(self) -> None:
         from rich.console import Console

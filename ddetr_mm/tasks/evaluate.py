@@ -5,13 +5,14 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ddetr_mm.spec import load_spec
-from ddetr_mm.tasks.session import choose_device, open_session, require_device
+from ddetr_mm.tasks.session import choose_device, open_session, require_checkpoint, require_device
 
 
 def run(arguments: Namespace) -> None:
     """Evaluate; leaves ``results.json`` and ``predictions.json``."""
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "evaluate")
     spec = loaded.spec
+    require_checkpoint(spec.evaluate.checkpoint, "evaluate.checkpoint")
     choose_device(spec, spec.evaluate.gpu_ids)
     require_device(spec)
     with open_session(loaded, "evaluate") as session:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ddetr_mm.errors import ExportError, Problem
 from ddetr_mm.spec import ExperimentSpec, load_spec
-from ddetr_mm.tasks.session import choose_device, open_session
+from ddetr_mm.tasks.session import choose_device, open_session, require_checkpoint
 
 
 def run(arguments: Namespace) -> None:
@@ -16,6 +16,7 @@ def run(arguments: Namespace) -> None:
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "export")
     spec = loaded.spec
     check_target(spec)
+    require_checkpoint(spec.export.checkpoint, "export.checkpoint")
     choose_device(spec, [spec.export.gpu_id])
     with open_session(loaded, "export") as session:
         from ddetr_mm.deploy.onnx_export import export_onnx

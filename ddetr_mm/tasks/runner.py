@@ -12,7 +12,6 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 import ddetr_mm.register  # noqa: F401 - puts our components into the registries
-from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.runtime.quiet import QuietRunner
 from ddetr_mm.spec import LoadedSpec
@@ -85,7 +84,6 @@ def build_model(loaded: LoadedSpec, subtask: str, checkpoint: str, *, where: str
     Returns:
         The detector and its config.
     """
-    require_file(checkpoint, where)
     config = Config.fromstring(config_source(loaded, subtask, checkpoint), ".py")
     register_scope(config)
     model = MODELS.build(config.model)
@@ -96,16 +94,6 @@ def build_model(loaded: LoadedSpec, subtask: str, checkpoint: str, *, where: str
 def register_scope(config: Config) -> None:
     """Make the config's default scope the current one, as a Runner does."""
     init_default_scope(config.get("default_scope", "mmdet"))
-
-
-def require_file(path: str, where: str) -> None:
-    """Check that a checkpoint exists.
-
-    Raises:
-        WeightsError: when it does not.
-    """
-    if not Path(path).exists():
-        raise WeightsError(Problem("does not exist", file=path, where=where, mend="name a checkpoint file"))
 
 
 def load_checkpoint(model: nn.Module, path: str, *, where: str) -> None:
@@ -119,6 +107,5 @@ def load_checkpoint(model: nn.Module, path: str, *, where: str) -> None:
     Raises:
         WeightsError: when the file is missing, is not a checkpoint or leaves parameters without values.
     """
-    require_file(path, where)
     report = load_for_model(model, path, strict=True)
     print(report.summary(), file=sys.stderr)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.errors import DataError, Problem, WeightsError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.runtime.status import StatusLog
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec, spec_to_yaml, task_results_dir
@@ -62,6 +62,22 @@ def say_notes(loaded: LoadedSpec) -> None:
     """Print what loading the spec has to say: fields without effect, values adjusted."""
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def require_checkpoint(path: str | None, where: str) -> None:
+    """Check that a checkpoint is there, before anything heavy is loaded.
+
+    Args:
+        path: a file, or a Hugging Face folder.
+        where: the spec key that named it.
+
+    Raises:
+        WeightsError: when it is not.
+    """
+    if not path:
+        raise WeightsError(Problem("is not given", where=where, mend="name a checkpoint file"))
+    if not Path(path).exists():
+        raise WeightsError(Problem("does not exist", file=path, where=where, mend="name a checkpoint file"))
 
 
 def choose_device(spec: ExperimentSpec, gpu_ids: list[int]) -> None:

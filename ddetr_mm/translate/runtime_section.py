@@ -35,9 +35,12 @@ def default_hooks(spec: ExperimentSpec, *, train: bool, zero_padded_values: bool
     return hooks
 
 
-def train_hooks(spec: ExperimentSpec) -> list[dict[str, Any]]:
-    """Hooks of a training run beyond mmengine's default ones."""
-    hooks: list[dict[str, Any]] = [dict(type="StatusHook"), dict(type="CurvesHook")]
+def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
+    """Hooks of a run beyond mmengine's default ones."""
+    hooks: list[dict[str, Any]] = [dict(type="ProgressHook")]
+    if not train:
+        return hooks
+    hooks += [dict(type="StatusHook"), dict(type="CurvesHook")]
     if spec.model.pretrained_backbone_path or spec.train.pretrained_model_path:
         hooks.append(
             dict(

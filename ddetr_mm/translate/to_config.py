@@ -218,8 +218,7 @@ def _add_run(draft: ConfigDraft, spec: ExperimentSpec, subtask: str, zeroed: boo
         runtime_section.CHECKPOINT_KEYS if train else (),
         "The run.",
     )
-    if train:
-        draft.add("custom_hooks", runtime_section.train_hooks(spec))
+    draft.add("custom_hooks", runtime_section.custom_hooks(spec, train=train))
     draft.add("visualizer", runtime_section.visualizer())
     draft.add("randomness", runtime_section.randomness(spec), runtime_section.SEED_KEYS)
     draft.add("env_cfg", runtime_section.environment(spec), ("train.cudnn.benchmark",))

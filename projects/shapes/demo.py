@@ -37,7 +37,7 @@ def steps(train_overrides: list[str]) -> list[tuple[str, list[str]]]:
         ("Evaluate on unseen pictures", [*ddetr_mm, "evaluate", "-e", SPEC, f"evaluate.checkpoint={CHECKPOINT}"]),
         ("Annotate unseen pictures", [*ddetr_mm, "inference", "-e", SPEC, f"inference.checkpoint={CHECKPOINT}"]),
         (
-            "Export to ONNX, checked against PyTorch",
+            "Export to ONNX, checked",
             [*ddetr_mm, "export", "-e", SPEC, f"export.checkpoint={CHECKPOINT}", f"export.onnx_file={ONNX_FILE}"],
         ),
     ]
@@ -76,13 +76,14 @@ def summary(seconds: dict[str, float]) -> Table:
     table = Table(title="Coloured shapes, learnt from random weights", show_header=False)
     table.add_row("AP50 on unseen pictures", f"{scores['AP50']:.3f}")
     table.add_row("AP on unseen pictures", f"{scores['AP']:.3f}")
-    table.add_row("ONNX against PyTorch: largest difference of a box", f"{parity['max_abs_diff_boxes']:.2e}")
-    table.add_row("ONNX against PyTorch: largest difference of a logit", f"{parity['max_abs_diff_logits']:.2e}")
+    table.add_row("ONNX parity, boxes (0..1)", f"within {parity['max_abs_diff_boxes']:.1e}")
+    table.add_row("ONNX parity, logits", f"within {parity['max_abs_diff_logits']:.1e}")
     table.add_row("Checkpoint", CHECKPOINT)
-    table.add_row("Curves", f"{RESULTS}/train/curves.png")
+    table.add_row("Curves", f"{RESULTS}/train/curve_*.png")
     table.add_row("Annotated pictures", f"{RESULTS}/inference/images_annotated")
     table.add_row("Contact sheet", f"{RESULTS}/contact_sheet.png")
     table.add_row("ONNX file", ONNX_FILE)
+    table.add_section()
     for heading, duration in seconds.items():
         table.add_row(heading, f"{duration:.0f} s")
     table.add_row("In all", f"{sum(seconds.values()):.0f} s")
