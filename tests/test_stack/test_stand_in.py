@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 from mmcv.ops.nms import NMSop
@@ -90,7 +90,7 @@ def zero_padded_sample(image, y, x):
 
 def deformable_attention(value, shapes, locations, weights):
     batch, _, heads, channels = value.shape
-    _, queries, _, levels, points, _ = locations.shape
+    queries, points = locations.shape[1], locations.shape[4]
     output = value.new_zeros(batch, queries, heads, channels)
     start = 0
     for level, (height, width) in enumerate(shapes):
@@ -172,9 +172,10 @@ def roi_options(scale, sampling_ratio, aligned, pool_mode=1):
 # --- equality with the formulas ---
 
 
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**32 - 1),
-    st.integers(1, 25),
+    st.integers(1, 20),
     st.sampled_from([0.1, 0.3, 0.5, 0.9]),
     st.sampled_from([0, 1]),
 )

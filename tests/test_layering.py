@@ -1,0 +1,287 @@
+"""The package's shape: who may import whom, what stays light, how long files and functions may be."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+PACKAGE = REPO / "ddetr_mm"
+
+# Each part of the package, with the parts that it may import. Lower lines may use higher ones, never
+# the reverse; `tasks` puts everything together, and only the command line and the tools call it.
+BASE = {"errors", "files", "stack"}
+MAY_IMPORT = {
+    "errors": set(),
+    "files": {"errors"},
+    "stack": {"errors", "files"},
+    "__init__": {"stack"},
+    "spec": {"errors", "files"},
+    "weights": BASE,
+    "models": BASE | {"weights"},  # a backbone of ours reads its pretrained weights
+    "data": BASE,
+    "evaluation": BASE | {"data"},
+    "runtime": BASE | {"data", "evaluation", "weights"},
+    "deploy": BASE | {"models", "weights"},
+    "register": BASE | {"models", "data", "evaluation", "runtime"},
+    "preflight": BASE | {"spec", "data", "weights"},
+    "translate": BASE | {"spec", "data", "models", "weights"},
+    "tasks": BASE
+    | {"__init__", "spec", "data", "models", "weights", "evaluation", "runtime", "deploy", "register"}
+    | {"preflight", "translate"},
+    "cli": {"__init__", "errors", "tasks"},
+    "__main__": {"cli"},
+}
+
+HEAVY = {
+    "torch",
+    "torchvision",
+    "mmengine",
+    "mmcv",
+    "mmdet",
+    "numpy",
+    "cv2",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+}
+MODULES_WITHOUT_HEAVY_IMPORTS = ("__init__", "__main__", "cli", "errors", "files", "spec", "tasks.__init__")
+
+MOST_LINES_IN_FILE = 450
+MOST_LINES_IN_FUNCTION = 80
+# Longer ones, each with the reason why it is better in one piece.
+LONGER_FILES: dict[str, str] = {}
+LONGER_FUNCTIONS: dict[str, str] = {}
+
+
+def module_name(path: Path) -> str:
+    """``ddetr_mm/data/kitti.py`` as ``data.kitti``; a package's own file as ``data.__init__``."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    """A file's syntax tree."""
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    """Whether this is ``if TYPE_CHECKING:``, whose imports never run."""
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def import_nodes(root: ast.AST, inside_functions: bool) -> list[ast.Import | ast.ImportFrom]:
+    """Import statements below ``root``; those in functions only when asked for."""
+    found: list[ast.Import | ast.ImportFrom] = []
+    waiting = list(ast.iter_child_nodes(root))
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.append(node)
+        elif is_type_checking(node) or (
+            not inside_functions and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        ):
+            continue
+        else:
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def imported(name: str, inside_functions: bool) -> set[str]:
+    """Everything that a module imports, by absolute dotted name (``from a import b`` gives ``a.b`` too)."""
+    path = MODULES[name]
+    own_package = ["ddetr_mm", *path.relative_to(PACKAGE).parent.parts]
+    names: set[str] = set()
+    for node in import_nodes(tree(path), inside_functions):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+            continue
+        base = own_package[: len(own_package) - node.level + 1] if node.level else []
+        source = ".".join([*base, *([node.module] if node.module else [])])
+        parts = {f"{source}.{alias.name}" for alias in node.names}
+        # `from package import module` asks nothing of the package's own file.
+        only_modules = all(part.removeprefix("ddetr_mm.") in MODULES for part in parts)
+        names |= parts if only_modules else {source, *parts}
+    return names
+
+
+def own_imports(name: str, inside_functions: bool) -> set[str]:
+    """The modules of ours that a module imports, as :func:`module_name` names them."""
+    found = set()
+    for target in imported(name, inside_functions):
+        if target == "ddetr_mm" or not target.startswith("ddetr_mm."):
+            continue
+        inner = target.removeprefix("ddetr_mm.")
+        if inner in MODULES:
+            found.add(inner)
+        elif f"{inner}.__init__" in MODULES:
+            found.add(f"{inner}.__init__")
+        elif inner == "__version__":
+            found.add("__init__")
+    return found - {name}
+
+
+def layer(name: str) -> str:
+    """The part of the package that a module belongs to."""
+    return name.partition(".")[0]
+
+
+# --- direction ---
+
+
+def test_every_part_has_its_place():
+    assert {layer(name) for name in MODULES} <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_one_way(name):
+    here = layer(name)
+    wrong = {
+        target
+        for target in own_imports(name, inside_functions=True)
+        if layer(target) not in MAY_IMPORT[here] | {here}
+    }
+    assert not wrong, f"{name} is in {here}, which may import {sorted(MAY_IMPORT[here])}, not {sorted(wrong)}"
+
+
+def test_directions_have_no_circle():
+    order: list[str] = []
+    waiting = dict(MAY_IMPORT)
+    while waiting:
+        free = [part for part, uses in waiting.items() if not uses & set(waiting)]
+        assert free, f"these parts may import each other in a circle: {sorted(waiting)}"
+        order += free
+        for part in free:
+            del waiting[part]
+    assert order[0] == "errors" and order[-1] == "__main__"
+
+
+def test_no_import_cycles_among_modules():
+    graph = {name: own_imports(name, inside_functions=False) for name in MODULES}
+    finished: set[str] = set()
+
+    def visit(name: str, trail: list[str]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in finished:
+            for target in sorted(graph[name]):
+                visit(target, [*trail, name])
+            finished.add(name)
+
+    for name in graph:
+        visit(name, [])
+    assert finished == set(MODULES)
+
+
+# --- weight ---
+
+
+@pytest.mark.parametrize("part", MODULES_WITHOUT_HEAVY_IMPORTS)
+def test_light_parts_import_nothing_heavy(part):
+    # The spec imports none of it anywhere; the others may, inside a function, when they are at work.
+    everywhere = part == "spec"
+    for name in MODULES:
+        if name == part or name.startswith(f"{part}."):
+            heavy = {
+                target.partition(".")[0] for target in imported(name, inside_functions=everywhere)
+            } & HEAVY
+            assert not heavy, f"{name} imports {sorted(heavy)}"
+
+
+def loaded_by(code: str) -> set[str]:
+    """Top-level names of the modules that a fresh interpreter has loaded after ``code``."""
+    told = f"{code}\nimport sys; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    answer = subprocess.run(
+        [sys.executable, "-c", told], capture_output=True, text=True, env=environment, check=True
+    )
+    return set(answer.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["train", "-h"], ["--version"]], ids=" ".join)
+def test_help_loads_nothing_heavy(arguments):
+    code = f"from ddetr_mm.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass"
+    loaded = loaded_by(code)
+    assert "ddetr_mm" in loaded
+    assert not loaded & (HEAVY | {"omegaconf", "yaml"})
+
+
+# --- size ---
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_and_functions_stay_short(name):
+    path = MODULES[name]
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MOST_LINES_IN_FILE or name in LONGER_FILES, f"{name} has {lines} lines"
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            full_name = f"{name}.{node.name}"
+            assert length <= MOST_LINES_IN_FUNCTION or full_name in LONGER_FUNCTIONS, (
+                f"{full_name}: {length} lines"
+            )
+
+
+def test_exceptions_to_the_sizes_are_still_needed():
+    for name in LONGER_FILES:
+        assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) > MOST_LINES_IN_FILE
+    for full_name in LONGER_FUNCTIONS:
+        module, _, function = full_name.rpartition(".")
+        lengths = [
+            node.end_lineno - node.lineno + 1
+            for node in ast.walk(tree(MODULES[module]))
+            if isinstance(node, ast.FunctionDef) and node.name == function
+        ]
+        assert max(lengths) > MOST_LINES_IN_FUNCTION
+
+
+# --- what is in the repository ---
+
+
+def tracked_files() -> list[Path]:
+    """The files that git knows; skipped where this is no checkout."""
+    answer = subprocess.run(
+        ["git", "-C", str(REPO), "ls-files", "-z"], capture_output=True, text=True, check=False
+    )
+    if answer.returncode != 0:
+        pytest.skip("this is no git checkout")
+    return [REPO / name for name in answer.stdout.split("\0") if name and (REPO / name).is_file()]
+
+
+# A picture for the README is worth its bytes; weights, data and models are not kept here.
+PICTURES = {".png", ".jpg", ".svg"}
+MOST_PICTURE_BYTES = 600_000
+# Spelt in parts, so that this file does not hold them.
+FORBIDDEN_TEXT = [
+    re.compile(r"(?<![\w./])/(?:work|root|home/\w+)/"),
+    re.compile(
+        r"\b(?:files\.)?py" + r"thonhosted\.org|\bpy" + r"pi\.(?:org|python\.org)|registry\.npm" + r"js\.org"
+    ),
+]
+
+
+def test_tracked_files_are_text_or_small_pictures():
+    for path in tracked_files():
+        content = path.read_bytes()
+        if path.suffix in PICTURES:
+            assert len(content) <= MOST_PICTURE_BYTES, f"{path.name} has {len(content)} bytes"
+        else:
+            assert b"\0" not in content, f"{path.name} is binary"
+
+
+def test_tracked_files_name_no_machine_and_no_package_index():
+    for path in tracked_files():
+        if path.suffix in PICTURES - {".svg"}:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            for pattern in FORBIDDEN_TEXT:
+                match = pattern.search(line)
+                assert not match, f"{path.relative_to(REPO)}:{number} holds {match[0]!r}"
