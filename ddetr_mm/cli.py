@@ -33,14 +33,24 @@ COMMANDS = (
     Command("convert", "turn KITTI folders into sharded COCO JSON", "ddetr_mm.tasks.convert"),
     Command("train", "train, validate, checkpoint; resumes by itself", "ddetr_mm.tasks.train"),
     Command("evaluate", "COCO metrics of a checkpoint", "ddetr_mm.tasks.evaluate"),
-    Command("inference", "label files and annotated images for folders of images", "ddetr_mm.tasks.inference"),
+    Command(
+        "inference", "label files and annotated images for folders of images", "ddetr_mm.tasks.inference"
+    ),
     Command("export", "ONNX, checked against PyTorch before it is left there", "ddetr_mm.tasks.export"),
     Command("translate", "the spec as a stand-alone mmengine config", "ddetr_mm.tasks.translate"),
     Command("check", "prove spec and data before a long run", "ddetr_mm.tasks.check"),
-    Command("weights", "read and write checkpoints of four formats", "ddetr_mm.tasks.weights", takes_spec=False),
-    Command("coco", "merge, split and turn back COCO annotation files", "ddetr_mm.tasks.coco", takes_spec=False),
-    Command("install-ops", "build and install mmcv with its compiled ops", "ddetr_mm.tasks.install_ops", False),
-    Command("spec", "print the full default spec with a comment on every field", "ddetr_mm.tasks.spec", False),
+    Command(
+        "weights", "read and write checkpoints of four formats", "ddetr_mm.tasks.weights", takes_spec=False
+    ),
+    Command(
+        "coco", "merge, split and turn back COCO annotation files", "ddetr_mm.tasks.coco", takes_spec=False
+    ),
+    Command(
+        "install-ops", "build and install mmcv with its compiled ops", "ddetr_mm.tasks.install_ops", False
+    ),
+    Command(
+        "spec", "print the full default spec with a comment on every field", "ddetr_mm.tasks.spec", False
+    ),
 )
 
 CONFIG_SUBTASKS = ("train", "evaluate", "inference", "export")
@@ -58,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         sub = commands.add_parser(
-            command.name, help=command.summary, description=command.summary[:1].upper() + command.summary[1:] + "."
+            command.name,
+            help=command.summary,
+            description=command.summary[:1].upper() + command.summary[1:] + ".",
         )
         if command.takes_spec:
             _add_spec_arguments(sub)
@@ -73,12 +85,17 @@ def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
         "-e", "--experiment_spec", required=True, metavar="SPEC", help="the experiment spec, a YAML file"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="fields to set over the spec, e.g. train.optim.lr=1e-4"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="fields to set over the spec, e.g. train.optim.lr=1e-4",
     )
 
 
 def _add_translate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", required=True, metavar="CONFIG", help="the config file to write (.py)")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="CONFIG", help="the config file to write (.py)"
+    )
     parser.add_argument(
         "--for",
         dest="subtask",
@@ -90,14 +107,20 @@ def _add_translate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--for", dest="subtask", choices=SPEC_SUBTASKS, default="train", help="what will be run (default: train)"
+        "--for",
+        dest="subtask",
+        choices=SPEC_SUBTASKS,
+        default="train",
+        help="what will be run (default: train)",
     )
 
 
 def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint file, or a Hugging Face model folder")
     parser.add_argument("destination", metavar="DST", help="file to write; a folder for --to hf")
-    parser.add_argument("--to", required=True, choices=("mmdet", "tao", "official", "hf"), help="format to write")
+    parser.add_argument(
+        "--to", required=True, choices=("mmdet", "tao", "official", "hf"), help="format to write"
+    )
     parser.add_argument("-e", "--experiment_spec", metavar="SPEC", help="the spec the checkpoint belongs to")
 
 

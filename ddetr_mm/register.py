@@ -1,8 +1,9 @@
 """The only import for its side effect: registers every class of this package with mmdet.
 
-In an mmengine config: ``custom_imports = dict(imports=['ddetr_mm.register'])``. It also lets mmengine read its
-own checkpoints on a torch that refuses unknown classes, and quietens what a user can do nothing about: mmengine's
-list of frozen parameters, and two warnings about calls inside mmdet and about a machine without GPU.
+In an mmengine config: ``custom_imports = dict(imports=['ddetr_mm.register'])``. It also lets mmengine read
+its own checkpoints on a torch that refuses unknown classes, and quietens what a user can do nothing about:
+mmengine's list of frozen parameters, and two warnings about calls inside mmdet and about a machine without
+GPU.
 """
 
 import warnings

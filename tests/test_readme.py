@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from test_tasks.conftest import ROOT, TINY, make_project
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,8 +83,9 @@ def test_migrating_from_tao_in_five_lines(workspace: Path):
 
 
 def test_the_mmdet_config_loads(tmp_path: Path):
-    import ddetr_mm  # noqa: F401 - before mmdet, for environments without compiled ops
     from mmengine.config import Config
+
+    import ddetr_mm  # noqa: F401 - before mmdet, for environments without compiled ops
 
     path = tmp_path / "config.py"
     path.write_text(code_blocks("One component in an mmdet config", "python")[0])
@@ -95,13 +95,16 @@ def test_the_mmdet_config_loads(tmp_path: Path):
 
 
 def test_registered_names_are_registered():
-    import ddetr_mm.register  # noqa: F401
     from mmdet.registry import DATASETS, METRICS, MODELS, TRANSFORMS
+
+    import ddetr_mm.register  # noqa: F401
 
     sentence = re.search(r"^Registered: (.*?)\n\n", README, re.S | re.M)[1]
     names = re.findall(r"`(\w+)`", sentence)
     assert len(names) == 10
-    known = [name for registry in (MODELS, DATASETS, TRANSFORMS, METRICS) for name in names if registry.get(name)]
+    known = [
+        name for registry in (MODELS, DATASETS, TRANSFORMS, METRICS) for name in names if registry.get(name)
+    ]
     assert sorted(set(known)) == sorted(names)
 
 

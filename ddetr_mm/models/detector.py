@@ -7,6 +7,7 @@ S sum of all levels' h*w, Q queries.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from mmdet.models.detectors import DeformableDETR
 from mmdet.models.layers import SinePositionalEncoding
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from .deformable_attention import SizesHW, level_layout, no_autocast
@@ -51,6 +53,8 @@ class TAODeformableDETR(DeformableDETR):
         zero_padded_values: whether attention values in the padding are set to zero.
         activation_checkpoint: whether encoder and decoder layers recompute their activations in
             the backward pass (less memory, more time, equal gradients).
+        frozen_modules: dotted names of modules or parameters that are not trained, e.g. ``"encoder"``; one
+            that the detector does not have is reported and passed over.
         **kwargs: mmdet's.
     """
 
@@ -61,6 +65,7 @@ class TAODeformableDETR(DeformableDETR):
         bbox_head: dict,
         zero_padded_values: bool = False,
         activation_checkpoint: bool = False,
+        frozen_modules: Sequence[str] = (),
         encoder: dict,
         data_preprocessor: dict | nn.Module | None = None,
         **kwargs,
@@ -82,6 +87,22 @@ class TAODeformableDETR(DeformableDETR):
         if activation_checkpoint:
             for layer in (*self.encoder.layers, *self.decoder.layers):
                 layer.activation_checkpoint = True
+        for name in frozen_modules:
+            self._freeze(name)
+
+    def _freeze(self, name: str) -> None:
+        """Take a module's parameters, or one parameter, out of training."""
+        frozen = [
+            parameter
+            for path, parameter in self.named_parameters()
+            if path == name or path.startswith(f"{name}.")
+        ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        if frozen:
+            print_log(f"Freezed module [{name}]: {len(frozen)} parameters", "current")
+        else:
+            print_log(f"module [{name}] not found. Skipped freezing", "current", logging.WARNING)
 
     def _init_layers(self) -> None:
         """Build what is neither backbone, neck nor head; names of parameters are mmdet's."""

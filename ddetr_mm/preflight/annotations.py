@@ -76,7 +76,7 @@ def look_over(
         notes=list(table.notes),
     )
     ids, counts = np.unique(table.category_ids, return_counts=True)
-    by_id = dict(zip(ids.tolist(), counts.tolist()))
+    by_id = dict(zip(ids.tolist(), counts.tolist(), strict=True))
     report.boxes_by_class = {
         name: by_id.get(category, 0) for category, name in sorted(table.category_names.items())
     }

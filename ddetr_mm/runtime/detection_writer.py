@@ -119,7 +119,7 @@ class DetectionWriter(BaseMetric):
                     Problem(
                         f"{other} and {image} would both write {target}",
                         where="dataset.infer_data_sources.image_dir",
-                        mend="run folders with equal file names one by one, or set inference.is_internal=true",
+                        mend="run such folders one by one, or set inference.is_internal=true",
                     )
                 )
         return labels_file, picture_file

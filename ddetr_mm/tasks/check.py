@@ -85,13 +85,21 @@ def check_convert(spec: ConvertSpec) -> list[Problem]:
     """Folders that a conversion needs."""
     source = Path(spec.input_source)
     if not source.is_file():
-        return [Problem("does not exist", file=source, where="input_source", mend="list one sequence folder a line")]
+        return [
+            Problem(
+                "does not exist", file=source, where="input_source", mend="list one sequence folder a line"
+            )
+        ]
     problems = []
     root = Path(spec.data_root or "")
     for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), start=1):
         folder = root / line.strip()
         if line.strip() and not folder.is_dir():
-            problems.append(Problem("sequence folder does not exist", file=source, where=f"line {number}", value=str(folder)))
+            problems.append(
+                Problem(
+                    "sequence folder does not exist", file=source, where=f"line {number}", value=str(folder)
+                )
+            )
     return problems
 
 

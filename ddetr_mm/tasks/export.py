@@ -45,5 +45,7 @@ def check_target(spec: ExperimentSpec) -> None:
     target = Path(spec.export.onnx_file)
     if target.exists():
         raise ExportError(
-            Problem("exists already", file=target, where="export.onnx_file", mend="remove it or name another file")
+            Problem(
+                "exists already", file=target, where="export.onnx_file", mend="remove it or name another file"
+            )
         )

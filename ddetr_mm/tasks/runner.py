@@ -51,7 +51,9 @@ def config_source(loaded: LoadedSpec, subtask: str, checkpoint: str | None = Non
     return spec_config_text(loaded, draft, subtask)
 
 
-def build_runner(loaded: LoadedSpec, subtask: str, folder: Path, checkpoint: str | None = None, **changes: Any) -> QuietRunner:
+def build_runner(
+    loaded: LoadedSpec, subtask: str, folder: Path, checkpoint: str | None = None, **changes: Any
+) -> QuietRunner:
     """An mmengine Runner for a subtask, its config left in the results folder.
 
     Args:

@@ -15,7 +15,9 @@ def run(arguments: Namespace) -> None:
     """Write the config for one subtask."""
     if Path(arguments.output).suffix != ".py":
         raise SpecError(
-            Problem("is no name for an mmengine config", where="--output", value=arguments.output, allowed="*.py")
+            Problem(
+                "is no name for an mmengine config", where="--output", value=arguments.output, allowed="*.py"
+            )
         )
     subtask = arguments.subtask
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, subtask, require_mandatory=False)

@@ -126,7 +126,9 @@ def plain_sources(sources: Sequence[DataSource]) -> list[dict[str, str]]:
     return [dict(image_dir=source.image_dir, json_file=source.json_file) for source in sources]
 
 
-def evaluator(spec: ExperimentSpec, sources: list[dict[str, str]], conf_threshold: float, **extra: Any) -> dict[str, Any]:
+def evaluator(
+    spec: ExperimentSpec, sources: list[dict[str, str]], conf_threshold: float, **extra: Any
+) -> dict[str, Any]:
     """Config of the COCO metric over the given sources."""
     return dict(
         type="FastCocoMetric",

@@ -11,8 +11,17 @@ from typing import Any
 
 from ddetr_mm.spec import ExperimentSpec
 from ddetr_mm.spec.schema import ModelConfig
+from ddetr_mm.translate.module_names import our_module_names
 
-GCVIT_WIDTHS = {"xxtiny": 64, "xtiny": 64, "tiny": 64, "small": 96, "base": 128, "large": 192, "large_384": 192}
+GCVIT_WIDTHS = {
+    "xxtiny": 64,
+    "xtiny": 64,
+    "tiny": 64,
+    "small": 96,
+    "base": 128,
+    "large": 192,
+    "large_384": 192,
+}
 """Channels of a GCViT variant's first stage; every later stage doubles them."""
 
 SOURCE_KEYS = (
@@ -42,12 +51,15 @@ SOURCE_KEYS = (
     "dataset.augmentation.input_std",
     "dataset.augmentation.fixed_padding",
     "train.activation_checkpoint",
+    "train.freeze",
     "ddetr_mm.backbone",
     "ddetr_mm.zero_padded_values",
 )
 
 
-def detector(spec: ExperimentSpec, *, zero_padded_values: bool, channels: list[int] | None = None) -> dict[str, Any]:
+def detector(
+    spec: ExperimentSpec, *, zero_padded_values: bool, channels: list[int] | None = None
+) -> dict[str, Any]:
     """The config of the whole network.
 
     Args:
@@ -68,6 +80,7 @@ def detector(spec: ExperimentSpec, *, zero_padded_values: bool, channels: list[i
         as_two_stage=False,
         zero_padded_values=zero_padded_values,
         activation_checkpoint=checkpointing,
+        frozen_modules=frozen_modules(spec),
         data_preprocessor=data_preprocessor(spec),
         backbone=backbone,
         neck=dict(
@@ -94,6 +107,17 @@ def detector(spec: ExperimentSpec, *, zero_padded_values: bool, channels: list[i
         train_cfg=dict(assigner=assigner(model)),
         test_cfg=dict(max_per_img=model.num_select),
     )
+
+
+def frozen_modules(spec: ExperimentSpec) -> list[str]:
+    """Modules that are not trained: ``train.freeze``, and a backbone of the spec's own if it must not train.
+
+    The reference's own backbones are frozen by their configs, see :func:`backbone_config`.
+    """
+    names = our_module_names(spec.train.freeze or [])
+    if spec.ddetr_mm.backbone and not spec.model.train_backbone:
+        names = list(dict.fromkeys(["backbone", *names]))
+    return names
 
 
 def backbone_stages(model: ModelConfig) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ddetr_mm.spec import ExperimentSpec
+from ddetr_mm.translate.module_names import our_module_names
 
 OPTIM_KEYS = (
     "train.optim.optimizer",
@@ -25,20 +26,6 @@ SCHEDULER_KEYS = (
     "train.optim.lr_decay",
 )
 
-OUR_MODULE_NAMES = {
-    "backbone.0": "backbone",
-    "backbone": "backbone",
-    "transformer.encoder": "encoder",
-    "transformer.decoder": "decoder",
-    "input_proj": "neck",
-    "query_embed": "query_embedding",
-    "transformer.level_embed": "level_embed",
-    "transformer.reference_points": "reference_points_fc",
-    "class_embed": "bbox_head.cls_branches",
-    "bbox_embed": "bbox_head.reg_branches",
-}
-"""Module names of the reference → names of the mmdet detector; a name not listed stays as it is."""
-
 
 def optim_wrapper(spec: ExperimentSpec) -> dict[str, Any]:
     """The optimizer with the reference's three groups of learning rates.
@@ -52,12 +39,12 @@ def optim_wrapper(spec: ExperimentSpec) -> dict[str, Any]:
     else:
         optimizer = dict(type="AdamW", lr=optim.lr, weight_decay=optim.weight_decay)
     groups = {
-        OUR_MODULE_NAMES.get(name, name): dict(lr_mult=optim.lr_linear_proj_mult)
-        for name in spec.model.linear_proj_names
+        name: dict(lr_mult=optim.lr_linear_proj_mult)
+        for name in our_module_names(spec.model.linear_proj_names)
     }
     groups |= {
-        OUR_MODULE_NAMES.get(name, name): dict(lr_mult=optim.lr_backbone / optim.lr)
-        for name in spec.model.backbone_names
+        name: dict(lr_mult=optim.lr_backbone / optim.lr)
+        for name in our_module_names(spec.model.backbone_names)
     }
     wrapper: dict[str, Any] = dict(type="OptimWrapper", optimizer=optimizer)
     if spec.train.precision != "fp32":

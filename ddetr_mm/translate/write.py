@@ -50,9 +50,7 @@ def format_value(value: Any, indent: int = 0, prefix: int = 0) -> str:
     if "\n" not in flat and indent + prefix + len(opening) + len(flat) + len(closing) <= LINE_LENGTH:
         return opening + flat + closing
     inner = indent + 4
-    lines = [
-        " " * inner + key + format_value(item, inner, prefix=len(key)) + "," for key, item in items
-    ]
+    lines = [" " * inner + key + format_value(item, inner, prefix=len(key)) + "," for key, item in items]
     return "\n".join([opening, *lines, " " * indent + closing])
 
 

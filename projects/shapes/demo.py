@@ -30,22 +30,45 @@ def steps(train_overrides: list[str]) -> list[tuple[str, list[str]]]:
     """The commands of the demo with a heading each."""
     ddetr_mm = [sys.executable, "-m", "ddetr_mm"]
     return [
-        ("Draw pictures with KITTI labels", [sys.executable, "projects/shapes/generate.py", f"{RESULTS}/data"]),
-        ("Convert the labels to COCO shards", [*ddetr_mm, "convert", "-e", "configs/specs/shapes_convert.yaml"]),
+        (
+            "Draw pictures with KITTI labels",
+            [sys.executable, "projects/shapes/generate.py", f"{RESULTS}/data"],
+        ),
+        (
+            "Convert the labels to COCO shards",
+            [*ddetr_mm, "convert", "-e", "configs/specs/shapes_convert.yaml"],
+        ),
         ("Check spec and data", [*ddetr_mm, "check", "-e", SPEC]),
         ("Train", [*ddetr_mm, "train", "-e", SPEC, *train_overrides]),
-        ("Evaluate on unseen pictures", [*ddetr_mm, "evaluate", "-e", SPEC, f"evaluate.checkpoint={CHECKPOINT}"]),
-        ("Annotate unseen pictures", [*ddetr_mm, "inference", "-e", SPEC, f"inference.checkpoint={CHECKPOINT}"]),
+        (
+            "Evaluate on unseen pictures",
+            [*ddetr_mm, "evaluate", "-e", SPEC, f"evaluate.checkpoint={CHECKPOINT}"],
+        ),
+        (
+            "Annotate unseen pictures",
+            [*ddetr_mm, "inference", "-e", SPEC, f"inference.checkpoint={CHECKPOINT}"],
+        ),
         (
             "Export to ONNX, checked",
-            [*ddetr_mm, "export", "-e", SPEC, f"export.checkpoint={CHECKPOINT}", f"export.onnx_file={ONNX_FILE}"],
+            [
+                *ddetr_mm,
+                "export",
+                "-e",
+                SPEC,
+                f"export.checkpoint={CHECKPOINT}",
+                f"export.onnx_file={ONNX_FILE}",
+            ],
         ),
     ]
 
 
 def run_step(console: Console, number: int, heading: str, command: list[str]) -> float:
     """Print and run one command; stops the demo when it fails. Returns its seconds."""
-    shown = shlex.join(command).replace(f"{sys.executable} -m ddetr_mm", "ddetr-mm").replace(sys.executable, "python")
+    shown = (
+        shlex.join(command)
+        .replace(f"{sys.executable} -m ddetr_mm", "ddetr-mm")
+        .replace(sys.executable, "python")
+    )
     console.rule(f"{number}. {heading}")
     console.print(f"$ {shown}", style="bold", highlight=False, soft_wrap=True)
     start = time.monotonic()
@@ -56,7 +79,9 @@ def run_step(console: Console, number: int, heading: str, command: list[str]) ->
     return time.monotonic() - start
 
 
-def contact_sheet(pictures: list[Path], output: Path, columns: int = 6, cell_wh: tuple[int, int] = (240, 240)) -> None:
+def contact_sheet(
+    pictures: list[Path], output: Path, columns: int = 6, cell_wh: tuple[int, int] = (240, 240)
+) -> None:
     """The pictures side by side on one sheet, enlarged to their cells."""
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * cell_wh[0], rows * cell_wh[1]), "white")

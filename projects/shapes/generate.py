@@ -38,7 +38,7 @@ class Shape:
     @property
     def box_xyxy(self) -> tuple[float, float, float, float]:
         """The tight box around the outline, in pixels."""
-        xs, ys = zip(*self.outline_xy)
+        xs, ys = zip(*self.outline_xy, strict=True)
         return min(xs), min(ys), max(xs), max(ys)
 
 
@@ -170,7 +170,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="folder to write to")
     parser.add_argument("--train", type=int, default=400, help="pictures to learn from (default 400)")
     parser.add_argument("--val", type=int, default=60, help="pictures for validation (default 60)")
-    parser.add_argument("--test", type=int, default=100, help="unseen pictures for the final score (default 100)")
+    parser.add_argument(
+        "--test", type=int, default=100, help="unseen pictures for the final score (default 100)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     counts = {"train": arguments.train, "val": arguments.val, "test": arguments.test}

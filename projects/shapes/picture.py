@@ -63,7 +63,8 @@ def scene_svg(number: int, scene: Scene, label_file: Path) -> str:
         parts.append(
             f'<rect x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}" fill="none" '
             f'stroke="{line}" stroke-width="1.6"/>'
-            f'<rect x="{x1:.1f}" y="{tag_y:.1f}" width="{4.1 * len(name) + 18:.1f}" height="9" fill="{line}"/>'
+            f'<rect x="{x1:.1f}" y="{tag_y:.1f}" width="{4.1 * len(name) + 18:.1f}" height="9" '
+            f'fill="{line}"/>'
             f'<text x="{x1 + 1.5:.1f}" y="{tag_y + 7:.1f}" font-size="7.5" '
             f'font-family="sans-serif">{name} {score:.2f}</text>'
         )

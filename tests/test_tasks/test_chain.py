@@ -89,7 +89,10 @@ def test_training_again_goes_on_from_the_latest_checkpoint(trained_project: Proj
     assert after == 3 * before
     messages = [line["message"] for line in status_lines(folder / "status.json")]
     assert any(message.startswith("Resuming training from checkpoint: ") for message in messages)
-    assert "Epoch(train) [3]" in done.stdout + done.stderr and "Epoch(train) [1]" not in done.stdout + done.stderr
+    assert (
+        "Epoch(train) [3]" in done.stdout + done.stderr
+        and "Epoch(train) [1]" not in done.stdout + done.stderr
+    )
 
 
 def test_evaluate_leaves_results_and_predictions(trained_project: Project):
@@ -124,7 +127,9 @@ def test_inference_leaves_labels_and_pictures(trained_project: Project):
     folder = trained_project.results / "inference"
     labels = sorted((folder / "labels").glob("*.txt"))
     pictures = sorted((folder / "images_annotated").glob("*.png"))
-    assert [path.stem for path in labels] == [path.stem for path in pictures] == [f"{n:05d}" for n in range(6)]
+    assert (
+        [path.stem for path in labels] == [path.stem for path in pictures] == [f"{n:05d}" for n in range(6)]
+    )
     lines = [line.split(" ") for path in labels for line in path.read_text().splitlines()]
     assert lines and all(len(line) == 16 and float(line[15]) >= 0.01 for line in lines)
     assert {line[0] for line in lines} <= {"triangle", "star", "rectangle", "circle"}
@@ -132,10 +137,12 @@ def test_inference_leaves_labels_and_pictures(trained_project: Project):
     assert Image.open(pictures[0]).size == plain.size
     drawn = [np.asarray(Image.open(path).convert("RGB")) for path in pictures]
     originals = [
-        np.asarray(Image.open(trained_project.results / "data" / "test" / "images" / path.name).convert("RGB"))
+        np.asarray(
+            Image.open(trained_project.results / "data" / "test" / "images" / path.name).convert("RGB")
+        )
         for path in pictures
     ]
-    assert any((one != other).any() for one, other in zip(drawn, originals))
+    assert any((one != other).any() for one, other in zip(drawn, originals, strict=True))
 
 
 def test_export_is_checked_and_runs(trained_project: Project):
@@ -145,7 +152,9 @@ def test_export_is_checked_and_runs(trained_project: Project):
     assert report["passed"] and report["max_abs_diff_boxes"] < 1e-4
     assert [batch["batch_size"] for batch in report["batches"]] == [1, 2, 7]
     session = onnxruntime.InferenceSession(str(trained_project.folder / target))
-    logits, boxes = session.run(["pred_logits", "pred_boxes"], {"inputs": np.zeros((3, 3, 64, 96), np.float32)})
+    logits, boxes = session.run(
+        ["pred_logits", "pred_boxes"], {"inputs": np.zeros((3, 3, 64, 96), np.float32)}
+    )
     assert logits.shape == (3, 12, 5) and boxes.shape == (3, 12, 4)
     again = trained_project.tiny(
         "export", f"export.checkpoint={LATEST}", f"export.onnx_file={target}", status=2

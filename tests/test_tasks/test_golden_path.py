@@ -1,4 +1,4 @@
-"""The reference's numbers through the public path: checkpoint file → weights → translate → build → forward."""
+"""The reference's numbers through the public path: file → weights → translate → build → forward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 SPEC = """
 results_dir: {folder}
 dataset: {{num_classes: 8}}
-model: {{backbone: {backbone}, enc_layers: 2, dec_layers: 2, dim_feedforward: 128, num_queries: 20, num_select: 100}}
+model:
+  {{backbone: {backbone}, enc_layers: 2, dec_layers: 2, dim_feedforward: 128, num_queries: 20}}
 train: {{activation_checkpoint: False}}
 """
 
@@ -32,15 +33,25 @@ def reference_checkpoint(name: str, path: Path) -> dict:
     module_spec.loader.exec_module(module)
     description = json.loads((GOLDEN / f"{name}.json").read_text())
     weights = {
-        key: torch.from_numpy(np.ascontiguousarray(module.seeded(description["aliases"].get(key, key), shape)))
+        key: torch.from_numpy(
+            np.ascontiguousarray(module.seeded(description["aliases"].get(key, key), shape))
+        )
         for key, shape in description["state_dict"].items()
     }
-    bookkeeping = {"epoch": 9, "global_step": 100, "pytorch-lightning_version": "2.3.0", "loops": {}, "callbacks": {}}
+    bookkeeping = {
+        "epoch": 9,
+        "global_step": 100,
+        "pytorch-lightning_version": "2.3.0",
+        "loops": {},
+        "callbacks": {},
+    }
     torch.save({"state_dict": weights, **bookkeeping}, path)
     return description
 
 
-@pytest.mark.parametrize("name, backbone", [("resnet50_4lvl", "resnet_50"), ("gc_vit_xxtiny_4lvl", "gc_vit_xxtiny")])
+@pytest.mark.parametrize(
+    "name, backbone", [("resnet50_4lvl", "resnet_50"), ("gc_vit_xxtiny_4lvl", "gc_vit_xxtiny")]
+)
 def test_reference_outputs_are_met(name: str, backbone: str, tmp_path: Path):
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
@@ -59,7 +70,9 @@ def test_reference_outputs_are_met(name: str, backbone: str, tmp_path: Path):
     arrays = np.load(GOLDEN / f"{name}.npz")
     images = torch.from_numpy(arrays["images"])
     samples = [
-        DetDataSample(metainfo=dict(img_shape=tuple(map(int, hw)), batch_input_shape=tuple(images.shape[-2:])))
+        DetDataSample(
+            metainfo=dict(img_shape=tuple(map(int, hw)), batch_input_shape=tuple(images.shape[-2:]))
+        )
         for hw in arrays["valid_hw"]
     ]
     with torch.no_grad():

@@ -41,9 +41,9 @@ def translate(tmp_path: Path):
 
 
 def test_learning_rate_groups_follow_the_spec(translate):
-    wrapper = translate("train.optim.lr=2e-4", "train.optim.lr_backbone=5e-5", "train.optim.lr_linear_proj_mult=0.2")[
-        "optim_wrapper"
-    ]
+    wrapper = translate(
+        "train.optim.lr=2e-4", "train.optim.lr_backbone=5e-5", "train.optim.lr_linear_proj_mult=0.2"
+    )["optim_wrapper"]
     keys = wrapper["paramwise_cfg"]["custom_keys"]
     assert keys["backbone"]["lr_mult"] == pytest.approx(0.25)
     assert keys["sampling_offsets"]["lr_mult"] == keys["reference_points"]["lr_mult"] == 0.2
@@ -68,7 +68,9 @@ def test_the_three_groups_reach_the_optimizer(translate):
 
 
 def test_sgd_and_no_clipping(translate):
-    wrapper = translate("train.optim.optimizer=SGD", "train.optim.momentum=0.8", "train.clip_grad_norm=0")["optim_wrapper"]
+    wrapper = translate("train.optim.optimizer=SGD", "train.optim.momentum=0.8", "train.clip_grad_norm=0")[
+        "optim_wrapper"
+    ]
     assert wrapper["optimizer"]["type"] == "SGD" and wrapper["optimizer"]["momentum"] == 0.8
     assert "clip_grad" not in wrapper
 
@@ -127,6 +129,53 @@ def test_frozen_and_dilated_backbone(translate):
     assert translate("model.dilation=True")["model"]["backbone"]["type"] == "TorchvisionDilatedResNet"
 
 
+def test_freeze_takes_the_references_names(translate):
+    from mmdet.registry import MODELS
+
+    config = translate(
+        "train.freeze=[transformer.encoder, input_proj, nonsense]", "model.enc_layers=1", "model.dec_layers=1"
+    )
+    assert config["model"]["frozen_modules"] == ["encoder", "neck", "nonsense"]
+    trains = {
+        name.split(".")[0]
+        for name, parameter in MODELS.build(config["model"]).named_parameters()
+        if parameter.requires_grad
+    }
+    assert trains == {
+        "backbone",
+        "decoder",
+        "query_embedding",
+        "level_embed",
+        "reference_points_fc",
+        "bbox_head",
+    }
+
+
+def test_a_backbone_of_the_specs_own_can_be_frozen(translate):
+    from mmdet.registry import MODELS
+
+    config = translate(
+        "ddetr_mm.backbone={type: ResNet, depth: 18, base_channels: 8, out_indices: [1, 2, 3]}",
+        "model.train_backbone=False",
+        "model.enc_layers=1",
+        "model.dec_layers=1",
+        look_up_channels=lambda _: [16, 32, 64],
+    )
+    model = MODELS.build(config["model"])
+    assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
+    assert all(parameter.requires_grad for parameter in model.decoder.parameters())
+
+
+def test_module_names():
+    from ddetr_mm.translate.module_names import our_module_names
+
+    assert our_module_names(["model.model.transformer.decoder.layers.0", "class_embed"]) == [
+        "decoder.layers.0",
+        "bbox_head.cls_branches",
+    ]
+    assert our_module_names(["transformer"]) == ["encoder", "decoder", "level_embed", "reference_points_fc"]
+
+
 def test_gcvit_channels(translate):
     model = translate("model.backbone=gc_vit_small", "model.train_backbone=False")["model"]
     assert model["backbone"]["type"] == "GCViT" and model["backbone"]["variant"] == "small"
@@ -134,9 +183,9 @@ def test_gcvit_channels(translate):
 
 
 def test_losses_and_matcher(translate):
-    model = translate("model.cls_loss_coef=3", "model.focal_alpha=0.4", "model.aux_loss=False", "model.num_select=77")[
-        "model"
-    ]
+    model = translate(
+        "model.cls_loss_coef=3", "model.focal_alpha=0.4", "model.aux_loss=False", "model.num_select=77"
+    )["model"]
     head, costs = model["bbox_head"], model["train_cfg"]["assigner"]["match_costs"]
     assert head["loss_cls"]["loss_weight"] == 3 and head["loss_cls"]["alpha"] == 0.4
     assert costs[0]["weight"] == 3 and costs[0]["alpha"] == 0.25
@@ -144,9 +193,9 @@ def test_losses_and_matcher(translate):
 
 
 def test_normalisation_and_padding(translate):
-    preprocessor = translate("dataset.augmentation.input_mean=[0.5]", "dataset.augmentation.input_std=[0.25]")["model"][
-        "data_preprocessor"
-    ]
+    preprocessor = translate(
+        "dataset.augmentation.input_mean=[0.5]", "dataset.augmentation.input_std=[0.25]"
+    )["model"]["data_preprocessor"]
     assert preprocessor["mean"] == [127.5] * 3 and preprocessor["std"] == [63.75] * 3
     assert preprocessor["pad_short_long"] == (800, 1333)
     free = translate("dataset.augmentation.fixed_padding=False")["model"]["data_preprocessor"]
@@ -162,13 +211,17 @@ def test_train_pipeline_has_both_branches(translate):
 
 
 def test_large_scale_jitter_replaces_the_branches(translate):
-    types = [step["type"] for step in translate("dataset.augmentation.fixed_random_crop=512")["train_pipeline"]]
+    types = [
+        step["type"] for step in translate("dataset.augmentation.fixed_random_crop=512")["train_pipeline"]
+    ]
     assert "LargeScaleJitter" in types and "RandomChoice" not in types
 
 
 def test_sources_reach_datasets_and_metrics(translate):
     config = translate()
-    assert config["train_dataloader"]["dataset"]["sources"] == [dict(image_dir="/train", json_file="/train.json")]
+    assert config["train_dataloader"]["dataset"]["sources"] == [
+        dict(image_dir="/train", json_file="/train.json")
+    ]
     assert len(config["val_dataloader"]["dataset"]["sources"]) == 2
     assert config["val_evaluator"]["sources"] == config["val_dataloader"]["dataset"]["sources"]
     evaluated = translate("evaluate.conf_threshold=0.2", "dataset.eval_class_ids=[1]", subtask="evaluate")
@@ -182,13 +235,18 @@ def test_inference_stretches_when_both_sides_are_given(translate):
     assert kept["test_pipeline"][1]["type"] == "TAORandomResize"
     assert kept["test_dataloader"]["dataset"]["folders"] == ["/a", "/b"]
     stretched = translate("inference.input_width=320", "inference.input_height=192", subtask="inference")
-    assert stretched["test_pipeline"][1] == dict(type="Resize", scale=(320, 192), keep_ratio=False, backend="pillow")
+    assert stretched["test_pipeline"][1] == dict(
+        type="Resize", scale=(320, 192), keep_ratio=False, backend="pillow"
+    )
 
 
 def test_zeroed_padding_follows_spec_before_checkpoint(translate):
     assert translate()["model"]["zero_padded_values"] is False
     assert translate(zero_padded_values=True)["model"]["zero_padded_values"] is True
-    assert translate("ddetr_mm.zero_padded_values=False", zero_padded_values=True)["model"]["zero_padded_values"] is False
+    assert (
+        translate("ddetr_mm.zero_padded_values=False", zero_padded_values=True)["model"]["zero_padded_values"]
+        is False
+    )
 
 
 def test_a_subtask_without_config_is_refused(tmp_path):
@@ -207,7 +265,10 @@ def test_text_and_dict_say_the_same(tmp_path):
     draft = to_config(loaded, "train")
     text = spec_config_text(loaded, draft, "train")
     assert "#   model.num_queries = 250 (override)" in text
-    assert "#   dataset.train_data_sources = [{'image_dir': '/train', 'json_file': '/train.json'}] (line 4" in text
+    assert (
+        "#   dataset.train_data_sources = [{'image_dir': '/train', 'json_file': '/train.json'}] (line 4"
+        in text
+    )
     written = tmp_path / "config.py"
     written.write_text(text)
     assert Config.fromfile(str(written)).to_dict() == draft.to_dict()

@@ -28,7 +28,9 @@ def evaluate(source: str):
             assert node.func.id == "dict" and not node.args
             return {keyword.arg: value(keyword.value) for keyword in node.keywords}
         if isinstance(node, ast.Dict):
-            return {ast.literal_eval(key): value(item) for key, item in zip(node.keys, node.values)}
+            return {
+                ast.literal_eval(key): value(item) for key, item in zip(node.keys, node.values, strict=True)
+            }
         if isinstance(node, (ast.List, ast.Tuple)):
             items = [value(item) for item in node.elts]
             return items if isinstance(node, ast.List) else tuple(items)
