@@ -82,7 +82,8 @@ def fill_model(
     loaded = _copy_by_name(remaining, target, plan, report, file_keys)
     _report_missing(target, loaded, checkpoint, report)
     taken = [key for targets in report.mapped.values() for key in targets]
-    if not any(key.startswith(("encoder.", "decoder.")) for key in taken):
+    # Biases of the attention alone do not count: they have the same size at any width.
+    if not any(key.startswith(("encoder.", "decoder.")) and target[key].dim() > 1 for key in taken):
         raise WeightsError(
             Problem(
                 f"has nothing that fits the model (hidden width {checkpoint.architecture.hidden_dim})",
@@ -110,7 +111,8 @@ def _refuse_other_backbone(checkpoint: Checkpoint, target: Mapping[str, Tensor])
     ours = {key: tuple(value.shape) for key, value in target.items()}
     kinds = backbone_kind(theirs)[0], backbone_kind(ours)[0]
     has_backbone = any(key.startswith("backbone.") for key in theirs)
-    shared = any(key.startswith("backbone.") and ours.get(key) == shape for key, shape in theirs.items())
+    matrices = {key: shape for key, shape in theirs.items() if key.startswith("backbone.") and len(shape) > 1}
+    shared = any(ours.get(key) == shape for key, shape in matrices.items())
     if has_backbone and (not shared or ("unknown" not in kinds and kinds[0] != kinds[1])):
         raise WeightsError(
             Problem(

@@ -93,11 +93,7 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
 
 def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise a :class:`WeightsError` that names the keys holding NaN or infinity, if any do."""
-    broken = [
-        key
-        for key, value in tensors.items()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
+    broken = [key for key, value in tensors.items() if value.is_floating_point() and not _is_finite(value)]
     if broken:
         raise WeightsError(
             Problem(
@@ -106,6 +102,13 @@ def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 mend="the run that wrote it had diverged: use an earlier checkpoint",
             )
         )
+
+
+def _is_finite(value: Tensor) -> bool:
+    if value.numel() == 0:
+        return True
+    # Both ends are NaN as soon as one value is; unlike isfinite() this needs no memory of the tensor's size.
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(value))
 
 
 def _name_as_in_file(trace: KeyTrace, found: FoundWeights) -> None:

@@ -6,6 +6,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,19 @@ def golden_state_dict(name: str) -> dict[str, Tensor]:
 
 
 def write_golden(name: str, folder: Path) -> Path:
-    """The golden weights as the file their own world would write."""
+    """The golden weights as the file their own world would write.
+
+    The folder gets a hard link to a file made once a session.
+    """
     path = folder / f"{name}.pth"
+    made = _made_golden(name, folder.parent)
+    os.link(made, path)
+    return path
+
+
+@functools.cache
+def _made_golden(name: str, session_folder: Path) -> Path:
+    path = session_folder / f"golden_{name}.pth"
     state_dict = golden_state_dict(name)
     if name.startswith("official"):
         arguments = argparse.Namespace(nheads=8, num_queries=20, lr=2e-4, output_dir="out")
@@ -157,19 +169,25 @@ def detector(
     num_levels: int = 4,
     with_box_refine: bool = True,
     as_two_stage: bool = False,
-    backbone: dict[str, Any] | None = None,
-    in_channels: tuple[int, ...] = (128, 256, 512),
+    backbone: str | dict[str, Any] = "thin",
+    in_channels: tuple[int, ...] | None = None,
     neck_bias: bool = True,
-    seed: int = 0,
+    seed: int | None = 0,
     **options: Any,
 ) -> torch.nn.Module:
-    """A detector in evaluation mode with random weights; by default stock mmdet's on a ResNet-18."""
+    """A detector in evaluation mode with random weights; by default stock mmdet's on a thin ResNet-18.
+
+    The names in ``BACKBONES`` stand for a backbone and the channels of its last three stages.
+    """
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
 
     import ddetr_mm.models  # noqa: F401  registers ours
 
     register_all_modules()
+    if isinstance(backbone, str):
+        backbone, usual_channels = BACKBONES[backbone]()
+        in_channels = in_channels or usual_channels
     attention = dict(embed_dims=width, num_heads=8, num_levels=num_levels, num_points=4, batch_first=True)
     ffn = dict(embed_dims=width, feedforward_channels=feedforward)
     config = dict(
@@ -178,7 +196,7 @@ def detector(
         num_feature_levels=num_levels,
         with_box_refine=with_box_refine,
         as_two_stage=as_two_stage,
-        backbone=backbone or resnet(18),
+        backbone=backbone,
         neck=dict(
             type="ChannelMapper",
             in_channels=list(in_channels),
@@ -210,8 +228,10 @@ def detector(
         test_cfg=dict(max_per_img=100),
         **options,
     )
-    torch.manual_seed(seed)
     model = MODELS.build(config).eval()
+    if seed is None:
+        torch.nn.init.normal_(model.level_embed)  # mmdet leaves it as the memory was
+        return model
     # Random values everywhere: the usual initialisation leaves many tensors equal or zero.
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -221,17 +241,26 @@ def detector(
     return model
 
 
-def resnet(depth: int, out_indices: tuple[int, ...] = (1, 2, 3)) -> dict[str, Any]:
+def resnet(depth: int, out_indices: tuple[int, ...] = (1, 2, 3), base_channels: int = 64) -> dict[str, Any]:
     """Config of an mmdet ResNet with frozen batch norm."""
     return dict(
         type="ResNet",
         depth=depth,
+        base_channels=base_channels,
         num_stages=4,
         out_indices=out_indices,
         norm_cfg=dict(type="BN", requires_grad=False),
         norm_eval=True,
         style="pytorch",
     )
+
+
+BACKBONES = {
+    "thin": lambda: (resnet(18, base_channels=8), (16, 32, 64)),
+    "resnet_18": lambda: (resnet(18), (128, 256, 512)),
+    "resnet_50": lambda: (resnet(50), (512, 1024, 2048)),
+    "gc_vit_xxtiny": lambda: (dict(type="GCViT", variant="xxtiny", out_indices=(1, 2, 3)), (128, 256, 512)),
+}
 
 
 def padded_batch(seed: int = 3) -> tuple[Tensor, list[tuple[int, int]]]:

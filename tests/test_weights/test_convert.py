@@ -1,0 +1,207 @@
+"""Conversions between files: bit-exact both ways, everything accounted for, nothing half-written."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from weights_builders import detector, golden_state_dict, small_canonical, write_golden, write_mmdet
+
+from ddetr_mm.errors import WeightsError
+from ddetr_mm.weights import FORMATS, convert_checkpoint, inspect_checkpoint, read_checkpoint
+from ddetr_mm.weights.key_engine import from_canonical
+from ddetr_mm.weights.key_maps import OFFICIAL, TAO
+
+NAMES = ("background", "cat", "dog", "cow", "hen", "ox", "fox", "owl")
+
+
+def file_tensors(path):
+    """Every tensor of a written file under the file's own keys."""
+    content = torch.load(path, weights_only=True)
+    return content.get("state_dict") or content["model"]
+
+
+def assert_accounts_for_everything(report, source_keys, target_keys):
+    """Every key of the file stands in one group, every key of the target comes from somewhere."""
+    groups = [list(report.mapped), report.unexpected, list(report.aliases), list(report.dropped)]
+    assert sorted(itertools.chain(*groups)) == sorted(source_keys)
+    targets = list(itertools.chain(*report.mapped.values())) + list(report.filled)
+    assert sorted(set(targets)) == sorted(target_keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [
+        ("resnet50_4lvl", ("mmdet", "hf", "official", "tao")),
+        ("official_4lvl", ("tao", "mmdet", "hf", "official")),
+        ("gc_vit_xxtiny_4lvl", ("official", "mmdet", "tao")),
+    ],
+)
+def test_golden_through_every_format_and_back(name, route, tmp_path):
+    """Bit for bit, key for key; and the origin is remembered on the way."""
+    path = write_golden(name, tmp_path)
+    first = inspect_checkpoint(path)
+    for step in route:
+        destination = tmp_path / (step if step == "hf" else f"{step}.pth")
+        report = convert_checkpoint(path, destination, step)
+        assert report.complete, report.summary()
+        path = destination
+        info = inspect_checkpoint(path)
+        assert info.format == step and info.meta.source_format == first.format
+        assert info.zero_padded_values == first.zero_padded_values
+    expected, written = golden_state_dict(name), file_tensors(path)
+    assert set(written) == set(expected)
+    assert all(torch.equal(written[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("to", ["mmdet", "tao", "official"])
+def test_every_key_is_in_the_report(to, tmp_path):
+    tensors, _ = from_canonical(small_canonical(), TAO, with_box_refine=True, two_stage=False)
+    torch.save({"state_dict": tensors}, tmp_path / "x.pth")
+    report = convert_checkpoint(tmp_path / "x.pth", tmp_path / "out.pth", to)
+    assert_accounts_for_everything(report, tensors, file_tensors(tmp_path / "out.pth"))
+    assert report.complete
+    plain = json.loads(json.dumps(report.to_dict()))
+    assert plain["complete"] and plain["source_format"] == "tao" and plain["target_format"] == to
+    assert report.summary().count("\n") < 8
+
+
+def test_foreign_and_missing_keys_are_reported(tmp_path):
+    tensors, _ = from_canonical(small_canonical(), OFFICIAL, with_box_refine=True, two_stage=False)
+    tensors["mask_head.weight"] = torch.zeros(2)
+    del tensors["transformer.encoder.layers.0.norm1.bias"]
+    torch.save({"model": tensors}, tmp_path / "x.pth")
+    report = convert_checkpoint(tmp_path / "x.pth", tmp_path / "y.pth", "mmdet")
+    assert report.unexpected == ["mask_head.weight"]
+    assert report.missing == ["encoder.layers.0.norms.0.bias"]
+    assert not report.complete
+    assert "mask_head.weight" in report.summary() and "encoder.layers.0.norms.0.bias" in report.summary()
+
+
+def test_neck_without_bias_gains_zeros_and_loses_them_again(tmp_path):
+    canonical = small_canonical(neck_bias=False)
+    zoo = write_mmdet(tmp_path / "zoo.pth", canonical, dataset_meta={"classes": ("a", "b", "c", "d")})
+    report = convert_checkpoint(zoo, tmp_path / "official.pth", "official")
+    written = file_tensors(tmp_path / "official.pth")
+    assert not written["input_proj.0.0.bias"].any() and "input_proj.2.0.bias" in report.filled
+    assert_accounts_for_everything(report, canonical, written)
+    report = convert_checkpoint(tmp_path / "official.pth", tmp_path / "back.pth", "mmdet")
+    back = file_tensors(tmp_path / "back.pth")
+    assert set(back) == set(canonical) and "input_proj.0.0.bias" in report.dropped
+    assert all(torch.equal(back[key], canonical[key]) for key in canonical)
+    assert torch.load(tmp_path / "back.pth", weights_only=True)["meta"]["dataset_meta"]["classes"] == (
+        "a",
+        "b",
+        "c",
+        "d",
+    )
+
+
+def test_two_stage_travels_where_it_can(tmp_path):
+    canonical = small_canonical(two_stage=True)
+    source = write_mmdet(tmp_path / "x.pth", canonical)
+    convert_checkpoint(source, tmp_path / "official.pth", "official")
+    written = file_tensors(tmp_path / "official.pth")
+    assert "transformer.decoder.class_embed.2.bias" in written and "transformer.pos_trans.weight" in written
+    assert read_checkpoint(tmp_path / "official.pth").architecture.two_stage
+    convert_checkpoint(tmp_path / "official.pth", tmp_path / "back.pth", "mmdet")
+    back = file_tensors(tmp_path / "back.pth")
+    assert all(torch.equal(back[key], canonical[key]) for key in canonical) and set(back) == set(canonical)
+    with pytest.raises(WeightsError, match="two-stage"):
+        convert_checkpoint(source, tmp_path / "tao.pth", "tao")
+    assert not (tmp_path / "tao.pth").exists()
+
+
+def test_hugging_face_cannot_hold_every_backbone(tmp_path):
+    source = write_golden("gc_vit_xxtiny_4lvl", tmp_path)
+    with pytest.raises(WeightsError, match="gc_vit_xxtiny"):
+        convert_checkpoint(source, tmp_path / "hf", "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@dataclasses.dataclass
+class ModelPart:
+    nheads: int = 4
+    num_queries: int = 300
+
+
+@dataclasses.dataclass
+class SpecLike:
+    encryption_key: str = "secret"
+    model: ModelPart = dataclasses.field(default_factory=ModelPart)
+    wandb: dict = dataclasses.field(default_factory=lambda: {"api_key": "secret", "project": "p"})
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_safetensors_carry_class_names_and_the_spec_without_secrets(to, tmp_path):
+    source = tmp_path / "tao.pth"
+    tensors = detector(backbone="resnet_18", num_classes=8, num_queries=20, seed=None).state_dict()
+    convert_checkpoint(write_mmdet(tmp_path / "x.pth", tensors), source, "tao")
+    path = tmp_path / "out.safetensors"
+    report = convert_checkpoint(source, path, to, spec=SpecLike(), class_names=NAMES)
+    assert "secret" not in path.read_bytes()[:200_000].decode("latin-1")
+    with safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()["ddetr_mm"])
+    assert metadata["class_names"] == list(NAMES) and metadata["spec"]["model"]["nheads"] == 4
+    info = inspect_checkpoint(path)
+    assert (info.format, info.class_names, info.zero_padded_values) == (to, NAMES, True)
+    assert (info.architecture.num_heads, info.architecture.enc_points) == (4, 8)
+    assert any("num_queries = 300" in note and "20" in note for note in report.notes)
+    expected, found = read_checkpoint(source).state_dict, read_checkpoint(path).state_dict
+    if to == "hf":  # frozen batch norm there counts no steps
+        expected = {key: value for key, value in expected.items() if not key.endswith("num_batches_tracked")}
+    assert set(found) == set(expected) and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_class_names_give_category_ids_where_columns_are_ids(tmp_path):
+    tensors, _ = from_canonical(small_canonical(), TAO, with_box_refine=True, two_stage=False)
+    torch.save({"state_dict": tensors}, tmp_path / "x.pth")
+    convert_checkpoint(
+        tmp_path / "x.pth", tmp_path / "y.pth", "mmdet", class_names=("background", "a", "unknown", "c")
+    )
+    assert inspect_checkpoint(tmp_path / "y.pth").category_ids == (None, 1, None, 3)
+
+
+def test_class_names_must_be_one_a_column(tmp_path):
+    source = write_mmdet(tmp_path / "w.pth", small_canonical())
+    with pytest.raises(WeightsError, match="4 class columns, but 2"):
+        convert_checkpoint(source, tmp_path / "x.pth", "mmdet", class_names=("a", "b"))
+
+
+def test_wrong_target_and_destination(tmp_path):
+    source = write_mmdet(tmp_path / "x.pth", small_canonical())
+    with pytest.raises(WeightsError, match="mmdet, tao, official, hf"):
+        convert_checkpoint(source, tmp_path / "y.pth", "onnx")
+    with pytest.raises(WeightsError, match="is a folder"):
+        convert_checkpoint(source, tmp_path, "mmdet")
+    blocker = tmp_path / "blocker"
+    blocker.write_text("")
+    with pytest.raises(WeightsError, match="cannot be written"):
+        convert_checkpoint(source, blocker / "y.pth", "mmdet")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocker", "x.pth"]
+
+
+def test_a_file_can_be_converted_in_place(tmp_path):
+    path = write_mmdet(tmp_path / "x.pth", small_canonical())
+    convert_checkpoint(path, path, "tao")
+    assert inspect_checkpoint(path).format == "tao"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_written_files_load_in_torch_without_any_allowed_class(tmp_path):
+    source = write_mmdet(tmp_path / "x.pth", small_canonical())
+    for to in ("mmdet", "tao", "official"):
+        convert_checkpoint(source, tmp_path / f"{to}.pth", to, spec=SpecLike())
+        assert torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / f"{to}.pth") == []
+
+
+def test_difference_of_padding_is_told(tmp_path):
+    tensors, _ = from_canonical(small_canonical(), TAO, with_box_refine=True, two_stage=False)
+    source = tmp_path / "tao.pth"
+    torch.save({"state_dict": tensors}, source)
+    report = convert_checkpoint(source, tmp_path / "x.pth", "official")
+    assert any("padding" in note for note in report.notes)
+    report = convert_checkpoint(source, tmp_path / "x.pth", "mmdet")
+    assert not any("padding" in note for note in report.notes)

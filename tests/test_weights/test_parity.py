@@ -1,0 +1,172 @@
+"""Equal predictions: golden files, stock mmdet, ours, and Hugging Face's own implementation."""
+
+import numpy as np
+import pytest
+import torch
+from weights_builders import (
+    detector,
+    golden_file,
+    padded_batch,
+    pixel_mask,
+    predict,
+    write_golden,
+    write_mmdet,
+)
+
+from ddetr_mm.weights import convert_checkpoint, inspect_checkpoint, load_for_model
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Nothing may be fetched: files on disk are all there is."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def golden_outputs(name):
+    with np.load(golden_file(f"{name}.npz")) as content:
+        images = torch.from_numpy(content["images"])
+        sizes_hw = [tuple(int(side) for side in size) for size in content["valid_hw"]]
+        return (
+            images,
+            sizes_hw,
+            torch.from_numpy(content["pred_logits"]),
+            torch.from_numpy(content["pred_boxes"]),
+        )
+
+
+def worst(predictions, expected):
+    """Largest absolute difference of logits or boxes."""
+    return max(
+        (found - wanted).abs().max().item() for found, wanted in zip(predictions, expected, strict=True)
+    )
+
+
+def golden_detector(path, **options):
+    """A detector of the structure the file tells."""
+    found = inspect_checkpoint(path).architecture
+    return detector(
+        num_classes=found.num_classes,
+        width=found.hidden_dim,
+        layers=found.enc_layers,
+        feedforward=found.enc_feedforward,
+        num_queries=found.num_queries,
+        num_levels=found.num_feature_levels,
+        with_box_refine=found.with_box_refine,
+        seed=None,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("official_4lvl", dict(kind="DeformableDETR", backbone="resnet_50")),
+        ("resnet50_4lvl", dict(kind="TAODeformableDETR", backbone="resnet_50")),
+        (
+            "gc_vit_xxtiny_4lvl",
+            dict(kind="TAODeformableDETR", backbone="gc_vit_xxtiny"),
+        ),
+    ],
+    ids=["official-stock", "tao-resnet50", "tao-gcvit"],
+)
+def test_golden_through_a_converted_file(name, options, tmp_path):
+    converted = tmp_path / "mmdet.pth"
+    convert_checkpoint(write_golden(name, tmp_path), converted, "mmdet")
+    model = golden_detector(converted, **options)
+    assert load_for_model(model, converted, strict=True).complete
+    images, sizes_hw, logits, boxes = golden_outputs(name)
+    assert worst(predict(model, images, sizes_hw), (logits, boxes)) < TOLERANCE
+
+
+def hugging_face(folder):
+    transformers = pytest.importorskip("transformers")
+    model, info = transformers.DeformableDetrForObjectDetection.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def hf_predict(model, images, sizes_hw):
+    with torch.no_grad():
+        output = model(images, pixel_mask=pixel_mask(images, sizes_hw))
+    return output.logits, output.pred_boxes
+
+
+def test_hugging_face_meets_the_official_golden(tmp_path):
+    convert_checkpoint(write_golden("official_4lvl", tmp_path), tmp_path / "hf", "hf")
+    images, sizes_hw, logits, boxes = golden_outputs("official_4lvl")
+    found = hf_predict(hugging_face(tmp_path / "hf"), images, sizes_hw)
+    assert worst(found, (logits[-1], boxes[-1])) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(with_box_refine=False),
+        dict(with_box_refine=True),
+        dict(with_box_refine=True, as_two_stage=True, width=256),
+    ],
+    ids=["plain", "refine", "two-stage"],
+)
+def test_four_formats_predict_the_same(options, tmp_path):
+    """mmdet → official → hf → (tao →) mmdet; HF's own model and stock mmdet at the two ends."""
+    model = detector(backbone="resnet_18", seed=7, **options)
+    images, sizes_hw = padded_batch()
+    expected = predict(model, images, sizes_hw)
+    cfg = f"model = dict(num_queries=12, with_box_refine={options['with_box_refine']})"
+    path = write_mmdet(tmp_path / "mmdet.pth", model.state_dict(), cfg=cfg)
+    convert_checkpoint(path, tmp_path / "official.pth", "official")
+    convert_checkpoint(tmp_path / "official.pth", tmp_path / "hf", "hf")
+    theirs = hugging_face(tmp_path / "hf")
+    found = hf_predict(theirs, images, sizes_hw)
+    assert worst(found, [value[-1] for value in expected]) < TOLERANCE
+
+    # What transformers writes itself (repeated keys left out, its own config) reads back the same.
+    theirs.save_pretrained(tmp_path / "saved")
+    last = tmp_path / "saved"
+    if not options.get("as_two_stage"):
+        convert_checkpoint(last, tmp_path / "tao.pth", "tao")
+        last = tmp_path / "tao.pth"
+    other = detector(backbone="resnet_18", seed=None, **options)
+    assert load_for_model(other, last).complete
+    assert worst(predict(other, images, sizes_hw), expected) == 0.0
+
+
+def test_padding_makes_the_difference_between_tao_and_the_others(tmp_path):
+    path = write_golden("resnet50_4lvl", tmp_path)
+    convert_checkpoint(path, tmp_path / "hf", "hf")
+    images, sizes_hw, logits, _boxes = golden_outputs("resnet50_4lvl")
+    theirs = hf_predict(hugging_face(tmp_path / "hf"), images, sizes_hw)[0]
+    # The first image has no padding, the second has: zeroed values are seen there only.
+    assert (theirs[0] - logits[-1, 0]).abs().max() < TOLERANCE
+    assert (theirs[1] - logits[-1, 1]).abs().max() > 0.01
+    zeroed = golden_detector(path, kind="TAODeformableDETR", backbone="resnet_50", zero_padded_values=True)
+    load_for_model(zeroed, path)
+    assert (predict(zeroed, images, sizes_hw)[0][-1] - theirs).abs().max() < TOLERANCE
+
+
+def test_hugging_face_with_its_own_resnet_and_fewer_levels(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DeformableDetrConfig(
+        use_timm_backbone=False,
+        backbone=None,
+        backbone_config=transformers.ResNetConfig(
+            layer_type="basic", hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2],
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        encoder_layers=2, decoder_layers=2, d_model=64, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        num_queries=12, num_labels=5, with_box_refine=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = transformers.DeformableDetrForObjectDetection(config).eval()
+    theirs.save_pretrained(tmp_path / "hf")
+    model = detector(backbone="resnet_18", with_box_refine=False, seed=None)
+    report = load_for_model(model, tmp_path / "hf")
+    assert report.complete, report.summary()
+    images, sizes_hw = padded_batch()
+    expected = hf_predict(theirs, images, sizes_hw)
+    found = [value[-1] for value in predict(model, images, sizes_hw)]
+    assert worst(found, expected) < TOLERANCE

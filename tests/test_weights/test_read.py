@@ -1,0 +1,199 @@
+"""What a checkpoint says about itself, format by format."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from weights_builders import small_canonical, write_golden, write_mmdet
+
+from ddetr_mm.errors import WeightsError
+from ddetr_mm.weights import inspect_checkpoint, read_checkpoint
+from ddetr_mm.weights.key_engine import from_canonical
+from ddetr_mm.weights.key_maps import HF, MMDET_2, OFFICIAL, TAO
+
+
+def foreign(table, **options):
+    refine = options.get("with_box_refine", True)
+    return from_canonical(
+        small_canonical(**options), table, with_box_refine=refine, two_stage=options.get("two_stage", False)
+    )[0]
+
+
+def write(path, content):
+    torch.save(content, path)
+    return path
+
+
+def write_hf(folder, tensors, **config):
+    folder.mkdir()
+    save_file({key: value.clone() for key, value in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "deformable_detr", **config}))
+    return folder
+
+
+def test_tao_golden(tmp_path):
+    info = inspect_checkpoint(write_golden("resnet50_4lvl", tmp_path))
+    assert (info.format, info.zero_padded_values, info.label_mode) == ("tao", False, "category_id")
+    assert (info.background_column, info.num_classes, info.class_names) == (0, 8, None)
+    assert info.architecture.backbone == "resnet_50" and info.meta.epoch == 11
+
+
+def test_official_golden(tmp_path):
+    info = inspect_checkpoint(write_golden("official_4lvl", tmp_path))
+    assert (info.format, info.zero_padded_values, info.label_mode) == ("official", True, "category_id")
+    assert (info.meta.num_heads, info.meta.num_queries, info.meta.epoch) == (8, 20, 49)
+
+
+def test_official_91_columns_are_cocos(tmp_path):
+    info = inspect_checkpoint(write(tmp_path / "x.pth", {"model": foreign(OFFICIAL, num_classes=91)}))
+    assert info.class_names[:3] == ("background", "person", "bicycle")
+    assert info.class_names[90] == "toothbrush" and info.class_names[12] == "unknown"
+    assert info.category_ids[1] == 1 and info.category_ids[12] is None
+    assert any("COCO" in note for note in info.notes)
+
+
+def test_hugging_face_labels(tmp_path):
+    named = {"id2label": {"0": "cat", "1": "dog", "2": "cow", "3": "hen"}}
+    info = inspect_checkpoint(write_hf(tmp_path / "a", foreign(HF), with_box_refine=True, **named))
+    assert (info.format, info.label_mode, info.background_column) == ("hf", "contiguous", None)
+    assert info.class_names == ("cat", "dog", "cow", "hen") and info.zero_padded_values
+    gaps = {"id2label": {"0": "N/A", "1": "dog", "2": "N/A", "3": "hen"}}
+    info = inspect_checkpoint(write_hf(tmp_path / "b", foreign(HF), with_box_refine=True, **gaps))
+    assert (info.label_mode, info.background_column) == ("category_id", 0)
+    assert info.category_ids == (None, 1, None, 3)
+    invented = {"id2label": {str(i): f"LABEL_{i}" for i in range(4)}}
+    info = inspect_checkpoint(write_hf(tmp_path / "c", foreign(HF), with_box_refine=True, **invented))
+    assert info.class_names is None
+    assert info.meta.num_heads == 8
+
+
+def test_hugging_face_branches_left_out_as_repeated_are_restored(tmp_path):
+    tensors = foreign(HF, with_box_refine=False, dec_layers=3)
+    kept = {key: v for key, v in tensors.items() if not key.startswith(("class_embed.1", "class_embed.2"))}
+    kept = {key: v for key, v in kept.items() if not key.startswith(("bbox_embed.1", "bbox_embed.2"))}
+    assert len(kept) < len(tensors)
+    checkpoint = read_checkpoint(write_hf(tmp_path / "a", kept, with_box_refine=False))
+    expected = small_canonical(with_box_refine=False, dec_layers=3, counters=False)
+    assert set(checkpoint.state_dict) == set(expected)
+    assert all(torch.equal(checkpoint.state_dict[key], value) for key, value in expected.items())
+
+
+def test_bare_hugging_face_model_without_heads(tmp_path):
+    tensors = {
+        key.removeprefix("model."): value
+        for key, value in foreign(HF, with_box_refine=False).items()
+        if key.startswith("model.")
+    }
+    checkpoint = read_checkpoint(write_hf(tmp_path / "a", tensors, with_box_refine=False))
+    assert checkpoint.architecture.num_classes is None and "level_embed" in checkpoint.state_dict
+
+
+def test_mmdet_zoo_file(tmp_path):
+    path = write_mmdet(
+        tmp_path / "zoo.pth",
+        small_canonical(neck_bias=False),
+        dataset_meta={"classes": ("a", "b", "c", "d")},
+        cfg="model = dict(type='DeformableDETR', with_box_refine=True, num_queries=300,"
+        " encoder=dict(layer_cfg=dict(self_attn_cfg=dict(num_heads=4))))",
+        epoch=50,
+    )
+    info = inspect_checkpoint(path)
+    assert (info.format, info.zero_padded_values, info.label_mode) == ("mmdet", True, "contiguous")
+    assert info.class_names == ("a", "b", "c", "d") and info.background_column is None
+    assert (info.architecture.num_heads, info.architecture.enc_points) == (4, 4)
+    assert not info.meta.neck_bias and info.meta.epoch == 50
+
+
+def test_our_training_file_by_its_config_and_dataset(tmp_path):
+    path = write_mmdet(
+        tmp_path / "ours.pth",
+        small_canonical(),
+        dataset_meta={"classes": ("background", "a", "unknown", "c"), "category_ids": [None, 1, None, 3]},
+        cfg="model = dict(type='TAODeformableDETR', zero_padded_values=False)",
+    )
+    info = inspect_checkpoint(path)
+    assert (info.zero_padded_values, info.label_mode, info.background_column) == (False, "category_id", 0)
+    assert info.category_ids == (None, 1, None, 3)
+
+
+def test_contiguous_category_ids_are_kept(tmp_path):
+    meta = {"classes": ("a", "b", "c", "d"), "category_ids": [3, 5, 8, 9]}
+    info = inspect_checkpoint(write_mmdet(tmp_path / "x.pth", small_canonical(), dataset_meta=meta))
+    assert (info.label_mode, info.category_ids) == ("contiguous", (3, 5, 8, 9))
+
+
+def test_own_metadata_wins_over_what_the_format_means(tmp_path):
+    own = {"zero_padded_values": True, "label_mode": "contiguous", "source_format": "hf", "epoch": 3}
+    path = write(tmp_path / "x.pth", {"state_dict": foreign(TAO), "ddetr_mm": own})
+    info = inspect_checkpoint(path)
+    assert (info.format, info.meta.source_format) == ("tao", "hf")
+    assert (info.zero_padded_values, info.label_mode, info.background_column) == (True, "contiguous", None)
+
+
+def test_metadata_of_wrong_types_is_not_believed(tmp_path):
+    own = {
+        "zero_padded_values": "no",
+        "class_names": 7,
+        "num_heads": "x",
+        "label_mode": 1,
+        "category_ids": "a",
+    }
+    path = write(tmp_path / "x.pth", {"state_dict": foreign(TAO), "ddetr_mm": own})
+    info = inspect_checkpoint(path)
+    assert (info.zero_padded_values, info.class_names, info.architecture.num_heads) == (False, None, 8)
+
+
+def test_class_names_of_another_number_are_told_and_left_out(tmp_path):
+    path = write_mmdet(tmp_path / "x.pth", small_canonical(), dataset_meta={"classes": ("a", "b")})
+    info = inspect_checkpoint(path)
+    assert info.class_names is None and "2 class names for 4 columns" in info.notes[0]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_are_taken_off(prefix, tmp_path):
+    wrapped = {prefix + key: value for key, value in foreign(TAO).items()}
+    wrapped[prefix + "extra.weight"] = torch.ones(1)
+    checkpoint = read_checkpoint(write(tmp_path / "x.pth", {"state_dict": wrapped}))
+    assert set(checkpoint.state_dict) == set(small_canonical())
+    assert checkpoint.trace.unexpected == [prefix + "extra.weight"]
+    assert all(key.startswith(prefix) for key in checkpoint.trace.mapped)
+
+
+def test_tao_with_one_prefix_only(tmp_path):
+    short = {key.removeprefix("model."): value for key, value in foreign(TAO).items()}
+    checkpoint = read_checkpoint(write(tmp_path / "x.pth", {"state_dict": short}))
+    assert checkpoint.format == "tao" and set(checkpoint.state_dict) == set(small_canonical())
+    assert set(checkpoint.trace.mapped) | set(checkpoint.trace.aliases) == set(short)
+
+
+def test_mmdet_2_file(tmp_path):
+    path = write_mmdet(tmp_path / "old.pth", foreign(MMDET_2), CLASSES=("a", "b", "c", "d"))
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.format == "mmdet" and set(checkpoint.state_dict) == set(small_canonical())
+    assert checkpoint.meta.class_names == ("a", "b", "c", "d")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_refused_by_name(value, tmp_path):
+    state_dict = small_canonical()
+    state_dict["encoder.layers.0.norms.1.weight"][2] = value
+    path = write_mmdet(tmp_path / "x.pth", state_dict)
+    with pytest.raises(WeightsError, match=r"encoder\.layers\.0\.norms\.1\.weight"):
+        read_checkpoint(path)
+    assert inspect_checkpoint(path).format == "mmdet"
+
+
+def test_changing_what_was_read_leaves_the_file_alone(tmp_path):
+    path = write_mmdet(tmp_path / "x.pth", small_canonical())
+    before = path.read_bytes()
+    read_checkpoint(path).state_dict["level_embed"].zero_()
+    assert path.read_bytes() == before
+
+
+def test_args_that_are_no_namespace_do_no_harm(tmp_path):
+    content = {"model": foreign(OFFICIAL), "args": argparse.Namespace(nheads="many")}
+    assert inspect_checkpoint(write(tmp_path / "x.pth", content)).architecture.num_heads == 8
+    content["args"] = ["--nheads", "8"]
+    assert inspect_checkpoint(write(tmp_path / "x.pth", content)).architecture.num_heads == 8
