@@ -195,6 +195,32 @@ def test_light_parts_import_nothing_heavy(part):
             assert not heavy, f"{name} imports {sorted(heavy)}"
 
 
+# Modules whose distribution has another name, or comes with one that is declared.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "cv2": "mmengine",
+    "mmcv": None,
+    "pkg_resources": "setuptools",
+}
+# What a user may have or not; imported inside functions only, and missing it is told or done without.
+OPTIONAL = {"hotcoco", "tensorrt", "mmdeploy", "orjson", "triton", "cryptography"}
+
+
+def test_third_party_imports_are_declared():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[<>=\[;! ]", line)[0] for line in project["dependencies"]}
+    for name in MODULES:
+        at_once = {target.partition(".")[0] for target in imported(name, inside_functions=False)}
+        everywhere = {target.partition(".")[0] for target in imported(name, inside_functions=True)}
+        foreign = everywhere - set(sys.stdlib_module_names) - {"ddetr_mm"}
+        assert not at_once & OPTIONAL, f"{name} cannot be imported without {sorted(at_once & OPTIONAL)}"
+        for module in foreign - OPTIONAL:
+            distribution = DISTRIBUTIONS.get(module, module)
+            assert distribution is None or distribution in declared, f"{name} imports {module}: not declared"
+
+
 def loaded_by(code: str) -> set[str]:
     """Top-level names of the modules that a fresh interpreter has loaded after ``code``."""
     told = f"{code}\nimport sys; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
