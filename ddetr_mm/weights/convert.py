@@ -73,6 +73,11 @@ def convert_checkpoint(
             + (" zeroes" if ZERO_PADDED_VALUES[to] else " does not zero")
             + " attention values there, the weights were made the other way"
         )
+    if to in ("tao", "official") and checkpoint.meta.label_mode == "contiguous":
+        report.notes.append(
+            "a column of the class head is a position in the list of classes; the target's own implementation"
+            " takes it for a category id (this package reads which it is from the file)"
+        )
     if to == "hf" and checkpoint.meta.num_heads is None:
         report.notes.append(
             f"{checkpoint.architecture.num_heads} attention heads are assumed: weights tell only heads x"
@@ -196,6 +201,9 @@ def _spec_notes(checkpoint: Checkpoint) -> list[str]:
         return []
     model, dataset = spec.get("model") or {}, spec.get("dataset") or {}
     found: Architecture = checkpoint.architecture
+    # A backbone of the spec's own section takes the place of model.backbone.
+    own_backbone = bool((spec.get("ddetr_mm") or {}).get("backbone"))
+    backbone = None if own_backbone or found.backbone == "unknown" else found.backbone
     pairs = (
         ("dataset.num_classes", dataset.get("num_classes"), found.num_classes),
         ("model.num_queries", model.get("num_queries"), found.num_queries),
@@ -204,7 +212,7 @@ def _spec_notes(checkpoint: Checkpoint) -> list[str]:
         ("model.dec_layers", model.get("dec_layers"), found.dec_layers),
         ("model.hidden_dim", model.get("hidden_dim"), found.hidden_dim),
         ("model.with_box_refine", model.get("with_box_refine"), found.with_box_refine),
-        ("model.backbone", model.get("backbone"), found.backbone if found.backbone != "unknown" else None),
+        ("model.backbone", model.get("backbone"), backbone),
     )
     return [
         f"the spec says {key} = {said}, the weights have {there}"

@@ -38,14 +38,12 @@ class FoundWeights:
     Attributes:
         state_dict: the file's own keys, wrappers' prefixes made the usual ones.
         table: the format's table.
-        version: ``"2"`` for mmdet 2.x names, else empty.
         original_keys: key in ``state_dict`` → key in the file, where the two differ.
         extras: what else stands beside the weights (epoch, meta, args …).
     """
 
     state_dict: dict[str, Tensor]
     table: FormatTable
-    version: str = ""
     original_keys: dict[str, str] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
 
@@ -68,8 +66,7 @@ def find_weights(raw: RawFile) -> FoundWeights:
             # The bare DeformableDetrModel, saved without its detection heads.
             original = {f"model.{key}": original.get(key, key) for key in stripped}
             stripped = {f"model.{key}": value for key, value in stripped.items()}
-        version = "2" if table is key_maps.MMDET_2 else ""
-        return FoundWeights(stripped, table, version, original, extras)
+        return FoundWeights(stripped, table, original, extras)
     raise WeightsError(_other_content(raw.path, stripped))
 
 

@@ -27,6 +27,7 @@ from ddetr_mm.weights.coco_names import NUM_COLUMNS, coco_column_names
 from ddetr_mm.weights.config_text import model_settings
 from ddetr_mm.weights.detect import FoundWeights, find_weights
 from ddetr_mm.weights.key_engine import KeyTrace, to_canonical
+from ddetr_mm.weights.key_maps import HF
 from ddetr_mm.weights.pickle_names import InertObject
 from ddetr_mm.weights.refusals import short_names
 from ddetr_mm.weights.safe_read import RawFile, read_raw
@@ -53,7 +54,7 @@ def read_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoin
     _name_as_in_file(trace, found)
     if not canonical:
         raise WeightsError(Problem("holds no key that fits a Deformable DETR", file=path))
-    if raw.kind != "torch":
+    if raw.kind != "torch" or found.table is HF:
         _restore_shared_branches(canonical, trace)
     if check_finite:
         refuse_non_finite(raw.path, canonical)

@@ -44,7 +44,7 @@ class RawFile:
         kind: ``torch``, ``safetensors`` or ``hf_folder``.
         payload: the unpickled object of a PyTorch file, else key → tensor.
         metadata: text metadata of a safetensors file.
-        config: ``config.json`` of a Hugging Face folder.
+        config: ``config.json`` of a Hugging Face folder, also when its weights file alone was named.
     """
 
     path: Path
@@ -77,10 +77,10 @@ def read_raw(path: str | Path) -> RawFile:
     except OSError as error:
         _refuse(path, f"cannot be read: {error.strerror}", "check its permissions", error)
     if start.startswith(b"PK\x03\x04"):
-        return RawFile(path, "torch", _read_torch_zip(path, size))
+        return RawFile(path, "torch", _read_torch_zip(path, size), config=_config_beside(path))
     if path.suffix == ".safetensors" or _looks_like_safetensors(start, size):
         tensors, metadata = read_safetensors(path)
-        return RawFile(path, "safetensors", tensors, metadata)
+        return RawFile(path, "safetensors", tensors, metadata, _config_beside(path))
     if start.startswith(b"\x80"):
         return RawFile(path, "torch", _read_torch_pickle(path))
     raise WeightsError(explain_strange_bytes(path, start))
@@ -272,6 +272,15 @@ def _read_folder(folder: Path) -> RawFile:
     return RawFile(folder, "hf_folder", tensors, metadata, config)
 
 
+def _config_beside(path: Path) -> dict[str, Any]:
+    """The ``config.json`` of a Hugging Face folder whose weights file was named instead of the folder."""
+    config_path = path.with_name("config.json")
+    if path.name not in ("model.safetensors", "pytorch_model.bin") or not config_path.is_file():
+        return {}
+    config = _read_json(config_path)
+    return config if config.get("model_type") == "deformable_detr" else {}
+
+
 def _shards(index_path: Path) -> list[Path]:
     weight_map = _read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -286,6 +295,8 @@ def _shards(index_path: Path) -> list[Path]:
 
 
 def _read_part(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not file.is_file():
+        _refuse(file, "is missing: the index names it", "copy or download the whole folder")
     raw = read_raw(file)
     if not isinstance(raw.payload, dict):
         _refuse(file, f"holds a {type(raw.payload).__name__}, not named tensors", "save the model again")

@@ -80,6 +80,35 @@ def test_hugging_face_branches_left_out_as_repeated_are_restored(tmp_path):
     assert all(torch.equal(checkpoint.state_dict[key], value) for key, value in expected.items())
 
 
+def test_hugging_face_folders_of_several_files(tmp_path):
+    tensors = {key: value.clone() for key, value in foreign(HF).items()}
+    expected = read_checkpoint(write_hf(tmp_path / "whole", tensors, with_box_refine=True)).state_dict
+    keys = list(tensors)
+    parts = {"a": keys[: len(keys) // 2], "b": keys[len(keys) // 2 :]}
+    for suffix, kind in (("safetensors", "model"), ("bin", "pytorch_model")):
+        folder = tmp_path / suffix
+        folder.mkdir()
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "deformable_detr", "with_box_refine": True})
+        )
+        for name, part in parts.items():
+            chosen = {key: tensors[key] for key in part}
+            path = folder / f"{kind}-{name}.{suffix}"
+            save_file(chosen, path) if suffix == "safetensors" else torch.save(chosen, path)
+        weight_map = {key: f"{kind}-{name}.{suffix}" for name, part in parts.items() for key in part}
+        (folder / f"{kind}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        found = read_checkpoint(folder).state_dict
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_weights_file_named_instead_of_its_folder(tmp_path):
+    labels = {"id2label": {"0": "cat", "1": "dog", "2": "cow", "3": "hen"}}
+    folder = write_hf(tmp_path / "a", foreign(HF), with_box_refine=True, **labels)
+    info = inspect_checkpoint(folder / "model.safetensors")
+    assert info.class_names == ("cat", "dog", "cow", "hen") and info.meta.num_heads == 8
+
+
 def test_bare_hugging_face_model_without_heads(tmp_path):
     tensors = {
         key.removeprefix("model."): value

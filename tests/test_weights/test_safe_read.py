@@ -312,6 +312,10 @@ def test_shards_cannot_lead_out_of_their_folder(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsError, match="outside its folder"):
         read_checkpoint(tmp_path)
+    index["weight_map"]["model.level_embed"] = "model-00001.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match="is missing"):
+        read_checkpoint(tmp_path)
 
 
 def test_zip_bomb_is_refused_unopened(tmp_path):
