@@ -1,0 +1,39 @@
+"""The first steps of the blood cell example on the real data, where it is at hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, Project
+
+DATA = ROOT / ".." / "shared" / "data" / "bccd"
+
+
+def test_degenerate_boxes_are_reported_and_the_run_can_start(tmp_path: Path):
+    if not DATA.is_dir():
+        pytest.skip("the real images are absent: ../shared/data/bccd")
+    project = Project(tmp_path)
+    (tmp_path / "projects").mkdir()
+    shutil.copytree(ROOT / "projects" / "bccd", tmp_path / "projects" / "bccd")
+    done = project.run(
+        "convert", "-e", str(ROOT / "configs" / "specs" / "bccd_convert.yaml"), f"data_root={DATA.resolve()}"
+    )
+    assert "2 x a box without width or height" in done.stderr
+    report = json.loads((tmp_path / "results" / "bccd" / "coco" / "warnings.json").read_text())
+    assert [problem["kind"] for problem in report["problems"]] == ["box_zero_area"] * 2
+    for spec in ("bccd_resnet50", "bccd_resnet18_cpu"):
+        done = project.run(
+            "check",
+            "-e",
+            str(ROOT / "configs" / "specs" / f"{spec}.yaml"),
+            f"dataset.train_data_sources.0.image_dir={DATA.resolve()}",
+            f"dataset.val_data_sources.0.image_dir={DATA.resolve()}",
+        )
+        assert "the run can start" in done.stdout
+        counts = json.loads(next((tmp_path / "results").glob("*/train/check.json")).read_text())["splits"]
+        assert counts["train"]["num_images"] == 205 and counts["val"]["num_images"] == 87
+        assert set(counts["val"]["boxes_by_class"]) == {"wbc", "rbc", "platelets"}
