@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddetr_mm.data.resize import resize_like_pillow, resize_plain
+from ddetr_mm.data.resize import contiguous, resize_like_pillow, resize_plain
 
 GOLDEN = SHARED / "golden" / "transforms.npz"
 needs_golden = pytest.mark.skipif(
@@ -60,6 +60,18 @@ def test_a_view_of_a_larger_image():
     image = noise(100, 120)[10:70, 20:100]
     assert largest_difference(resize_like_pillow(image, (30, 40)), pillow(image.copy(), (30, 40))) <= 1
     assert largest_difference(resize_like_pillow(image, (90, 120)), pillow(image.copy(), (90, 120))) <= 1
+
+
+@pytest.mark.parametrize("after", [(30, 40), (90, 120), (60, 40)])
+def test_a_flipped_view(after):
+    image = noise(50, 70)
+    flipped = image[:, ::-1]
+    assert largest_difference(resize_like_pillow(flipped, after), pillow(flipped.copy(), after)) <= 1
+    np.testing.assert_array_equal(contiguous(flipped), flipped)
+    np.testing.assert_array_equal(contiguous(flipped[:, :, :1]), flipped[:, :, :1])
+    np.testing.assert_array_equal(contiguous(image[::-1]), image[::-1])
+    np.testing.assert_array_equal(contiguous(image[:, ::-1, 0]), image[:, ::-1, 0])
+    assert contiguous(image) is image
 
 
 def test_grey_and_float_images():
