@@ -14,6 +14,7 @@ import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def convert_kitti(
     say("Starting DDETR/DINO dataset convert")
     plan = Plan(options)
     say("Generating partitions")
-    with ResultFolder(options.results_dir) as folder:
+    with _disk_errors_told(options), ResultFolder(options.results_dir) as folder:
         folder.check_free(_planned_files(plan) + _foreign_shards(plan, folder))
         writing = _Writing(plan, folder, progress or (lambda done, total: None), say)
         try:
@@ -98,6 +99,21 @@ def convert_kitti(
         unknown_classes=dict(writing.problems.unknown_classes),
         seconds=time.monotonic() - started,
     )
+
+
+@contextmanager
+def _disk_errors_told(options: ConvertOptions) -> Iterator[None]:
+    """A full disk or a folder that vanishes is told like other wrong input."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            Problem(
+                f"the conversion stopped: {error.strerror or error}",
+                file=error.filename or options.results_dir,
+                mend="mend this and start again",
+            )
+        ) from error
 
 
 class _Writing:
@@ -136,12 +152,13 @@ class _Writing:
                 yield self.plan.chunk(step)
 
         self._progress(0, self.plan.total)
-        contents = ordered_map(
+        reading = ordered_map(
             read_chunk, chunks(), self._num_processes(), prepare_process, (self.plan.rules,)
         )
-        for content in contents:
-            with garbage_collection_paused():
-                self._write(on_the_way.popleft(), content)
+        with closing(reading) as contents:
+            for content in contents:
+                with garbage_collection_paused():
+                    self._write(on_the_way.popleft(), content)
         self.problems.close()
 
     def discard(self) -> None:

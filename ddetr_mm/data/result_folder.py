@@ -51,6 +51,7 @@ class ResultFolder:
         self._staging = path
         self._lock = -1
         self._former: list[str] = []
+        self._keep_staging = False
 
     def __enter__(self) -> ResultFolder:
         try:
@@ -89,7 +90,8 @@ class ResultFolder:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            shutil.rmtree(self._staging)
+            if not self._keep_staging:
+                shutil.rmtree(self._staging)
         finally:
             self._release()
 
@@ -136,8 +138,16 @@ class ResultFolder:
         for file in files:
             os.rename(self.staged(file), self._staging / file)
         manifest = {"move_from": self._staging.name, "files": list(files), "former_files": self._former}
-        self._write_manifest(manifest)
-        self._finish_moving(manifest)
+        self._keep_staging = True  # from here on it may hold the only copy of a result
+        try:
+            self._write_manifest(manifest)
+            self._finish_moving(manifest)
+        except KeyboardInterrupt:  # what is left takes a moment
+            self._write_manifest(manifest)
+            self._finish_moving(manifest)
+            self._keep_staging = False
+            raise
+        self._keep_staging = False
 
     def _finish_moving(self, manifest: dict[str, Any]) -> None:
         """Remove and move what is left to do; may be called again after a kill at any point."""

@@ -474,6 +474,19 @@ class TestRunningAgain:
             convert_kitti(data.options(strict=True))
         assert tree(out) == before
 
+    def test_a_full_disk_is_told_and_leaves_the_old_result(self, data, monkeypatch):
+        out = data.root.parent / "out"
+        convert_kitti(data.options())
+        before = tree(out)
+
+        def full(*arguments):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("ddetr_mm.data.shards._append", full)
+        with pytest.raises(DataError, match="No space left"):
+            convert_kitti(data.options())
+        assert tree(out) == before
+
     def test_shards_of_others_are_not_mixed_with_ours(self, data):
         out = data.root.parent / "out"
         (out / "a").mkdir(parents=True)
@@ -527,7 +540,11 @@ class TestEndingARun:
 
     def start(self, many, out, until):
         process = subprocess.Popen(
-            [sys.executable, "-c", RUN, many, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", RUN, many, out],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         for line in process.stdout:
             if line.strip() == until or (
@@ -552,7 +569,7 @@ class TestEndingARun:
     def test_ctrl_c_ends_it_at_once_and_quietly(self, many, tmp_path):
         process = self.start(many, tmp_path / "out", "512")
         began = time.monotonic()
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # to all processes, as a terminal does
         _, errors = process.communicate(timeout=60)
         assert time.monotonic() - began < 20
         assert process.returncode in (-signal.SIGINT, 130)

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import shutil
@@ -76,7 +77,7 @@ class TestKill:
 
     CALLS = ("unlink", "rename", "replace", "rmdir")
 
-    def killed_after(self, monkeypatch, number):
+    def killed_after(self, monkeypatch, number, error=None, once=False):
         """Let the process die at the n-th change of the file system."""
         count = 0
 
@@ -84,8 +85,8 @@ class TestKill:
             def call(*arguments, **options):
                 nonlocal count
                 count += 1
-                if count > number:
-                    raise _Killed
+                if count == number + 1 or (count > number and not once):
+                    raise error or _Killed
                 return real(*arguments, **options)
 
             return call
@@ -113,6 +114,28 @@ class TestKill:
         if "stats.txt" in state:
             assert state in (FIRST, SECOND), "the last file stands for the whole"
         assert [name for name in os.listdir(tmp_path) if "tmp" in name] == []
+
+    @pytest.mark.parametrize("number", range(20))
+    def test_ctrl_c_at_every_step_of_the_commit(self, tmp_path, number):
+        write(tmp_path, FIRST)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            self.killed_after(monkeypatch, number, KeyboardInterrupt, once=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                write(tmp_path, SECOND)
+        assert visible(tmp_path) in (FIRST, SECOND)
+        write(tmp_path, FIRST)
+        assert visible(tmp_path) == FIRST
+        assert [name for name in os.listdir(tmp_path) if "tmp" in name] == []
+
+    @pytest.mark.parametrize("number", range(4, 14))
+    def test_a_disk_that_fails_during_the_commit(self, tmp_path, number):
+        write(tmp_path, FIRST)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            self.killed_after(monkeypatch, number, OSError(5, "Input/output error"))
+            with pytest.raises(OSError, match="Input/output"):
+                write(tmp_path, SECOND)
+        with ResultFolder(tmp_path):
+            assert visible(tmp_path) in (FIRST, SECOND)
 
     def test_before_the_commit(self, tmp_path):
         write(tmp_path, FIRST)
