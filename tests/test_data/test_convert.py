@@ -513,31 +513,39 @@ class TestRunningAgain:
 
 
 RUN = """
-import sys
+import signal, sys, time
 from pathlib import Path
 from ddetr_mm.data.convert import convert_kitti
 from ddetr_mm.data.convert_options import ConvertOptions
+
+def report(done, total):
+    print(done, flush=True)
+    time.sleep(0.05 if done >= 512 else 0)
+
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     out = Path(sys.argv[2])
     options = ConvertOptions(root / "sequences.txt", out, root, "images", "labels", num_shards=4,
                              mapping={"Car": "car"}, num_workers=1)
     print("begin", flush=True)
-    convert_kitti(options, progress=lambda done, total: print(done, flush=True))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    convert_kitti(options, progress=report)
 """
 
 
-class TestEndingARun:
-    @pytest.fixture(scope="class")
-    def many(self, tmp_path_factory):
-        root = tmp_path_factory.mktemp("many") / "data"
-        folder = KittiFolder(root)
-        image = image_bytes()
-        for number in range(4000):
-            folder.add("a", f"{number:05d}", label_line(), image)
-        folder.options()
-        return root
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Four thousand images, so that a conversion takes a moment."""
+    root = tmp_path_factory.mktemp("many") / "data"
+    folder = KittiFolder(root)
+    image = image_bytes()
+    for number in range(4000):
+        folder.add("a", f"{number:05d}", label_line(), image)
+    folder.options()
+    return root
 
+
+class TestEndingARun:
     def start(self, many, out, until):
         process = subprocess.Popen(
             [sys.executable, "-c", RUN, many, out],
