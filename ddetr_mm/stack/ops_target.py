@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,42 +178,54 @@ def find_compiler(environment: Environment, variables: Mapping[str, str] = os.en
 
 
 def find_toolkit(
-    target: Target,
-    variables: Mapping[str, str] = os.environ,
-    nvcc_answer: Callable[[Path], str] | None = None,
+    target: Target, variables: Mapping[str, str] = os.environ, system_folder: Path = Path("/usr/local")
 ) -> Path:
     """The CUDA toolkit's folder, of the same major version as torch's CUDA.
+
+    ``CUDA_HOME`` decides where it is set; else the toolkit of the ``nvcc`` on PATH is taken, or the one
+    in its usual place.
 
     Args:
         target: one with CUDA.
         variables: ``CUDA_HOME`` and ``PATH`` are read.
-        nvcc_answer: gives what an ``nvcc --version`` prints; for tests.
+        system_folder: holds the usual places, ``cuda-13.0`` and ``cuda``.
 
     Raises:
         StackError: there is no toolkit, or one of another major version.
     """
-    home = variables.get("CUDA_HOME") or variables.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=variables.get("PATH"))
-    nvcc = Path(home) / "bin" / "nvcc" if home else Path(found).resolve() if found else None
     wanted = f"CUDA toolkit {target.cuda} (torch {target.torch} was built with it)"
     way_out = "set CUDA_HOME to its folder, or FORCE_CUDA=0 for CPU ops only"
-    if nvcc is None or not nvcc.is_file():
-        where = f"CUDA_HOME={home} has no bin/nvcc" if home else "nvcc is not on PATH"
+    home = variables.get("CUDA_HOME") or variables.get("CUDA_PATH")
+    if home:
+        folders = [Path(home)]
+    else:
+        on_path = shutil.which("nvcc", path=variables.get("PATH"))
+        folders = [Path(on_path).resolve().parent.parent] if on_path else []
+        folders += [system_folder / f"cuda-{target.cuda}", system_folder / "cuda"]
+    # An nvcc alone can be a script that calls the real one elsewhere: the headers show the toolkit.
+    folders = [
+        path
+        for path in folders
+        if (path / "bin/nvcc").is_file() and (path / "include/cuda_runtime.h").is_file()
+    ]
+    if not folders:
+        where = f"CUDA_HOME={home} holds no nvcc with headers" if home else "no nvcc with headers was found"
         raise StackError(f"{where}: building CUDA ops needs {wanted}; install it, and {way_out}")
-    answer = (nvcc_answer or _ask_nvcc)(nvcc)
-    match = re.search(r"release (\d+)\.(\d+)", answer)
-    version = f"{match[1]}.{match[2]}" if match else "unknown"
-    if version.partition(".")[0] != str(target.cuda).partition(".")[0]:
-        raise StackError(
-            Problem(
-                f"is of CUDA {version}, but building the ops needs {wanted}",
-                file=nvcc,
-                mend=f"install that one and {way_out}",
-            )
+    versions = [_toolkit_version(path) for path in folders]
+    for path, version in zip(folders, versions, strict=True):
+        if version.partition(".")[0] == str(target.cuda).partition(".")[0]:
+            return path
+    raise StackError(
+        Problem(
+            f"is of CUDA {versions[0]}, but building the ops needs {wanted}",
+            file=folders[0] / "bin" / "nvcc",
+            mend=f"install that one and {way_out}",
         )
-    return nvcc.parent.parent
+    )
 
 
-def _ask_nvcc(nvcc: Path) -> str:
-    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
-    return answer.stdout
+def _toolkit_version(folder: Path) -> str:
+    """A toolkit's version as its ``nvcc`` tells it, e.g. ``13.0``."""
+    answer = subprocess.run([folder / "bin/nvcc", "--version"], capture_output=True, text=True, check=False)
+    match = re.search(r"release (\d+\.\d+)", answer.stdout)
+    return match[1] if match else "unknown"

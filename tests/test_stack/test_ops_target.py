@@ -90,23 +90,46 @@ def test_missing_python_headers_are_told_with_the_mend(tmp_path):
         find_compiler(bare, {"PATH": str(tmp_path)})
 
 
-def nvcc(version):
-    return f'#!/bin/sh\necho "Cuda compilation tools, release {version}, V{version}.88"\n'
+def toolkit(folder, version):
+    """A folder with what is looked for in a CUDA toolkit."""
+    told = f"Cuda compilation tools, release {version}, V{version}.88"
+    executable(folder / "bin" / "nvcc", f'#!/bin/sh\necho "{told}"\n')
+    (folder / "include").mkdir()
+    (folder / "include" / "cuda_runtime.h").write_text("", encoding="utf-8")
+    return folder
 
 
-def test_toolkit_of_the_same_major_version(tmp_path):
-    executable(tmp_path / "cuda" / "bin" / "nvcc", nvcc("13.2"))
-    assert find_toolkit(CUDA, {"CUDA_HOME": str(tmp_path / "cuda"), "PATH": ""}) == tmp_path / "cuda"
-    assert find_toolkit(CUDA, {"PATH": str(tmp_path / "cuda" / "bin")}) == tmp_path / "cuda"
+def test_toolkit_by_variable_path_and_usual_place(tmp_path):
+    toolkit(tmp_path / "cuda-13.2", "13.2")
+    toolkit(tmp_path / "usual" / "cuda-13.0", "13.0")
+    by_variable = {"CUDA_HOME": str(tmp_path / "cuda-13.2"), "PATH": ""}
+    by_path = {"PATH": str(tmp_path / "cuda-13.2" / "bin")}
+    assert find_toolkit(CUDA, by_variable, tmp_path / "usual") == tmp_path / "cuda-13.2"
+    assert find_toolkit(CUDA, by_path, tmp_path / "usual") == tmp_path / "cuda-13.2"
+    assert find_toolkit(CUDA, {"PATH": ""}, tmp_path / "usual") == tmp_path / "usual" / "cuda-13.0"
 
 
-def test_toolkit_of_another_major_version_is_told_with_the_mend(tmp_path):
-    executable(tmp_path / "bin" / "nvcc", nvcc("12.8"))
+def test_script_that_calls_nvcc_is_no_toolkit(tmp_path):
+    real = toolkit(tmp_path / "usual" / "cuda", "13.0")
+    executable(tmp_path / "bin" / "nvcc", f'#!/bin/sh\nexec {real}/bin/nvcc "$@"\n')
+    assert find_toolkit(CUDA, {"PATH": str(tmp_path / "bin")}, tmp_path / "usual") == real
+
+
+def test_fitting_toolkit_is_preferred_to_the_one_on_path(tmp_path):
+    toolkit(tmp_path / "old", "12.8")
+    fitting = toolkit(tmp_path / "usual" / "cuda-13.0", "13.0")
+    assert find_toolkit(CUDA, {"PATH": str(tmp_path / "old" / "bin")}, tmp_path / "usual") == fitting
+
+
+@pytest.mark.parametrize("name", ["PATH", "CUDA_HOME"])
+def test_toolkit_of_another_major_version_is_told_with_the_mend(tmp_path, name):
+    folder = toolkit(tmp_path / "old", "12.8")
+    variables = {"PATH": "", name: str(folder / "bin" if name == "PATH" else folder)}
     with pytest.raises(StackError, match="is of CUDA 12.8.*needs CUDA toolkit 13.0.*CUDA_HOME.*FORCE_CUDA=0"):
-        find_toolkit(CUDA, {"PATH": str(tmp_path / "bin")})
+        find_toolkit(CUDA, variables, tmp_path)
 
 
 @pytest.mark.parametrize("variables", [{"PATH": ""}, {"PATH": "", "CUDA_HOME": "/nowhere"}])
-def test_missing_toolkit_is_told_with_the_mend(variables):
+def test_missing_toolkit_is_told_with_the_mend(variables, tmp_path):
     with pytest.raises(StackError, match="nvcc.*needs CUDA toolkit 13.0.*CUDA_HOME"):
-        find_toolkit(CUDA, variables)
+        find_toolkit(CUDA, variables, tmp_path)
