@@ -37,6 +37,11 @@ COMMANDS = (
         "inference", "label files and annotated images for folders of images", "ddetr_mm.tasks.inference"
     ),
     Command("export", "ONNX, checked against PyTorch before it is left there", "ddetr_mm.tasks.export"),
+    Command(
+        "gen_trt_engine",
+        "a TensorRT engine from ONNX, checked before it is left there",
+        "ddetr_mm.tasks.gen_trt_engine",
+    ),
     Command("translate", "the spec as a stand-alone mmengine config", "ddetr_mm.tasks.translate"),
     Command("check", "prove spec and data before a long run", "ddetr_mm.tasks.check"),
     Command(
@@ -153,7 +158,13 @@ def _add_spec_command_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subtask", choices=SPEC_SUBTASKS, help="the subtask to print the spec for")
 
 
+def _add_force_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
+
+
 _OWN_ARGUMENTS = {
+    "export": _add_force_argument,
+    "gen_trt_engine": _add_force_argument,
     "translate": _add_translate_arguments,
     "check": _add_check_arguments,
     "weights": _add_weights_arguments,

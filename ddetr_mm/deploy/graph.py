@@ -6,7 +6,8 @@ S feature points of all levels together.
 With the input size fixed, everything but the batch is static: feature sizes, sine positions, reference
 points of the encoder and the whole first self-attention of the decoder are constants. Offsets are
 needed in the grid coordinates of ``grid_sample`` (-1..1), so the scale from pixels to those coordinates is
-multiplied into the weights of the ``sampling_offsets`` layers.
+multiplied into the weights of the ``sampling_offsets`` layers. TensorRT's plugin wants 0..1 instead, and its
+own order of axes: :class:`PluginAttention`.
 
 The modules of the detector are used as they are (their weights are the graph's weights); only the order
 of reshapes and the treatment of constants differ from :class:`mmdet.models.DeformableDETR`.
@@ -14,6 +15,8 @@ of reshapes and the treatment of constants differ from :class:`mmdet.models.Defo
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
 import torch
@@ -21,6 +24,7 @@ import torch.nn.functional as F
 from mmcv.ops import MultiScaleDeformableAttention
 from torch import Tensor, nn
 
+from ddetr_mm.deploy.plugin import level_tensors, plugin_attention
 from ddetr_mm.errors import ExportError, Problem
 
 INVERSE_SIGMOID_EPS = 1e-5
@@ -36,32 +40,40 @@ class ExportGraph(nn.Module):
     Args:
         detector: a Deformable DETR of mmdet or this package, one-stage, in eval mode.
         input_size_hw: height and width in pixels.
+        plugin: sample with plugin nodes instead of standard operators: ``nvidia`` for TensorRT's own,
+            ``mmdeploy`` for the one of mmdeploy's library.
 
     Raises:
-        ExportError: for a two-stage detector, which has no fixed first queries.
+        ExportError: for a two-stage detector, which has no fixed first queries, and for a size that the
+            backbone cannot use.
     """
 
-    def __init__(self, detector: nn.Module, input_size_hw: tuple[int, int]) -> None:
+    def __init__(
+        self, detector: nn.Module, input_size_hw: tuple[int, int], plugin: str | None = None
+    ) -> None:
         super().__init__()
         if detector.as_two_stage:
             raise ExportError(
-                Problem("a two-stage Deformable DETR cannot be exported", mend="train with as_two_stage=False")
+                Problem(
+                    "a two-stage Deformable DETR cannot be exported", mend="train with as_two_stage=False"
+                )
             )
         self.detector = detector
         device = detector.level_embed.device
         with torch.no_grad():
-            features = detector.extract_feat(torch.zeros(1, 3, *input_size_hw, device=device))
+            features = extract_features(detector, input_size_hw, device)
             self.sizes_hw = [(int(f.shape[-2]), int(f.shape[-1])) for f in features]
             self.register_buffer("positions", self._positions(features))
             self.register_buffer("encoder_centres", self._encoder_centres(device))
             self._prepare_decoder()
             num_points = sum(height * width for height, width in self.sizes_hw)
+            form = functools.partial(PluginAttention, plugin=plugin) if plugin else LeanAttention
             self.encoder_attention = nn.ModuleList(
-                LeanAttention(layer.self_attn, num_points, self.sizes_hw, box_references=False)
+                form(layer.self_attn, num_points, self.sizes_hw, box_references=False)
                 for layer in detector.encoder.layers
             )
             self.decoder_attention = nn.ModuleList(
-                LeanAttention(
+                form(
                     layer.cross_attn,
                     detector.num_queries,
                     self.sizes_hw,
@@ -104,7 +116,9 @@ class ExportGraph(nn.Module):
         width = detector.embed_dims
         query_pos, query = torch.split(detector.query_embedding.weight[None], width, dim=2)
         first = detector.decoder.layers[0]
-        after_self_attention = first.norms[0](self_attention(first.self_attn, detector.num_queries, query, query_pos))
+        after_self_attention = first.norms[0](
+            self_attention(first.self_attn, detector.num_queries, query, query_pos)
+        )
         self.register_buffer("query_pos", query_pos.detach().clone())
         self.register_buffer("first_query", after_self_attention.detach().clone())
         references = detector.reference_points_fc(query_pos).sigmoid()
@@ -114,8 +128,13 @@ class ExportGraph(nn.Module):
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
         features = self.detector.extract_feat(inputs)
-        memory = torch.cat([feature.flatten(2) for feature in features], dim=2).transpose(1, 2)
-        for layer, attend in zip(self.detector.encoder.layers, self.encoder_attention):
+        width = self.detector.embed_dims
+        planes = [
+            feature.reshape(-1, width, height * length)
+            for feature, (height, length) in zip(features, self.sizes_hw, strict=True)
+        ]
+        memory = torch.cat(planes, dim=2).transpose(1, 2)
+        for layer, attend in zip(self.detector.encoder.layers, self.encoder_attention, strict=True):
             attended = attend(memory + self.positions, memory, self.encoder_centres)
             memory = layer.norms[0](memory + attended)
             memory = layer.norms[1](memory + feed_forward(layer.ffn, memory))
@@ -127,9 +146,11 @@ class ExportGraph(nn.Module):
         layers = list(detector.decoder.layers)
         query = self.first_query.expand(memory.shape[0], -1, -1)
         box_logits = None
-        for index, (layer, attend) in enumerate(zip(layers, self.decoder_attention)):
+        for index, (layer, attend) in enumerate(zip(layers, self.decoder_attention, strict=True)):
             if index > 0:
-                query = layer.norms[0](self_attention(layer.self_attn, detector.num_queries, query, self.query_pos))
+                query = layer.norms[0](
+                    self_attention(layer.self_attn, detector.num_queries, query, self.query_pos)
+                )
             if box_logits is None:
                 centres, sizes = self.first_centres, None
             else:
@@ -195,20 +216,15 @@ class LeanAttention(nn.Module):
         Returns:
             (B, Q, C).
         """
-        module = self.attention
-        heads, levels, points = module.num_heads, module.num_levels, module.num_points
-        num_queries, width = self.num_queries, module.embed_dims
+        grid, weights = self._points(query, centres, sizes)
+        heads, points = self.attention.num_heads, self.attention.num_points
+        num_queries, width = self.num_queries, self.attention.embed_dims
+        per_level = len(self.sizes_hw) * points
+        grid = grid.reshape(-1, num_queries, heads, per_level * 2).transpose(1, 2)
+        grid = grid.reshape(-1, num_queries, per_level, 2)
+        weights = weights.transpose(1, 2).reshape(-1, 1, num_queries, per_level)
 
-        offsets = F.linear(query, self.offset_weight, self.offset_bias)
-        offsets = offsets.reshape(-1, num_queries, heads * levels * points, 2)
-        grid = centres + (offsets if sizes is None else offsets * sizes)
-        grid = grid.reshape(-1, num_queries, heads, levels * points * 2).transpose(1, 2)
-        grid = grid.reshape(-1, num_queries, levels * points, 2)
-
-        weights = module.attention_weights(query).reshape(-1, num_queries, heads, levels * points)
-        weights = weights.softmax(-1).transpose(1, 2).reshape(-1, 1, num_queries, levels * points)
-
-        value = module.value_proj(value).transpose(1, 2)
+        value = self.attention.value_proj(value).transpose(1, 2)
         planes = value.split([height * width for height, width in self.sizes_hw], dim=2)
         grids = grid.split(points, dim=2)
         sampled = [
@@ -219,10 +235,74 @@ class LeanAttention(nn.Module):
                 padding_mode="zeros",
                 align_corners=False,
             )
-            for plane, level_grid, size_hw in zip(planes, grids, self.sizes_hw)
+            for plane, level_grid, size_hw in zip(planes, grids, self.sizes_hw, strict=True)
         ]
         attended = (torch.cat(sampled, dim=-1) * weights).sum(-1)
-        return module.output_proj(attended.reshape(-1, width, num_queries).transpose(1, 2))
+        return self.attention.output_proj(attended.reshape(-1, width, num_queries).transpose(1, 2))
+
+    def _points(self, query: Tensor, centres: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Where each query looks, (B, Q, M*L*P, 2), and the softmax of how much it counts, (B, Q, M, L*P)."""
+        module, num_queries = self.attention, self.num_queries
+        per_head = module.num_levels * module.num_points
+        offsets = F.linear(query, self.offset_weight, self.offset_bias)
+        offsets = offsets.reshape(-1, num_queries, module.num_heads * per_head, 2)
+        places = centres + (offsets if sizes is None else offsets * sizes)
+        weights = module.attention_weights(query).reshape(-1, num_queries, module.num_heads, per_head)
+        return places, weights.softmax(-1)
+
+
+class PluginAttention(LeanAttention):
+    """The same through one node of a TensorRT plugin, ``nvidia`` or ``mmdeploy``."""
+
+    def __init__(self, *args, plugin: str, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.plugin = plugin
+        shapes, starts = level_tensors(self.sizes_hw)
+        self.register_buffer("spatial_shapes", shapes)
+        self.register_buffer("level_start_index", starts)
+        # The plugin counts from 0 to 1, the grid from -1 to 1.
+        self.offset_weight.mul_(0.5)
+        self.offset_bias.mul_(0.5)
+
+    def forward(self, query: Tensor, value: Tensor, centres: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Arguments and result as in :meth:`LeanAttention.forward`."""
+        module, num_queries, width = self.attention, self.num_queries, self.attention.embed_dims
+        heads, levels, points = module.num_heads, module.num_levels, module.num_points
+        places, weights = self._points(query, centres * 0.5 + 0.5, sizes)
+        num_points = sum(height * length for height, length in self.sizes_hw)
+        attended = plugin_attention(
+            module.value_proj(value).reshape(-1, num_points, heads, width // heads),
+            self.spatial_shapes,
+            self.level_start_index,
+            places.reshape(-1, num_queries, heads, levels, points, 2),
+            weights.reshape(-1, num_queries, heads, levels, points),
+            self.plugin,
+        )
+        return module.output_proj(attended.reshape(-1, num_queries, width))
+
+
+def extract_features(
+    detector: nn.Module, input_size_hw: tuple[int, int], device: torch.device
+) -> tuple[Tensor, ...]:
+    """The levels of an empty image of one size.
+
+    Raises:
+        ExportError: when backbone or neck cannot use the size.
+    """
+    problem = Problem(
+        "cannot be used by the backbone",
+        where="export.input_height, export.input_width",
+        value=input_size_hw,
+        mend="choose a larger size, multiples of 32",
+    )
+    try:
+        features = detector.extract_feat(torch.zeros(1, 3, *input_size_hw, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ExportError(dataclasses.replace(problem, what=f"{problem.what} ({reason})")) from error
+    if any(0 in feature.shape for feature in features):
+        raise ExportError(problem)
+    return features
 
 
 def self_attention(module: nn.Module, num_queries: int, query: Tensor, query_pos: Tensor) -> Tensor:

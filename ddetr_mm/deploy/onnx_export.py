@@ -2,75 +2,119 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from ddetr_mm.deploy.graph import ExportGraph
-from ddetr_mm.deploy.parity import ParityReport, compare_batches, generated_images
-from ddetr_mm.errors import ExportError, Problem, StackError
+from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, check_file, ort_forward, require, write_meta
+from ddetr_mm.deploy.parity import Forward, ParityReport, compare_batches, generated_images
+from ddetr_mm.deploy.plugin import PLUGIN_DOMAIN, plugin_graph_forward, require_plugin_contract
+from ddetr_mm.errors import ExportError, Problem
 from ddetr_mm.files import written_whole
 
 DEFAULT_OPSET = 17
 MIN_OPSET = 16
 """GridSample came with opset 16; asking for less gives :data:`DEFAULT_OPSET`, as in the reference."""
+MIN_PLUGIN_OPSET = 11
+"""The oldest opset the graph around plugin nodes is written in (Clip with bounds as inputs)."""
 MAX_OPSET = 20
 """The newest opset that torch's TorchScript exporter writes."""
 
-OUTPUT_NAMES = ("pred_logits", "pred_boxes")
 DYNAMIC_TEST_BATCHES = (1, 2, 7)
 
+ImageSource = Callable[[int], np.ndarray]
+"""Number of images → normalised images (B, 3, H, W), float32."""
 
-def usable_opset(requested: int) -> int:
+
+def usable_opset(requested: int, plugin: bool = False) -> int:
     """The opset to write for a requested one.
 
+    Args:
+        requested: what the user asked for.
+        plugin: whether the graph samples with plugin nodes and so needs no GridSample.
+
     Raises:
-        ExportError: above :data:`MAX_OPSET`.
+        ExportError: above :data:`MAX_OPSET`, and with plugin nodes below :data:`MIN_PLUGIN_OPSET`.
     """
-    if requested > MAX_OPSET:
+    lowest = MIN_PLUGIN_OPSET if plugin else 1
+    if not lowest <= requested <= MAX_OPSET:
         raise ExportError(
             Problem(
-                "is newer than the exporter can write",
+                "cannot be written by the exporter",
                 where="export.opset_version",
                 value=requested,
-                allowed=f"{MIN_OPSET} to {MAX_OPSET} (smaller ones become {DEFAULT_OPSET})",
+                allowed=f"{MIN_PLUGIN_OPSET} to {MAX_OPSET}"
+                if plugin
+                else f"{MIN_OPSET} to {MAX_OPSET} (smaller ones become {DEFAULT_OPSET})",
             )
         )
-    return requested if requested >= MIN_OPSET else DEFAULT_OPSET
+    return requested if plugin or requested >= MIN_OPSET else DEFAULT_OPSET
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a detector is exported.
+
+    Attributes:
+        input_size_hw: height and width of the input in pixels, fixed in the graph.
+        batch_size: a fixed batch; None or below 1 for a dynamic one.
+        opset: see :func:`usable_opset`.
+        plugin: sample with TensorRT's plugin nodes instead of GridSample.
+        verbose: let the exporter print its graph and its warnings.
+        meta: what the file shall say about itself (:func:`ddetr_mm.deploy.onnx_file.write_meta`).
+        tolerance_logits: largest accepted difference of a logit.
+        tolerance_boxes: largest accepted difference of a box coordinate (0..1).
+    """
+
+    input_size_hw: tuple[int, int]
+    batch_size: int | None = None
+    opset: int = DEFAULT_OPSET
+    plugin: bool = False
+    verbose: bool = False
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    tolerance_logits: float = 1e-3
+    tolerance_boxes: float = 1e-4
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch written into the graph, or None."""
+        return self.batch_size if self.batch_size and self.batch_size > 0 else None
+
+    @property
+    def test_batches(self) -> tuple[int, ...]:
+        """The batch sizes that the graph is compared at."""
+        return DYNAMIC_TEST_BATCHES if self.fixed_batch is None else (self.fixed_batch,)
 
 
 def export_onnx(
     detector: nn.Module,
     onnx_file: str | Path,
+    options: ExportOptions,
     *,
-    input_size_hw: tuple[int, int],
-    batch_size: int = -1,
-    opset: int = DEFAULT_OPSET,
-    images: Callable[[int], np.ndarray] | None = None,
-    tolerance_logits: float = 1e-3,
-    tolerance_boxes: float = 1e-4,
+    images: ImageSource | None = None,
+    images_are: str = "given",
     say: Callable[[str], None] = print,
 ) -> ParityReport:
     """Write ``onnx_file`` and, beside it, ``<name>.parity.json``.
 
     The graph has the input ``inputs`` (N, 3, H, W) and the outputs ``pred_logits`` (N, Q, C) and
-    ``pred_boxes`` (N, Q, 4; cxcywh in 0..1), all float32, with standard operators only. Before the file
-    gets its name it passes onnx's checker and is run by onnxruntime against the detector's own forward.
+    ``pred_boxes`` (N, Q, 4; cxcywh in 0..1), all float32. Before the file gets its name it passes onnx's
+    checker and is run against the detector's own forward: by onnxruntime, plugin nodes by numpy.
 
     Args:
         detector: one-stage Deformable DETR with its weights loaded.
-        onnx_file: where to put it.
-        input_size_hw: height and width of the input in pixels.
-        batch_size: a fixed batch, or -1 for a dynamic one.
-        opset: see :func:`usable_opset`.
-        images: gives normalised images (B, 3, H, W) of a batch size for the comparison; generated ones by
-            default.
-        tolerance_logits: largest accepted difference of a logit.
-        tolerance_boxes: largest accepted difference of a box coordinate.
+        onnx_file: where to put it; a file there is replaced.
+        options: what to write.
+        images: gives images for the comparison; generated ones by default.
+        images_are: a word on where ``images`` come from, for the report.
         say: receives one line per step.
 
     Raises:
@@ -78,46 +122,65 @@ def export_onnx(
         StackError: without onnx or onnxruntime.
     """
     onnx_file = Path(onnx_file)
-    opset = usable_opset(opset)
+    opset = usable_opset(options.opset, options.plugin)
+    if opset != options.opset:
+        say(f"opset {options.opset} has no GridSample: writing {opset}")
     detector = detector.eval().float().cpu()
+    height, width = options.input_size_hw
     with written_whole(onnx_file) as temporary:
-        say(f"tracing the model at {input_size_hw[1]}x{input_size_hw[0]} (width x height)")
-        trace_to_file(detector, temporary, input_size_hw, batch_size, opset)
+        say(f"tracing the model at {width}x{height} (width x height)")
+        trace_to_file(detector, temporary, options, opset)
         report = ParityReport(
             onnx_file=str(onnx_file),
-            runtime="onnxruntime",
+            runtime="onnxruntime, plugin nodes in numpy" if options.plugin else "onnxruntime",
             opset=opset,
             num_nodes=check_file(temporary),
-            input_size_hw=input_size_hw,
-            tolerance_logits=tolerance_logits,
-            tolerance_boxes=tolerance_boxes,
-            images="given" if images else "generated",
+            input_size_hw=options.input_size_hw,
+            tolerance_logits=options.tolerance_logits,
+            tolerance_boxes=options.tolerance_boxes,
+            images=images_are if images else "generated",
         )
-        say(f"{report.num_nodes} nodes; comparing with PyTorch")
-        sizes = DYNAMIC_TEST_BATCHES if batch_size < 1 else (batch_size,)
-        make = images or (lambda count: generated_images(count, input_size_hw))
-        compare_batches(report, [make(size) for size in sizes], torch_forward(detector), ort_forward(temporary))
+        say(f"{report.num_nodes} nodes; comparing with PyTorch on {report.images} images")
+        make = images or (lambda count: generated_images(count, options.input_size_hw))
+        batches = [make(size) for size in options.test_batches]
+        compare_batches(report, batches, torch_forward(detector), graph_forward(temporary, options.plugin))
         say(report.summary())
         report.require()
-        report.write(onnx_file.with_name(f"{onnx_file.stem}.parity.json"))
+        report.write(parity_file(onnx_file))
     return report
 
 
-def trace_to_file(
-    detector: nn.Module, path: Path, input_size_hw: tuple[int, int], batch_size: int, opset: int
-) -> None:
-    """Trace the lean graph with torch's TorchScript exporter.
+def parity_file(onnx_file: str | Path) -> Path:
+    """Where the report of an export goes: ``<name>.parity.json`` beside it."""
+    return Path(onnx_file).with_name(f"{Path(onnx_file).stem}.parity.json")
+
+
+def graph_forward(path: Path, plugin: bool) -> Forward:
+    """The file as a function, whichever of the two forms it has.
+
+    Raises:
+        ExportError: when a plugin node is not what TensorRT expects.
+    """
+    if not plugin:
+        return ort_forward(path)
+    model = require("onnx").load(str(path))
+    require_plugin_contract(model)
+    return plugin_graph_forward(model)
+
+
+def trace_to_file(detector: nn.Module, path: Path, options: ExportOptions, opset: int) -> None:
+    """Trace the lean graph with torch's TorchScript exporter and trim what it writes.
 
     That exporter is marked as deprecated, but the newer one needs a further package and does not export
     this model with a dynamic batch; its own warnings say nothing to a user.
     """
-    graph = ExportGraph(detector, input_size_hw).eval()
-    example = torch.zeros(max(batch_size, 2), 3, *input_size_hw)
-    names = ("inputs", *OUTPUT_NAMES)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        warnings.filterwarnings("ignore", message=".*Constant folding.*")
+    onnx = require("onnx")
+    from ddetr_mm.deploy.lean import lean
+
+    graph = ExportGraph(detector, options.input_size_hw, "nvidia" if options.plugin else None).eval()
+    example = torch.zeros(options.fixed_batch or 2, 3, *options.input_size_hw)
+    dynamic = {name: {0: "batch"} for name in ("inputs", *OUTPUT_NAMES)}
+    with _exporter_warnings(options.verbose), torch.no_grad():
         torch.onnx.export(
             graph,
             (example,),
@@ -125,43 +188,43 @@ def trace_to_file(
             input_names=["inputs"],
             output_names=list(OUTPUT_NAMES),
             opset_version=opset,
-            dynamic_axes={name: {0: "batch"} for name in names} if batch_size < 1 else None,
+            dynamic_axes=dynamic if options.fixed_batch is None else None,
             do_constant_folding=True,
+            custom_opsets={PLUGIN_DOMAIN: opset} if options.plugin else None,
+            verbose=options.verbose,
             dynamo=False,
         )
-    state_output_sizes(path, graph.output_sizes)
-
-
-def state_output_sizes(path: Path, sizes: dict[str, tuple[int, ...]]) -> None:
-    """Write the known sizes of the outputs into the file; the exporter loses them behind reshapes.
-
-    Args:
-        path: the ONNX file, changed in place.
-        sizes: output name → all sizes but the batch.
-    """
-    onnx = _require("onnx")
-    model = onnx.load(str(path))
-    for output in model.graph.output:
-        for dimension, size in zip(output.type.tensor_type.shape.dim[1:], sizes[output.name], strict=True):
-            dimension.dim_value = size
+    model = lean(onnx.load(str(path)))
+    state_output_sizes(model, graph.output_sizes)
+    if options.meta:
+        write_meta(model, options.meta)
     onnx.save(model, str(path))
 
 
-def check_file(path: Path) -> int:
-    """Run onnx's checker; returns the number of nodes.
+@contextlib.contextmanager
+def _exporter_warnings(verbose: bool) -> Iterator[None]:
+    with warnings.catch_warnings():
+        if not verbose:
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+            warnings.filterwarnings("ignore", message=".*Constant folding.*")
+            warnings.filterwarnings("ignore", message=".*type is missing, so it may result in wrong shape.*")
+        yield
 
-    Raises:
-        ExportError: when the checker refuses the file.
+
+def state_output_sizes(model: Any, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """Write the known sizes of the outputs into a model; the exporter loses them behind reshapes.
+
+    Args:
+        model: changed in place.
+        sizes: output name → all sizes but the batch.
     """
-    onnx = _require("onnx")
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise ExportError(Problem(f"onnx refuses the exported graph: {error}", file=path)) from error
-    return len(onnx.load(str(path), load_external_data=False).graph.node)
+    for output in model.graph.output:
+        for dimension, size in zip(output.type.tensor_type.shape.dim[1:], sizes[output.name], strict=True):
+            dimension.dim_value = size
 
 
-def torch_forward(detector: nn.Module) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def torch_forward(detector: nn.Module) -> Forward:
     """The detector's own forward on images that fill the batch: last layer's logits and boxes."""
 
     def forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -170,26 +233,3 @@ def torch_forward(detector: nn.Module) -> Callable[[np.ndarray], tuple[np.ndarra
         return logits[-1].numpy(), boxes_cxcywh[-1].numpy()
 
     return forward
-
-
-def ort_forward(path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> Callable[[np.ndarray], tuple]:
-    """An onnxruntime session of the file as a function."""
-    onnxruntime = _require("onnxruntime")
-    session = onnxruntime.InferenceSession(str(path), providers=list(providers))
-
-    def forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        logits, boxes_cxcywh = session.run(list(OUTPUT_NAMES), {"inputs": images})
-        return logits, boxes_cxcywh
-
-    return forward
-
-
-def _require(package: str):  # noqa: ANN202 - a module
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise StackError(
-            Problem(f"exporting needs the package {package}", mend=f"pip install {package}")
-        ) from error

@@ -12,16 +12,18 @@ def run(arguments: Namespace) -> None:
     """Evaluate; leaves ``results.json`` and ``predictions.json``."""
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "evaluate")
     spec = loaded.spec
-    require_checkpoint(spec.evaluate.checkpoint, "evaluate.checkpoint")
+    checkpoint, engine = spec.evaluate.checkpoint, spec.evaluate.trt_engine
+    require_checkpoint(engine or checkpoint, "evaluate.trt_engine" if engine else "evaluate.checkpoint")
     choose_device(spec, spec.evaluate.gpu_ids)
     require_device(spec)
     with open_session(loaded, "evaluate") as session:
-        from ddetr_mm.tasks.runner import build_runner, load_checkpoint
+        from ddetr_mm.tasks.runner import build_runner, exported_input, load_checkpoint
 
-        checkpoint = spec.evaluate.checkpoint
-        runner = build_runner(loaded, "evaluate", session.folder, checkpoint)
-        load_checkpoint(runner.model, checkpoint, where="evaluate.checkpoint")
-        session.status.write(f"Loading checkpoint: {checkpoint}")
+        exported = exported_input(checkpoint, engine, where="evaluate")
+        runner = build_runner(loaded, "evaluate", session.folder, checkpoint, exported)
+        if exported is None:
+            load_checkpoint(runner.model, checkpoint, where="evaluate.checkpoint")
+        session.status.write(f"Loading checkpoint: {engine or checkpoint}")
         metrics = runner.test()
         session.status.write(
             "Test metrics generated.",

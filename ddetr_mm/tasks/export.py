@@ -2,50 +2,169 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ddetr_mm.errors import ExportError, Problem
-from ddetr_mm.spec import ExperimentSpec, load_spec
-from ddetr_mm.tasks.session import choose_device, open_session, require_checkpoint
+from ddetr_mm.errors import DataError, ExportError, Problem
+from ddetr_mm.spec import ExperimentSpec, LoadedSpec, load_spec
+from ddetr_mm.tasks.session import Session, choose_device, open_session, require_checkpoint
+
+if TYPE_CHECKING:
+    from ddetr_mm.deploy.images import Normalisation
+    from ddetr_mm.deploy.onnx_export import ExportOptions, ImageSource
+
+MOST_TEST_IMAGES = 7
 
 
 def run(arguments: Namespace) -> None:
-    """Export; leaves the ONNX file and ``<name>.parity.json`` beside it."""
+    """Export; leaves the ONNX file, ``<name>.parity.json`` and, where asked for, DeepStream's files."""
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "export")
     spec = loaded.spec
-    check_target(spec)
+    check_target(Path(spec.export.onnx_file), ".onnx", "export.onnx_file", force=arguments.force)
     require_checkpoint(spec.export.checkpoint, "export.checkpoint")
     choose_device(spec, [spec.export.gpu_id])
     with open_session(loaded, "export") as session:
-        from ddetr_mm.deploy.onnx_export import export_onnx
-        from ddetr_mm.tasks.runner import build_model
+        export(loaded, session)
 
-        settings = spec.export
-        session.status.write(f"Loading checkpoint: {settings.checkpoint}")
-        model, _ = build_model(loaded, "export", settings.checkpoint, where="export.checkpoint")
-        report = export_onnx(
-            model,
-            settings.onnx_file,
-            input_size_hw=(settings.input_height, settings.input_width),
-            batch_size=settings.batch_size,
-            opset=settings.opset_version,
-            say=lambda line: print(line, file=sys.stderr),
+
+def export(loaded: LoadedSpec, session: Session) -> None:
+    """The steps after all that can be refused at once has been."""
+    from ddetr_mm.deploy.deepstream import full_class_names, write_deepstream_files
+    from ddetr_mm.deploy.half import export_half
+    from ddetr_mm.deploy.onnx_export import export_onnx, usable_opset
+    from ddetr_mm.tasks.runner import build_model
+    from ddetr_mm.weights import inspect_checkpoint
+
+    spec, settings = loaded.spec, loaded.spec.export
+    usable_opset(settings.opset_version, plugin=not settings.on_cpu)
+    session.status.write(f"Loading checkpoint: {settings.checkpoint}")
+    names = full_class_names(inspect_checkpoint(settings.checkpoint).class_names, spec.dataset.num_classes)
+    model, _ = build_model(loaded, "export", settings.checkpoint, where="export.checkpoint")
+    options = export_options(spec, names)
+    normalisation = spec_normalisation(spec)
+    images, images_are = test_images(spec, options.input_size_hw, normalisation)
+    target = Path(settings.onnx_file)
+    report = export_onnx(model, target, options, images=images, images_are=images_are, say=say)
+    written = [report.onnx_file]
+    if spec.ddetr_mm.export_fp16:
+        written.append(
+            export_half(model, target, options, images=images, images_are=images_are, say=say).onnx_file
         )
-        print(f"written: {report.onnx_file}")
+    if settings.serialize_nvdsinfer:
+        written += write_deepstream_files(target, options.input_size_hw, names, normalisation)
+    print("written: " + ", ".join(str(path) for path in written))
 
 
-def check_target(spec: ExperimentSpec) -> None:
-    """Refuse to write over a file, before any work.
+def say(line: str) -> None:
+    """One line of progress on standard error."""
+    print(line, file=sys.stderr)
+
+
+def export_options(spec: ExperimentSpec, class_names: list[str]) -> ExportOptions:
+    """The spec's ``export`` section in the exporter's words."""
+    from ddetr_mm.deploy.onnx_export import ExportOptions
+
+    settings, augmentation = spec.export, spec.dataset.augmentation
+    meta: dict[str, Any] = dict(
+        class_names=class_names,
+        input_mean=list(augmentation.input_mean),
+        input_std=list(augmentation.input_std),
+    )
+    return ExportOptions(
+        input_size_hw=(settings.input_height, settings.input_width),
+        batch_size=settings.batch_size,
+        opset=settings.opset_version,
+        plugin=not settings.on_cpu,
+        verbose=settings.verbose,
+        meta=meta,
+    )
+
+
+def spec_normalisation(spec: ExperimentSpec) -> Normalisation:
+    """The spec's mean and standard deviation, in 0..255."""
+    from ddetr_mm.deploy.images import Normalisation
+    from ddetr_mm.translate.model_section import three
+
+    augmentation = spec.dataset.augmentation
+    mean, std = (
+        tuple(round(255 * value, 6) for value in three(values))
+        for values in (augmentation.input_mean, augmentation.input_std)
+    )
+    return Normalisation(mean, std)
+
+
+def test_images(
+    spec: ExperimentSpec, size_hw: tuple[int, int], normalisation: Normalisation
+) -> tuple[ImageSource | None, str]:
+    """Validation images for the comparison with PyTorch where the spec's are there, else None."""
+    from ddetr_mm.deploy.images import cycling_source
+
+    paths = validation_images(spec)
+    if not paths:
+        return None, "generated"
+    return cycling_source(paths, size_hw, normalisation), "validation"
+
+
+def validation_images(spec: ExperimentSpec) -> list[str]:
+    """Up to :data:`MOST_TEST_IMAGES` files of ``dataset.val_data_sources``; none where they are not there."""
+    from ddetr_mm.data.sources import CocoSource, join_location, read_coco_sources
+
+    sources = [CocoSource(one.image_dir, one.json_file) for one in spec.dataset.val_data_sources or []]
+    if not sources:
+        return []
+    try:
+        table = read_coco_sources(sources, annotations_required=False)
+    except DataError as error:
+        say(f"note: dataset.val_data_sources cannot be used for the comparison: {error}")
+        return []
+    paths = []
+    for row in range(min(MOST_TEST_IMAGES, len(table.image_ids))):
+        folder = sources[table.source_indices[row]].image_dir
+        paths.append(join_location(folder, table.file_name(row)))
+    missing = [path for path in paths if not Path(path).is_file()]
+    if missing:
+        say(f"note: {missing[0]} is not there: comparing on generated images")
+        return []
+    return paths
+
+
+def check_target(target: Path, suffix: str, where: str, *, force: bool) -> None:
+    """Refuse a target that cannot be written, before any work.
+
+    Args:
+        target: the file to write.
+        suffix: the ending it should have.
+        where: the spec key that named it.
+        force: whether a file there may be replaced.
 
     Raises:
-        ExportError: when ``export.onnx_file`` exists.
+        ExportError: when it exists (without ``force``), would have to be encrypted, is a folder, or cannot be
+            made.
     """
-    target = Path(spec.export.onnx_file)
-    if target.exists():
+    if target.suffix == ".etlt":
+        raise ExportError(
+            Problem("encrypted files are not written", file=target, where=where, mend=f"name it *{suffix}")
+        )
+    if target.is_dir():
+        raise ExportError(
+            Problem("is a folder", file=target, where=where, mend=f"name a {suffix} file in it")
+        )
+    if target.exists() and not force:
         raise ExportError(
             Problem(
-                "exists already", file=target, where="export.onnx_file", mend="remove it or name another file"
+                "exists already",
+                file=target,
+                where=where,
+                mend="give --force to replace it, or name another file",
             )
+        )
+    folder = target.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ExportError(
+            Problem("cannot be written to", file=folder, where=where, mend="name a folder you may write to")
         )

@@ -12,16 +12,18 @@ def run(arguments: Namespace) -> None:
     """Detect; leaves ``labels/*.txt`` and ``images_annotated/``."""
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "inference")
     spec = loaded.spec
-    require_checkpoint(spec.inference.checkpoint, "inference.checkpoint")
+    checkpoint, engine = spec.inference.checkpoint, spec.inference.trt_engine
+    require_checkpoint(engine or checkpoint, "inference.trt_engine" if engine else "inference.checkpoint")
     choose_device(spec, spec.inference.gpu_ids)
     require_device(spec)
     with open_session(loaded, "inference") as session:
-        from ddetr_mm.tasks.runner import build_runner, load_checkpoint
+        from ddetr_mm.tasks.runner import build_runner, exported_input, load_checkpoint
 
-        checkpoint = spec.inference.checkpoint
-        runner = build_runner(loaded, "inference", session.folder, checkpoint)
-        load_checkpoint(runner.model, checkpoint, where="inference.checkpoint")
-        session.status.write(f"Loading checkpoint: {checkpoint}")
+        exported = exported_input(checkpoint, engine, where="inference")
+        runner = build_runner(loaded, "inference", session.folder, checkpoint, exported)
+        if exported is None:
+            load_checkpoint(runner.model, checkpoint, where="inference.checkpoint")
+        session.status.write(f"Loading checkpoint: {engine or checkpoint}")
         counts = runner.test()
         print(
             f"{counts['inference/objects']:.0f} objects in {counts['inference/images']:.0f} images: "

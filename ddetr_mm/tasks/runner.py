@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ from ddetr_mm.files import write_text_whole
 from ddetr_mm.runtime.quiet import QuietRunner
 from ddetr_mm.spec import LoadedSpec
 from ddetr_mm.translate import spec_config_text, to_config
+from ddetr_mm.translate.to_config import ExportedModel
 from ddetr_mm.weights import inspect_checkpoint, load_for_model
 
 CONFIG_NAME = "config.py"
+EXPORTED_SUFFIXES = (".onnx", ".engine", ".trt", ".plan")
 
 
 def look_up_channels(backbone_cfg: dict[str, Any]) -> list[int]:
@@ -28,7 +32,51 @@ def look_up_channels(backbone_cfg: dict[str, Any]) -> list[int]:
     return feature_channels(backbone_cfg)
 
 
-def config_source(loaded: LoadedSpec, subtask: str, checkpoint: str | None = None) -> str:
+@dataclass(frozen=True)
+class ExportedInput:
+    """An exported graph that takes the network's place, and the class names it brings along."""
+
+    translated: ExportedModel
+    class_names: Sequence[str] | None
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether a file is an exported graph rather than a checkpoint, by its ending."""
+    return Path(path).suffix in EXPORTED_SUFFIXES
+
+
+def exported_input(
+    onnx_file: str | None, trt_engine: str | None = None, *, where: str
+) -> ExportedInput | None:
+    """The exported graph that a spec names, or None where it names a checkpoint.
+
+    Args:
+        onnx_file: the subtask's ``checkpoint``.
+        trt_engine: the subtask's ``trt_engine``, which goes before the checkpoint.
+        where: the subtask, for messages.
+
+    Raises:
+        WeightsError: when the file is not what its name says.
+        StackError: when the runtime is not installed.
+    """
+    if trt_engine:
+        from ddetr_mm.deploy.tensorrt_engine import read_engine_signature
+
+        engine = read_engine_signature(trt_engine, where=f"{where}.trt_engine")
+        model = dict(type="TensorrtDetector", engine_file=str(trt_engine))
+        return ExportedInput(ExportedModel(model, engine.input_size_hw[::-1]), engine.class_names)
+    if not onnx_file or Path(onnx_file).suffix != ".onnx":
+        return None
+    from ddetr_mm.deploy.onnx_file import read_signature
+
+    signature = read_signature(onnx_file, where=f"{where}.checkpoint")
+    model = dict(type="OnnxDetector", onnx_file=str(onnx_file))
+    return ExportedInput(ExportedModel(model, signature.input_size_hw[::-1]), signature.class_names)
+
+
+def config_source(
+    loaded: LoadedSpec, subtask: str, checkpoint: str | None = None, exported: ExportedInput | None = None
+) -> str:
     """The translated config as Python text.
 
     Args:
@@ -36,9 +84,12 @@ def config_source(loaded: LoadedSpec, subtask: str, checkpoint: str | None = Non
         subtask: what the config is for.
         checkpoint: a checkpoint the run will start from; its origin decides whether padded attention
             values are zeroed, unless the spec says, and its class names go into the config.
+        exported: a graph that takes the network's place.
     """
     zeroed = names = None
-    if checkpoint and Path(checkpoint).exists() and not str(checkpoint).endswith((".onnx", ".engine")):
+    if exported is not None:
+        names = exported.class_names
+    elif checkpoint and Path(checkpoint).exists() and not is_exported(checkpoint):
         info = inspect_checkpoint(checkpoint)
         zeroed, names = info.zero_padded_values, info.class_names
     draft = to_config(
@@ -47,12 +98,18 @@ def config_source(loaded: LoadedSpec, subtask: str, checkpoint: str | None = Non
         zero_padded_values=zeroed,
         class_names=names,
         look_up_channels=look_up_channels,
+        exported=exported.translated if exported else None,
     )
     return spec_config_text(loaded, draft, subtask)
 
 
 def build_runner(
-    loaded: LoadedSpec, subtask: str, folder: Path, checkpoint: str | None = None, **changes: Any
+    loaded: LoadedSpec,
+    subtask: str,
+    folder: Path,
+    checkpoint: str | None = None,
+    exported: ExportedInput | None = None,
+    **changes: Any,
 ) -> QuietRunner:
     """An mmengine Runner for a subtask, its config left in the results folder.
 
@@ -61,9 +118,10 @@ def build_runner(
         subtask: ``train``, ``evaluate`` or ``inference``.
         folder: the results folder.
         checkpoint: see :func:`config_source`.
+        exported: likewise.
         changes: top-level config values to set, e.g. ``load_from`` and ``resume``.
     """
-    text = config_source(loaded, subtask, checkpoint)
+    text = config_source(loaded, subtask, checkpoint, exported)
     path = write_text_whole(folder / CONFIG_NAME, text)
     config = Config.fromfile(str(path))
     for name, value in changes.items():

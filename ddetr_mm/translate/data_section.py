@@ -72,7 +72,11 @@ def resize(spec: ExperimentSpec, scales: list[int], max_size: int | None) -> dic
 
 
 def test_pipeline(
-    spec: ExperimentSpec, *, stretch_wh: tuple[int, int] | None = None, with_annotations: bool = True
+    spec: ExperimentSpec,
+    *,
+    stretch_wh: tuple[int, int] | None = None,
+    with_annotations: bool = True,
+    stretch_backend: str = "pillow",
 ) -> list[dict[str, Any]]:
     """Loading and one fixed resize.
 
@@ -80,12 +84,13 @@ def test_pipeline(
         spec: a checked experiment spec.
         stretch_wh: resize to exactly this width and height instead of keeping the aspect ratio.
         with_annotations: also load the ground truth (in the original frame).
+        stretch_backend: ``pillow``, as the reference's training code, or ``cv2``, as its deployment code.
     """
     augmentation = spec.dataset.augmentation
     if stretch_wh is None:
         step = resize(spec, [augmentation.test_random_resize], augmentation.random_resize_max_size)
     else:
-        step = dict(type="Resize", scale=stretch_wh, keep_ratio=False, backend="pillow")
+        step = dict(type="Resize", scale=stretch_wh, keep_ratio=False, backend=stretch_backend)
     pipeline: list[dict[str, Any]] = [dict(type="LoadImageFromFile"), step]
     if with_annotations:
         pipeline.append(dict(type="LoadAnnotations", with_bbox=True))

@@ -57,6 +57,30 @@ SOURCE_KEYS = (
 )
 
 
+EXPORTED_KEYS = (
+    "model.num_select",
+    "dataset.num_classes",
+    "dataset.augmentation.input_mean",
+    "dataset.augmentation.input_std",
+)
+
+
+def exported_detector(spec: ExperimentSpec, model: dict[str, Any]) -> dict[str, Any]:
+    """An exported graph in the network's place: the same normalisation and choice of detections.
+
+    Args:
+        spec: a checked experiment spec.
+        model: class and file of the graph.
+    """
+    preprocessor = data_preprocessor(spec) | dict(pad_short_long=None, pad_size_divisor=1)
+    return model | dict(
+        num_classes=spec.dataset.num_classes,
+        max_per_img=spec.model.num_select,
+        background_column=True,
+        data_preprocessor=preprocessor,
+    )
+
+
 def detector(
     spec: ExperimentSpec, *, zero_padded_values: bool, channels: list[int] | None = None
 ) -> dict[str, Any]:

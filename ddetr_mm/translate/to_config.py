@@ -23,6 +23,19 @@ SUBTASKS = ("train", "evaluate", "inference", "export")
 ChannelLookup = Callable[[dict[str, Any]], list[int]]
 
 
+@dataclasses.dataclass(frozen=True)
+class ExportedModel:
+    """A graph that takes the network's place.
+
+    Attributes:
+        model: class and file, as in a config: ``dict(type="OnnxDetector", onnx_file=…)``.
+        input_size_wh: its input; images are stretched to it, as the reference's deployment does.
+    """
+
+    model: dict[str, Any]
+    input_size_wh: tuple[int, int]
+
+
 def to_config(
     loaded: LoadedSpec,
     subtask: str,
@@ -30,6 +43,7 @@ def to_config(
     zero_padded_values: bool | None = None,
     class_names: Sequence[str] | None = None,
     look_up_channels: ChannelLookup | None = None,
+    exported: ExportedModel | None = None,
 ) -> ConfigDraft:
     """Translate a spec for one subtask.
 
@@ -41,6 +55,7 @@ def to_config(
         class_names: the checkpoint's class names by label, which name the detections of inference.
         look_up_channels: gives the output channels of a backbone config; needed only when the spec brings
             a backbone of its own (``ddetr_mm.backbone``).
+        exported: for ``evaluate`` and ``inference``, an exported graph that takes the network's place.
 
     Raises:
         SpecError: for a subtask that has no config.
@@ -52,7 +67,7 @@ def to_config(
     if zeroed is None:
         zeroed = bool(zero_padded_values)
     channels = None
-    if spec.ddetr_mm.backbone:
+    if spec.ddetr_mm.backbone and exported is None:
         if look_up_channels is None:
             raise ValueError("a spec with ddetr_mm.backbone needs look_up_channels")
         channels = look_up_channels(dict(spec.ddetr_mm.backbone))
@@ -61,19 +76,26 @@ def to_config(
     draft.add("default_scope", "mmdet")
     draft.add(
         "custom_imports",
-        dict(imports=["ddetr_mm.register"], allow_failed_imports=False),
+        dict(
+            imports=["ddetr_mm.register", *(["ddetr_mm.deploy.register"] if exported else [])],
+            allow_failed_imports=False,
+        ),
         remark="Puts the components of ddetr_mm into mmdet's registries.",
     )
     draft.add(
         "model",
-        model_section.detector(spec, zero_padded_values=zeroed, channels=channels),
-        model_section.SOURCE_KEYS,
+        model_section.exported_detector(spec, exported.model)
+        if exported
+        else model_section.detector(spec, zero_padded_values=zeroed, channels=channels),
+        model_section.EXPORTED_KEYS if exported else model_section.SOURCE_KEYS,
         remark="The network.",
     )
     if subtask == "inference":
-        _add_inference(draft, spec, class_names)
+        _add_inference(draft, spec, class_names, exported)
+    elif subtask == "evaluate":
+        _add_evaluate(draft, spec, exported)
     else:
-        {"train": _add_train, "evaluate": _add_evaluate, "export": _add_export}[subtask](draft, spec)
+        {"train": _add_train, "export": _add_export}[subtask](draft, spec)
     _add_run(draft, spec, subtask, zeroed)
     return draft
 
@@ -131,11 +153,12 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
     draft.add("test_cfg", dict(type="TestLoop"))
 
 
-def _add_evaluate(draft: ConfigDraft, spec: ExperimentSpec) -> None:
+def _add_evaluate(draft: ConfigDraft, spec: ExperimentSpec, exported: ExportedModel | None) -> None:
     sources = data_section.plain_sources(_test_sources(spec))
+    stretch = exported.input_size_wh if exported else None
     draft.add(
         "test_pipeline",
-        data_section.test_pipeline(spec),
+        data_section.test_pipeline(spec, stretch_wh=stretch, stretch_backend="cv2"),
         data_section.TEST_PIPELINE_KEYS,
         "What happens to an image.",
     )
@@ -161,12 +184,22 @@ def _test_sources(spec: ExperimentSpec) -> list[DataSource]:
     return list(spec.dataset.val_data_sources or [])
 
 
-def _add_inference(draft: ConfigDraft, spec: ExperimentSpec, class_names: Sequence[str] | None) -> None:
+def _add_inference(
+    draft: ConfigDraft,
+    spec: ExperimentSpec,
+    class_names: Sequence[str] | None,
+    exported: ExportedModel | None,
+) -> None:
     settings = spec.inference
     stretch = None
-    if settings.input_width and settings.input_height:
+    if exported:
+        stretch = exported.input_size_wh
+    elif settings.input_width and settings.input_height:
         stretch = (settings.input_width, settings.input_height)
-    steps = data_section.test_pipeline(spec, stretch_wh=stretch, with_annotations=False)
+    backend = "cv2" if exported else "pillow"
+    steps = data_section.test_pipeline(
+        spec, stretch_wh=stretch, with_annotations=False, stretch_backend=backend
+    )
     keys = (*data_section.TEST_PIPELINE_KEYS, "inference.input_width", "inference.input_height")
     draft.add("test_pipeline", steps, keys, "What happens to an image.")
     infer_source = spec.dataset.infer_data_sources or InferSource()

@@ -13,13 +13,20 @@ from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 
 import ddetr_mm.register  # noqa: F401 - registers the detector
-from ddetr_mm.deploy.onnx_export import export_onnx, usable_opset
+from ddetr_mm.deploy import onnx_export
+from ddetr_mm.deploy.onnx_export import ExportOptions, usable_opset
+from ddetr_mm.deploy.onnx_file import read_signature
 from ddetr_mm.deploy.parity import BatchParity, ParityReport, compare_outputs, generated_images
 from ddetr_mm.errors import ExportError
 from ddetr_mm.spec import load_spec
 from ddetr_mm.translate import to_config
 
 LEVELS = {1: "[1]", 2: "[1,2]", 4: "[1,2,3,4]", 5: "[0,1,2,3,4]"}
+
+
+def export_onnx(detector, path, say=lambda _: None, **options):
+    """Export with these options, quietly."""
+    return onnx_export.export_onnx(detector, path, ExportOptions(**options), say=say)
 
 
 def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False):
@@ -87,12 +94,55 @@ def test_only_standard_operators_and_no_shape_arithmetic(tmp_path):
     counts = collections.Counter(node.op_type for node in nodes)
     assert {node.domain for node in nodes} == {""}
     assert counts["GridSample"] == (2 + 3) * 4
-    assert counts["Shape"] <= 12 and counts["NonZero"] == counts["Loop"] == counts["If"] == 0
+    # The first queries are repeated for every image of the batch; nothing else asks for a shape.
+    assert counts["Shape"] <= 1 and counts["NonZero"] == counts["Loop"] == counts["If"] == 0
+    assert counts["Constant"] == counts["Identity"] == 0
+
+
+def test_no_node_is_dead_or_stands_twice(tmp_path):
+    export_onnx(tiny_detector(tmp_path), tmp_path / "m.onnx", input_size_hw=(64, 96))
+    graph = onnx.load(str(tmp_path / "m.onnx")).graph
+    read = {name for node in graph.node for name in node.input} | {output.name for output in graph.output}
+    assert all(read & set(node.output) for node in graph.node)
+    assert {tensor.name for tensor in graph.initializer} <= read
+    works = [
+        (
+            node.op_type,
+            tuple(node.input),
+            tuple(sorted(entry.SerializeToString() for entry in node.attribute)),
+        )
+        for node in graph.node
+    ]
+    assert len(set(works)) == len(works)
+
+
+def test_a_fixed_batch_needs_no_shape_at_all(tmp_path):
+    export_onnx(tiny_detector(tmp_path, 2), tmp_path / "m.onnx", input_size_hw=(64, 64), batch_size=2)
+    assert not [node for node in onnx.load(str(tmp_path / "m.onnx")).graph.node if node.op_type == "Shape"]
+
+
+def test_the_file_says_what_it_is(tmp_path):
+    meta = dict(class_names=["background", "cat"], input_mean=[0.5, 0.5, 0.5])
+    export_onnx(tiny_detector(tmp_path, 2), tmp_path / "m.onnx", input_size_hw=(64, 96), meta=meta)
+    signature = read_signature(tmp_path / "m.onnx")
+    assert signature.input_size_hw == (64, 96) and signature.batch_size is None
+    assert (signature.num_queries, signature.num_classes) == (15, 6)
+    assert signature.class_names == ("background", "cat")
+
+
+def test_a_size_the_backbone_cannot_use(tmp_path, monkeypatch):
+    with pytest.raises(ExportError, match=r"export\.input_height.*cannot be used by the backbone.*\(1, 1\)"):
+        detector = tiny_detector(tmp_path, 2)
+        detector.backbone.conv1.padding = (0, 0)
+        export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(1, 1))
+    assert not list(tmp_path.glob("*.onnx"))
 
 
 def test_a_fixed_batch_has_no_dynamic_axis(tmp_path):
     detector = tiny_detector(tmp_path, 2)
-    report = export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 64), batch_size=3, say=lambda _: None)
+    report = export_onnx(
+        detector, tmp_path / "m.onnx", input_size_hw=(64, 64), batch_size=3, say=lambda _: None
+    )
     assert [batch.batch_size for batch in report.batches] == [3]
     shape = onnx.load(str(tmp_path / "m.onnx")).graph.input[0].type.tensor_type.shape
     assert [dim.dim_value for dim in shape.dim] == [3, 3, 64, 64]
@@ -114,8 +164,12 @@ def test_two_stage_is_refused(tmp_path):
 
 def test_opsets():
     assert [usable_opset(opset) for opset in (11, 12, 15, 16, 17, 20)] == [17, 17, 17, 16, 17, 20]
-    with pytest.raises(ExportError, match="16 to 20"):
-        usable_opset(21)
+    for opset in (21, 0, -3):
+        with pytest.raises(ExportError, match="16 to 20"):
+            usable_opset(opset)
+    assert [usable_opset(opset, plugin=True) for opset in (11, 12, 17)] == [11, 12, 17]
+    with pytest.raises(ExportError, match="11 to 20"):
+        usable_opset(10, plugin=True)
 
 
 def test_differences_are_found():

@@ -46,6 +46,11 @@ class OwnSection:
         options=("auto", "cpu", "cuda"),
         doc="Where to run; auto: on a GPU if there is one.",
     )
+    export_fp16: bool = spec_field(
+        False,
+        origin=OURS,
+        doc="Also write the exported graph in half precision, as <name>.fp16.onnx with its parity report.",
+    )
 
 
 @dataclass

@@ -1,0 +1,277 @@
+"""TensorRT's plugin for deformable attention: its node, its contract, and a way to run it without TensorRT.
+
+The node is ``nvidia::MultiscaleDeformableAttnPlugin_TRT`` (version 1) with five inputs and one output:
+
+====================  =========================  =======================================
+input                 shape                      type
+====================  =========================  =======================================
+value                 (N, S, M, D)               float32 or float16
+spatial_shapes        (L, 2) as (height, width)  int32
+level_start_index     (L,)                       int32
+sampling_locations    (N, Lq, M, L, P, 2), 0..1  as value; (x, y)
+attention_weights     (N, Lq, M, L, P)           as value; after the softmax
+output                (N, Lq, M, D)              as value
+====================  =========================  =======================================
+
+N images, S feature points of all levels, M heads, D channels a head, L levels, Lq queries, P points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+from torch import Tensor
+
+from ddetr_mm.errors import ExportError, Problem
+
+if TYPE_CHECKING:
+    import onnx
+
+PLUGIN_NAME = "MultiscaleDeformableAttnPlugin_TRT"
+PLUGIN_DOMAIN = "nvidia"
+MMDEPLOY_PLUGIN = "MMCVMultiScaleDeformableAttention"
+PLUGIN_ATTRIBUTES = {"name": PLUGIN_NAME, "version": "1", "namespace": ""}
+INPUT_RANKS = (4, 2, 1, 6, 5)
+
+
+def level_tensors(sizes_hw: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """``spatial_shapes`` (L, 2) and ``level_start_index`` (L,) of levels of known size, int32."""
+    counts = [height * width for height, width in sizes_hw]
+    starts = [sum(counts[:level]) for level in range(len(counts))]
+    return torch.tensor(sizes_hw, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32)
+
+
+class _PluginFunction(torch.autograd.Function):
+    """Computes in PyTorch, is exported as one node."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, shapes: Tensor, starts: Tensor, places: Tensor, weights: Tensor
+    ) -> Tensor:
+        attended = multi_scale_deformable_attn_pytorch(value, shapes.long(), places, weights)
+        return attended.reshape(*attended.shape[:2], *value.shape[2:])
+
+    @staticmethod
+    def symbolic(g: Any, value: Any, shapes: Any, starts: Any, places: Any, weights: Any) -> Any:
+        named = {f"{key}_s": text for key, text in PLUGIN_ATTRIBUTES.items()}
+        node = g.op(f"{PLUGIN_DOMAIN}::{PLUGIN_NAME}", value, shapes, starts, places, weights, **named)
+        value_sizes, place_sizes = value.type().varyingSizes(), places.type().varyingSizes()
+        if value_sizes and place_sizes:
+            node.setType(value.type().with_sizes([value_sizes[0], place_sizes[1], *value_sizes[2:]]))
+        return node
+
+
+class _MmdeployFunction(torch.autograd.Function):
+    """The same as a node of mmdeploy's library, whose output is (N, Lq, M * D)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, shapes: Tensor, starts: Tensor, places: Tensor, weights: Tensor
+    ) -> Tensor:
+        return multi_scale_deformable_attn_pytorch(value, shapes.long(), places, weights)
+
+    @staticmethod
+    def symbolic(g: Any, value: Any, shapes: Any, starts: Any, places: Any, weights: Any) -> Any:
+        return g.op(f"mmdeploy::{MMDEPLOY_PLUGIN}", value, shapes, starts, places, weights, im2col_step_i=64)
+
+
+PLUGIN_FORMS = {"nvidia": _PluginFunction, "mmdeploy": _MmdeployFunction}
+
+
+def plugin_attention(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    places: Tensor,
+    weights: Tensor,
+    form: str = "nvidia",
+) -> Tensor:
+    """Deformable attention that an exporter writes as one plugin node; shapes as in the module's table.
+
+    Args:
+        form: ``nvidia``, or ``mmdeploy`` with the last two axes of the output flattened.
+    """
+    return PLUGIN_FORMS[form].apply(value, spatial_shapes, level_start_index, places, weights)
+
+
+def plugin_in_numpy(
+    value: np.ndarray,
+    spatial_shapes: np.ndarray,
+    level_start_index: np.ndarray,
+    sampling_locations: np.ndarray,
+    attention_weights: np.ndarray,
+) -> np.ndarray:
+    """What the plugin computes, and the demands it makes on its inputs.
+
+    Every point is the bilinear mean of its four neighbours, those outside the level counting as zero; a
+    location of 0..1 spans the level from edge to edge.
+
+    Returns:
+        (N, Lq, M, D), the type of ``value``.
+
+    Raises:
+        ExportError: for inputs that TensorRT's plugin refuses: other ranks, shapes that are not int32.
+    """
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    ranks = tuple(array.ndim for array in inputs)
+    if ranks != INPUT_RANKS:
+        raise ExportError(
+            Problem(f"{PLUGIN_NAME} refuses its inputs' ranks", value=ranks, allowed=INPUT_RANKS)
+        )
+    if {spatial_shapes.dtype, level_start_index.dtype} != {np.dtype(np.int32)}:
+        raise ExportError(Problem(f"{PLUGIN_NAME} takes its two shape inputs as int32 only"))
+    if not value.dtype == sampling_locations.dtype == attention_weights.dtype:
+        raise ExportError(Problem(f"{PLUGIN_NAME} takes value, locations and weights of one type only"))
+    batch, _, heads, width = value.shape
+    image = np.arange(batch)[:, None, None, None]
+    head = np.arange(heads)[None, None, :, None]
+    total = np.zeros((batch, sampling_locations.shape[1], heads, width), value.dtype)
+    for level, (size_hw, start) in enumerate(
+        zip(spatial_shapes.tolist(), level_start_index.tolist(), strict=True)
+    ):
+        height, length = size_hw
+        x = sampling_locations[:, :, :, level, :, 0] * length - 0.5
+        y = sampling_locations[:, :, :, level, :, 1] * height - 0.5
+        left, top = np.floor(x), np.floor(y)
+        for column, across in ((left, left + 1 - x), (left + 1, x - left)):
+            for row, down in ((top, top + 1 - y), (top + 1, y - top)):
+                inside = (column >= 0) & (column < length) & (row >= 0) & (row < height)
+                place = np.where(inside, row * length + column, 0).astype(np.int64) + start
+                share = np.where(inside, across * down, 0) * attention_weights[:, :, :, level]
+                total += np.einsum("nqmp,nqmpd->nqmd", share.astype(value.dtype), value[image, place, head])
+    return total
+
+
+def plugin_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The plugin nodes of a graph."""
+    return [node for node in model.graph.node if node.domain == PLUGIN_DOMAIN and node.op_type == PLUGIN_NAME]
+
+
+def require_plugin_contract(model: onnx.ModelProto) -> None:
+    """Check every plugin node: attributes, number of inputs, shapes as int32 constants.
+
+    Raises:
+        ExportError: with the first node that TensorRT would refuse.
+    """
+    import onnx
+
+    constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in plugin_nodes(model):
+        attributes = {entry.name: entry.s.decode() for entry in node.attribute}
+        if attributes != PLUGIN_ATTRIBUTES or len(node.input) != 5 or len(node.output) != 1:
+            raise ExportError(
+                Problem("is not the node TensorRT's plugin expects", where=node.name, value=attributes)
+            )
+        if any(constants.get(name) != onnx.TensorProto.INT32 for name in node.input[1:3]):
+            raise ExportError(Problem("needs its two shape inputs as int32 constants", where=node.name))
+
+
+def plugin_graph_forward(model: onnx.ModelProto) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Run a graph with plugin nodes: onnxruntime between them, :func:`plugin_in_numpy` at them.
+
+    The nodes stand in topological order, as ONNX demands; the graph is cut at every plugin node, and each
+    piece becomes a model of its own.
+
+    Args:
+        model: a graph with one input, ``inputs``.
+
+    Returns:
+        Images (B, 3, H, W) → the graph's two outputs.
+    """
+    import onnxruntime
+
+    steps: list[tuple[Any, list[str], list[str]]] = []
+    for piece in pieces_between_plugins(model):
+        if isinstance(piece, tuple):
+            inputs, outputs = list(piece[0]), list(piece[1])
+            steps.append((None, inputs, outputs))
+        else:
+            session = onnxruntime.InferenceSession(
+                piece.SerializeToString(), providers=["CPUExecutionProvider"]
+            )
+            inputs, outputs = [x.name for x in session.get_inputs()], [x.name for x in session.get_outputs()]
+            steps.append((session, inputs, outputs))
+    constants = _constants_of_plugins(model)
+
+    def forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        known = {"inputs": images, **constants}
+        for session, inputs, outputs in steps:
+            if session is None:
+                known[outputs[0]] = plugin_in_numpy(*(known[name] for name in inputs))
+            else:
+                results = session.run(outputs, {name: known[name] for name in inputs})
+                known.update(zip(outputs, results, strict=True))
+        logits, boxes_cxcywh = (known[output.name] for output in model.graph.output)
+        return logits, boxes_cxcywh
+
+    return forward
+
+
+def _constants_of_plugins(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    from onnx import numpy_helper
+
+    wanted = {name for node in plugin_nodes(model) for name in node.input}
+    return {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if tensor.name in wanted
+    }
+
+
+def pieces_between_plugins(
+    model: onnx.ModelProto,
+) -> list[onnx.ModelProto | tuple[Sequence[str], Sequence[str]]]:
+    """The graph as a chain: models of standard operators, and plugin nodes as (inputs, outputs)."""
+    import onnx
+
+    types = _value_types(model)
+    plugins = {node.output[0] for node in plugin_nodes(model)}
+    runs: list[list[onnx.NodeProto]] = [[]]
+    for node in model.graph.node:
+        if node.output[0] in plugins:
+            runs += [[node], []]
+        else:
+            runs[-1].append(node)
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    pieces: list[onnx.ModelProto | tuple[Sequence[str], Sequence[str]]] = []
+    for index, run in enumerate(runs):
+        if not run:
+            continue
+        if run[0].output[0] in plugins:
+            pieces.append((tuple(run[0].input), tuple(run[0].output)))
+            continue
+        made = [name for node in run for name in node.output if name]
+        used = list(dict.fromkeys(name for node in run for name in node.input if name))
+        later = {name for other in runs[index + 1 :] for node in other for name in node.input}
+        later |= {output.name for output in model.graph.output}
+        graph = onnx.helper.make_graph(
+            run,
+            f"piece{index}",
+            [
+                onnx.helper.make_tensor_value_info(name, types.get(name, onnx.TensorProto.FLOAT), None)
+                for name in used
+                if name not in made and name not in initializers
+            ],
+            [
+                onnx.helper.make_tensor_value_info(name, types.get(name, onnx.TensorProto.FLOAT), None)
+                for name in made
+                if name in later
+            ],
+            [initializers[name] for name in used if name in initializers],
+        )
+        opsets = [entry for entry in model.opset_import if entry.domain != PLUGIN_DOMAIN]
+        pieces.append(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version))
+    return pieces
+
+
+def _value_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Element type of every value that shape inference or the exporter knows."""
+    import onnx
+
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    values = (*inferred.value_info, *inferred.input, *inferred.output)
+    return {value.name: value.type.tensor_type.elem_type for value in values}

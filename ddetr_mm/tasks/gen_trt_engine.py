@@ -1,0 +1,149 @@
+"""``ddetr-mm gen_trt_engine``: a TensorRT engine from an ONNX file, checked before it gets its name."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from argparse import Namespace
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ddetr_mm.errors import Problem, StackError, WeightsError
+from ddetr_mm.files import write_text_whole, written_whole
+from ddetr_mm.spec import ExperimentSpec, LoadedSpec, load_spec
+from ddetr_mm.tasks.export import check_target, say, spec_normalisation, test_images
+from ddetr_mm.tasks.session import Session, choose_device, open_session
+
+if TYPE_CHECKING:
+    from ddetr_mm.deploy.calibration import Calibration
+    from ddetr_mm.deploy.onnx_file import OnnxSignature
+    from ddetr_mm.deploy.tensorrt_settings import BuilderSettings
+
+
+def run(arguments: Namespace) -> None:
+    """Build; leaves the engine, its parity report and a file of its class names."""
+    loaded = load_spec(arguments.experiment_spec, arguments.overrides, "gen_trt_engine")
+    spec = loaded.spec
+    if spec.gen_trt_engine.trt_engine:
+        target = Path(spec.gen_trt_engine.trt_engine)
+        check_target(target, ".engine", "gen_trt_engine.trt_engine", force=arguments.force)
+    if not Path(spec.gen_trt_engine.onnx_file).is_file():
+        where = "gen_trt_engine.onnx_file"
+        raise WeightsError(
+            Problem(
+                "does not exist",
+                file=spec.gen_trt_engine.onnx_file,
+                where=where,
+                mend="run `ddetr-mm export`",
+            )
+        )
+    choose_device(spec, [spec.gen_trt_engine.gpu_id])
+    with open_session(loaded, "gen_trt_engine") as session:
+        generate(loaded, session)
+
+
+def generate(loaded: LoadedSpec, session: Session) -> None:
+    """Work out the settings, say how to build elsewhere, build, verify."""
+    from ddetr_mm.deploy.onnx_file import read_signature
+    from ddetr_mm.deploy.tensorrt_engine import require_tensorrt
+    from ddetr_mm.deploy.tensorrt_settings import trtexec_command
+
+    spec, options = loaded.spec, loaded.spec.gen_trt_engine
+    signature = read_signature(options.onnx_file, where="gen_trt_engine.onnx_file")
+    settings = engine_settings(spec, signature)
+    calibration = engine_calibration(spec, signature) if settings.precision == "int8" else None
+    command = trtexec_command(
+        settings,
+        options.onnx_file,
+        options.trt_engine or Path(options.onnx_file).with_suffix(".engine"),
+        options.tensorrt.calibration.cal_cache_file,
+    )
+    print(f"the same build by TensorRT's own tool: {command}")
+    try:
+        require_tensorrt()
+    except StackError as error:
+        problem = error.problems[0]
+        mend = f"{problem.mend}; or run the trtexec command above where TensorRT is"
+        raise StackError(Problem(problem.what, mend=mend)) from error
+    with ExitStack() as stack:
+        if options.trt_engine:
+            target = Path(options.trt_engine)
+            temporary = stack.enter_context(written_whole(target))
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            target = temporary = Path(folder) / "proof.engine"
+        build_and_verify(spec, signature, settings, calibration, temporary, target, session)
+
+
+def build_and_verify(
+    spec: ExperimentSpec,
+    signature: OnnxSignature,
+    settings: BuilderSettings,
+    calibration: Calibration | None,
+    temporary: Path,
+    target: Path,
+    session: Session,
+) -> None:
+    """Build into ``temporary`` and compare with the graph; the report goes beside ``target``."""
+    import onnx
+
+    from ddetr_mm.deploy.onnx_export import graph_forward
+    from ddetr_mm.deploy.parity import generated_images
+    from ddetr_mm.deploy.plugin import plugin_nodes
+    from ddetr_mm.deploy.tensorrt_build import build_engine, verify_engine
+    from ddetr_mm.deploy.tensorrt_engine import meta_file
+
+    build_engine(signature.path, temporary, settings, calibration)
+    graph = onnx.load(str(signature.path))
+    images, images_are = test_images(spec, signature.input_size_hw, spec_normalisation(spec))
+    report = verify_engine(
+        temporary,
+        graph_forward(signature.path, plugin=bool(plugin_nodes(graph))),
+        settings,
+        images or (lambda count: generated_images(count, signature.input_size_hw)),
+        images_are=images_are,
+        name=str(target),
+        opset=max(entry.version for entry in graph.opset_import if not entry.domain),
+    )
+    say(report.summary())
+    if not spec.gen_trt_engine.trt_engine:
+        report.write(session.folder / "engine.parity.json")
+        print("the engine builds and agrees; gen_trt_engine.trt_engine is null, so it was not kept")
+        return
+    report.write(target.with_name(f"{target.stem}.parity.json"))
+    write_text_whole(meta_file(target), json.dumps(dict(signature.meta), indent=2) + "\n")
+    print(f"written: {target}")
+
+
+def engine_settings(spec: ExperimentSpec, signature: OnnxSignature) -> BuilderSettings:
+    """The spec's ``gen_trt_engine`` section in the builder's words."""
+    from ddetr_mm.deploy.tensorrt_settings import builder_settings
+
+    options = spec.gen_trt_engine
+    tensorrt = options.tensorrt
+    return builder_settings(
+        signature,
+        data_type=tensorrt.data_type,
+        workspace_mib=tensorrt.workspace_size,
+        batches=(tensorrt.min_batch_size, tensorrt.opt_batch_size, tensorrt.max_batch_size),
+        layers_precision=tensorrt.layers_precision or (),
+        timing_cache=options.timing_cache,
+        verbose=options.verbose,
+    )
+
+
+def engine_calibration(spec: ExperimentSpec, signature: OnnxSignature) -> Calibration:
+    """The spec's calibration section, checked against the image folders."""
+    from ddetr_mm.deploy.calibration import plan_calibration
+
+    settings = spec.gen_trt_engine.tensorrt.calibration
+    return plan_calibration(
+        settings.cal_image_dir,
+        batch_size=settings.cal_batch_size,
+        batches=settings.cal_batches,
+        cache_file=settings.cal_cache_file,
+        fixed_batch=signature.batch_size,
+        size_hw=signature.input_size_hw,
+        normalisation=spec_normalisation(spec),
+    )

@@ -1,0 +1,276 @@
+"""``tools/deploy.py``: mmdeploy's conversion with its own signature, on torch of today and without its operators.
+
+What mmdeploy's own tool does not do: a spec may stand for the model config, a checkpoint of another format is
+converted, the graph is trimmed and run by plain onnxruntime against PyTorch before it is left there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ddetr_mm.errors import ExportError, InputError, Problem, StackError
+from ddetr_mm.tasks.mmdet_tools import SPEC_SUFFIXES, mmdet_checkpoint
+
+TOLERANCE_BOXES_PIXELS = 0.05
+TOLERANCE_SCORES = 1e-3
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """mmdeploy's arguments, with its names and defaults."""
+    parser = argparse.ArgumentParser(description="Convert a detector with mmdeploy.")
+    parser.add_argument("deploy_cfg", help="deploy config, e.g. configs/deploy/onnxruntime_dynamic.py")
+    parser.add_argument("model_cfg", help="model config, or an experiment spec")
+    parser.add_argument("checkpoint", help="checkpoint of any format")
+    parser.add_argument("img", help="image used to convert the model")
+    parser.add_argument("--test-img", nargs="+", help="images to draw detections on")
+    parser.add_argument("--work-dir", default=str(Path.cwd()), help="folder to write to")
+    parser.add_argument("--calib-dataset-cfg", help="config of the calibration data set for int8")
+    parser.add_argument("--device", default="cpu", help="device of the conversion")
+    parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    parser.add_argument("--show", action="store_true", help="show the drawn detections")
+    parser.add_argument(
+        "--dump-info", action="store_true", help="write deploy.json, pipeline.json, detail.json"
+    )
+    parser.add_argument("--quant-image-dir", help="accepted for mmdeploy's sake; ncnn only")
+    parser.add_argument("--quant", action="store_true", help="accepted for mmdeploy's sake; ncnn only")
+    parser.add_argument("--uri", default="192.168.1.1:60000", help="accepted for mmdeploy's sake; SNPE only")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Convert; returns 0, or 2 for wrong input."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        deploy(parsed)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def deploy(arguments: argparse.Namespace) -> None:
+    """The conversion, step by step.
+
+    Raises:
+        InputError: for anything that is wrong with the arguments or the environment.
+    """
+    require_mmdeploy()
+    for name in ("deploy_cfg", "model_cfg", "checkpoint", "img"):
+        if not Path(getattr(arguments, name)).exists():
+            raise ExportError(Problem("does not exist", file=getattr(arguments, name), where=name))
+    from mmdeploy.utils import get_ir_config, get_root_logger
+
+    import ddetr_mm.register  # noqa: F401 - puts our components into the registries
+    from ddetr_mm.stack.mmdeploy_mends import mended_mmdeploy
+
+    get_root_logger(log_level=logging.getLevelName(arguments.log_level))
+    folder = Path(arguments.work_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = mmdet_checkpoint(arguments.checkpoint, folder)
+    model_cfg = model_config(arguments.model_cfg, arguments.checkpoint, folder)
+    deploy_cfg = deploy_config(arguments.deploy_cfg, model_cfg)
+    ir_config = get_ir_config(deploy_cfg)
+    target = folder / ir_config["save_file"]
+    with mended_mmdeploy(ir_config["opset_version"]):
+        export_graph(deploy_cfg, model_cfg, checkpoint, arguments.img, target)
+        if arguments.dump_info:
+            from mmdeploy.backend.sdk.export_info import export2SDK
+
+            export2SDK(deploy_cfg, model_cfg, str(folder), pth=str(checkpoint), device=arguments.device)
+        files = backend_files(deploy_cfg, target, arguments)
+        for image in arguments.test_img or ():
+            draw(deploy_cfg, model_cfg, files, checkpoint, image, folder, arguments)
+    print("written: " + ", ".join(files))
+
+
+def require_mmdeploy() -> None:
+    """Check that mmdeploy can be imported.
+
+    Raises:
+        StackError: when it, or a package it needs, is missing.
+    """
+    try:
+        import mmdeploy.apis  # noqa: F401
+    except ImportError as error:
+        mend = "pip install --no-deps mmdeploy==1.3.1, then pip install ddetr_mm[deploy]"
+        raise StackError(Problem(f"mmdeploy cannot be imported: {error}", mend=mend)) from error
+
+
+def model_config(path: str, checkpoint: str, folder: Path) -> Any:
+    """The model config with a test pipeline that mmdeploy can fix to one size; a spec is translated.
+
+    Raises:
+        ExportError: when the config has no test pipeline.
+    """
+    from mmengine.config import Config
+
+    if Path(path).suffix.lower() in SPEC_SUFFIXES:
+        from ddetr_mm.files import write_text_whole
+        from ddetr_mm.spec import load_spec
+        from ddetr_mm.tasks.runner import config_source
+
+        loaded = load_spec(
+            path, [f"export.checkpoint={checkpoint}", "export.onnx_file=end2end.onnx"], "export"
+        )
+        text = config_source(loaded, "export", checkpoint)
+        path = str(write_text_whole(folder / f"{Path(path).stem}.py", text))
+    config = Config.fromfile(path)
+    if not config.get("test_pipeline"):
+        raise ExportError(Problem("has no test_pipeline", file=path, mend="translate it --for export"))
+    # mmdeploy fixes the size of a step named Resize and knows no other.
+    for step in config.test_pipeline:
+        if step.type == "TAORandomResize":
+            long, short = step.pop("max_size") or step.scales[-1], step.pop("scales")[-1]
+            step.pop("backend", None)
+            step.update(type="Resize", scale=(long, short), keep_ratio=True, backend="pillow")
+    return config
+
+
+def deploy_config(path: str, model_cfg: Any) -> Any:
+    """The deploy config with the input size filled in from the test pipeline where it is left open.
+
+    Raises:
+        ExportError: when neither names a size.
+    """
+    from mmengine.config import Config
+
+    config = Config.fromfile(path)
+    shape = config.onnx_config.get("input_shape")
+    if shape is None:
+        shape = next((tuple(step.scale) for step in model_cfg.test_pipeline if step.type == "Resize"), None)
+        if shape is None:
+            raise ExportError(
+                Problem(
+                    "no input size is named",
+                    file=path,
+                    where="onnx_config.input_shape",
+                    mend="give (width, height)",
+                )
+            )
+        config.onnx_config.input_shape = shape
+    width, height = shape
+    for entry in config.backend_config.get("model_inputs") or ():
+        sizes = entry.input_shapes.input
+        largest = sizes.pop("max_batch", 1)
+        for name, batch in (("min_shape", 1), ("opt_shape", 1), ("max_shape", largest)):
+            if sizes.get(name) is None:
+                sizes[name] = [batch, 3, height, width]
+    return config
+
+
+def export_graph(deploy_cfg: Any, model_cfg: Any, checkpoint: Path, image: str, target: Path) -> None:
+    """mmdeploy's export, trimmed and compared with PyTorch on the image.
+
+    Raises:
+        ExportError: when they disagree; the file is removed then.
+    """
+    import onnx
+    from mmdeploy.apis import torch2onnx
+
+    from ddetr_mm.deploy.lean import lean
+    from ddetr_mm.deploy.onnx_file import check_file
+    from ddetr_mm.files import written_whole
+
+    with written_whole(target) as temporary:
+        torch2onnx(
+            image, str(target.parent), temporary.name, deploy_cfg, model_cfg, str(checkpoint), device="cpu"
+        )
+        onnx.save(lean(onnx.load(str(temporary))), str(temporary))
+        nodes = check_file(temporary)
+        print(
+            f"{nodes} nodes; {compare(deploy_cfg, model_cfg, checkpoint, image, temporary)}", file=sys.stderr
+        )
+
+
+def compare(deploy_cfg: Any, model_cfg: Any, checkpoint: Path, image: str, onnx_file: Path) -> str:
+    """Run PyTorch and the graph on an image and say how far they agree.
+
+    Raises:
+        ExportError: beyond :data:`TOLERANCE_BOXES_PIXELS` or :data:`TOLERANCE_SCORES`.
+    """
+    import onnxruntime
+    import torch
+    from mmdeploy.apis.utils import build_task_processor
+
+    if deploy_cfg.codebase_config.get("attention", "standard") != "standard":
+        return "plugin nodes, run by TensorRT only: compare them through `ddetr-mm export`"
+    processor = build_task_processor(model_cfg, deploy_cfg, "cpu")
+    model = processor.build_pytorch_model(str(checkpoint)).eval()
+    data, inputs = processor.create_input(image, deploy_cfg.onnx_config.input_shape, model.data_preprocessor)
+    with torch.no_grad():
+        expected = model.predict(inputs, data["data_samples"], rescale=False)[0].pred_instances
+    session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
+    dets, labels = session.run(["dets", "labels"], {"input": inputs.numpy()})
+    scores = float((torch.from_numpy(dets[0, :, 4]) - expected.scores).abs().max())
+    same = torch.from_numpy(labels[0]) == expected.labels
+    boxes = (
+        float((torch.from_numpy(dets[0, :, :4]) - expected.bboxes)[same].abs().max()) if same.any() else 0.0
+    )
+    # Equal scores may change places; then their labels and boxes differ.
+    if scores > TOLERANCE_SCORES or boxes > TOLERANCE_BOXES_PIXELS or same.float().mean() < 0.9:
+        raise ExportError(
+            Problem(
+                "mmdeploy's graph does not compute what PyTorch computes",
+                value=f"scores differ by {scores:.3g}, boxes by {boxes:.3g} px, {same.float().mean():.0%} equal labels",
+                allowed=f"{TOLERANCE_SCORES}, {TOLERANCE_BOXES_PIXELS} px, 90%",
+            )
+        )
+    return f"onnxruntime against PyTorch: scores within {scores:.1e}, boxes within {boxes:.1e} px"
+
+
+def backend_files(deploy_cfg: Any, target: Path, arguments: argparse.Namespace) -> list[str]:
+    """What the backend runs: the graph itself, or an engine that mmdeploy builds from it.
+
+    Raises:
+        StackError: for TensorRT where it is not installed; the graph is there.
+    """
+    from mmdeploy.utils import get_backend
+
+    if get_backend(deploy_cfg).value != "tensorrt":
+        return [str(target)]
+    from ddetr_mm.deploy.tensorrt_engine import require_tensorrt
+
+    try:
+        require_tensorrt()
+    except StackError as error:
+        problem = error.problems[0]
+        raise StackError(
+            Problem(f"{target} is written, its engine is not: {problem.what}", mend=problem.mend)
+        ) from error
+    from mmdeploy.apis.utils import to_backend
+
+    return list(
+        to_backend(
+            "tensorrt",
+            [str(target)],
+            work_dir=str(target.parent),
+            deploy_cfg=deploy_cfg,
+            log_level=logging.getLevelName(arguments.log_level),
+            device=arguments.device,
+        )
+    )
+
+
+def draw(
+    deploy_cfg: Any,
+    model_cfg: Any,
+    files: list[str],
+    checkpoint: Path,
+    image: str,
+    folder: Path,
+    arguments: argparse.Namespace,
+) -> None:
+    """Draw the detections of the backend and of PyTorch, as mmdeploy's tool does."""
+    from mmdeploy.apis import visualize_model
+    from mmdeploy.utils import Backend, get_backend
+
+    for backend, model in ((get_backend(deploy_cfg), files), (Backend.PYTORCH, [str(checkpoint)])):
+        output = folder / f"output_{backend.value}_{Path(image).stem}.jpg"
+        visualize_model(
+            model_cfg, deploy_cfg, model, image, arguments.device, backend, str(output), arguments.show
+        )

@@ -1,0 +1,11 @@
+"""Convert a detector with mmdeploy: ``tools/deploy.py DEPLOY_CFG MODEL_CFG_OR_SPEC CHECKPOINT IMAGE --work-dir DIR``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ddetr_mm.tasks.mmdeploy_tool import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
