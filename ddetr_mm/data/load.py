@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import cv2
+import mmcv
 import numpy as np
+import numpy.typing as npt
 from mmcv.transforms import LoadImageFromFile
 from mmdet.registry import TRANSFORMS
 from mmengine import fileio
@@ -22,7 +24,8 @@ class TAOLoadImageFromFile(LoadImageFromFile):
     is still larger than what the augmentation makes of it, but its pixels are not the reference's: an
     option for training only. EXIF orientation is applied either way.
 
-    Without ``min_short_side`` it does exactly what mmcv's does.
+    Without ``min_short_side`` it gives exactly what mmcv's gives. What OpenCV cannot decode (TIFF files
+    that are turned by a quarter, for one) is tried with Pillow.
 
     With it, a reduced image leaves ``ori_shape`` at the full size, while ``img``, ``img_shape``, the
     boxes in ``instances``, ``scale_factor`` and ``homography_matrix`` are those of the reduced image; so
@@ -48,7 +51,15 @@ class TAOLoadImageFromFile(LoadImageFromFile):
         reduction = self._reduction(results)
         if reduction > 1 and self._load_reduced(results, reduction):
             return results
-        loaded: dict[str, Any] | None = super().transform(results)
+        try:
+            loaded: dict[str, Any] | None = super().transform(results)
+        except (AssertionError, cv2.error):
+            image = _decode_with_pillow(results["img_path"], self.backend_args)
+            if image is None or self.color_type != "color":
+                raise
+            results["img"] = image.astype(np.float32) if self.to_float32 else image
+            results["img_shape"] = results["ori_shape"] = image.shape[:2]
+            return results
         return loaded
 
     def _reduction(self, results: dict[str, Any]) -> int:
@@ -85,3 +96,13 @@ class TAOLoadImageFromFile(LoadImageFromFile):
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, min_short_side={self.min_short_side})"
+
+
+def _decode_with_pillow(path: str, backend_args: dict[str, Any] | None) -> npt.NDArray[np.uint8] | None:
+    """(H, W, 3) BGR, EXIF orientation applied; None where Pillow cannot decode it either."""
+    try:
+        content = fileio.get(path, backend_args=backend_args)
+        image: npt.NDArray[np.uint8] = mmcv.imfrombytes(content, flag="color", backend="pillow")
+    except (OSError, ValueError, SyntaxError):  # the kinds that Pillow's plugins raise on damaged files
+        return None
+    return image

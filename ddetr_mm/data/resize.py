@@ -34,9 +34,9 @@ def resize_like_pillow(image_hwc: Image, size_hw: tuple[int, int]) -> Image:
     height, width = image_hwc.shape[:2]
     if (height, width) == size_hw:
         return image_hwc
-    image_hwc = contiguous(image_hwc)
     if size_hw[0] >= height and size_hw[1] >= width:
         return resize_plain(image_hwc, size_hw)
+    image_hwc = contiguous(image_hwc)
     channels_last = image_hwc if image_hwc.ndim == 3 else image_hwc[:, :, None]
     batch = torch.from_numpy(channels_last).permute(2, 0, 1)[None]
     resized = functional.interpolate(
@@ -61,7 +61,9 @@ def resize_plain(image_hwc: Image, size_hw: tuple[int, int]) -> Image:
     """
     if image_hwc.shape[:2] == size_hw:
         return image_hwc
-    resized = cv2.resize(contiguous(image_hwc), size_hw[::-1], interpolation=cv2.INTER_LINEAR)
+    if image_hwc.strides[0] <= 0 or image_hwc.strides[1] <= 0:  # a window is fine for OpenCV, a flip is not
+        image_hwc = contiguous(image_hwc)
+    resized = cv2.resize(image_hwc, size_hw[::-1], interpolation=cv2.INTER_LINEAR)
     return resized if resized.ndim == image_hwc.ndim else resized[:, :, None]
 
 

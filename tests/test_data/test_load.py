@@ -6,7 +6,7 @@ import pytest
 from data_builders import random_image
 from dataset_builders import config  # noqa: F401  (imports mmdet the right way round)
 from mmdet.registry import TRANSFORMS
-from PIL import Image
+from PIL import Image, ImageOps
 
 import ddetr_mm.data.load  # noqa: F401  (registers)
 
@@ -88,6 +88,26 @@ def test_missing_file_is_reported_as_by_mmcv(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "x.jpg", min_short_side=100)
     assert load(tmp_path / "x.jpg", min_short_side=100, ignore_empty=True) is None
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
+def test_every_format_is_turned_as_its_tag_says(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray(random_image(0, 48, 64)).save(path, exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+    results = load(path)
+    assert results["img_shape"] == results["ori_shape"] == expected.shape[:2]
+    np.testing.assert_array_equal(results["img"][:, :, ::-1], expected)
+
+
+def test_undecodable_files_are_reported_as_by_mmcv(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"\xff\xd8 no image")
+    for options in ({}, {"min_short_side": 100}):
+        with pytest.raises(AssertionError, match="failed to load image"):
+            load(tmp_path / "x.jpg", **options)
 
 
 @pytest.mark.parametrize(
