@@ -1,4 +1,7 @@
-"""Convert a detector with mmdeploy: ``tools/deploy.py DEPLOY_CFG MODEL_CFG_OR_SPEC CHECKPOINT IMAGE --work-dir DIR``."""
+"""Convert a detector with mmdeploy: ``tools/deploy.py DEPLOY_CFG MODEL_CFG CHECKPOINT IMAGE [options]``.
+
+The arguments are those of mmdeploy's tool; an experiment spec may stand for the model config.
+"""
 
 import sys
 from pathlib import Path

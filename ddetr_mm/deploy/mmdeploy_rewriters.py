@@ -1,11 +1,11 @@
 """Our detector for mmdeploy: name this module in a deploy config's ``codebase_config.module``.
 
-mmdeploy replaces the detector by :class:`DeployedDetector` before it traces, so that its graph is the lean one of
-:mod:`ddetr_mm.deploy.graph` with the choice of detections behind it. Outputs are mmdeploy's: ``dets`` (N, K, 5) as
-x1, y1, x2, y2, score in pixels of the network's input, and ``labels`` (N, K).
+mmdeploy replaces the detector by :class:`DeployedDetector` before it traces, so that its graph is the lean
+one of :mod:`ddetr_mm.deploy.graph` with the choice of detections behind it. Outputs are mmdeploy's: ``dets``
+(N, K, 5) as x1, y1, x2, y2, score in pixels of the network's input, and ``labels`` (N, K).
 
-``codebase_config.attention`` chooses the sampling: ``standard`` (GridSample, the default), ``nvidia`` (TensorRT's own
-plugin) or ``mmdeploy`` (the plugin of mmdeploy's runtime library).
+``codebase_config.attention`` chooses the sampling: ``standard`` (GridSample, the default), ``nvidia``
+(TensorRT's own plugin) or ``mmdeploy`` (the plugin of mmdeploy's runtime library).
 """
 
 from __future__ import annotations

@@ -90,9 +90,14 @@ def plugin_attention(
     weights: Tensor,
     form: str = "nvidia",
 ) -> Tensor:
-    """Deformable attention that an exporter writes as one plugin node; shapes as in the module's table.
+    """Deformable attention that an exporter writes as one plugin node.
 
     Args:
+        value: this and the next four as in the module's table.
+        spatial_shapes: see there.
+        level_start_index: see there.
+        places: the sampling locations.
+        weights: the attention weights.
         form: ``nvidia``, or ``mmdeploy`` with the last two axes of the output flattened.
     """
     return PLUGIN_FORMS[form].apply(value, spatial_shapes, level_start_index, places, weights)

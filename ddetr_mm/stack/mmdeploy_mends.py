@@ -2,11 +2,11 @@
 
 Three things, none of which does anything on the torch that mmdeploy was written for:
 
-1. ``torch.onnx.export`` uses a new exporter by default since torch 2.9, which mmdeploy's rewriters do not fit. It
-   gets ``dynamo=False``.
-2. mmdeploy treats torch's table of fx-wrapped functions as the list that it once was and takes the last entry off
-   it; today it is a dict and that fails with ``KeyError: -1``. mmdeploy gets a list of its own: tracing does not
-   use it.
+1. ``torch.onnx.export`` uses a new exporter by default since torch 2.9, which mmdeploy's rewriters do not
+   fit. It gets ``dynamo=False``.
+2. mmdeploy treats torch's table of fx-wrapped functions as the list that it once was and takes the last entry
+   off it; today it is a dict and that fails with ``KeyError: -1``. mmdeploy gets a list of its own: tracing
+   does not use it.
 3. mmdeploy exports ``grid_sampler`` as an operator of its own runtime library. From opset 16 on ONNX has
    GridSample, so its record is taken out and torch's own export comes through.
 """

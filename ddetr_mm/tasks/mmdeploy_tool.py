@@ -1,4 +1,4 @@
-"""``tools/deploy.py``: mmdeploy's conversion with its own signature, on torch of today and without its operators.
+"""``tools/deploy.py``: mmdeploy's conversion with its own signature, on torch of today, in plain operators.
 
 What mmdeploy's own tool does not do: a spec may stand for the model config, a checkpoint of another format is
 converted, the graph is trimmed and run by plain onnxruntime against PyTorch before it is left there.
@@ -216,7 +216,8 @@ def compare(deploy_cfg: Any, model_cfg: Any, checkpoint: Path, image: str, onnx_
         raise ExportError(
             Problem(
                 "mmdeploy's graph does not compute what PyTorch computes",
-                value=f"scores differ by {scores:.3g}, boxes by {boxes:.3g} px, {same.float().mean():.0%} equal labels",
+                value=f"scores differ by {scores:.3g}, boxes by {boxes:.3g} px, "
+                f"{same.float().mean():.0%} equal labels",
                 allowed=f"{TOLERANCE_SCORES}, {TOLERANCE_BOXES_PIXELS} px, 90%",
             )
         )
