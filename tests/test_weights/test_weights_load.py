@@ -91,6 +91,18 @@ def test_strict_refuses_what_is_left_over(source):
         load_for_model(detector(num_classes=7), source[1], strict=True)
 
 
+def test_strict_refuses_a_part_of_a_network_and_lets_foreign_keys_pass(source, tmp_path):
+    _, path = source
+    with pytest.raises(WeightsError, match=r"unexpected \(not used\)"):
+        load_for_model(detector(layers=1), path, strict=True)
+    convert_checkpoint(path, tmp_path / "tao.pth", "tao")
+    content = torch.load(tmp_path / "tao.pth", weights_only=True)
+    content["state_dict"]["model.criterion.empty_weight"] = torch.ones(3)
+    torch.save(content, tmp_path / "tao.pth")
+    report = load_for_model(detector(seed=2), tmp_path / "tao.pth", strict=True)
+    assert report.unexpected == ["model.criterion.empty_weight"]
+
+
 def test_class_names_must_be_one_a_column(source):
     with pytest.raises(WeightsError, match="2 class names were given for a class head of 5"):
         load_for_model(detector(), source[1], class_names=("a", "b"))
