@@ -37,14 +37,15 @@ def load_for_model(
         model: mmdet's ``DeformableDETR`` or ours, possibly wrapped for parallel training.
         path: a checkpoint of any format (:func:`ddetr_mm.weights.read_checkpoint`).
         class_names: one name for every column of the model's class head, the background's included.
-        strict: raise unless every key of file and model found its place.
+        strict: raise unless every value of the model came from the file and every weight of the file's
+            network went into the model. Keys of no Deformable DETR (a criterion's buffers …) may be left.
 
     Returns:
         The account; ``mapped`` leads from the file's keys to the model's.
 
     Raises:
         WeightsError: when the file cannot be read, holds another backbone than the model, has nothing in
-            common with it, or with ``strict`` when anything is left over.
+            common with it, or with ``strict`` when something is left over.
     """
     checkpoint = read_checkpoint(path)
     return fill_model(model, checkpoint, class_names=class_names, strict=strict)
@@ -93,7 +94,8 @@ def fill_model(
             )
         )
     _scheme_notes(network, checkpoint, report)
-    if strict and not report.complete:
+    unused = set(report.unexpected) - set(checkpoint.trace.unexpected)
+    if strict and (report.missing or report.reshaped or report.carried_over or unused):
         what = "does not fit the model exactly:\n" + report.summary()
         raise WeightsError(Problem(what, file=checkpoint.path))
     return report

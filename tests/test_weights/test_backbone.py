@@ -26,6 +26,13 @@ def save(path, content):
     return path
 
 
+def without_init(make, *arguments, **options):
+    """A module with its memory unset: initialising tens of millions of weights takes seconds."""
+    with torch.device("meta"):
+        model = make(*arguments, **options)
+    return model.to_empty(device="cpu")
+
+
 def randomised(model, seed=0):
     """Random values in every buffer and parameter, variances positive."""
     generator = torch.Generator().manual_seed(seed)
@@ -41,11 +48,11 @@ def randomised(model, seed=0):
 def test_resnet_50_gives_its_origins_features(origin, tmp_path):
     images = torch.randn(1, 3, 64, 96)
     if origin == "torchvision":
-        model = randomised(torchvision.models.resnet50())
+        model = randomised(without_init(torchvision.models.resnet50))
         x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
         expected = model.layer4(model.layer3(model.layer2(model.layer1(x))))
     else:
-        model = randomised(timm.create_model("resnet50", pretrained=False))
+        model = randomised(without_init(timm.create_model, "resnet50", pretrained=False))
         expected = model.forward_features(images)
     backbone = mmdet_resnet()
     backbone.eval()
@@ -78,7 +85,7 @@ def test_wrapped_backbone_state_dicts(wrap, tmp_path):
 
 
 def test_other_depths_are_refused_with_both_names(tmp_path):
-    path = save(tmp_path / "r34.pth", torchvision.models.resnet34().state_dict())
+    path = save(tmp_path / "r34.pth", mmdet_resnet(34).state_dict())
     with pytest.raises(WeightsError, match="resnet_34 in the file, resnet_18 in the model"):
         load_backbone(mmdet_resnet(18), path)
     with pytest.raises(WeightsError, match="another backbone"):
@@ -118,9 +125,9 @@ def test_wrong_backbones_for_a_gcvit(tmp_path):
     from ddetr_mm.models import GCViT
 
     backbone = GCViT(variant="xxtiny")
-    resnet50 = save(tmp_path / "r50.pth", torchvision.models.resnet50().state_dict())
-    with pytest.raises(WeightsError, match="resnet_50 in the file, gc_vit_xxtiny in the model"):
-        load_backbone(backbone, resnet50)
+    resnet18 = save(tmp_path / "r18.pth", mmdet_resnet(18).state_dict())
+    with pytest.raises(WeightsError, match="resnet_18 in the file, gc_vit_xxtiny in the model"):
+        load_backbone(backbone, resnet18)
     strange = save(tmp_path / "x.pth", {"a.weight": torch.zeros(1)})
     with pytest.raises(WeightsError, match="another backbone"):
         load_backbone(backbone, strange)
