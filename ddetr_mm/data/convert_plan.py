@@ -146,7 +146,7 @@ class Plan:
             seed = f"{options.seed}/{self.sequences[index].name}"
             mask = validation_mask(count, options.val_split, seed)
             if partition == 1:
-                mask = bytearray(1 - chosen for chosen in mask)
+                mask = bytearray(1 - byte for byte in mask)
             chosen, count = itertools.compress(names, mask), sum(mask)
         if options.pad_shards:
             chosen = list(chosen)
