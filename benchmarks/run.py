@@ -1,0 +1,48 @@
+"""Runs the benchmarks one after the other: ``make bench``, or ``make bench ARGS='convert gcvit'`` for some.
+
+Every script of this folder that measures something has a ``main``; each writes its record to
+``benchmarks/records`` and tells its options with ``-h``. Options after ``--`` go to every script.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def scripts() -> list[str]:
+    """Names of the scripts that measure: those that define ``main``, but for this one."""
+    found = []
+    for path in sorted(FOLDER.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defines_main = any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+        if defines_main and path.name != Path(__file__).name:
+            found.append(path.stem)
+    return found
+
+
+def main() -> int:
+    """Run the chosen scripts; returns 0 when all succeeded."""
+    arguments = sys.argv[1:]
+    options = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
+    chosen = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    unknown = sorted(set(chosen) - set(scripts()))
+    if unknown:
+        print(f"no such benchmark: {', '.join(unknown)}; there are: {', '.join(scripts())}", file=sys.stderr)
+        return 2
+    failed = []
+    for name in chosen or scripts():
+        print(f"== {name}", flush=True)
+        if subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *options], check=False).returncode != 0:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
