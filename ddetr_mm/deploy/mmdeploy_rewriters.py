@@ -38,7 +38,8 @@ class DeployedDetector(nn.Module):
 
     def __init__(self, module: nn.Module, cfg: Any) -> None:
         super().__init__()
-        shape_wh = get_input_shape(cfg)
+        # While it exports, mmdeploy keeps a second `ir_config` that has lost the input's shape.
+        shape_wh = cfg.get("onnx_config", {}).get("input_shape") or get_input_shape(cfg)
         if shape_wh is None or is_dynamic_shape(cfg):
             raise ExportError(
                 Problem(

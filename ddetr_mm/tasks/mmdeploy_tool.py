@@ -77,11 +77,13 @@ def deploy(arguments: argparse.Namespace) -> None:
     ir_config = get_ir_config(deploy_cfg)
     target = folder / ir_config["save_file"]
     with mended_mmdeploy(ir_config["opset_version"]):
-        export_graph(deploy_cfg, model_cfg, checkpoint, arguments.img, target)
+        export_graph(traced_config(deploy_cfg), model_cfg, checkpoint, arguments.img, target)
         if arguments.dump_info:
             from mmdeploy.backend.sdk.export_info import export2SDK
 
-            export2SDK(deploy_cfg, model_cfg, str(folder), pth=str(checkpoint), device=arguments.device)
+            # mmdeploy refuses TensorRT beside the CPU, though nothing runs here.
+            device = "cuda:0" if is_tensorrt(deploy_cfg) else arguments.device
+            export2SDK(deploy_cfg, model_cfg, str(folder), pth=str(checkpoint), device=device)
         files = backend_files(deploy_cfg, target, arguments)
         for image in arguments.test_img or ():
             draw(deploy_cfg, model_cfg, files, checkpoint, image, folder, arguments)
@@ -163,6 +165,22 @@ def deploy_config(path: str, model_cfg: Any) -> Any:
     return config
 
 
+def is_tensorrt(deploy_cfg: Any) -> bool:
+    """Whether a deploy config is for TensorRT."""
+    return bool(deploy_cfg.backend_config.type == "tensorrt")
+
+
+def traced_config(deploy_cfg: Any) -> Any:
+    """The deploy config to trace with: ONNX Runtime's rewriters, whatever runs the graph later.
+
+    mmdeploy's rewriters for TensorRT put operators of its own library into the graph, for which standard ones
+    exist, and want a GPU that tracing does not need. The attention's plugin is our own rewriter's choice.
+    """
+    traced = deploy_cfg.copy()
+    traced.backend_config = dict(type="onnxruntime")
+    return traced
+
+
 def export_graph(deploy_cfg: Any, model_cfg: Any, checkpoint: Path, image: str, target: Path) -> None:
     """mmdeploy's export, trimmed and compared with PyTorch on the image.
 
@@ -230,9 +248,7 @@ def backend_files(deploy_cfg: Any, target: Path, arguments: argparse.Namespace) 
     Raises:
         StackError: for TensorRT where it is not installed; the graph is there.
     """
-    from mmdeploy.utils import get_backend
-
-    if get_backend(deploy_cfg).value != "tensorrt":
+    if not is_tensorrt(deploy_cfg):
         return [str(target)]
     from ddetr_mm.deploy.tensorrt_engine import require_tensorrt
 

@@ -22,7 +22,8 @@ from ddetr_mm.translate.to_config import ExportedModel
 from ddetr_mm.weights import inspect_checkpoint, load_for_model
 
 CONFIG_NAME = "config.py"
-EXPORTED_SUFFIXES = (".onnx", ".engine", ".trt", ".plan")
+ENGINE_SUFFIXES = (".engine", ".trt", ".plan")
+EXPORTED_SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
 
 
 def look_up_channels(backbone_cfg: dict[str, Any]) -> list[int]:
@@ -59,6 +60,8 @@ def exported_input(
         WeightsError: when the file is not what its name says.
         StackError: when the runtime is not installed.
     """
+    if not trt_engine and onnx_file and Path(onnx_file).suffix in ENGINE_SUFFIXES:
+        trt_engine = onnx_file
     if trt_engine:
         from ddetr_mm.deploy.tensorrt_engine import read_engine_signature
 
