@@ -37,7 +37,10 @@ def main() -> int:
     failed = []
     for name in chosen or scripts():
         print(f"== {name}", flush=True)
-        if subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *options], check=False).returncode != 0:
+        if (
+            subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *options], check=False).returncode
+            != 0
+        ):
             failed.append(name)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
