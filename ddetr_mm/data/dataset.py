@@ -186,6 +186,11 @@ class SerializedCocoDataset(BaseDetDataset):
             return None
 
     @property
+    def shard_indices(self) -> npt.NDArray[np.int32]:
+        """(number of samples,) which annotation file each sample comes from, for rank-wise sampling."""
+        return self.table.shard_indices if self._rows is None else self.table.shard_indices[self._rows]
+
+    @property
     def num_replaced(self) -> int:
         """How many unreadable images were replaced so far, in all workers of this process."""
         return 0 if self.num_replaced_shared is None else int(self.num_replaced_shared)

@@ -19,7 +19,18 @@ from ddetr_mm.data.geometry import (
     resize_size_hw,
 )
 from ddetr_mm.data.image_edits import Results, crop_results, pad_results, resize_results
+from ddetr_mm.data.load import TAOLoadImageFromFile
+from ddetr_mm.data.pack import TAOPackDetInputs
 from ddetr_mm.data.resize import RESIZE_BACKENDS
+
+__all__ = [
+    "FixedPad",
+    "LargeScaleJitter",
+    "TAOLoadImageFromFile",
+    "TAOPackDetInputs",
+    "TAORandomResize",
+    "TAORandomSizeCrop",
+]
 
 IMAGENET_MEAN_BGR = (104.0, 116.0, 124.0)
 """The mean colour of ImageNet in 8 bits: about 0 after normalisation."""

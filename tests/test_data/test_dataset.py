@@ -93,6 +93,12 @@ def test_several_sources_have_unique_ids_and_their_own_folders(root):
     assert infos[4]["instances"] == [{"bbox": [1, 1, 9, 9], "bbox_label": 1, "ignore_flag": 0}]
 
 
+def test_samples_know_their_annotation_file(root):
+    dataset = two_sources(root)
+    assert dataset.shard_indices.tolist() == [0, 0, 0, 1, 1]
+    assert dataset.get_subset([4, 0]).shard_indices.tolist() == [1, 0]
+
+
 def test_crowds_are_ignored_and_ignored_boxes_left_out(root):
     document = three_images()
     document["annotations"][0]["ignore"] = 1
