@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -18,6 +19,9 @@ from ddetr_mm.deploy.onnx_export import (
 from ddetr_mm.deploy.onnx_file import check_file, require
 from ddetr_mm.deploy.parity import ParityReport, compare_batches, generated_images
 from ddetr_mm.files import written_whole
+
+if TYPE_CHECKING:
+    import onnx
 
 TOLERANCE_LOGITS = 0.2
 TOLERANCE_BOXES = 0.02
@@ -56,20 +60,21 @@ def export_half(
         ExportError: when the result is beyond the tolerance of half precision.
         StackError: without onnxruntime's converter.
     """
-    onnx = require("onnx")
+    onnx_package = require("onnx")
     converter = require("onnxruntime.transformers.float16")
     target = half_file(onnx_file)
     blocked = [*KEPT_IN_FLOAT32, "MultiscaleDeformableAttnPlugin_TRT"]
     model = converter.convert_float_to_float16(
-        onnx.load(str(onnx_file)),
+        onnx_package.load(str(onnx_file)),
         keep_io_types=True,
         op_block_list=blocked,
         disable_shape_infer=options.plugin,
     )
+    drop_repeated_casts(model)
     sort_nodes(model)  # the converter puts its casts at the end
     drop_dead(model)
     with written_whole(target) as temporary:
-        onnx.save(model, str(temporary))
+        onnx_package.save(model, str(temporary))
         report = ParityReport(
             onnx_file=str(target),
             runtime="onnxruntime, float16",
@@ -87,3 +92,18 @@ def export_half(
         report.require()
         report.write(parity_file(target))
     return report
+
+
+def drop_repeated_casts(model: onnx.ModelProto) -> None:
+    """Keep one of the casts that the converter writes anew, under one name, for every reader of a weight."""
+    made: set[str] = set()
+    kept = []
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.output[0] in made:
+            continue
+        made.update(node.output)
+        kept.append(node)
+    if len(kept) != len(model.graph.node):
+        copies = [type(node).FromString(node.SerializeToString()) for node in kept]
+        del model.graph.node[:]
+        model.graph.node.extend(copies)

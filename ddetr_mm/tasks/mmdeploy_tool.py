@@ -124,6 +124,9 @@ def model_config(path: str, checkpoint: str, folder: Path) -> Any:
     config = Config.fromfile(path)
     if not config.get("test_pipeline"):
         raise ExportError(Problem("has no test_pipeline", file=path, mend="translate it --for export"))
+    # The image fills the graph's input: there is nothing to pad.
+    if config.model.data_preprocessor.get("pad_short_long") is not None:
+        config.model.data_preprocessor.pad_short_long = None
     # mmdeploy fixes the size of a step named Resize and knows no other.
     for step in config.test_pipeline:
         if step.type == "TAORandomResize":

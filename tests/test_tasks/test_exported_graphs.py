@@ -3,26 +3,72 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from argparse import Namespace
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
+import torch
 import yaml
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
-from ddetr_mm.cli import main
+import ddetr_mm.register  # noqa: F401 - registers the detector
+from ddetr_mm.cli import build_parser, main
+from ddetr_mm.deploy.images import Normalisation, load_batch
+from ddetr_mm.deploy.onnx_file import ort_forward
+from ddetr_mm.runtime.quiet import QuietRunner
+from ddetr_mm.spec import load_spec
+from ddetr_mm.tasks.runner import config_source, exported_input, load_checkpoint
 
-from .conftest import TINY, Project
+CHECKPOINT, ONNX, IMAGES = "model.pth", "out/chain.onnx", 6
+NAMES = ("background", "triangle", "star", "rectangle", "circle")
+SPEC = """
+results_dir: results
+dataset:
+  val_data_sources: [{image_dir: images, json_file: truth.json}]
+  test_data_sources: {image_dir: images, json_file: truth.json}
+  infer_data_sources: {image_dir: images}
+  num_classes: 5
+  batch_size: 4
+  workers: 0
+  augmentation: {scales: [64], random_resize_max_size: 96, test_random_resize: 64, fixed_padding: false}
+model:
+  num_feature_levels: 2
+  return_interm_indices: [1, 2]
+  hidden_dim: 32
+  nheads: 4
+  dim_feedforward: 32
+  enc_layers: 1
+  dec_layers: 2
+  num_queries: 12
+  num_select: 12
+export: {input_width: 96, input_height: 64, opset_version: 17}
+ddetr_mm:
+  device: cpu
+  backbone: {type: ResNet, depth: 18, base_channels: 8, out_indices: [1, 2]}
+"""
 
-LATEST = "results/shapes/train/dd_model_latest.pth"
-ONNX = "results/shapes/export/chain.onnx"
+
+@dataclass(frozen=True)
+class Project:
+    """A folder with pictures, a spec and a checkpoint of random weights."""
+
+    folder: Path
+
+    @property
+    def spec(self) -> str:
+        """Path of the experiment spec."""
+        return str(self.folder / "spec.yaml")
 
 
 @contextmanager
 def inside(folder: Path):
-    import os
-
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -34,18 +80,81 @@ def inside(folder: Path):
 def command(project: Project, capsys, name: str, *words: str) -> tuple[int, str]:
     """Run a command in this process; its status and all it said."""
     with inside(project.folder):
-        status = main([name, "-e", project.spec, *TINY, *words])
+        status = main([name, "-e", project.spec, *words])
     told = capsys.readouterr()
     return status, told.out + told.err
 
 
+def write_pictures(folder: Path) -> None:
+    """Pictures of smooth noise, and annotations without boxes."""
+    rng = np.random.default_rng(0)
+    for number in range(IMAGES):
+        coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / "images" / f"{number}.png"), cv2.resize(coarse, (120, 90)))
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Random weights that find something everywhere."""
+    loaded = load_spec(folder / "spec.yaml", [], None)
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    model = MODELS.build(Config.fromstring(config_source(loaded, "evaluate"), ".py").model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[1] ** -0.5)
+    meta = dict(dataset_meta=dict(classes=NAMES, category_ids=(None, 1, 2, 3, 4)))
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), folder / CHECKPOINT)
+
+
+def write_truth(folder: Path, graph: Path | None) -> None:
+    """Annotations: each picture's three best boxes, moved a little, so that AP is neither 0 nor 1."""
+    annotations: list[dict] = []
+    if graph is not None:
+        paths = [folder / "images" / f"{number}.png" for number in range(IMAGES)]
+        imagenet = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+        logits, boxes = ort_forward(graph)(load_batch(paths, (64, 96), imagenet))
+        for image in range(IMAGES):
+            best = np.argsort(-logits[image, :, 1:].max(-1))[:3]
+            for query in best:
+                cx, cy, w, h = boxes[image, query] * [120, 90, 120, 90] + [1.5, 0, 0, 0]
+                box = [float(value) for value in (cx - w / 2, cy - h / 2, w, h)]
+                category = int(logits[image, query, 1:].argmax()) + 1
+                annotations.append(
+                    dict(
+                        id=len(annotations) + 1,
+                        image_id=image + 1,
+                        category_id=category,
+                        bbox=box,
+                        area=box[2] * box[3],
+                        iscrowd=0,
+                    )
+                )
+    images = [dict(id=n + 1, file_name=f"{n}.png", width=120, height=90) for n in range(IMAGES)]
+    categories = [dict(id=number, name=name) for number, name in enumerate(NAMES) if number]
+    (folder / "truth.json").write_text(
+        json.dumps(dict(images=images, annotations=annotations, categories=categories))
+    )
+
+
 @pytest.fixture(scope="module")
-def exported(trained_project: Project) -> Project:
-    """The trained project with an exported graph and DeepStream's files."""
-    with inside(trained_project.folder):
-        words = [f"export.checkpoint={LATEST}", f"export.onnx_file={ONNX}", "export.serialize_nvdsinfer=true"]
-        assert main(["export", "-e", trained_project.spec, *TINY, *words]) == 0
-    return trained_project
+def exported(tmp_path_factory) -> Project:
+    """A project with an exported graph and DeepStream's files."""
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "images").mkdir()
+    (folder / "spec.yaml").write_text(SPEC)
+    with inside(folder):
+        write_pictures(folder)
+        write_checkpoint(folder)
+        write_truth(folder, None)
+        words = [
+            f"export.checkpoint={CHECKPOINT}",
+            f"export.onnx_file={ONNX}",
+            "export.serialize_nvdsinfer=true",
+        ]
+        assert main(["export", "-e", "spec.yaml", *words]) == 0
+        write_truth(folder, folder / ONNX)
+    return Project(folder)
 
 
 def test_export_compares_on_validation_images_and_writes_deepstreams_files(exported: Project):
@@ -64,7 +173,7 @@ def test_export_compares_on_validation_images_and_writes_deepstreams_files(expor
 
 
 def test_an_existing_file_needs_force(exported: Project, capsys):
-    words = (f"export.checkpoint={LATEST}", f"export.onnx_file={ONNX}")
+    words = (f"export.checkpoint={CHECKPOINT}", f"export.onnx_file={ONNX}")
     status, told = command(exported, capsys, "export", *words)
     assert status == 2 and "exists already" in told and "--force" in told
     assert command(exported, capsys, "export", *words, "--force")[0] == 0
@@ -74,13 +183,13 @@ def test_an_existing_file_needs_force(exported: Project, capsys):
     ("target", "words"),
     [
         ("x.etlt", "encrypted files are not written"),
-        ("results", "is a folder"),
-        (f"{LATEST}/x.onnx", "cannot be written to"),
+        ("images", "is a folder"),
+        (f"{CHECKPOINT}/x.onnx", "cannot be written to"),
     ],
 )
 def test_targets_that_cannot_be_written(exported: Project, capsys, target, words):
     status, told = command(
-        exported, capsys, "export", f"export.checkpoint={LATEST}", f"export.onnx_file={target}"
+        exported, capsys, "export", f"export.checkpoint={CHECKPOINT}", f"export.onnx_file={target}"
     )
     assert status == 2 and words in told and "Traceback" not in told
 
@@ -90,7 +199,7 @@ def test_opset_and_missing_checkpoint_are_told(exported: Project, capsys):
         exported,
         capsys,
         "export",
-        f"export.checkpoint={LATEST}",
+        f"export.checkpoint={CHECKPOINT}",
         "export.onnx_file=x.onnx",
         "export.opset_version=99",
     )
@@ -100,31 +209,23 @@ def test_opset_and_missing_checkpoint_are_told(exported: Project, capsys):
 
 
 def test_onnx_and_pytorch_have_the_same_ap(exported: Project, capsys, tmp_path: Path):
-    from mmengine.config import Config
-
-    from ddetr_mm.runtime.quiet import QuietRunner
-    from ddetr_mm.spec import load_spec
-    from ddetr_mm.tasks.runner import config_source, exported_input, load_checkpoint
-
     # Four images a batch, six images: the last batch is incomplete and counts.
     words = [f"evaluate.checkpoint={ONNX}", f"evaluate.results_dir={tmp_path / 'onnx'}"]
     assert command(exported, capsys, "evaluate", *words)[0] == 0
     found = json.loads((tmp_path / "onnx" / "results.json").read_text())
     with inside(exported.folder):
-        loaded = load_spec(
-            exported.spec, [*TINY, *words, f"evaluate.results_dir={tmp_path / 'torch'}"], "evaluate"
-        )
+        loaded = load_spec(exported.spec, [*words, f"evaluate.results_dir={tmp_path / 'torch'}"], "evaluate")
         graph = exported_input(ONNX, where="evaluate")
         config = Config.fromstring(config_source(loaded, "evaluate", ONNX, graph), ".py")
-        network = Config.fromstring(config_source(loaded, "evaluate", LATEST), ".py").model
+        network = Config.fromstring(config_source(loaded, "evaluate", CHECKPOINT), ".py").model
         config.model = {**network, "data_preprocessor": config.model.data_preprocessor}
         runner = QuietRunner.from_cfg(config)
-        load_checkpoint(runner.model, LATEST, where="test")
+        load_checkpoint(runner.model, CHECKPOINT, where="test")
         runner.test()
     expected = json.loads((tmp_path / "torch" / "results.json").read_text())
     images = {entry["image_id"] for entry in json.loads((tmp_path / "onnx" / "predictions.json").read_text())}
     assert len(images) == 6
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys() and 0.05 < found["AP"] < 1
     assert all(abs(found[name] - expected[name]) < 1e-3 for name in expected)
 
 
@@ -178,7 +279,7 @@ def test_calibration_images_are_demanded(exported: Project, capsys, tmp_path: Pa
         f"gen_trt_engine.onnx_file={ONNX}",
         f"gen_trt_engine.results_dir={tmp_path}",
         "gen_trt_engine.tensorrt.data_type=INT8",
-        "gen_trt_engine.tensorrt.calibration.cal_image_dir=[results/shapes/data/val]",
+        "gen_trt_engine.tensorrt.calibration.cal_image_dir=[images]",
         f"gen_trt_engine.tensorrt.calibration.cal_cache_file={tmp_path / 'cal.bin'}",
         "gen_trt_engine.tensorrt.calibration.cal_batches=50",
     )
@@ -187,8 +288,6 @@ def test_calibration_images_are_demanded(exported: Project, capsys, tmp_path: Pa
 
 
 def test_force_is_an_argument_of_both_commands():
-    from ddetr_mm.cli import build_parser
-
     for name in ("export", "gen_trt_engine"):
-        parsed: Namespace = build_parser().parse_args([name, "-e", "x.yaml", "--force"])
+        parsed = build_parser().parse_args([name, "-e", "x.yaml", "--force"])
         assert parsed.force
