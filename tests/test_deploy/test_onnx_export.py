@@ -53,7 +53,7 @@ def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False):
     with torch.no_grad():
         for name, parameter in detector.named_parameters():
             if parameter.dim() > 1:
-                scale = parameter.shape[1] ** -0.5 * (0.5 if "reg_branches" in name else 1.0)
+                scale = parameter[0].numel() ** -0.5 * (0.5 if "reg_branches" in name else 1.0)
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return detector
 
