@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from ddetr_mm import __version__
 from ddetr_mm.errors import InputError
+from ddetr_mm.stack.versions import raise_deferred
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ COMMANDS = (
         "spec", "print the full default spec with a comment on every field", "ddetr_mm.tasks.spec", False
     ),
 )
+
+WITHOUT_STACK = ("install-ops", "spec")
+"""Commands that work where mmcv or mmdet is missing or does not fit: one of them mends that."""
 
 CONFIG_SUBTASKS = ("train", "evaluate", "inference", "export")
 SPEC_SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine")
@@ -185,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
+        if arguments.command not in WITHOUT_STACK:
+            raise_deferred()
         task = importlib.import_module(arguments.task_module)
         task.run(arguments)
     except InputError as error:

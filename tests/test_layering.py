@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "tasks": BASE
     | {"__init__", "spec", "data", "models", "weights", "evaluation", "runtime", "deploy", "register"}
     | {"preflight", "translate"},
-    "cli": {"__init__", "errors", "tasks"},
+    "cli": {"__init__", "errors", "stack", "tasks"},
     "__main__": {"cli"},
 }
 

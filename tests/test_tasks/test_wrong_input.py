@@ -59,3 +59,26 @@ def test_help_answers_without_heavy_imports():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "key=value" in done.stdout
+
+
+def test_a_stack_that_does_not_fit_is_one_message():
+    # An environment without mmdet, as the metadata tells it.
+    code = (
+        "import importlib.metadata as metadata, sys\n"
+        "real = metadata.version\n"
+        "def version(name):\n"
+        "    if name in ('mmdet', 'onedl-mmdetection'):\n"
+        "        raise metadata.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "metadata.version = version\n"
+        "sys.argv[0] = 'ddetr-mm'\n"
+        "from ddetr_mm.stack import versions\n"
+        "try:\n    versions.check_versions(version)\nexcept versions.StackImportError as error:\n"
+        "    versions._deferred = error\n"
+        "from ddetr_mm.cli import main\n"
+        "assert main(['spec', 'train']) == 0\n"
+        "sys.exit(main(['check', '-e', 'nowhere.yaml']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "mmdet" in done.stderr and "pip install" in done.stderr and "Traceback" not in done.stderr
