@@ -35,6 +35,7 @@ from ddetr_mm.data.convert_plan import Plan, Step
 from ddetr_mm.data.gc_pause import garbage_collection_paused
 from ddetr_mm.data.kitti_chunk import Chunk, ChunkContent, prepare_process, read_chunk
 from ddetr_mm.data.kitti_sequences import KittiSequence, count_labels, labels_without_image
+from ddetr_mm.data.name_list import NameList
 from ddetr_mm.data.ordered_pool import ordered_map, usable_cores
 from ddetr_mm.data.result_folder import ResultFolder
 from ddetr_mm.data.shards import ShardWriter, shard_file
@@ -247,7 +248,7 @@ class _Writing:
         report.num_images += shard.num_images
         report.num_annotations += shard.num_annotations
 
-    def _end_sequence(self, sequence: KittiSequence, images: list[str]) -> None:
+    def _end_sequence(self, sequence: KittiSequence, images: NameList) -> None:
         """Report the labels that no image belongs to; looks for them only when the numbers show some."""
         if count_labels(sequence) > len(images) - self._missing_labels:
             extension = self.plan.options.image_extension

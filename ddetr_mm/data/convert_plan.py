@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from ddetr_mm.data.class_mapping import (
     DEFAULT_CLASS_MAPPING,
     category_ids,
@@ -19,6 +21,7 @@ from ddetr_mm.data.conversion_problems import FoundProblem
 from ddetr_mm.data.convert_options import STATS_NAME, WARNINGS_NAME, ConvertOptions
 from ddetr_mm.data.kitti_chunk import Chunk, ReadingRules
 from ddetr_mm.data.kitti_sequences import KittiSequence, list_images, read_sequences
+from ddetr_mm.data.name_list import NameList
 from ddetr_mm.data.shards import assign_sequences, split_evenly, validation_mask
 from ddetr_mm.errors import DataError, Problem
 
@@ -48,7 +51,7 @@ class Step:
     repeats: bool = False
     ends_shard: bool = False
     problems: Sequence[FoundProblem] = ()
-    ends_sequence: list[str] | None = None
+    ends_sequence: NameList | None = None
 
 
 class Plan:
@@ -67,7 +70,7 @@ class Plan:
             options.input_source, options.data_root, options.image_dir_name, options.label_dir_name
         )
         _check_names(self.sequences, options.input_source)
-        self._remembered: dict[int, tuple[list[str], list[str]]] = {}
+        self._remembered: dict[int, tuple[NameList, NameList]] = {}
         self.num_images = self._count_images()
         self.total = sum(self.num_images)
         if self.total == 0:
@@ -92,7 +95,7 @@ class Plan:
                 self._remembered[index] = listed
         return counts
 
-    def _list(self, index: int) -> tuple[list[str], list[str]]:
+    def _list(self, index: int) -> tuple[NameList, NameList]:
         """Images and left-out duplicates of a sequence; what is remembered is then forgotten."""
         if index in self._remembered:
             return self._remembered.pop(index)
@@ -125,9 +128,9 @@ class Plan:
                 FoundProblem(
                     "duplicate_name", sequence.image_prefix + name, 0, "same name as an earlier image"
                 )
-                for name in duplicates
+                for name in duplicates.part(0, len(duplicates))
             ]
-            if not names:
+            if not len(names):
                 problems.append(FoundProblem("no_images", sequence.image_prefix, 0, "no image"))
             shards = list(itertools.product(self.partitions[index], range(self.options.num_shards)))
             chunks = itertools.chain.from_iterable(
@@ -138,30 +141,24 @@ class Plan:
                 yield replace(step, problems=problems, ends_sequence=names if last else None)
                 problems = []
 
-    def _partition_steps(self, index: int, partition: int, names: list[str]) -> Iterator[Step]:
+    def _partition_steps(self, index: int, partition: int, names: NameList) -> Iterator[Step]:
         options = self.options
-        chosen: list[str] | Iterator[str] = names
-        count = len(names)
+        sequence = self.sequences[index].name
         if options.partition_mode == "random":
-            seed = f"{options.seed}/{self.sequences[index].name}"
-            mask = validation_mask(count, options.val_split, seed)
-            if partition == 1:
-                mask = bytearray(1 - byte for byte in mask)
-            chosen, count = itertools.compress(names, mask), sum(mask)
-        if options.pad_shards:
-            chosen = list(chosen)
-        remaining = iter(chosen)
-        longest = math.ceil(count / options.num_shards)
-        for shard, positions in enumerate(split_evenly(count, options.num_shards)):
-            own = [_IMAGES_PER_CHUNK] * (len(positions) // _IMAGES_PER_CHUNK)
-            own.append(len(positions) % _IMAGES_PER_CHUNK)
+            is_validation = validation_mask(len(names), options.val_split, f"{options.seed}/{sequence}")
+            names = names.take(is_validation if partition == 0 else ~is_validation)
+        longest = math.ceil(len(names) / options.num_shards)
+        for shard, positions in enumerate(split_evenly(len(names), options.num_shards)):
             num_repeats = longest - len(positions) if options.pad_shards else 0
-            for number, size in enumerate(own):
-                ends = number == len(own) - 1 and not num_repeats
-                yield Step(index, partition, shard, list(itertools.islice(remaining, size)), ends_shard=ends)
+            starts = positions[::_IMAGES_PER_CHUNK] or [positions.start]  # an empty shard is a step, too
+            for start in starts:
+                stop = min(start + _IMAGES_PER_CHUNK, positions.stop)
+                ends = stop == positions.stop and not num_repeats
+                yield Step(index, partition, shard, names.part(start, stop), ends_shard=ends)
             if num_repeats:
-                choice = random.Random(f"{options.seed}/{self.sequences[index].name}/{partition}/{shard}")  # noqa: S311
-                repeats = choice.choices(chosen, k=num_repeats)  # type: ignore[arg-type]
+                choice = random.Random(f"{options.seed}/{sequence}/{partition}/{shard}")  # noqa: S311
+                which = np.array(choice.choices(range(len(names)), k=num_repeats))
+                repeats = names.take(which).part(0, num_repeats)
                 yield Step(index, partition, shard, repeats, repeats=True, ends_shard=True)
 
     def chunk(self, step: Step) -> Chunk:

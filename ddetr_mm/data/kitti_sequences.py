@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddetr_mm.data.image_size import IMAGE_EXTENSIONS
+from ddetr_mm.data.name_list import NameList
 from ddetr_mm.errors import DataError, Problem
 
 LABEL_EXTENSION = ".txt"
+_LABEL_ENDING = LABEL_EXTENSION.encode()
+_IMAGE_ENDINGS = frozenset(ending.encode() for ending in IMAGE_EXTENSIONS)
 
 
 @dataclass(frozen=True)
@@ -196,8 +199,8 @@ def image_stem(file_name: str, image_extension: str | None) -> str:
     return file_name.rpartition(".")[0]
 
 
-def list_images(sequence: KittiSequence, image_extension: str | None) -> tuple[list[str], list[str]]:
-    """File names of the sequence's images in alphabetical order.
+def list_images(sequence: KittiSequence, image_extension: str | None) -> tuple[NameList, NameList]:
+    """File names of the sequence's images in alphabetical order (of their bytes).
 
     Args:
         sequence: where to look.
@@ -207,41 +210,44 @@ def list_images(sequence: KittiSequence, image_extension: str | None) -> tuple[l
         The images, and those left out because an image of the same name but another type comes before
         them (``a.jpg`` before ``a.png``: both would use the label ``a.txt``). Hidden files are no images.
     """
-    names = [name for name in os.listdir(sequence.image_dir) if not name.startswith(".")]
     if image_extension is not None:
-        return sorted(
-            name for name in names if name.endswith(image_extension) and name != image_extension
-        ), []
-    names = sorted(name for name in names if name.lower().endswith(IMAGE_EXTENSIONS))
-    if len({name.rpartition(".")[2] for name in names}) <= 1:
-        return names, []
-    kept: list[str] = []
-    duplicates: list[str] = []
-    stems: set[str] = set()
-    for name in names:
-        stem = image_stem(name, None)
-        (duplicates if stem in stems else kept).append(name)
-        stems.add(stem)
-    return kept, duplicates
+        ending = os.fsencode(image_extension)
+        return NameList.of_folder(sequence.image_dir, lambda name: _has_ending(name, ending)), NameList.of(())
+    endings: set[bytes] = set()
+
+    def is_image(name: bytes) -> bool:
+        ending = name[name.rfind(b".") :]
+        if name.startswith(b".") or ending.lower() not in _IMAGE_ENDINGS:
+            return False
+        endings.add(ending)
+        return True
+
+    names = NameList.of_folder(sequence.image_dir, is_image)
+    if len(endings) <= 1:  # then no two names can differ in it alone
+        return names, NameList.of(())
+    first = names.map(lambda name: name.rpartition(b".")[0]).first_of_each()
+    return names.take(first), names.take(~first)
 
 
 def count_labels(sequence: KittiSequence) -> int:
     """How many label files the sequence has."""
-    with os.scandir(sequence.label_dir) as entries:
-        return sum(_is_label(entry.name) for entry in entries)
+    with os.scandir(os.fsencode(sequence.label_dir)) as entries:
+        return sum(_has_ending(entry.name, _LABEL_ENDING) for entry in entries)
 
 
-def labels_without_image(
-    sequence: KittiSequence, images: list[str], image_extension: str | None
-) -> list[str]:
-    """Label files that no image belongs to, in alphabetical order."""
-    stems = {image_stem(name, image_extension) for name in images}
-    return sorted(
-        name
-        for name in os.listdir(sequence.label_dir)
-        if _is_label(name) and name.removesuffix(LABEL_EXTENSION) not in stems
-    )
+def labels_without_image(sequence: KittiSequence, images: NameList, image_extension: str | None) -> list[str]:
+    """Label files that no image belongs to, in alphabetical order.
+
+    Args:
+        sequence: where to look.
+        images: its images.
+        image_extension: as in :func:`list_images`.
+    """
+    labels = NameList.of_folder(sequence.label_dir, lambda name: _has_ending(name, _LABEL_ENDING))
+    stems = images.map(lambda name: os.fsencode(image_stem(os.fsdecode(name), image_extension)))
+    orphans = labels.take(labels.map(lambda name: name[: -len(_LABEL_ENDING)]).missing_in(stems))
+    return orphans.part(0, len(orphans))
 
 
-def _is_label(name: str) -> bool:
-    return name.endswith(LABEL_EXTENSION) and not name.startswith(".")
+def _has_ending(name: bytes, ending: bytes) -> bool:
+    return name.endswith(ending) and name != ending and not name.startswith(b".")

@@ -33,7 +33,7 @@ def split_evenly(num_items: int, num_parts: int) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
-def validation_mask(num_items: int, val_percent: float, seed: str) -> bytearray:
+def validation_mask(num_items: int, val_percent: float, seed: str) -> NDArray[np.bool_]:
     """Choose ``floor(num_items * val_percent / 100)`` items at random.
 
     Args:
@@ -42,12 +42,11 @@ def validation_mask(num_items: int, val_percent: float, seed: str) -> bytearray:
         seed: text that fixes the choice.
 
     Returns:
-        One byte per item: 1 where chosen.
+        ``(num_items,)``: True where chosen.
     """
-    mask = bytearray(num_items)
+    mask = np.zeros(num_items, dtype=bool)
     choice = random.Random(seed)  # noqa: S311
-    for item in choice.sample(range(num_items), int(num_items * val_percent / 100)):
-        mask[item] = 1
+    mask[choice.sample(range(num_items), int(num_items * val_percent / 100))] = True
     return mask
 
 

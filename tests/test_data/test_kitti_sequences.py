@@ -128,6 +128,11 @@ class TestRefusing:
             read(root, "a", images=name)
 
 
+def listed(sequence, image_extension):
+    """Images and left-out images as lists."""
+    return tuple(names.part(0, len(names)) for names in list_images(sequence, image_extension))
+
+
 class TestListing:
     def fill(self, root, *names):
         (sequence,) = read(root, "a")
@@ -139,15 +144,15 @@ class TestListing:
     def test_every_common_image_type(self, root):
         names = ["a.jpg", "b.JPEG", "c.png", "d.BMP", "e.webp", "f.tif", "g.tiff"]
         sequence = self.fill(root, *names, "h.csv", "jpg", ".hidden.jpg", "._a.jpg")
-        assert list_images(sequence, None) == (names, [])
+        assert listed(sequence, None) == (names, [])
 
     def test_only_the_extension_that_is_asked_for(self, root):
         sequence = self.fill(root, "a.jpg", "a.png", "b.png", "c.PNG", ".png")
-        assert list_images(sequence, ".png") == (["a.png", "b.png"], [])
+        assert listed(sequence, ".png") == (["a.png", "b.png"], [])
 
     def test_images_of_the_same_name(self, root):
         sequence = self.fill(root, "a.png", "a.jpg", "a-1.jpg", "a.b.jpg", "b.png", "a.bmp")
-        assert list_images(sequence, None) == (["a-1.jpg", "a.b.jpg", "a.bmp", "b.png"], ["a.jpg", "a.png"])
+        assert listed(sequence, None) == (["a-1.jpg", "a.b.jpg", "a.bmp", "b.png"], ["a.jpg", "a.png"])
 
     def test_labels_without_image(self, root):
         sequence = self.fill(root, "a.jpg", "a.txt", "b.txt", "a.jpg.txt", ".c.txt")
@@ -170,4 +175,4 @@ class TestListing:
     def test_names_that_are_not_utf8_are_listed(self, root):
         (sequence,) = read(root, "a")
         Path(os.fsdecode(os.fsencode(sequence.image_dir) + b"/\xff.jpg")).write_bytes(b"")
-        assert list_images(sequence, None) == (["\udcff.jpg"], [])
+        assert listed(sequence, None) == (["\udcff.jpg"], [])
