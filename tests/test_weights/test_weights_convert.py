@@ -137,7 +137,8 @@ class SpecLike:
 @pytest.mark.parametrize("to", FORMATS)
 def test_safetensors_carry_class_names_and_the_spec_without_secrets(to, tmp_path):
     source = tmp_path / "tao.pth"
-    tensors = detector(backbone="resnet_18", num_classes=8, num_queries=20, seed=None).state_dict()
+    backbone = "resnet_18" if to == "hf" else "thin"
+    tensors = detector(backbone=backbone, num_classes=8, num_queries=20, seed=None).state_dict()
     convert_checkpoint(write_mmdet(tmp_path / "x.pth", tensors), source, "tao")
     path = tmp_path / "out.safetensors"
     report = convert_checkpoint(source, path, to, spec=SpecLike(), class_names=NAMES)
