@@ -138,7 +138,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
-    text = json.dumps({**measure(arguments), "environment": describe("torch", "mmdet", "onnxruntime")}, indent=2)
+    environment = describe("torch", "mmdet", "onnxruntime")
+    text = json.dumps({**measure(arguments), "environment": environment}, indent=2)
     print(text)
     if arguments.record:
         arguments.record.write_text(text + "\n", encoding="utf-8")
