@@ -66,23 +66,7 @@ def convert_checkpoint(
     write_checkpoint(dst, to, tensors, checkpoint.meta, config)
     report = compose_report(checkpoint, trace, filled, dropped)
     report.target, report.target_format = str(dst), to
-    report.notes += _spec_notes(checkpoint)
-    if to != "mmdet" and checkpoint.meta.zero_padded_values != ZERO_PADDED_VALUES[to]:
-        report.notes.append(
-            "in batches with padding the target's own implementation predicts something else: it"
-            + (" zeroes" if ZERO_PADDED_VALUES[to] else " does not zero")
-            + " attention values there, the weights were made the other way"
-        )
-    if to in ("tao", "official") and checkpoint.meta.label_mode == "contiguous":
-        report.notes.append(
-            "a column of the class head is a position in the list of classes; the target's own implementation"
-            " takes it for a category id (this package reads which it is from the file)"
-        )
-    if to == "hf" and checkpoint.meta.num_heads is None:
-        report.notes.append(
-            f"{checkpoint.architecture.num_heads} attention heads are assumed: weights tell only heads x"
-            " points; a spec with model.nheads settles it"
-        )
+    report.notes += _spec_notes(checkpoint) + _difference_notes(checkpoint, to)
     return report
 
 
@@ -192,6 +176,28 @@ def _neck_bias(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Tensor], dict
             del canonical[bias]
             dropped[bias] = "zeros that stood for the missing bias of the original neck"
     return canonical, filled, dropped
+
+
+def _difference_notes(checkpoint: Checkpoint, to: str) -> list[str]:
+    """What the target's own implementation would make of these weights otherwise than their origin did."""
+    notes: list[str] = []
+    if to != "mmdet" and checkpoint.meta.zero_padded_values != ZERO_PADDED_VALUES[to]:
+        notes.append(
+            "in batches with padding the target's own implementation predicts something else: it"
+            + (" zeroes" if ZERO_PADDED_VALUES[to] else " does not zero")
+            + " attention values there, the weights were made the other way"
+        )
+    if to in ("tao", "official") and checkpoint.meta.label_mode == "contiguous":
+        notes.append(
+            "a column of the class head is a position in the list of classes; the target's own implementation"
+            " takes it for a category id (this package reads which it is from the file)"
+        )
+    if to == "hf" and checkpoint.meta.num_heads is None:
+        notes.append(
+            f"{checkpoint.architecture.num_heads} attention heads are assumed: weights tell only heads x"
+            " points; a spec with model.nheads settles it"
+        )
+    return notes
 
 
 def _spec_notes(checkpoint: Checkpoint) -> list[str]:

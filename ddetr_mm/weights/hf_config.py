@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from ddetr_mm.errors import Problem, WeightsError
+from ddetr_mm.weights.architecture import Architecture
 from ddetr_mm.weights.checkpoint import Checkpoint
 
 _TIMM_NAMES = {
@@ -29,18 +30,9 @@ def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dic
     """
     found, meta = checkpoint.architecture, checkpoint.meta
     model = (spec or {}).get("model") or {}
-    if found.backbone not in _TIMM_NAMES:
-        _refuse(checkpoint, f"has the backbone {found.backbone}", "its Deformable DETR takes ResNets only")
-    if found.two_stage and not found.with_box_refine:
-        _refuse(checkpoint, "is two-stage without box refinement", "there it needs both")
-    if found.num_classes is None:
-        _refuse(checkpoint, "has no class head", "convert a whole detector")
-    if found.enc_points is None or found.dec_points is None:
-        _refuse(
-            checkpoint, "has a number of attention heads that its shapes do not tell", "give its spec with -e"
-        )
-    names = meta.class_names or tuple(f"LABEL_{column}" for column in range(found.num_classes))
-    stages = [found.backbone_stage_channels.index(channels) + 1 for channels in found.neck_in_channels]
+    _check(checkpoint)
+    found_classes = found.num_classes or 0
+    names = meta.class_names or tuple(f"LABEL_{column}" for column in range(found_classes))
     config: dict[str, Any] = {
         "architectures": ["DeformableDetrForObjectDetection"],
         "model_type": "deformable_detr",
@@ -72,13 +64,17 @@ def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dic
         "two_stage_num_proposals": meta.num_queries or _DEFAULT_PROPOSALS,
         "with_box_refine": found.with_box_refine,
     }
+    return config | _backbone_settings(found, config["dilation"])
+
+
+def _backbone_settings(found: Architecture, dilation: bool) -> dict[str, Any]:
+    """How the configuration names a ResNet of timm's and the stages that feed the neck."""
     backbone = _TIMM_NAMES[found.backbone]
-    usual = [2, 3, 4] if found.num_feature_levels > 1 else [4]
-    if stages == usual:
+    stages = [found.backbone_stage_channels.index(channels) + 1 for channels in found.neck_in_channels]
+    if stages == ([2, 3, 4] if found.num_feature_levels > 1 else [4]):
         # The spelling of the published files, which every version of transformers reads.
-        config |= {"backbone": backbone, "use_timm_backbone": True, "use_pretrained_backbone": False}
-        return config
-    config["backbone_config"] = {
+        return {"backbone": backbone, "use_timm_backbone": True, "use_pretrained_backbone": False}
+    settings = {
         "model_type": "timm_backbone",
         "backbone": backbone,
         "num_channels": 3,
@@ -86,9 +82,22 @@ def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dic
         "use_pretrained_backbone": False,
         "out_indices": stages,
     }
-    if config["dilation"]:
-        config["backbone_config"]["output_stride"] = 16
-    return config
+    return {"backbone_config": settings | ({"output_stride": 16} if dilation else {})}
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Refuse what Hugging Face's class cannot be built as."""
+    found = checkpoint.architecture
+    if found.backbone not in _TIMM_NAMES:
+        _refuse(checkpoint, f"has the backbone {found.backbone}", "its Deformable DETR takes ResNets only")
+    if found.two_stage and not found.with_box_refine:
+        _refuse(checkpoint, "is two-stage without box refinement", "there it needs both")
+    if found.num_classes is None:
+        _refuse(checkpoint, "has no class head", "convert a whole detector")
+    if found.enc_points is None or found.dec_points is None:
+        _refuse(
+            checkpoint, "has a number of attention heads that its shapes do not tell", "give its spec with -e"
+        )
 
 
 def _refuse(checkpoint: Checkpoint, what: str, why: str) -> NoReturn:

@@ -48,7 +48,7 @@ def golden_state_dict(name: str) -> dict[str, Tensor]:
 def write_golden(name: str, folder: Path) -> Path:
     """The golden weights as the file their own world would write.
 
-    The folder gets a hard link to a file made once a session.
+    The folder gets a hard link to a file made once a test run.
     """
     path = folder / f"{name}.pth"
     made = _made_golden(name, folder.parent)
@@ -57,8 +57,8 @@ def write_golden(name: str, folder: Path) -> Path:
 
 
 @functools.cache
-def _made_golden(name: str, session_folder: Path) -> Path:
-    path = session_folder / f"golden_{name}.pth"
+def _made_golden(name: str, run_folder: Path) -> Path:
+    path = run_folder / f"golden_{name}.pth"
     state_dict = golden_state_dict(name)
     if name.startswith("official"):
         arguments = argparse.Namespace(nheads=8, num_queries=20, lr=2e-4, output_dir="out")
