@@ -104,8 +104,16 @@ def mmdet_checkpoint(path: str, folder: Path) -> Path:
         WeightsError: when the file is no checkpoint.
     """
     from ddetr_mm.weights import convert_checkpoint, inspect_checkpoint
+    from ddetr_mm.weights.safe_read import read_raw
 
-    if "://" in path or inspect_checkpoint(path).format == "mmdet":
+    if "://" in path:
+        return Path(path)
+    payload = read_raw(path).payload
+    meta = payload.get("meta") if isinstance(payload, dict) else None
+    # What mmengine wrote it reads, whichever detector it holds.
+    if isinstance(meta, dict) and "mmengine_version" in meta:
+        return Path(path)
+    if inspect_checkpoint(path).format == "mmdet":
         return Path(path)
     converted = folder / f"{Path(path).stem}_mmdet.pth"
     report = convert_checkpoint(path, converted, "mmdet")
