@@ -18,6 +18,7 @@ import ddetr_mm.runtime.curves
 import ddetr_mm.runtime.detection_writer
 import ddetr_mm.runtime.pretrained_hook
 import ddetr_mm.runtime.progress_hook
+import ddetr_mm.runtime.replaced_images_hook
 import ddetr_mm.runtime.status_hook  # noqa: F401 - imported for registration
 from ddetr_mm.stack.mends import allow_mmengine_checkpoint_classes, quiet_frozen_parameter_warnings
 

@@ -20,7 +20,7 @@ AUGMENTATION_KEYS = tuple(
         "train_random_crop_max",
         "fixed_random_crop",
     )
-)
+) + ("ddetr_mm.resize",)
 TEST_PIPELINE_KEYS = (
     "dataset.augmentation.test_random_resize",
     "dataset.augmentation.random_resize_max_size",
@@ -31,23 +31,46 @@ LOADER_KEYS = (
     "dataset.pin_memory",
     "dataset.dataset_type",
     "dataset.num_classes",
+    "ddetr_mm.missing_images",
 )
+_JITTER_LARGEST_SCALE = 2
 
 
 def train_pipeline(spec: ExperimentSpec) -> list[dict[str, Any]]:
-    """Loading, flip, then either large-scale jitter or the two-way random resize and crop of DETR."""
+    """Loading, flip, then either large-scale jitter or the two-way random resize and crop of DETR.
+
+    Pixels leave it as 8-bit integers: normalisation is left to the data preprocessor, on the device.
+    """
     augmentation = spec.dataset.augmentation
     pipeline: list[dict[str, Any]] = [
-        dict(type="LoadImageFromFile"),
+        load_for_training(spec),
         dict(type="LoadAnnotations", with_bbox=True),
         dict(type="RandomFlip", prob=augmentation.horizontal_flip_prob),
     ]
     if augmentation.fixed_random_crop:
-        pipeline.append(dict(type="LargeScaleJitter", size=augmentation.fixed_random_crop))
+        pipeline.append(
+            dict(
+                type="LargeScaleJitter",
+                size=augmentation.fixed_random_crop,
+                backend=spec.ddetr_mm.resize,
+            )
+        )
     else:
         pipeline.append(dict(type="RandomChoice", transforms=resize_choices(spec), prob=[0.5, 0.5]))
-    pipeline.append(dict(type="PackDetInputs"))
+    pipeline.append(dict(type="TAOPackDetInputs"))
     return pipeline
+
+
+def load_for_training(spec: ExperimentSpec) -> dict[str, Any]:
+    """Decoding in full, or with ``ddetr_mm.resize: fast`` no larger than the augmentation can ask for."""
+    augmentation = spec.dataset.augmentation
+    if spec.ddetr_mm.resize != "fast":
+        return dict(type="TAOLoadImageFromFile")
+    if augmentation.fixed_random_crop:
+        largest = _JITTER_LARGEST_SCALE * augmentation.fixed_random_crop
+    else:
+        largest = max(*augmentation.scales, *augmentation.train_random_resize)
+    return dict(type="TAOLoadImageFromFile", min_short_side=largest)
 
 
 def resize_choices(spec: ExperimentSpec) -> list[list[dict[str, Any]]]:
@@ -100,13 +123,17 @@ def test_pipeline(
 def coco_dataset(
     spec: ExperimentSpec, sources: list[dict[str, str]], pipeline: Reference, *, test_mode: bool
 ) -> dict[str, Any]:
-    """Config of the annotated dataset; labels are raw category ids, as the class columns are."""
+    """Config of the annotated dataset; labels are raw category ids, as the class columns are.
+
+    An image that cannot be read is never replaced in a validation or test.
+    """
     return dict(
         type="SerializedCocoDataset",
         sources=sources,
         label_mode="category_id",
         num_classes=spec.dataset.num_classes,
         storage="shared" if spec.dataset.dataset_type == "serialized" else "process",
+        missing_images="error" if test_mode else spec.ddetr_mm.missing_images,
         pipeline=pipeline,
         test_mode=test_mode,
     )

@@ -41,6 +41,8 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
     if not train:
         return hooks
     hooks += [dict(type="StatusHook"), dict(type="CurvesHook")]
+    if spec.ddetr_mm.missing_images == "replace":
+        hooks.append(dict(type="ReplacedImagesHook"))
     if spec.model.pretrained_backbone_path or spec.train.pretrained_model_path:
         hooks.append(
             dict(

@@ -42,10 +42,10 @@ def test_documentation_example_of_convert():
 
 def test_documentation_example_loads_quickly():
     load_spec(ASSETS / "documentation_experiment.yaml")
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(5):
         load_spec(ASSETS / "documentation_experiment.yaml", ["train.num_epochs=20"])
-    assert (time.perf_counter() - start) / 5 < 0.5
+    assert (time.process_time() - start) / 5 < 0.5
 
 
 def test_empty_file_means_defaults(load):

@@ -210,6 +210,52 @@ def test_train_pipeline_has_both_branches(translate):
     assert cropped[1]["min_size"] == 300 and cropped[0]["max_size"] is None and plain[0]["max_size"] == 1333
 
 
+def test_training_images_are_loaded_and_packed_the_quick_way(translate):
+    config = translate()
+    assert config["train_pipeline"][0] == dict(type="TAOLoadImageFromFile")
+    assert config["train_pipeline"][-1] == dict(type="TAOPackDetInputs")
+    # mmdet's own inferencer looks for these names.
+    assert [config["test_pipeline"][index]["type"] for index in (0, -1)] == [
+        "LoadImageFromFile",
+        "PackDetInputs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "largest"),
+    [
+        ((), 800),
+        (("dataset.augmentation.train_random_resize=[900]",), 900),
+        (("dataset.augmentation.fixed_random_crop=512",), 1024),
+    ],
+)
+def test_fast_reading_decodes_no_larger_than_needed(translate, overrides, largest):
+    config = translate("ddetr_mm.resize=fast", *overrides)
+    assert config["train_pipeline"][0] == dict(type="TAOLoadImageFromFile", min_short_side=largest)
+    assert "pillow" not in str(config["train_pipeline"])
+    assert config["test_pipeline"][0] == dict(type="LoadImageFromFile")
+
+
+def test_unreadable_images_are_replaced_in_training_alone(translate):
+    def hooks(config):
+        return [hook["type"] for hook in config["custom_hooks"]]
+
+    config = translate()
+    assert config["train_dataloader"]["dataset"]["missing_images"] == "error"
+    assert "ReplacedImagesHook" not in hooks(config)
+    config = translate("ddetr_mm.missing_images=replace")
+    assert config["train_dataloader"]["dataset"]["missing_images"] == "replace"
+    assert config["val_dataloader"]["dataset"]["missing_images"] == "error"
+    assert "ReplacedImagesHook" in hooks(config)
+
+
+@pytest.mark.parametrize(("dataset_type", "storage"), [("serialized", "shared"), ("default", "process")])
+def test_dataset_type_decides_where_annotations_lie(translate, dataset_type, storage):
+    config = translate(f"dataset.dataset_type={dataset_type}")
+    assert config["train_dataloader"]["dataset"]["storage"] == storage
+    assert config["val_dataloader"]["dataset"]["storage"] == storage
+
+
 def test_large_scale_jitter_replaces_the_branches(translate):
     types = [
         step["type"] for step in translate("dataset.augmentation.fixed_random_crop=512")["train_pipeline"]

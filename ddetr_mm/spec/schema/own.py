@@ -32,7 +32,16 @@ class OwnSection:
         "pillow",
         origin=OURS,
         options=("pillow", "fast"),
-        doc="How images are resized. pillow: the reference's pixels; fast: quicker, slightly other pixels.",
+        doc="""How images are resized. pillow: the reference's pixels. fast: plain bilinear resizing without
+        antialiasing, as stock mmdet does it; in training, JPEGs much larger than the largest size asked for
+        are decoded at a half, a quarter or an eighth.""",
+    )
+    missing_images: str = spec_field(
+        "error",
+        origin=OURS,
+        options=("error", "replace"),
+        doc="""What training does about an image file that is missing or cannot be decoded. error: stop and
+        name it; replace: name it in the log, take another image, and count how many were replaced.""",
     )
     log_interval: int = spec_field(50, origin=OURS, ge=1, doc="Steps between two lines of the log.")
     deterministic: bool = spec_field(
