@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import cv2
 import numpy as np
-import numpy.typing as npt
 from mmdet.datasets.transforms import PackDetInputs
 from mmdet.registry import TRANSFORMS
 
-from ddetr_mm.data.resize import contiguous
+from ddetr_mm.data.resize import split_planes
 
 
 @TRANSFORMS.register_module()
@@ -25,13 +23,5 @@ class TAOPackDetInputs(PackDetInputs):
         image = results.get("img")
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
             # seen as (H, W, 3) again, so that mmdet's own transposition finds nothing left to copy
-            results["img"] = planes(image).transpose(1, 2, 0)
+            results["img"] = np.ascontiguousarray(split_planes(image)).transpose(1, 2, 0)
         return super().transform(results)
-
-
-def planes(image_hwc: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """(3, H, W) of an (H, W, 3) image, in C order."""
-    height, width = image_hwc.shape[:2]
-    result = np.empty((3, height, width), np.uint8)
-    cv2.split(contiguous(image_hwc), [result[0], result[1], result[2]])
-    return result

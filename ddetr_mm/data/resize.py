@@ -4,6 +4,10 @@ The reference resizes with Pillow's bilinear filter, which averages over the shr
 (antialiasing). Two implementations agree with it to one grey level and are picked by case: where
 nothing shrinks, the filter is plain bilinear interpolation, which OpenCV does fastest; where something
 shrinks, torch's antialiased resize of 8-bit images follows Pillow's arithmetic.
+
+Enlarged colour images lie in memory channel after channel and are seen as (H, W, C): OpenCV enlarges three
+grey images faster than one of three channels, torch's result lies like that anyway, and the model wants
+them so. To numpy and OpenCV such an image is one like any other.
 """
 
 from __future__ import annotations
@@ -63,8 +67,25 @@ def resize_plain(image_hwc: Image, size_hw: tuple[int, int]) -> Image:
         return image_hwc
     if image_hwc.strides[0] <= 0 or image_hwc.strides[1] <= 0:  # a window is fine for OpenCV, a flip is not
         image_hwc = contiguous(image_hwc)
+    enlarged = size_hw[0] * size_hw[1] >= image_hwc.shape[0] * image_hwc.shape[1]
+    if enlarged and image_hwc.ndim == 3 and image_hwc.shape[2] == 3:
+        planes_chw = np.empty((3, *size_hw), image_hwc.dtype)
+        for plane, target in zip(split_planes(image_hwc), planes_chw, strict=True):
+            cv2.resize(plane, size_hw[::-1], dst=target, interpolation=cv2.INTER_LINEAR)
+        return planes_chw.transpose(1, 2, 0)
     resized = cv2.resize(image_hwc, size_hw[::-1], interpolation=cv2.INTER_LINEAR)
     return resized if resized.ndim == image_hwc.ndim else resized[:, :, None]
+
+
+def split_planes(image_hwc: Image) -> Image:
+    """(3, H, W) of an (H, W, 3) image, each row of a plane in one piece; no copy where it is so already."""
+    planes_chw = image_hwc.transpose(2, 0, 1)
+    if planes_chw.strides[2] == planes_chw.itemsize and planes_chw.strides[1] > 0:
+        return planes_chw
+    height, width = image_hwc.shape[:2]
+    result = np.empty((3, height, width), image_hwc.dtype)
+    cv2.split(contiguous(image_hwc), [result[0], result[1], result[2]])
+    return result
 
 
 def contiguous(image_hwc: Image) -> Image:

@@ -1,5 +1,6 @@
 """Resized pixels against Pillow's."""
 
+import cv2
 import numpy as np
 import pytest
 from data_builders import SHARED
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddetr_mm.data.resize import contiguous, resize_like_pillow, resize_plain
+from ddetr_mm.data.resize import contiguous, resize_like_pillow, resize_plain, split_planes
 
 GOLDEN = SHARED / "golden" / "transforms.npz"
 needs_golden = pytest.mark.skipif(
@@ -93,3 +94,15 @@ def test_the_fast_backend_differs_when_shrinking():
     image = noise(480, 640)
     assert largest_difference(resize_plain(image, (120, 160)), pillow(image, (120, 160))) > 20
     assert largest_difference(resize_plain(image, (640, 853)), pillow(image, (640, 853))) <= 1
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_enlarged_images_lie_channel_after_channel(flip):
+    image = noise(48, 64)[:, ::-1] if flip else noise(48, 64)
+    once = resize_plain(image, (60, 80))
+    assert once.transpose(2, 0, 1).flags.c_contiguous
+    np.testing.assert_array_equal(once, cv2.resize(image.copy(), (80, 60), interpolation=cv2.INTER_LINEAR))
+    window = once[3:50, 5:70]
+    assert np.shares_memory(split_planes(window), window)
+    again = resize_plain(window, (90, 100))
+    np.testing.assert_array_equal(again, cv2.resize(window.copy(), (100, 90), interpolation=cv2.INTER_LINEAR))
