@@ -10,6 +10,7 @@ import warnings
 
 import ddetr_mm.data.dataset
 import ddetr_mm.data.image_folder
+import ddetr_mm.data.samplers
 import ddetr_mm.data.transforms
 import ddetr_mm.evaluation.metric
 import ddetr_mm.models

@@ -21,6 +21,7 @@ from mmengine.logging import print_log
 from ddetr_mm.data.coco_table import CocoTable
 from ddetr_mm.data.image_check import unreadable_image
 from ddetr_mm.data.labels import LabelMap, build_label_map, labels_of
+from ddetr_mm.data.sample_rng import SampleIndex, sample_randomness
 from ddetr_mm.data.sources import STORAGES, CocoSource, read_coco_sources
 from ddetr_mm.errors import DataError, Problem
 
@@ -131,7 +132,7 @@ class SerializedCocoDataset(BaseDetDataset):
         length = len(self)
         if not -length <= idx < length:
             raise IndexError(f"sample {idx} of {length}")
-        idx = idx + length if idx < 0 else idx
+        idx = int(idx + length if idx < 0 else idx)
         info = self._data_info(self._row(idx))
         info["sample_idx"] = idx
         return info
@@ -157,6 +158,18 @@ class SerializedCocoDataset(BaseDetDataset):
         subset._metainfo = copy.deepcopy(self._metainfo)
         subset._rows = self._subset_rows(indices)
         return subset
+
+    def __getitem__(self, idx: int) -> Any:
+        """Sample ``idx`` after the pipeline, as mmengine's ``BaseDataset`` gives it.
+
+        Args:
+            idx: a :class:`~ddetr_mm.data.sample_rng.SampleIndex` makes all randomness of the pipeline
+                depend on the run's seed, the epoch and this index alone, in whichever process; with a plain
+                integer it comes from the process's generators.
+        """
+        with sample_randomness(idx):
+            sample = super().__getitem__(idx)
+        return as_filler(sample) if isinstance(idx, SampleIndex) and idx.is_filler else sample
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Every sample's data info as a list, for tools that want one: it costs what this class saves."""
@@ -279,3 +292,12 @@ class SerializedCocoDataset(BaseDetDataset):
                 if segmentation:
                     instance["mask"] = segmentation
         return instances
+
+
+def as_filler(sample: Any) -> Any:
+    """A packed sample that must not count: without objects, and marked ``is_filler`` in its metainfo."""
+    packed = sample["data_samples"]
+    packed.gt_instances = packed.gt_instances[:0]
+    packed.ignored_instances = packed.ignored_instances[:0]
+    packed.set_metainfo({"is_filler": True})
+    return sample

@@ -112,7 +112,8 @@ class TAODeformableDETRHead(DeformableDETRHead):
             enc_cls_scores: (B, S, C) of the encoder's proposals, with two stages only.
             enc_bbox_preds: (B, S, 4), likewise.
             batch_gt_instances: ``labels`` and ``bboxes`` (xyxy, pixels of ``img_shape``) per image.
-            batch_img_metas: ``img_shape``, the unpadded (height, width), and ``img_path`` if known.
+            batch_img_metas: ``img_shape``, the unpadded (height, width), and ``img_path`` if known. Losses
+                are zero where all images are marked ``is_filler``.
             batch_gt_instances_ignore: must be None; ignored objects take no part.
 
         Returns:
@@ -138,6 +139,9 @@ class TAODeformableDETRHead(DeformableDETRHead):
             objects = Objects.from_instances(foreground, batch_img_metas)
             losses = self._losses(enc_cls_scores[None], enc_bbox_preds[None], objects)
             named.update({f"enc_{name}": values[0] for name, values in losses.items()})
+        if all(meta.get("is_filler", False) for meta in batch_img_metas):
+            # This rank only keeps the others company in an epoch's last step.
+            named = {name: loss * 0 for name, loss in named.items()}
         return named
 
     def _losses(self, logits: Tensor, boxes_cxcywh: Tensor, objects: Objects) -> dict[str, Tensor]:

@@ -25,11 +25,19 @@ TEST_PIPELINE_KEYS = (
     "dataset.augmentation.test_random_resize",
     "dataset.augmentation.random_resize_max_size",
 )
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "default_sampler": dict(type="ElasticDistributedSampler"),
+    "non_uniform_sampler": dict(type="ShardDistributedSampler", uneven="repeat"),
+    "uniform_sampler": dict(type="ShardDistributedSampler", uneven="drop"),
+}
+"""The reference's names of samplers → ours."""
+
 LOADER_KEYS = (
     "dataset.batch_size",
     "dataset.workers",
     "dataset.pin_memory",
     "dataset.dataset_type",
+    "dataset.train_sampler",
     "dataset.num_classes",
     "ddetr_mm.missing_images",
 )
@@ -142,15 +150,25 @@ def coco_dataset(
 def dataloader(spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool) -> dict[str, Any]:
     """Config of one dataloader; every sample of a validation or test set is seen once."""
     workers = spec.dataset.workers
-    return dict(
+    loader: dict[str, Any] = dict(
         batch_size=spec.dataset.batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=spec.dataset.pin_memory,
         drop_last=False,
-        sampler=dict(type="DefaultSampler", shuffle=train),
-        dataset=dataset,
     )
+    if train:
+        loader["sampler"] = dict(train_sampler(spec), shuffle=True)
+        loader["batch_sampler"] = dict(type="ElasticBatchSampler")
+    else:
+        loader["sampler"] = dict(type="DefaultSampler", shuffle=False)
+    return dict(loader, dataset=dataset)
+
+
+def train_sampler(spec: ExperimentSpec) -> dict[str, Any]:
+    """How samples are dealt out; names other than the default act with ``dataset_type: default`` only."""
+    acts = spec.dataset.dataset_type == "default"
+    return SAMPLERS[spec.dataset.train_sampler if acts else "default_sampler"]
 
 
 def plain_sources(sources: Sequence[DataSource]) -> list[dict[str, str]]:

@@ -52,6 +52,18 @@ def test_losses_and_gradients_meet_the_reference() -> None:
     np.testing.assert_allclose(boxes.grad, expected["grad_boxes"], atol=1e-4)
 
 
+def test_a_batch_of_fillers_has_no_weight() -> None:
+    _, logits, boxes, truth, metas = reference()
+    truth = [gt[:0] for gt in truth]
+    head = build()
+    marked = [{**meta, "is_filler": True} for meta in metas]
+    assert sum(head.loss_by_feat(logits, boxes, None, None, truth, metas).values()) > 0
+    total = sum(head.loss_by_feat(logits, boxes, None, None, truth, marked).values())
+    assert total == 0
+    total.backward()
+    assert not logits.grad.any() and not boxes.grad.any()
+
+
 def test_detections_meet_the_reference() -> None:
     expected, logits, boxes, _truth, metas = reference()
     results = build(test_cfg={"max_per_img": 100}).predict_by_feat(logits, boxes, metas, rescale=True)

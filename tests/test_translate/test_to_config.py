@@ -318,3 +318,14 @@ def test_text_and_dict_say_the_same(tmp_path):
     written = tmp_path / "config.py"
     written.write_text(text)
     assert Config.fromfile(str(written)).to_dict() == draft.to_dict()
+
+
+def test_shard_samplers_act_with_the_default_dataset_type_only(translate):
+    wanted = dict(type="ShardDistributedSampler", uneven="repeat", shuffle=True)
+    named = "dataset.train_sampler=non_uniform_sampler"
+    assert translate(named, "dataset.dataset_type=default")["train_dataloader"]["sampler"] == wanted
+    dropping = translate("dataset.train_sampler=uniform_sampler", "dataset.dataset_type=default")
+    assert dropping["train_dataloader"]["sampler"] == {**wanted, "uneven": "drop"}
+    for config in (translate(named), translate()):
+        assert config["train_dataloader"]["sampler"]["type"] == "ElasticDistributedSampler"
+        assert config["train_dataloader"]["batch_sampler"] == dict(type="ElasticBatchSampler")

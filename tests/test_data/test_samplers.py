@@ -1,0 +1,179 @@
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_builders import coco, image, write_images, write_json
+from dataset_builders import build
+from hypothesis import given
+from hypothesis import strategies as st
+from mmengine.runner import Runner
+
+from ddetr_mm.data.samplers import ElasticBatchSampler, ElasticDistributedSampler, ShardDistributedSampler
+from ddetr_mm.errors import DataError
+
+AUGMENTED = [
+    {"type": "LoadImageFromFile"},
+    {"type": "LoadAnnotations", "with_bbox": True},
+    {"type": "RandomFlip", "prob": 0.5},
+    {"type": "TAORandomResize", "scales": [24, 28, 32, 36], "max_size": 64},
+    {"type": "TAORandomSizeCrop", "min_size": 8, "max_size": 24},
+    {"type": "PhotoMetricDistortion"},
+    {"type": "PackDetInputs"},
+]
+
+
+def batches(num_samples, num_ranks, batch_size, *, seed=3, epoch=0, done=0):
+    """Every rank's batches."""
+    found = []
+    for rank in range(num_ranks):
+        sampler = ElasticDistributedSampler(range(num_samples), seed=seed, rank=rank, num_ranks=num_ranks)
+        sampler.set_epoch(epoch)
+        sampler.seek(done)
+        found.append(list(ElasticBatchSampler(sampler, batch_size)))
+    return found
+
+
+def union(steps):
+    """The real samples of one step, all ranks together, in the global order."""
+    longest = max(map(len, steps))
+    turns = [step[turn] for turn in range(longest) for step in steps if turn < len(step)]
+    return [int(index) for index in turns if not index.is_filler]
+
+
+@given(st.integers(1, 70), st.integers(1, 6), st.integers(1, 5))
+def test_steps_of_all_ranks_are_the_steps_of_one(num_samples: int, num_ranks: int, batch_size: int):
+    one = batches(num_samples, 1, num_ranks * batch_size)[0]
+    many = batches(num_samples, num_ranks, batch_size)
+    assert {len(rank) for rank in many} == {len(one)}
+    assert [union(steps) for steps in zip(*many, strict=True)] == [list(map(int, step)) for step in one]
+    assert sorted(index for step in one for index in step) == list(range(num_samples))
+    fillers = [index for rank in many for step in rank[:-1] for index in step if index.is_filler]
+    assert not fillers  # only in the last step
+    assert all(len(rank[-1]) == 1 for rank in many if rank[-1][0].is_filler)
+
+
+@given(st.integers(1, 70), st.integers(1, 4), st.integers(1, 4), st.integers(0, 70), st.integers(1, 4))
+def test_goes_on_anywhere_on_another_number_of_ranks(num_samples, ranks, batch_size, steps, later_ranks):
+    sampler = ElasticDistributedSampler(range(num_samples), seed=3, rank=0, num_ranks=ranks)
+    done = ElasticBatchSampler(sampler, batch_size).samples_after(0, steps)
+    whole = [index for step in batches(num_samples, 1, 1)[0] for index in step]
+    rest = batches(num_samples, later_ranks, batch_size, done=done)
+    assert [index for step in zip(*rest, strict=True) for index in union(step)] == whole[done:]
+
+
+def test_length_is_that_of_the_whole_epoch_and_the_rest_is_told():
+    sampler = ElasticDistributedSampler(range(11), seed=0, rank=1, num_ranks=2)
+    batch_sampler = ElasticBatchSampler(sampler, 2)
+    sampler.seek(4)
+    assert len(batch_sampler) == 3 and batch_sampler.steps_left(4) == 2 == len(list(batch_sampler))
+    assert batch_sampler.samples_after(4, 1) == 8 and batch_sampler.samples_after(4, 2) == 11
+    assert len(sampler) == 5
+    with pytest.raises(ValueError, match="position 12 of 11"):
+        sampler.seek(12)
+
+
+def test_only_elastic_samplers_are_batched():
+    with pytest.raises(TypeError, match="elastic"):
+        ElasticBatchSampler(torch.utils.data.SequentialSampler(range(3)), 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        ElasticBatchSampler(ElasticDistributedSampler(range(3), seed=0), 0)
+
+
+class ShardedNumbers:
+    """14 samples in four shards of 5, 3, 2 and 4."""
+
+    shard_indices = np.array([0] * 5 + [1] * 3 + [2] * 2 + [3] * 4)
+
+    def __len__(self):
+        return 14
+
+
+@pytest.mark.parametrize("uneven, num_ranks, steps, seen", [("repeat", 3, 5, 14), ("drop", 3, 1, 6)])
+def test_shards_of_a_rank(uneven, num_ranks, steps, seen):
+    indices = Counter()
+    for rank in range(num_ranks):
+        sampler = ShardDistributedSampler(
+            ShardedNumbers(), uneven=uneven, seed=1, rank=rank, num_ranks=num_ranks
+        )
+        rank_steps = list(ElasticBatchSampler(sampler, 2))
+        assert len(rank_steps) == steps
+        own = [int(index) for step in rank_steps for index in step]
+        assert set(ShardedNumbers.shard_indices[own] % num_ranks) == {rank}
+        indices.update(own)
+        sampler.seek(2 * num_ranks)
+        assert list(ElasticBatchSampler(sampler, 2)) == rank_steps[1:]
+    assert len(indices) == seen
+
+
+def test_too_few_shards_are_told():
+    with pytest.raises(DataError, match=r"4 shards are too few for 5 processes"):
+        ShardDistributedSampler(ShardedNumbers(), seed=1, rank=0, num_ranks=5)
+
+
+@pytest.fixture(scope="module")
+def noisy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven images with one object each."""
+    from data_builders import box
+
+    root = tmp_path_factory.mktemp("noisy")
+    document = coco(
+        [image(number) for number in range(1, 12)],
+        [box(number, number, [2, 2, 12, 12], 1) for number in range(1, 12)],
+    )
+    write_json(root / "a.json", document)
+    write_images(root / "a", document)
+    return root
+
+
+def loader(root: Path, num_workers: int, batch_size: int, rank: int, num_ranks: int):
+    """A training loader as a Runner builds it."""
+    from dataset_builders import config
+
+    return Runner.build_dataloader(
+        dict(
+            dataset=config(root, pipeline=AUGMENTED),
+            sampler=dict(type="ElasticDistributedSampler", rank=rank, num_ranks=num_ranks),
+            batch_sampler=dict(type="ElasticBatchSampler"),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+        ),
+        seed=21,
+    )
+
+
+def augmented_epochs(root: Path, num_ranks: int, num_workers: int) -> list[list[list[tuple]]]:
+    """Two epochs, each a list of steps, each what all ranks got: digest and boxes of every real sample."""
+    build(root)  # the default scope
+    epochs: list = [[], []]
+    for rank in range(num_ranks):
+        data = loader(root, num_workers, 4 // num_ranks, rank, num_ranks)
+        for epoch, steps in enumerate(epochs):
+            data.batch_sampler.sampler.set_epoch(epoch)
+            for number, batch in enumerate(data):
+                if len(steps) <= number:
+                    steps.append([])
+                steps[number] += [
+                    (hash(inputs.numpy().tobytes()), str(sample.gt_instances.bboxes.tensor.tolist()))
+                    for inputs, sample in zip(batch["inputs"], batch["data_samples"], strict=True)
+                    if not sample.metainfo.get("is_filler")
+                ]
+    return [[sorted(step) for step in epoch] for epoch in epochs]
+
+
+def test_augmented_samples_do_not_depend_on_ranks_and_workers(noisy_root: Path):
+    alone = augmented_epochs(noisy_root, num_ranks=1, num_workers=0)
+    assert [len(step) for step in alone[0]] == [4, 4, 3]
+    assert len({sample for epoch in alone for step in epoch for sample in step}) == 22  # all differ
+    assert augmented_epochs(noisy_root, num_ranks=1, num_workers=4) == alone
+    assert augmented_epochs(noisy_root, num_ranks=2, num_workers=2) == alone
+    assert augmented_epochs(noisy_root, num_ranks=4, num_workers=0) == alone
+
+
+def test_a_filler_has_no_objects_and_is_marked(noisy_root: Path):
+    build(noisy_root)
+    last = list(loader(noisy_root, 0, 1, rank=3, num_ranks=4))[-1]
+    (sample,) = last["data_samples"]
+    assert sample.metainfo["is_filler"] and len(sample.gt_instances) == 0
