@@ -65,7 +65,5 @@ def decode_jpeg_reduced_bgr(content: bytes, reduction: int) -> npt.NDArray[np.ui
     """
     if not content.startswith(JPEG_START):
         return None
-    image_bgr: npt.NDArray[np.uint8] | None = cv2.imdecode(
-        np.frombuffer(content, np.uint8), _REDUCED_FLAGS[reduction]
-    )
-    return image_bgr
+    image_bgr = cv2.imdecode(np.frombuffer(content, np.uint8), _REDUCED_FLAGS[reduction])
+    return None if image_bgr is None else image_bgr.astype(np.uint8, copy=False)

@@ -25,6 +25,7 @@ from mmcv.ops.multi_scale_deform_attn import (
 )
 from torch import Tensor
 
+from ddetr_mm.models.bag_sampling import sample_values_by_bags
 from ddetr_mm.stack.mmcv_ops import has_compiled_ops
 
 SizesHW = Sequence[tuple[int, int]]
@@ -82,9 +83,10 @@ def sample_values(
 ) -> Tensor:
     """Sample values bilinearly and add them up by weight: the one place that picks an implementation.
 
-    On a CUDA tensor mmcv's compiled op where it is installed; else mmcv's PyTorch form, which runs
-    everywhere. Both run in float32, whatever autocast says: a location in bfloat16 is off by up to
-    1/256 of the image.
+    On a CUDA tensor mmcv's compiled op where it is installed; on a CPU, for as many queries as an encoder
+    has, :func:`~ddetr_mm.models.bag_sampling.sample_values_by_bags`; else, and while a graph is traced,
+    mmcv's PyTorch form, which runs everywhere and is the reference. All run in float32, whatever autocast
+    says: a location in bfloat16 is off by up to 1/256 of the image.
 
     Args:
         value: (B, S, M, D).
@@ -113,9 +115,16 @@ def sample_values(
                 weights.contiguous(),
                 step,
             )
+        elif value.device.type == "cpu" and _many_points(locations, value) and not torch.jit.is_tracing():
+            sampled = sample_values_by_bags(value_f32, locations, weights, level_sizes_hw)
         else:
             sampled = multi_scale_deformable_attn_pytorch(value_f32, level_sizes_hw, locations, weights)
     return sampled.to(value.dtype)
+
+
+def _many_points(locations: Tensor, value: Tensor) -> bool:
+    """Whether sampling is more work than a pass over all values, as bags need one."""
+    return math.prod(locations.shape[1:5]) >= 2 * math.prod(value.shape[1:3])
 
 
 class DeformableAttention(MultiScaleDeformableAttention):

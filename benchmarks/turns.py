@@ -1,0 +1,84 @@
+"""Contestants taking turns: times, their ratios, and the peak memory of a function."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Step = Callable[[], Any]
+
+
+def take_turns(contestants: dict[str, Step], rounds: int, yardstick: str) -> dict[str, dict[str, float]]:
+    """Run all in turn, in another order every other round, after one round that warms up.
+
+    Args:
+        contestants: name to what one round runs.
+        rounds: rounds that count.
+        yardstick: whom the others are compared with.
+
+    Returns:
+        For each: ``median_ms``, ``min_ms``, ``max_ms`` and ``cpu_median_ms`` (processor time of all
+        threads), and how many times the yardstick's speed it has, ``speedup`` and ``cpu_speedup``: medians
+        of the ratios within each round, so that what else runs on the machine weighs on both.
+    """
+    wall: dict[str, list[float]] = {name: [] for name in contestants}
+    cpu: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name in list(contestants)[:: 1 if number % 2 else -1]:
+            began, cpu_began = time.perf_counter(), time.process_time()
+            contestants[name]()
+            if number:
+                wall[name].append(1e3 * (time.perf_counter() - began))
+                cpu[name].append(1e3 * (time.process_time() - cpu_began))
+    return {
+        name: {
+            "median_ms": statistics.median(wall[name]),
+            "min_ms": min(wall[name]),
+            "max_ms": max(wall[name]),
+            "cpu_median_ms": statistics.median(cpu[name]),
+            "speedup": _ratio(wall[yardstick], wall[name]),
+            "cpu_speedup": _ratio(cpu[yardstick], cpu[name]),
+        }
+        for name in contestants
+    }
+
+
+def _ratio(first: list[float], second: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(first, second, strict=True))
+
+
+def peak_growth_mb(step: Step) -> float | None:
+    """How much a forked process grows at its peak in ``step``; None where the system does not tell.
+
+    Call it before the first operation that starts threads: a forked process has none of them.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(step, send))
+    process.start()
+    send.close()
+    try:
+        growth = float(receive.recv())
+    finally:
+        process.join()
+    return growth
+
+
+def _measure(step: Step, send: Any) -> None:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _status_mb("VmRSS")
+    step()
+    send.send(_status_mb("VmHWM") - before)
+
+
+def _status_mb(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) / 1024
+    raise KeyError(key)
