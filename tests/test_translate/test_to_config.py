@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from mmengine.registry import OPTIMIZERS
 
 import ddetr_mm.register  # noqa: F401 - registers what the configs name
 from ddetr_mm.errors import SpecError
@@ -47,7 +49,7 @@ def test_learning_rate_groups_follow_the_spec(translate):
     keys = wrapper["paramwise_cfg"]["custom_keys"]
     assert keys["backbone"]["lr_mult"] == pytest.approx(0.25)
     assert keys["sampling_offsets"]["lr_mult"] == keys["reference_points"]["lr_mult"] == 0.2
-    assert wrapper["optimizer"] == dict(type="AdamW", lr=2e-4, weight_decay=1e-4)
+    assert wrapper["optimizer"] == dict(type="AdamW", lr=2e-4, weight_decay=1e-4, fused=True)
     assert wrapper["clip_grad"] == dict(max_norm=0.1, norm_type=2)
 
 
@@ -65,6 +67,21 @@ def test_the_three_groups_reach_the_optimizer(translate):
     assert rates["encoder.layers.0.self_attn.sampling_offsets.weight"] == pytest.approx(2e-5)
     assert rates["reference_points_fc.weight"] == pytest.approx(2e-5)
     assert rates["bbox_head.cls_branches.0.weight"] == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_the_fused_optimizer_steps_as_the_plain_one(translate, name):
+    config = translate(f"train.optim.optimizer={name}")["optim_wrapper"]["optimizer"]
+    results = []
+    for fused in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(40, 50, generator=generator).requires_grad_()
+        optimizer = OPTIMIZERS.build({**config, "fused": fused, "params": [weight], "lr": 0.1})
+        for _ in range(3):
+            weight.grad = torch.randn(40, 50, generator=generator)
+            optimizer.step()
+        results.append(weight.detach())
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 def test_sgd_and_no_clipping(translate):
