@@ -22,7 +22,8 @@ def run(arguments: Namespace) -> None:
         exported = exported_input(checkpoint, engine, where="evaluate")
         runner = build_runner(loaded, "evaluate", session.folder, checkpoint, exported)
         if exported is None:
-            load_checkpoint(runner.model, checkpoint, where="evaluate.checkpoint")
+            classes = runner.test_dataloader.dataset.metainfo.get("classes")
+            load_checkpoint(runner.model, checkpoint, where="evaluate.checkpoint", class_names=classes)
         session.status.write(f"Loading checkpoint: {engine or checkpoint}")
         metrics = runner.test()
         session.status.write(

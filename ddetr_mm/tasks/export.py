@@ -36,12 +36,13 @@ def export(loaded: LoadedSpec, session: Session) -> None:
     from ddetr_mm.deploy.half import export_half
     from ddetr_mm.deploy.onnx_export import export_onnx, usable_opset
     from ddetr_mm.tasks.runner import build_model
-    from ddetr_mm.weights import inspect_checkpoint
+    from ddetr_mm.weights import inspect_checkpoint, names_by_category_id
 
     spec, settings = loaded.spec, loaded.spec.export
     usable_opset(settings.opset_version, plugin=not settings.on_cpu)
     session.status.write(f"Loading checkpoint: {settings.checkpoint}")
-    names = full_class_names(inspect_checkpoint(settings.checkpoint).class_names, spec.dataset.num_classes)
+    meta, columns = inspect_checkpoint(settings.checkpoint).meta, spec.dataset.num_classes
+    names = full_class_names(names_by_category_id(meta, columns, path=settings.checkpoint), columns)
     model, _ = build_model(loaded, "export", settings.checkpoint, where="export.checkpoint")
     options = export_options(spec, names)
     normalisation = spec_normalisation(spec)

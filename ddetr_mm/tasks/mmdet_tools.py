@@ -67,10 +67,12 @@ def prepare_arguments(tool: str, arguments: list[str]) -> list[str]:
     if tool == "test" and len(prepared) > 1 and not prepared[1].startswith("-"):
         checkpoint = prepared[1]
     folder = work_dir(prepared)
+    config = None
     if Path(prepared[0]).suffix.lower() in SPEC_SUFFIXES:
-        prepared[0] = str(translate_spec(prepared[0], tool, checkpoint, folder))
+        config = translate_spec(prepared[0], tool, checkpoint, folder)
+        prepared[0] = str(config)
     if checkpoint is not None:
-        prepared[1] = str(mmdet_checkpoint(checkpoint, folder))
+        prepared[1] = str(mmdet_checkpoint(checkpoint, folder, config))
     return prepared
 
 
@@ -97,25 +99,64 @@ def translate_spec(spec_path: str, tool: str, checkpoint: str | None, folder: Pa
     return write_text_whole(folder / f"{Path(spec_path).stem}.py", config_source(loaded, subtask, named))
 
 
-def mmdet_checkpoint(path: str, folder: Path) -> Path:
+def mmdet_checkpoint(path: str, folder: Path, spec_config: Path | None = None) -> Path:
     """A checkpoint that mmengine loads: the given one, or a conversion of it in ``folder``.
 
+    Args:
+        path: the checkpoint.
+        folder: where a conversion goes.
+        spec_config: the config of a spec, if that is what will run: its class columns are category ids and
+            its neck has biases, which mmengine would not care about.
+
     Raises:
-        WeightsError: when the file is no checkpoint.
+        WeightsError: when the file is no checkpoint, or none of the spec's network.
     """
     from ddetr_mm.weights import convert_checkpoint, inspect_checkpoint
     from ddetr_mm.weights.safe_read import read_raw
 
     if "://" in path:
         return Path(path)
+    converted = folder / f"{Path(path).stem}_mmdet.pth"
     payload = read_raw(path).payload
     meta = payload.get("meta") if isinstance(payload, dict) else None
     # What mmengine wrote it reads, whichever detector it holds.
-    if isinstance(meta, dict) and "mmengine_version" in meta:
+    if spec_config is None and isinstance(meta, dict) and "mmengine_version" in meta:
         return Path(path)
-    if inspect_checkpoint(path).format == "mmdet":
+    info = inspect_checkpoint(path)
+    if spec_config is not None and not (info.label_mode == "category_id" and info.meta.neck_bias):
+        return fitted_checkpoint(path, spec_config, converted)
+    if info.format == "mmdet":
         return Path(path)
-    converted = folder / f"{Path(path).stem}_mmdet.pth"
     report = convert_checkpoint(path, converted, "mmdet")
     print(report.summary(), file=sys.stderr)
+    return converted
+
+
+def fitted_checkpoint(path: str, spec_config: Path, converted: Path) -> Path:
+    """Load a checkpoint into a spec's network, classes by the names of its test data, and save that."""
+    from dataclasses import replace
+
+    from mmdet.registry import DATASETS, MODELS
+    from mmengine.config import Config
+
+    import ddetr_mm.register  # noqa: F401 - before mmdet
+    from ddetr_mm.tasks.runner import load_checkpoint, register_scope
+    from ddetr_mm.weights import inspect_checkpoint
+    from ddetr_mm.weights.write import write_checkpoint
+
+    config = Config.fromfile(str(spec_config))
+    register_scope(config)
+    classes = DATASETS.build(config.test_dataloader.dataset).metainfo["classes"]
+    model = MODELS.build(config.model)
+    load_checkpoint(model, path, where="checkpoint", class_names=classes)
+    meta = replace(
+        inspect_checkpoint(path).meta,
+        label_mode="category_id",
+        background_column=0,
+        num_classes=len(classes),
+        class_names=tuple(classes),
+        category_ids=None,
+        neck_bias=True,
+    )
+    write_checkpoint(converted, "mmdet", model.state_dict(), meta)
     return converted

@@ -19,7 +19,14 @@ from ddetr_mm.runtime.quiet import QuietRunner
 from ddetr_mm.spec import LoadedSpec
 from ddetr_mm.translate import spec_config_text, to_config
 from ddetr_mm.translate.to_config import ExportedModel
-from ddetr_mm.weights import inspect_checkpoint, load_for_model
+from ddetr_mm.weights import (
+    fill_model,
+    inspect_checkpoint,
+    names_by_category_id,
+    read_checkpoint,
+    to_category_ids,
+)
+from ddetr_mm.weights.load import unwrapped
 
 CONFIG_NAME = "config.py"
 ENGINE_SUFFIXES = (".engine", ".trt", ".plan")
@@ -95,6 +102,8 @@ def config_source(
     elif checkpoint and Path(checkpoint).exists() and not is_exported(checkpoint):
         info = inspect_checkpoint(checkpoint)
         zeroed, names = info.zero_padded_values, info.class_names
+        if subtask == "inference":
+            names = names_by_category_id(info.meta, loaded.spec.dataset.num_classes, path=checkpoint)
     draft = to_config(
         loaded,
         subtask,
@@ -159,16 +168,22 @@ def register_scope(config: Config) -> None:
     init_default_scope(config.get("default_scope", "mmdet"))
 
 
-def load_checkpoint(model: nn.Module, path: str, *, where: str) -> None:
+def load_checkpoint(
+    model: nn.Module, path: str, *, where: str, class_names: Sequence[str] | None = None
+) -> None:
     """Load a checkpoint of any known format into a model and say how it went.
 
     Args:
-        model: built for evaluation, inference or export.
+        model: a spec's, built for evaluation, inference or export: its class columns are category ids.
         path: the checkpoint.
         where: the spec key that named it, for messages.
+        class_names: the data's class names by category id, where there are data; a checkpoint that numbers
+            its classes otherwise is brought to them by name.
 
     Raises:
         WeightsError: when the file is missing, is not a checkpoint or leaves parameters without values.
     """
-    report = load_for_model(model, path, strict=True)
+    columns = unwrapped(model).bbox_head.num_classes
+    checkpoint = to_category_ids(read_checkpoint(path), columns, class_names)
+    report = fill_model(model, checkpoint, strict=True)
     print(report.summary(), file=sys.stderr)

@@ -3,6 +3,7 @@
 from ddetr_mm.weights.architecture import Architecture, infer_architecture
 from ddetr_mm.weights.backbone import load_backbone
 from ddetr_mm.weights.checkpoint import FORMATS, Checkpoint, CheckpointInfo, CheckpointMeta
+from ddetr_mm.weights.class_columns import names_by_category_id, numbered_by_position, to_category_ids
 from ddetr_mm.weights.convert import convert_checkpoint
 from ddetr_mm.weights.load import fill_model, load_for_model
 from ddetr_mm.weights.read import inspect_checkpoint, read_checkpoint
@@ -21,5 +22,8 @@ __all__ = [
     "inspect_checkpoint",
     "load_backbone",
     "load_for_model",
+    "names_by_category_id",
+    "numbered_by_position",
     "read_checkpoint",
+    "to_category_ids",
 ]

@@ -1,0 +1,98 @@
+"""Class heads numbered by position, brought into models that number by category id."""
+
+import pytest
+import torch
+from weights_builders import small_canonical, write_mmdet
+
+from ddetr_mm.errors import WeightsError
+from ddetr_mm.weights import (
+    inspect_checkpoint,
+    names_by_category_id,
+    numbered_by_position,
+    read_checkpoint,
+    to_category_ids,
+)
+from ddetr_mm.weights.class_columns import NEVER_LOGIT
+from ddetr_mm.weights.coco_names import coco_column_names
+from ddetr_mm.weights.key_engine import from_canonical
+from ddetr_mm.weights.key_maps import TAO
+
+WEIGHT, BIAS = "bbox_head.cls_branches.1.weight", "bbox_head.cls_branches.1.bias"
+
+
+@pytest.fixture
+def zoo(tmp_path):
+    """Four classes by position, named as in mmdet's model zoo."""
+    names = ("cat", "dog", "traffic light", "cow")
+    return write_mmdet(tmp_path / "zoo.pth", small_canonical(), dataset_meta={"classes": names})
+
+
+def test_columns_go_to_the_ids_of_their_names(zoo):
+    before = read_checkpoint(zoo)
+    names = ("background", "dog", "unknown", "Traffic_Light", "horse", "cat")
+    moved = to_category_ids(before, 6, names)
+    for key in (WEIGHT, BIAS):
+        assert torch.equal(moved.state_dict[key][[1, 3, 5]], before.state_dict[key][[1, 2, 0]])
+    # Background, gap and the class that the file does not know can never win.
+    assert not moved.state_dict[WEIGHT][[0, 2, 4]].any()
+    assert (moved.state_dict[BIAS][[0, 2, 4]] == NEVER_LOGIT).all()
+    assert moved.state_dict["level_embed"] is before.state_dict["level_embed"]
+    assert before.state_dict[WEIGHT].shape[0] == 4 and before.meta.label_mode == "contiguous"
+    assert (moved.meta.label_mode, moved.meta.class_names) == ("category_id", names)
+    assert moved.meta.category_ids == (None, 1, None, 3, 4, 5)
+    assert "3 are moved" in moved.notes[-1]
+    assert "1 unknown to the file and never predicted (horse)" in moved.notes[-1]
+    assert "1 not needed (cow)" in moved.notes[-1]
+
+
+def test_without_the_data_s_names_positions_are_counted_from_one(zoo):
+    before = read_checkpoint(zoo)
+    moved = to_category_ids(before, 7)
+    assert moved.meta.class_names == (
+        *("background", "cat", "dog", "traffic light", "cow"),
+        *("unknown", "unknown"),
+    )
+    assert torch.equal(moved.state_dict[WEIGHT][1:5], before.state_dict[WEIGHT])
+    assert (moved.state_dict[BIAS][[0, 5, 6]] == NEVER_LOGIT).all()
+
+
+def test_too_few_columns_say_how_many_it_takes(zoo):
+    with pytest.raises(WeightsError, match=r"zoo\.pth: dataset\.num_classes.*got 4.*allowed: 5 or more"):
+        to_category_ids(read_checkpoint(zoo), 4)
+
+
+def test_classes_of_other_data_are_refused(zoo):
+    with pytest.raises(WeightsError, match=r"none of the data's classes.*cat, dog"):
+        to_category_ids(read_checkpoint(zoo), 3, ("background", "ship", "plane"))
+
+
+def test_the_file_s_own_category_ids_are_used(tmp_path):
+    dataset = {"classes": ("a", "b", "c", "d"), "category_ids": [7, 2, 3, 9]}
+    path = write_mmdet(tmp_path / "x.pth", small_canonical(), dataset_meta=dataset)
+    names = names_by_category_id(inspect_checkpoint(path).meta, 10)
+    assert [names[column] for column in (0, 7, 2, 3, 9)] == ["background", "a", "b", "c", "d"]
+    assert set(names) == {"background", "unknown", "a", "b", "c", "d"}
+
+
+def test_coco_s_eighty_classes_get_coco_s_ids(tmp_path):
+    by_id = coco_column_names()
+    names = tuple(name for name in by_id if name not in ("background", "unknown"))
+    canonical = small_canonical(num_classes=80)
+    path = write_mmdet(tmp_path / "zoo.pth", canonical, dataset_meta={"classes": names})
+    assert names_by_category_id(inspect_checkpoint(path).meta, 91) == by_id
+    moved = to_category_ids(read_checkpoint(path), 91)
+    assert torch.equal(moved.state_dict[WEIGHT][90], canonical[WEIGHT][79])  # toothbrush
+    assert torch.equal(moved.state_dict[WEIGHT][13], canonical[WEIGHT][11])  # stop sign, after a gap
+    # In a smaller head the ids are counted from 1.
+    assert names_by_category_id(inspect_checkpoint(path).meta, 81)[12] == "stop sign"
+
+
+def test_category_ids_and_unknown_conventions_stay_as_they_are(tmp_path):
+    tensors, _ = from_canonical(small_canonical(), TAO, with_box_refine=True, two_stage=False)
+    torch.save({"state_dict": tensors}, tmp_path / "tao.pth")
+    bare = write_mmdet(tmp_path / "bare.pth", small_canonical())
+    for path in (tmp_path / "tao.pth", bare):
+        checkpoint = read_checkpoint(path)
+        assert not numbered_by_position(checkpoint.meta)
+        assert to_category_ids(checkpoint, 4, ("background", "a", "b", "c")) is checkpoint
+        assert names_by_category_id(checkpoint.meta, 4) is None
