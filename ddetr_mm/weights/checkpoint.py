@@ -44,6 +44,8 @@ class CheckpointMeta:
         neck_bias: False when the weights come from a neck without bias; conversions that need one fill in
             zeros, and writing mmdet's names takes the zeros out again.
         num_heads: attention heads where the file says so.
+        dilation: whether the backbone's last stage is dilated, which no shape shows; None where the file
+            does not say.
         num_queries: object queries (two-stage: proposals) where the file says so.
         epoch: epoch the file was written after, where it says so.
         spec: the experiment spec the weights belong to, as plain data, or None.
@@ -60,6 +62,7 @@ class CheckpointMeta:
     two_stage: bool = False
     neck_bias: bool = True
     num_heads: int | None = None
+    dilation: bool | None = None
     num_queries: int | None = None
     epoch: int | None = None
     spec: dict[str, Any] | None = None
@@ -78,6 +81,7 @@ class CheckpointMeta:
             "two_stage": self.two_stage,
             "neck_bias": self.neck_bias,
             "num_heads": self.num_heads,
+            "dilation": self.dilation,
             "num_queries": self.num_queries,
             "epoch": self.epoch,
             "spec": self.spec,
@@ -143,7 +147,7 @@ def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> Checkp
     Values of the wrong type are ignored: a file is not trusted to hold what it should.
     """
     changes: dict[str, Any] = {}
-    for key in ("zero_padded_values", "with_box_refine", "two_stage", "neck_bias"):
+    for key in ("zero_padded_values", "with_box_refine", "two_stage", "neck_bias", "dilation"):
         if isinstance(values.get(key), bool):
             changes[key] = values[key]
     for key in ("background_column", "num_heads", "num_queries", "epoch"):

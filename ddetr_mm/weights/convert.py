@@ -113,6 +113,9 @@ def _completed(
         meta = replace(meta, spec=spec)
         checkpoint = _with_heads(checkpoint, spec)
         meta = replace(meta, num_heads=checkpoint.meta.num_heads)
+        dilation = (spec.get("model") or {}).get("dilation")
+        if isinstance(dilation, bool):
+            meta = replace(meta, dilation=dilation)
     if class_names is not None:
         names = tuple(class_names)
         if meta.num_classes is not None and len(names) != meta.num_classes:

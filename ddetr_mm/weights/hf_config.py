@@ -23,7 +23,7 @@ def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dic
 
     Args:
         checkpoint: canonical weights with their structure.
-        spec: the experiment spec as plain data, for what shapes do not tell (heads, dropout, dilation).
+        spec: the experiment spec as plain data, for what shapes do not tell (dropout, auxiliary losses).
 
     Raises:
         WeightsError: when Hugging Face's class cannot hold the network.
@@ -43,7 +43,7 @@ def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dic
         "decoder_ffn_dim": found.dec_feedforward,
         "decoder_layers": found.dec_layers,
         "decoder_n_points": found.dec_points,
-        "dilation": bool(model.get("dilation", False)),
+        "dilation": bool(meta.dilation),
         "disable_custom_kernels": True,
         "dropout": model.get("dropout_ratio", 0.1),
         "encoder_attention_heads": found.num_heads,
@@ -59,7 +59,8 @@ def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dic
         "position_embedding_type": "sine",
         "return_intermediate": True,
         # Tied, transformers would put one layer's branches in place of all: right only without refinement.
-        "tie_word_embeddings": not found.with_box_refine,
+        # With a single layer it looks for others to tie, and fails.
+        "tie_word_embeddings": not found.with_box_refine and found.dec_layers > 1,
         "two_stage": found.two_stage,
         "two_stage_num_proposals": meta.num_queries or _DEFAULT_PROPOSALS,
         "with_box_refine": found.with_box_refine,

@@ -237,6 +237,13 @@ def _scheme_notes(network: nn.Module, checkpoint: Checkpoint, report: LoadReport
             + ("with" if meta.with_box_refine else "without")
             + " box refinement, the model is the other way (model.with_box_refine)"
         )
+    dilations = getattr(getattr(network, "backbone", None), "dilations", None)
+    if meta.dilation is not None and dilations is not None and meta.dilation != (max(dilations) > 1):
+        report.notes.append(
+            "the weights were made "
+            + ("with" if meta.dilation else "without")
+            + " a dilated last stage of the backbone, the model is the other way (model.dilation)"
+        )
 
 
 def _zeroed(value: bool) -> str:

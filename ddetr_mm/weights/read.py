@@ -169,6 +169,7 @@ def _interpret(
         two_stage=architecture.two_stage,
         neck_bias=architecture.neck_bias,
         num_heads=heads,
+        dilation=hints.get("dilation"),
         num_queries=architecture.num_queries or _count(hints.get("num_queries")),
         epoch=_epoch(found.extras),
     )
@@ -204,11 +205,12 @@ def _own_meta(raw: RawFile, found: FoundWeights) -> Mapping[str, Any]:
 
 
 def _hints(raw: RawFile, found: FoundWeights) -> dict[str, Any]:
-    """Settings that a format's own bookkeeping tells: refinement, heads, zeroed padding."""
+    """Settings that a format's own bookkeeping tells: refinement, heads, dilation, zeroed padding."""
     hints: dict[str, Any] = {}
     if raw.config:
         hints["with_box_refine"] = bool(raw.config.get("with_box_refine", False))
         hints["num_heads"] = raw.config.get("encoder_attention_heads", 8)
+        hints["dilation"] = _hf_dilation(raw.config)
         queries = "two_stage_num_proposals" if raw.config.get("two_stage") else "num_queries"
         hints["num_queries"] = raw.config.get(queries, 300)
         return hints
@@ -216,6 +218,8 @@ def _hints(raw: RawFile, found: FoundWeights) -> dict[str, Any]:
     if isinstance(arguments, InertObject) and isinstance(arguments.state, Mapping):
         hints["num_heads"] = arguments.state.get("nheads")
         hints["num_queries"] = arguments.state.get("num_queries")
+        if isinstance(arguments.state.get("dilation"), bool):
+            hints["dilation"] = arguments.state["dilation"]
     meta = found.extras.get("meta")
     if isinstance(meta, Mapping):
         model = model_settings(meta.get("cfg") or meta.get("config"))
@@ -225,12 +229,22 @@ def _hints(raw: RawFile, found: FoundWeights) -> dict[str, Any]:
             hints["num_queries"] = model["num_queries"]
         if model.get("type") == "TAODeformableDETR":
             hints["zero_padded_values"] = bool(model.get("zero_padded_values", False))
+        backbone = model.get("backbone")
+        if isinstance(backbone, Mapping):
+            hints["dilation"] = backbone.get("type") == "TorchvisionDilatedResNet"
         attention = model
         for key in ("encoder", "layer_cfg", "self_attn_cfg"):
             attention = attention.get(key) or {} if isinstance(attention, Mapping) else {}
         if isinstance(attention, Mapping):
             hints["num_heads"] = attention.get("num_heads")
     return hints
+
+
+def _hf_dilation(config: Mapping[str, Any]) -> bool:
+    """Either spelling of it: by name, or as the stride of the backbone's last stage."""
+    backbone = config.get("backbone_config")
+    stride = backbone.get("output_stride") if isinstance(backbone, Mapping) else None
+    return bool(config.get("dilation", False)) or stride == 16
 
 
 def _class_names(

@@ -9,6 +9,7 @@ from weights_builders import (
     padded_batch,
     pixel_mask,
     predict,
+    resnet,
     write_golden,
     write_mmdet,
 )
@@ -170,3 +171,24 @@ def test_hugging_face_with_its_own_resnet_and_fewer_levels(tmp_path):
     expected = hf_predict(theirs, images, sizes_hw)
     found = [value[-1] for value in predict(model, images, sizes_hw)]
     assert worst(found, expected) < TOLERANCE
+
+
+def test_dilated_backbone(tmp_path):
+    """The last stage at stride 16, as in the original authors' DC5 model; no shape shows it."""
+    backbone = dict(resnet(50, (3,)), type="TorchvisionDilatedResNet")
+    options = dict(num_levels=1, layers=1, with_box_refine=False, backbone=backbone, in_channels=(2048,))
+    model = detector(seed=7, **options)
+    images, sizes_hw = padded_batch()
+    logits, boxes = predict(model, images, sizes_hw)
+    cfg = "model = dict(backbone=dict(type='TorchvisionDilatedResNet'))"
+    path = write_mmdet(tmp_path / "mmdet.pth", model.state_dict(), cfg=cfg)
+    convert_checkpoint(path, tmp_path / "official.pth", "official")
+    convert_checkpoint(tmp_path / "official.pth", tmp_path / "hf", "hf")
+    found = hf_predict(hugging_face(tmp_path / "hf"), images, sizes_hw)
+    assert worst(found, (logits[-1], boxes[-1])) < TOLERANCE
+    assert inspect_checkpoint(tmp_path / "hf").meta.dilation is True
+
+    plain = detector(seed=None, **(options | dict(backbone=resnet(50, (3,)))))
+    report = load_for_model(plain, tmp_path / "hf")
+    assert any("with a dilated last stage" in note for note in report.notes)
+    assert worst(predict(plain, images, sizes_hw), (logits, boxes)) > 0.01

@@ -226,3 +226,20 @@ def test_args_that_are_no_namespace_do_no_harm(tmp_path):
     assert inspect_checkpoint(write(tmp_path / "x.pth", content)).architecture.num_heads == 8
     content["args"] = ["--nheads", "8"]
     assert inspect_checkpoint(write(tmp_path / "x.pth", content)).architecture.num_heads == 8
+
+
+def test_dilation_is_told_by_every_world_that_notes_it(tmp_path):
+    def told(name, **content):
+        path = tmp_path / name
+        torch.save(content, path)
+        return inspect_checkpoint(path).meta.dilation
+
+    official, _ = from_canonical(small_canonical(), OFFICIAL, with_box_refine=True, two_stage=False)
+    for value in (True, False):
+        assert told("official.pth", model=official, args=argparse.Namespace(dilation=value)) is value
+    assert told("official.pth", model=official, args=argparse.Namespace(dilation="yes")) is None
+    meta = {"cfg": "model = dict(backbone=dict(type='TorchvisionDilatedResNet'))"}
+    assert told("mmdet.pth", state_dict=small_canonical(), meta=meta) is True
+    meta = {"cfg": "model = dict(backbone=dict(type='ResNet'))"}
+    assert told("mmdet.pth", state_dict=small_canonical(), meta=meta) is False
+    assert told("bare.pth", state_dict=small_canonical()) is None
