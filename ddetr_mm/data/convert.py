@@ -36,12 +36,13 @@ from ddetr_mm.data.gc_pause import garbage_collection_paused
 from ddetr_mm.data.kitti_chunk import Chunk, ChunkContent, prepare_process, read_chunk
 from ddetr_mm.data.kitti_sequences import KittiSequence, count_labels, labels_without_image
 from ddetr_mm.data.name_list import NameList
-from ddetr_mm.data.ordered_pool import ordered_map, usable_cores
+from ddetr_mm.data.ordered_pool import can_fork, ordered_map, usable_cores
 from ddetr_mm.data.result_folder import ResultFolder
 from ddetr_mm.data.shards import ShardWriter, shard_file
 from ddetr_mm.errors import DataError, Problem
 
-# Starting a process takes about as long as reading so many images.
+# Starting a process, forked or spawned, takes about as long as reading so many images.
+_IMAGES_WORTH_A_FORK = 3_000
 _IMAGES_WORTH_A_PROCESS = 20_000
 _SHOWN_WHEN_STRICT = 20
 _SHARD_NAME = re.compile(r".+-shard-\d{5}-of-\d{5}\.json")
@@ -172,7 +173,8 @@ class _Writing:
         wanted = self.plan.options.num_workers
         if wanted is not None:
             return wanted
-        return min(usable_cores() - 1, self.plan.total // _IMAGES_WORTH_A_PROCESS)
+        worth = _IMAGES_WORTH_A_FORK if can_fork() else _IMAGES_WORTH_A_PROCESS
+        return min(usable_cores() - 1, self.plan.total // worth)
 
     def _write(self, step: Step, content: ChunkContent) -> None:
         sequence = self.plan.sequences[step.sequence]

@@ -31,6 +31,14 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def can_fork() -> bool:
+    """Whether processes may be forked, which start at once; spawned ones first import for half a second.
+
+    Not where there are other threads: one of them may hold a lock that nobody in the copy would ever open.
+    """
+    return "fork" in multiprocessing.get_all_start_methods() and threading.active_count() == 1
+
+
 class _Pending(Generic[Task, Result]):
     """A task, and its result to be, once somebody is at it."""
 
@@ -64,9 +72,9 @@ def ordered_map(
 
     The calling process takes part whenever the result that is due is not ready: it is busy while the
     others start, and does all the work when there are none. Only a few tasks are in flight at a time, so
-    ``tasks`` may be a generator of any length. Processes are spawned, ignore Ctrl-C (the caller's
-    KeyboardInterrupt ends them) and end when the caller dies. When one of them dies the caller does the
-    rest alone.
+    ``tasks`` may be a generator of any length. Processes are forked where :func:`can_fork` allows it, else
+    spawned; they ignore Ctrl-C (the caller's KeyboardInterrupt ends them) and end when the caller dies. When
+    one of them dies the caller does the rest alone.
 
     Args:
         function: a module-level function.
@@ -81,7 +89,7 @@ def ordered_map(
         return
     pool = ProcessPoolExecutor(
         num_processes,
-        mp_context=multiprocessing.get_context("spawn"),
+        mp_context=multiprocessing.get_context("fork" if can_fork() else "spawn"),
         initializer=_start_process,
         initargs=(initializer, initargs),
     )

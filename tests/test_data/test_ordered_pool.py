@@ -2,11 +2,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from ddetr_mm.data.ordered_pool import ordered_map, usable_cores
+from ddetr_mm.data.ordered_pool import can_fork, ordered_map, usable_cores
 
 _offset = None
 
@@ -43,8 +44,26 @@ def nothing():
     """No preparation."""
 
 
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request):
+    """With another thread about, processes are spawned."""
+    if request.param == "fork":
+        if threading.active_count() > 1 or not hasattr(os, "fork"):
+            pytest.skip("this process cannot fork safely")
+        assert can_fork()
+        yield "fork"
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    assert not can_fork()
+    yield "spawn"
+    done.set()
+    thread.join()
+
+
 @pytest.mark.parametrize("num_processes", [0, 1, 3])
-def test_results_come_in_order(num_processes):
+def test_results_come_in_order(num_processes, start_method):
     results = ordered_map(add_offset, iter(range(500)), num_processes, prepare, (1000,))
     assert list(results) == list(range(1000, 1500))
 
@@ -76,14 +95,14 @@ def test_few_tasks_are_on_the_way():
 
 
 @pytest.mark.parametrize("num_processes", [0, 1])
-def test_an_error_of_the_function_is_raised(num_processes):
+def test_an_error_of_the_function_is_raised(num_processes, start_method):
     results = ordered_map(fail_at_thirty, range(100), num_processes, nothing)
     assert [next(results) for _ in range(30)] == list(range(30))
     with pytest.raises(ValueError, match="thirty"):
         next(results)
 
 
-def test_goes_on_alone_when_a_process_dies(caplog):
+def test_goes_on_alone_when_a_process_dies(caplog, start_method):
     tasks = [(number, os.getpid()) for number in range(100)]
 
     def slowly():
@@ -95,12 +114,16 @@ def test_goes_on_alone_when_a_process_dies(caplog):
     assert "going on in one process" in caplog.text
 
 
-def test_a_script_without_main_guard_still_works(tmp_path):
+@pytest.mark.parametrize(
+    "thread", ["", "import threading; threading.Thread(target=time.sleep, args=[9]).start()"]
+)
+def test_a_script_without_main_guard_still_works(tmp_path, thread):
     """Spawned processes run such a script again, and fail; the caller must not."""
     script = tmp_path / "script.py"
     script.write_text(
         "from ddetr_mm.data.ordered_pool import ordered_map\n"
         "import time\n"
+        f"{thread}\n"
         "def slow(): pass\n"
         "def tasks():\n"
         "    for number in range(60):\n"
@@ -113,10 +136,11 @@ def test_a_script_without_main_guard_still_works(tmp_path):
     assert done.stdout.split() == [str(sum(range(60)))]
 
 
-def test_processes_end_with_their_parent(tmp_path):
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_end_with_their_parent(tmp_path, method):
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, sys, time, pathlib\n"
+        "import os, sys, time, pathlib, threading\n"
         "from ddetr_mm.data.ordered_pool import ordered_map\n"
         "def mark(): pathlib.Path(sys.argv[1], str(os.getpid())).touch()\n"
         "def tasks():\n"
@@ -124,6 +148,7 @@ def test_processes_end_with_their_parent(tmp_path):
         "        time.sleep(0.02)\n"
         "        yield number\n"
         "if __name__ == '__main__':\n"
+        f"    if {method == 'spawn'}: threading.Thread(target=time.sleep, args=[200], daemon=True).start()\n"
         "    for _ in ordered_map(abs, tasks(), 2, mark): pass\n"
     )
     folder = tmp_path / "pids"
