@@ -96,12 +96,13 @@ def _bordered_starts(sizes_hw: SizesHW) -> list[int]:
 def _with_border(value: Tensor, sizes_hw: SizesHW) -> Tensor:
     """(B, S', M * D): the value with a border of zeros around each level."""
     batch, _, heads, channels = value.shape
+    starts = _bordered_starts(sizes_hw)
+    bordered = value.new_zeros(batch, starts[-1], heads * channels)
     levels = value.flatten(2).split([height * width for height, width in sizes_hw], dim=1)
-    bordered = [
-        functional.pad(level.view(batch, *size_hw, heads * channels), (0, 0, 1, 1, 1, 1)).flatten(1, 2)
-        for level, size_hw in zip(levels, sizes_hw, strict=True)
-    ]
-    return torch.cat(bordered, dim=1)
+    for start, end, level, (height, width) in zip(starts, starts[1:], levels, sizes_hw, strict=False):
+        inner = bordered[:, start:end].view(batch, height + 2, width + 2, -1)[:, 1:-1, 1:-1]
+        inner.copy_(level.view(batch, height, width, -1))
+    return bordered
 
 
 def _find_points(locations: Tensor, sizes_hw: SizesHW) -> _Points:

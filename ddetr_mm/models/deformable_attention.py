@@ -204,10 +204,12 @@ class DeformableAttention(MultiScaleDeformableAttention):
         weights = weights.softmax(-1).view(batch, num_queries, heads, levels, points)
         centers = reference_points.float()[:, :, None, :, None, :]
         if reference_points.shape[-1] == 2:
+            # Once per point: an operation that repeats an operand every two numbers runs without vectors.
             sizes_wh = host_to_device(
-                [(width, height) for height, width in level_sizes_hw], query.device, torch.float32
+                [[(width, height)] * points for height, width in level_sizes_hw], query.device, torch.float32
             )
-            return centers + offsets / sizes_wh[:, None, :], weights
+            centers = centers.expand(-1, -1, -1, -1, points, -1).contiguous()
+            return torch.addcdiv(centers, offsets, sizes_wh), weights
         if reference_points.shape[-1] == 4:
             return centers[..., :2] + offsets / self.num_points * centers[..., 2:] * 0.5, weights
         raise ValueError(f"reference points must have 2 or 4 coordinates, not {reference_points.shape[-1]}")
