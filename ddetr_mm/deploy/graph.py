@@ -4,10 +4,9 @@ Shape legend: B batch · Q queries · C hidden dim · M heads · D = C / M · L 
 S feature points of all levels together.
 
 With the input size fixed, everything but the batch is static: feature sizes, sine positions, reference
-points of the encoder and the whole first self-attention of the decoder are constants. Offsets are
-needed in the grid coordinates of ``grid_sample`` (-1..1), so the scale from pixels to those coordinates is
-multiplied into the weights of the ``sampling_offsets`` layers. TensorRT's plugin wants 0..1 instead, and its
-own order of axes: :class:`PluginAttention`.
+points of the encoder and the whole first self-attention of the decoder are constants. The memory is (B, S, C)
+in the graph with plugin nodes and (B, 1, S, C) in that of standard operators, which uses convolutions of 1x1
+for its large projections; the reasons stand in :mod:`ddetr_mm.deploy.graph_attention`.
 
 The modules of the detector are used as they are (their weights are the graph's weights); only the order
 of reshapes and the treatment of constants differ from :class:`mmdet.models.DeformableDETR`.
@@ -21,10 +20,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from mmcv.ops import MultiScaleDeformableAttention
 from torch import Tensor, nn
 
-from ddetr_mm.deploy.plugin import level_tensors, plugin_attention
+from ddetr_mm.deploy.graph_attention import PluginAttention, StandardAttention, pointwise
 from ddetr_mm.errors import ExportError, Problem
 
 INVERSE_SIGMOID_EPS = 1e-5
@@ -59,17 +57,18 @@ class ExportGraph(nn.Module):
                 )
             )
         self.detector = detector
+        self.plugin = plugin
         device = detector.level_embed.device
         with torch.no_grad():
             features = extract_features(detector, input_size_hw, device)
             self.sizes_hw = [(int(f.shape[-2]), int(f.shape[-1])) for f in features]
-            self.register_buffer("positions", self._positions(features))
-            self.register_buffer("encoder_centres", self._encoder_centres(device))
+            positions, centres = self._positions(features), self._encoder_centres(device)
+            self.register_buffer("positions", positions if plugin else positions[:, None])
+            self.register_buffer("encoder_centres", self._in_sampling_form(centres))
             self._prepare_decoder()
-            num_points = sum(height * width for height, width in self.sizes_hw)
-            form = functools.partial(PluginAttention, plugin=plugin) if plugin else LeanAttention
+            form = functools.partial(PluginAttention, plugin=plugin) if plugin else StandardAttention
             self.encoder_attention = nn.ModuleList(
-                form(layer.self_attn, num_points, self.sizes_hw, box_references=False)
+                form(layer.self_attn, positions.shape[1], self.sizes_hw, box_references=False)
                 for layer in detector.encoder.layers
             )
             self.decoder_attention = nn.ModuleList(
@@ -101,14 +100,18 @@ class ExportGraph(nn.Module):
         return torch.cat(parts, dim=1)
 
     def _encoder_centres(self, device: torch.device) -> Tensor:
-        """Grid coordinates (x, y in -1..1) of every feature point's own centre, ``(1, S, 1, 2)``."""
+        """Every feature point's own centre as (x, y) in 0..1, ``(1, S, 2)``."""
         centres = []
         for height, width in self.sizes_hw:
-            y = (torch.arange(height, device=device) + 0.5) / height * 2 - 1
-            x = (torch.arange(width, device=device) + 0.5) / width * 2 - 1
+            y = (torch.arange(height, device=device) + 0.5) / height
+            x = (torch.arange(width, device=device) + 0.5) / width
             grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
             centres.append(torch.stack([grid_x, grid_y], -1).reshape(-1, 2))
-        return torch.cat(centres)[None, :, None, :]
+        return torch.cat(centres)[None]
+
+    def _in_sampling_form(self, centres: Tensor) -> Tensor:
+        """Centres (B, n, 2) in 0..1 in the range and with the axes that the attention takes."""
+        return centres[:, :, None] if self.plugin else (2 * centres - 1)[:, None]
 
     def _prepare_decoder(self) -> None:
         """Queries, their positions and first references: the same for every image."""
@@ -123,25 +126,31 @@ class ExportGraph(nn.Module):
         self.register_buffer("first_query", after_self_attention.detach().clone())
         references = detector.reference_points_fc(query_pos).sigmoid()
         self.register_buffer("first_reference_logits", clamped_logits(torch.logit(references)).detach())
-        self.register_buffer("first_centres", (2 * references - 1)[:, :, None, :].detach())
+        self.register_buffer("first_centres", self._in_sampling_form(references).detach())
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
         features = self.detector.extract_feat(inputs)
         width = self.detector.embed_dims
-        planes = [
-            feature.reshape(-1, width, height * length)
-            for feature, (height, length) in zip(features, self.sizes_hw, strict=True)
-        ]
-        memory = torch.cat(planes, dim=2).transpose(1, 2)
+        planes = torch.cat(
+            [
+                feature.reshape(-1, width, height * length)
+                for feature, (height, length) in zip(features, self.sizes_hw, strict=True)
+            ],
+            dim=2,
+        )
+        memory = planes.transpose(1, 2)
+        if not self.plugin:
+            memory = memory[:, None]
         for layer, attend in zip(self.detector.encoder.layers, self.encoder_attention, strict=True):
             attended = attend(memory + self.positions, memory, self.encoder_centres)
             memory = layer.norms[0](memory + attended)
-            memory = layer.norms[1](memory + feed_forward(layer.ffn, memory))
+            changes = feed_forward(layer.ffn, memory) if self.plugin else pointwise(layer.ffn.layers, memory)
+            memory = layer.norms[1](memory + changes)
         return self._decode(memory)
 
     def _decode(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoder layers and the last prediction layer."""
+        """Decoder layers and the last prediction layer, on the memory as the encoder leaves it."""
         detector, head = self.detector, self.detector.bbox_head
         layers = list(detector.decoder.layers)
         query = self.first_query.expand(memory.shape[0], -1, -1)
@@ -154,10 +163,10 @@ class ExportGraph(nn.Module):
             if box_logits is None:
                 centres, sizes = self.first_centres, None
             else:
-                boxes = box_logits.sigmoid()[:, :, None, :]
-                centres, sizes = 2 * boxes[..., :2] - 1, boxes[..., 2:]
-            attended = attend(query + self.query_pos, memory, centres, sizes)
-            query = layer.norms[1](query + attended)
+                boxes = box_logits.sigmoid()
+                centres = self._in_sampling_form(boxes[..., :2])
+                sizes = boxes[:, :, None, 2:] if self.plugin else boxes[:, None, :, 2:]
+            query = layer.norms[1](query + self._attend(attend, query, memory, centres, sizes))
             query = layer.norms[2](query + feed_forward(layer.ffn, query))
             last = index == len(layers) - 1
             if detector.with_box_refine or last:
@@ -169,116 +178,14 @@ class ExportGraph(nn.Module):
         logits = head.cls_branches[len(layers) - 1](query)
         return logits, box_logits.sigmoid()
 
-
-class LeanAttention(nn.Module):
-    """Multi-scale deformable attention over levels of known size, without its residual.
-
-    Args:
-        attention: the module whose weights are used.
-        num_queries: Q. All sizes but the batch are numbers, so that no shape arithmetic enters the graph.
-        sizes_hw: height and width of every level.
-        box_references: whether references are boxes (offsets then count in parts of the box), or points
-            (offsets then count in pixels of the level).
-    """
-
-    def __init__(
-        self,
-        attention: MultiScaleDeformableAttention,
-        num_queries: int,
-        sizes_hw: list[tuple[int, int]],
-        box_references: bool,
-    ) -> None:
-        super().__init__()
-        self.attention = attention
-        self.num_queries = num_queries
-        self.sizes_hw = sizes_hw
-        heads, levels, points = attention.num_heads, attention.num_levels, attention.num_points
-        scale = torch.ones(heads, levels, points, 2, device=attention.sampling_offsets.weight.device)
-        if box_references:
-            # mmcv: centre + offset / P * size * 0.5 in 0..1, which is twice that in -1..1.
-            scale /= points
-        else:
-            for level, (height, width) in enumerate(sizes_hw):
-                scale[:, level] *= torch.tensor([2 / width, 2 / height], device=scale.device)
-        scale = scale.flatten()
-        self.register_buffer("offset_weight", (attention.sampling_offsets.weight * scale[:, None]).detach())
-        self.register_buffer("offset_bias", (attention.sampling_offsets.bias * scale).detach())
-
-    def forward(self, query: Tensor, value: Tensor, centres: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Attend.
-
-        Args:
-            query: (B, Q, C) with positions added.
-            value: (B, S, C).
-            centres: (B or 1, Q, 1, 2), grid coordinates (x, y) in -1..1.
-            sizes: (B, Q, 1, 2), width and height of box references in 0..1; None for points.
-
-        Returns:
-            (B, Q, C).
-        """
-        grid, weights = self._points(query, centres, sizes)
-        heads, points = self.attention.num_heads, self.attention.num_points
-        num_queries, width = self.num_queries, self.attention.embed_dims
-        per_level = len(self.sizes_hw) * points
-        grid = grid.reshape(-1, num_queries, heads, per_level * 2).transpose(1, 2)
-        grid = grid.reshape(-1, num_queries, per_level, 2)
-        weights = weights.transpose(1, 2).reshape(-1, 1, num_queries, per_level)
-
-        value = self.attention.value_proj(value).transpose(1, 2)
-        planes = value.split([height * width for height, width in self.sizes_hw], dim=2)
-        grids = grid.split(points, dim=2)
-        sampled = [
-            F.grid_sample(
-                plane.reshape(-1, width // heads, *size_hw),
-                level_grid,
-                mode="bilinear",
-                padding_mode="zeros",
-                align_corners=False,
-            )
-            for plane, level_grid, size_hw in zip(planes, grids, self.sizes_hw, strict=True)
-        ]
-        attended = (torch.cat(sampled, dim=-1) * weights).sum(-1)
-        return self.attention.output_proj(attended.reshape(-1, width, num_queries).transpose(1, 2))
-
-    def _points(self, query: Tensor, centres: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Where each query looks, (B, Q, M*L*P, 2), and the softmax of how much it counts, (B, Q, M, L*P)."""
-        module, num_queries = self.attention, self.num_queries
-        per_head = module.num_levels * module.num_points
-        offsets = F.linear(query, self.offset_weight, self.offset_bias)
-        offsets = offsets.reshape(-1, num_queries, module.num_heads * per_head, 2)
-        places = centres + (offsets if sizes is None else offsets * sizes)
-        weights = module.attention_weights(query).reshape(-1, num_queries, module.num_heads, per_head)
-        return places, weights.softmax(-1)
-
-
-class PluginAttention(LeanAttention):
-    """The same through one node of a TensorRT plugin, ``nvidia`` or ``mmdeploy``."""
-
-    def __init__(self, *args, plugin: str, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.plugin = plugin
-        shapes, starts = level_tensors(self.sizes_hw)
-        self.register_buffer("spatial_shapes", shapes)
-        self.register_buffer("level_start_index", starts)
-        # The plugin counts from 0 to 1, the grid from -1 to 1.
-        self.offset_weight.mul_(0.5)
-        self.offset_bias.mul_(0.5)
-
-    def forward(self, query: Tensor, value: Tensor, centres: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """Arguments and result as in :meth:`LeanAttention.forward`."""
-        module, num_queries, width = self.attention, self.num_queries, self.attention.embed_dims
-        heads, levels, points = module.num_heads, module.num_levels, module.num_points
-        places, weights = self._points(query, centres * 0.5 + 0.5, sizes)
-        num_points = sum(height * length for height, length in self.sizes_hw)
-        attended = plugin_attention(
-            module.value_proj(value).reshape(-1, num_points, heads, width // heads),
-            self.spatial_shapes,
-            self.level_start_index,
-            places.reshape(-1, num_queries, heads, levels, points, 2),
-            weights.reshape(-1, num_queries, heads, levels, points),
-            self.plugin,
-        )
-        return module.output_proj(attended.reshape(-1, num_queries, width))
+    def _attend(
+        self, attend: nn.Module, query: Tensor, memory: Tensor, centres: Tensor, sizes: Tensor | None
+    ) -> Tensor:
+        """Cross attention of queries (B, Q, C), whichever form the memory has."""
+        positioned = query + self.query_pos
+        if self.plugin:
+            return attend(positioned, memory, centres, sizes)
+        return attend(positioned[:, None], memory, centres, sizes)[:, 0]
 
 
 def extract_features(

@@ -13,9 +13,9 @@ from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
 
 import ddetr_mm.register  # noqa: F401 - registers the detector
-from ddetr_mm.deploy import onnx_export
+from ddetr_mm.deploy import graph_attention, onnx_export
 from ddetr_mm.deploy.onnx_export import ExportOptions, usable_opset
-from ddetr_mm.deploy.onnx_file import read_signature
+from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, ort_forward, read_signature
 from ddetr_mm.deploy.parity import BatchParity, ParityReport, compare_outputs, generated_images
 from ddetr_mm.errors import ExportError
 from ddetr_mm.spec import load_spec
@@ -114,6 +114,49 @@ def test_no_node_is_dead_or_stands_twice(tmp_path):
         for node in graph.node
     ]
     assert len(set(works)) == len(works)
+
+
+def test_many_queries_are_sampled_in_parts(tmp_path, monkeypatch):
+    # 126 feature points of 4 sampling points each, at most 200 of these at once: 3 parts.
+    monkeypatch.setattr(graph_attention, "POINTS_AT_ONCE", 200)
+    report = export_onnx(tiny_detector(tmp_path, 2), tmp_path / "m.onnx", input_size_hw=(64, 96))
+    assert report.max_abs_diff_boxes < 1e-5 and report.max_abs_diff_logits < 1e-4
+    operators = [node.op_type for node in onnx.load(str(tmp_path / "m.onnx")).graph.node]
+    assert operators.count("GridSample") == 2 * 2 * 3 + 3 * 2
+    assert graph_attention.even_parts(7, 3) == [3, 2, 2] and sum(graph_attention.even_parts(126, 4)) == 126
+
+
+class StraightForward(torch.nn.Module):
+    """A detector's own forward, as a straightforward export traces it."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, inputs):
+        logits, boxes = self.detector(inputs, None, mode="tensor")
+        return logits[-1], boxes[-1]
+
+
+def test_the_graph_has_less_than_a_third_of_the_nodes_of_a_straightforward_one(tmp_path):
+    detector = tiny_detector(tmp_path)
+    export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 96))
+    with torch.no_grad():
+        torch.onnx.export(
+            StraightForward(detector),
+            (torch.zeros(2, 3, 64, 96),),
+            str(tmp_path / "plain.onnx"),
+            input_names=["inputs"],
+            output_names=list(OUTPUT_NAMES),
+            opset_version=17,
+            dynamic_axes={name: {0: "batch"} for name in ("inputs", *OUTPUT_NAMES)},
+            dynamo=False,
+        )
+    ours, plain = (len(onnx.load(str(tmp_path / f"{name}.onnx")).graph.node) for name in ("m", "plain"))
+    assert ours < plain / 3
+    images = generated_images(2, (64, 96), seed=5)
+    outputs = [ort_forward(tmp_path / f"{name}.onnx")(images) for name in ("m", "plain")]
+    assert compare_outputs(*outputs).max_abs_diff_boxes < 1e-5
 
 
 def test_a_fixed_batch_needs_no_shape_at_all(tmp_path):
