@@ -29,7 +29,6 @@ from typing import Any
 from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ddetr_mm.errors import Problem, SpecError
@@ -94,7 +93,7 @@ class GCViT(BaseModule):
         resolution: image side in pixels that the global-query pyramids are laid out for. It fixes
             how many blocks they have; images of any size may come in. The reference uses 224 for
             every variant, large_384 included.
-        init_cfg: ``dict(type='Pretrained', checkpoint=FILE)`` loads FILE by
+        init_cfg: ``dict(type='Pretrained', checkpoint=FILE)`` loads FILE (a path or URL) by
             :meth:`load_backbone_state_dict`; ``prefix`` names the backbone inside it where that
             is not unique. None for random weights.
 
@@ -219,13 +218,12 @@ class GCViT(BaseModule):
             module.requires_grad_(False)
 
 
-def _read(path: str) -> Mapping[str, Any]:
-    """A checkpoint, without running code from it: a file of any format we read, or mmengine's URLs."""
-    if "://" in path:
-        return CheckpointLoader.load_checkpoint(path, map_location="cpu")
-    from ddetr_mm.weights.safe_read import read_raw  # the package of weights builds on models
+def _read(location: str) -> Mapping[str, Any]:
+    """A checkpoint at a path or URL, of any format we read, without running code from it."""
+    from ddetr_mm.weights.fetch import local_file  # the package of weights builds on models
+    from ddetr_mm.weights.safe_read import read_raw
 
-    return read_raw(path).payload
+    return read_raw(local_file(location)).payload
 
 
 def _init_parameters(module: nn.Module) -> None:

@@ -81,7 +81,9 @@ class Progress:
         self.total = total if total is not None else self.total
         self._rate.add(now, done)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=self.total)
+            speed = self._rate.per_second()
+            shown = f"{speed:,.3g}/s" if speed < 1000 else f"{speed:,.0f}/s"
+            self._bar.update(self._task, completed=done, total=self.total, speed=shown if speed else "")
         elif self._shown and now - self._last_line >= LINE_INTERVAL_S:
             self._print_line(now)
 
@@ -116,13 +118,14 @@ class Progress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(self.unit),
+            TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=Console(file=self._stream),
             speed_estimate_period=_RECENT_S,
         )
-        self._task = self._bar.add_task(self.description, total=self.total)
+        self._task = self._bar.add_task(self.description, total=self.total, speed="")
         self._bar.start()
 
     def _print_line(self, now: float) -> None:

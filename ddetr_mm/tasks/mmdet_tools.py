@@ -103,7 +103,7 @@ def mmdet_checkpoint(path: str, folder: Path, spec_config: Path | None = None) -
     """A checkpoint that mmengine loads: the given one, or a conversion of it in ``folder``.
 
     Args:
-        path: the checkpoint.
+        path: the checkpoint, a path or URL.
         folder: where a conversion goes.
         spec_config: the config of a spec, if that is what will run: its class columns are category ids and
             its neck has biases, which mmengine would not care about.
@@ -112,10 +112,10 @@ def mmdet_checkpoint(path: str, folder: Path, spec_config: Path | None = None) -
         WeightsError: when the file is no checkpoint, or none of the spec's network.
     """
     from ddetr_mm.weights import convert_checkpoint, inspect_checkpoint
+    from ddetr_mm.weights.fetch import local_file
     from ddetr_mm.weights.safe_read import read_raw
 
-    if "://" in path:
-        return Path(path)
+    path = str(local_file(path))
     converted = folder / f"{Path(path).stem}_mmdet.pth"
     payload = read_raw(path).payload
     meta = payload.get("meta") if isinstance(payload, dict) else None

@@ -64,6 +64,7 @@ def fill_model(
         key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)
     }
     _refuse_other_backbone(checkpoint, target)
+    _refuse_other_scheme(checkpoint, network)
     report = LoadReport(
         str(checkpoint.path), type(network).__name__, source_format=checkpoint.format, target_format="model"
     )
@@ -125,6 +126,17 @@ def _refuse_other_backbone(checkpoint: Checkpoint, target: Mapping[str, Tensor])
                 mend="set model.backbone to the checkpoint's, or give a checkpoint of this backbone",
             )
         )
+
+
+def _refuse_other_scheme(checkpoint: Checkpoint, network: nn.Module) -> None:
+    two_stage = getattr(network, "as_two_stage", None)
+    if isinstance(two_stage, bool) and two_stage != checkpoint.architecture.two_stage:
+        if two_stage:
+            what, mend = "is no two-stage model, but the network is", "use a model without as_two_stage"
+        else:
+            what = "is a two-stage model (the encoder proposes the boxes), which a spec has no words for"
+            mend = "convert it with `ddetr-mm weights … --to mmdet` and use it in an mmdet config"
+        raise WeightsError(Problem(what, file=checkpoint.path, mend=mend))
 
 
 def _column_plan(

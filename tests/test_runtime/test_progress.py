@@ -125,7 +125,7 @@ def terminal_output(**environment):
 
 def test_a_terminal_gets_a_bar():
     seen = terminal_output(TERM="xterm-256color")
-    assert "30/30" in seen
+    assert "30/30" in seen and re.search(r"\d/s", seen)
     assert "\x1b[38;" in seen or "\x1b[3" in seen
     plain = terminal_output(TERM="xterm-256color", NO_COLOR="1")
     assert "30/30" in plain

@@ -4,10 +4,10 @@ import pytest
 import timm
 import torch
 import torchvision
-from weights_builders import detector, resnet, write_golden
+from weights_builders import detector, resnet, write_golden, write_mmdet
 
 from ddetr_mm.errors import WeightsError
-from ddetr_mm.weights import load_backbone
+from ddetr_mm.weights import convert_checkpoint, load_backbone
 
 
 def mmdet_resnet(depth=50):
@@ -72,6 +72,20 @@ def test_backbone_of_a_whole_detector(tmp_path):
     assert report.complete and report.source_format == "tao"
     assert set(report.mapped) | set(report.dropped) == set(content)
     assert report.mapped["model.model.backbone.0.body.conv1.weight"] == ["conv1.weight"]
+
+
+@pytest.mark.parametrize("to", ["mmdet", "tao", "official", "hf"])
+def test_backbone_of_a_detector_of_each_format(to, tmp_path):
+    model = detector(backbone="resnet_18", seed=1)
+    write_mmdet(tmp_path / "source.pth", model.state_dict())
+    path = tmp_path / (to if to == "hf" else f"{to}.pth")
+    convert_checkpoint(tmp_path / "source.pth", path, to)
+    backbone = mmdet_resnet(18)
+    report = load_backbone(backbone, path)
+    assert report.missing == [] and report.source_format == to
+    expected = model.backbone.state_dict()
+    for key, value in backbone.state_dict().items():
+        assert key.endswith("num_batches_tracked") or torch.equal(value, expected[key]), key
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,17 @@ def test_another_backbone_is_refused_with_both_names(source, tmp_path):
         load_for_model(other_of("resnet_50"), source[1])
 
 
+def test_two_stage_weights_are_for_two_stage_models(source, tmp_path):
+    two_stage = detector(as_two_stage=True, width=256, layers=1, seed=3)
+    path = write_mmdet(tmp_path / "two.pth", two_stage.state_dict())
+    same = detector(as_two_stage=True, width=256, layers=1, seed=None)
+    assert load_for_model(same, path, strict=True).complete
+    with pytest.raises(WeightsError, match="is a two-stage model .* no words for"):
+        load_for_model(detector(width=256, layers=1, seed=None), path)
+    with pytest.raises(WeightsError, match="is no two-stage model"):
+        load_for_model(detector(as_two_stage=True, seed=None), source[1])
+
+
 def test_another_width_is_refused(source):
     with pytest.raises(WeightsError, match="nothing that fits"):
         load_for_model(detector(width=32, feedforward=32), source[1])

@@ -75,5 +75,9 @@ class OwnConvertSection:
         doc="Fill short shards with repeated images, as the reference does; false: no repeats.",
     )
     num_workers: int | None = spec_field(
-        None, origin=OURS, ge=0, doc="Processes to use; 0: only this one, null: one per core."
+        None,
+        origin=OURS,
+        ge=0,
+        doc="""Processes to use beside this one; null: as many as the cores and the number of images are
+        worth.""",
     )
