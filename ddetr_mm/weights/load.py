@@ -13,6 +13,7 @@ from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.weights.architecture import backbone_kind, describe_backbone
 from ddetr_mm.weights.backbone import fill_backbone
 from ddetr_mm.weights.checkpoint import Checkpoint
+from ddetr_mm.weights.class_columns import numbered_by_position
 from ddetr_mm.weights.read import read_checkpoint
 from ddetr_mm.weights.report import LoadReport
 from ddetr_mm.weights.surgery import ColumnPlan, plan_columns, same_classes
@@ -75,6 +76,13 @@ def fill_model(
     file_keys = {ours: key for key, targets in checkpoint.trace.mapped.items() for ours in targets}
 
     plan = _column_plan(checkpoint, target, class_names, report)
+    head = getattr(network, "bbox_head", None)
+    if plan is None and getattr(head, "background_column", False) and numbered_by_position(checkpoint.meta):
+        plan = plan_columns((), class_names or ())
+        report.notes.append(
+            "the file numbers its classes by position, the model by category id, and there are no names to"
+            " match them by: the class head keeps its initial values"
+        )
     remaining = dict(checkpoint.state_dict)
     backbone = getattr(network, "backbone", None)
     if isinstance(backbone, nn.Module) and hasattr(backbone, "load_backbone_state_dict"):

@@ -196,6 +196,8 @@ def test_module_names():
 def test_gcvit_channels(translate):
     model = translate("model.backbone=gc_vit_small", "model.train_backbone=False")["model"]
     assert model["backbone"]["type"] == "GCViT" and model["backbone"]["variant"] == "small"
+    assert model["backbone"]["frozen_stages"] == 4
+    assert translate("model.backbone=gc_vit_small")["model"]["backbone"]["frozen_stages"] == -1
     assert model["neck"]["in_channels"] == [192, 384, 768]
 
 

@@ -1,12 +1,16 @@
 """Class heads numbered by position, brought into models that number by category id."""
 
+import json
+
 import pytest
 import torch
-from weights_builders import small_canonical, write_mmdet
+from weights_builders import detector, small_canonical, write_mmdet
 
 from ddetr_mm.errors import WeightsError
 from ddetr_mm.weights import (
+    convert_checkpoint,
     inspect_checkpoint,
+    load_for_model,
     names_by_category_id,
     numbered_by_position,
     read_checkpoint,
@@ -96,3 +100,19 @@ def test_category_ids_and_unknown_conventions_stay_as_they_are(tmp_path):
         assert not numbered_by_position(checkpoint.meta)
         assert to_category_ids(checkpoint, 4, ("background", "a", "b", "c")) is checkpoint
         assert names_by_category_id(checkpoint.meta, 4) is None
+
+
+def test_positions_without_names_are_not_taken_for_category_ids(tmp_path):
+    """A file of as many columns as the model, whose first is a class where the model has the background."""
+    head = dict(type="TAODeformableDETRHead", background_column=True)
+    source = detector(backbone="resnet_18", seed=1).state_dict()
+    path = write_mmdet(tmp_path / "x.pth", source)
+    convert_checkpoint(path, tmp_path / "hf", "hf")
+    config = tmp_path / "hf" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "ddetr_mm": None}))
+    model = detector(kind="TAODeformableDETR", backbone="resnet_18", bbox_head_options=head, seed=2)
+    before = model.state_dict()["bbox_head.cls_branches.0.weight"].clone()
+    report = load_for_model(model, tmp_path / "hf")
+    assert torch.equal(model.state_dict()["bbox_head.cls_branches.0.weight"], before)
+    assert torch.equal(model.state_dict()["level_embed"], source["level_embed"])
+    assert any("numbers its classes by position" in note for note in report.notes)

@@ -172,6 +172,7 @@ def detector(
     backbone: str | dict[str, Any] = "thin",
     in_channels: tuple[int, ...] | None = None,
     neck_bias: bool = True,
+    bbox_head_options: dict[str, Any] | None = None,
     seed: int | None = 0,
     **options: Any,
 ) -> torch.nn.Module:
@@ -224,7 +225,8 @@ def detector(
             num_classes=num_classes,
             embed_dims=width,
             loss_cls=dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0),
-        ),
+        )
+        | (bbox_head_options or {}),
         test_cfg=dict(max_per_img=100),
         **options,
     )
