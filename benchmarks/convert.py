@@ -260,7 +260,8 @@ def markdown(result: dict[str, Any]) -> str:
         "| --- | --- |",
     ]
     lines += [f"| {name} | {value:.1f} |" for name, value in result["stages"].items()]
-    lines += ["", *limit(result["stages"])]
+    if result["stages"]:
+        lines += ["", *limit(result["stages"])]
     return "\n".join(lines) + "\n"
 
 

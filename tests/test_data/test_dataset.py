@@ -241,14 +241,18 @@ class TestUnreadableImages:
             path.write_bytes(b"this is no image")
         return root
 
-    def test_reported_by_default(self, damaged_root):
-        dataset = build(damaged_root, pipeline=PIPELINE)
+    @pytest.fixture(params=["LoadImageFromFile", "TAOLoadImageFromFile"])
+    def pipeline(self, request):
+        return [{"type": request.param}, *PIPELINE[1:]]
+
+    def test_reported_by_default(self, damaged_root, pipeline):
+        dataset = build(damaged_root, pipeline=pipeline)
         with pytest.raises(DataError, match=r"7\.jpg: image file (does not exist|cannot be decoded)"):
             dataset[0]
         assert dataset[1]["data_samples"].img_id == 3
 
-    def test_replaced_and_counted_by_option(self, damaged_root):
-        dataset = build(damaged_root, pipeline=PIPELINE, missing_images="replace")
+    def test_replaced_and_counted_by_option(self, damaged_root, pipeline):
+        dataset = build(damaged_root, pipeline=pipeline, missing_images="replace")
         assert dataset[0]["data_samples"].img_id in (3, 5)
         assert dataset.num_replaced >= 1
 
