@@ -108,10 +108,13 @@ property:
   num-detected-classes: {num_classes}
   # The spec's mean colour, red;green;blue, in 0..255.
   offsets: {offsets}
+  # The graph; the engine that nvinfer builds from it is kept beside it.
   onnx-file: {onnx_name}
+  # The parser looks its two inputs up by these names.
   output-blob-names: pred_logits;pred_boxes
   # 1: raw outputs are attached to the frames too.
   output-tensor-meta: 1
+  # The function of custom-lib-path that knows this detector's outputs.
   parse-bbox-func-name: NvDsInferParseCustomDDETRTAO
   # Memory for building the engine, in MiB.
   workspace-size: 1048576

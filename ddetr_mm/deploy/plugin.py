@@ -14,6 +14,9 @@ output                (N, Lq, M, D)              as value
 ====================  =========================  =======================================
 
 N images, S feature points of all levels, M heads, D channels a head, L levels, Lq queries, P points.
+
+mmdeploy's library has a plugin of its own, ``mmdeploy::MMCVMultiScaleDeformableAttention``: the same inputs,
+the output as (N, Lq, M * D).
 """
 
 from __future__ import annotations
@@ -34,7 +37,10 @@ if TYPE_CHECKING:
 PLUGIN_NAME = "MultiscaleDeformableAttnPlugin_TRT"
 PLUGIN_DOMAIN = "nvidia"
 MMDEPLOY_PLUGIN = "MMCVMultiScaleDeformableAttention"
+MMDEPLOY_DOMAIN = "mmdeploy"
+PLUGIN_OPERATORS = ((PLUGIN_DOMAIN, PLUGIN_NAME), (MMDEPLOY_DOMAIN, MMDEPLOY_PLUGIN))
 PLUGIN_ATTRIBUTES = {"name": PLUGIN_NAME, "version": "1", "namespace": ""}
+MMDEPLOY_ATTRIBUTES = {"im2col_step": 64}
 INPUT_RANKS = (4, 2, 1, 6, 5)
 
 
@@ -76,7 +82,8 @@ class _MmdeployFunction(torch.autograd.Function):
 
     @staticmethod
     def symbolic(g: Any, value: Any, shapes: Any, starts: Any, places: Any, weights: Any) -> Any:
-        return g.op(f"mmdeploy::{MMDEPLOY_PLUGIN}", value, shapes, starts, places, weights, im2col_step_i=64)
+        named = {f"{key}_i": number for key, number in MMDEPLOY_ATTRIBUTES.items()}
+        return g.op(f"{MMDEPLOY_DOMAIN}::{MMDEPLOY_PLUGIN}", value, shapes, starts, places, weights, **named)
 
 
 PLUGIN_FORMS = {"nvidia": _PluginFunction, "mmdeploy": _MmdeployFunction}
@@ -152,25 +159,25 @@ def plugin_in_numpy(
 
 
 def plugin_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The plugin nodes of a graph."""
-    return [node for node in model.graph.node if node.domain == PLUGIN_DOMAIN and node.op_type == PLUGIN_NAME]
+    """The nodes of either plugin."""
+    return [node for node in model.graph.node if (node.domain, node.op_type) in PLUGIN_OPERATORS]
 
 
 def require_plugin_contract(model: onnx.ModelProto) -> None:
     """Check every plugin node: attributes, number of inputs, shapes as int32 constants.
 
     Raises:
-        ExportError: with the first node that TensorRT would refuse.
+        ExportError: with the first node that its plugin would refuse.
     """
     import onnx
 
     constants = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in plugin_nodes(model):
-        attributes = {entry.name: entry.s.decode() for entry in node.attribute}
-        if attributes != PLUGIN_ATTRIBUTES or len(node.input) != 5 or len(node.output) != 1:
-            raise ExportError(
-                Problem("is not the node TensorRT's plugin expects", where=node.name, value=attributes)
-            )
+        found = {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute}
+        found = {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}
+        expected = PLUGIN_ATTRIBUTES if node.domain == PLUGIN_DOMAIN else MMDEPLOY_ATTRIBUTES
+        if found != expected or len(node.input) != 5 or len(node.output) != 1:
+            raise ExportError(Problem("is not the node its plugin expects", where=node.name, value=found))
         if any(constants.get(name) != onnx.TensorProto.INT32 for name in node.input[1:3]):
             raise ExportError(Problem("needs its two shape inputs as int32 constants", where=node.name))
 
@@ -182,36 +189,40 @@ def plugin_graph_forward(model: onnx.ModelProto) -> Callable[[np.ndarray], tuple
     piece becomes a model of its own.
 
     Args:
-        model: a graph with one input, ``inputs``.
+        model: a graph with one input, the images, and two outputs.
 
     Returns:
         Images (B, 3, H, W) → the graph's two outputs.
     """
     import onnxruntime
 
-    steps: list[tuple[Any, list[str], list[str]]] = []
+    steps: list[tuple[Any, Any, list[str], list[str]]] = []
     for piece in pieces_between_plugins(model):
-        if isinstance(piece, tuple):
-            inputs, outputs = list(piece[0]), list(piece[1])
-            steps.append((None, inputs, outputs))
+        if hasattr(piece, "op_type"):
+            steps.append((None, piece, list(piece.input), list(piece.output)))
         else:
             session = onnxruntime.InferenceSession(
                 piece.SerializeToString(), providers=["CPUExecutionProvider"]
             )
             inputs, outputs = [x.name for x in session.get_inputs()], [x.name for x in session.get_outputs()]
-            steps.append((session, inputs, outputs))
+            steps.append((session, None, inputs, outputs))
     constants = _constants_of_plugins(model)
+    (images_name,) = {value.name for value in model.graph.input} - {
+        tensor.name for tensor in model.graph.initializer
+    }
 
     def forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        known = {"inputs": images, **constants}
-        for session, inputs, outputs in steps:
+        known = {images_name: images, **constants}
+        for session, node, inputs, outputs in steps:
             if session is None:
-                known[outputs[0]] = plugin_in_numpy(*(known[name] for name in inputs))
+                attended = plugin_in_numpy(*(known[name] for name in inputs))
+                flat = node.domain == MMDEPLOY_DOMAIN
+                known[outputs[0]] = attended.reshape(*attended.shape[:2], -1) if flat else attended
             else:
                 results = session.run(outputs, {name: known[name] for name in inputs})
                 known.update(zip(outputs, results, strict=True))
-        logits, boxes_cxcywh = (known[output.name] for output in model.graph.output)
-        return logits, boxes_cxcywh
+        first, second = (known[output.name] for output in model.graph.output)
+        return first, second
 
     return forward
 
@@ -227,10 +238,8 @@ def _constants_of_plugins(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     }
 
 
-def pieces_between_plugins(
-    model: onnx.ModelProto,
-) -> list[onnx.ModelProto | tuple[Sequence[str], Sequence[str]]]:
-    """The graph as a chain: models of standard operators, and plugin nodes as (inputs, outputs)."""
+def pieces_between_plugins(model: onnx.ModelProto) -> list[onnx.ModelProto | onnx.NodeProto]:
+    """The graph as a chain: models of standard operators, and plugin nodes."""
     import onnx
 
     types = _value_types(model)
@@ -242,12 +251,12 @@ def pieces_between_plugins(
         else:
             runs[-1].append(node)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    pieces: list[onnx.ModelProto | tuple[Sequence[str], Sequence[str]]] = []
+    pieces: list[onnx.ModelProto | onnx.NodeProto] = []
     for index, run in enumerate(runs):
         if not run:
             continue
         if run[0].output[0] in plugins:
-            pieces.append((tuple(run[0].input), tuple(run[0].output)))
+            pieces.append(run[0])
             continue
         made = [name for node in run for name in node.output if name]
         used = list(dict.fromkeys(name for node in run for name in node.input if name))
@@ -268,7 +277,8 @@ def pieces_between_plugins(
             ],
             [initializers[name] for name in used if name in initializers],
         )
-        opsets = [entry for entry in model.opset_import if entry.domain != PLUGIN_DOMAIN]
+        domains = {domain for domain, _ in PLUGIN_OPERATORS}
+        opsets = [entry for entry in model.opset_import if entry.domain not in domains]
         pieces.append(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=model.ir_version))
     return pieces
 

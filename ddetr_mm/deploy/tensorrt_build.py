@@ -56,10 +56,14 @@ def build_engine(
         profile = builder.create_optimization_profile()
         profile.set_shape("inputs", *settings.profile.shapes(settings.input_size_hw))
         config.add_optimization_profile(profile)
-        if settings.precision == "int8":
-            config.set_calibration_profile(profile)
     if settings.precision == "int8":
         config.int8_calibrator = make_calibrator(trt, calibration)
+        if settings.dynamic_batch:
+            # TensorRT feeds the calibrator with this profile's tuned batch, which must be the calibrator's.
+            profile = builder.create_optimization_profile()
+            batch = (calibration.batch_size, 3, *settings.input_size_hw)
+            profile.set_shape("inputs", batch, batch, batch)
+            config.set_calibration_profile(profile)
     set_layer_precisions(trt, network, settings)
     timings = load_timing_cache(config, settings.timing_cache)
     plan = builder.build_serialized_network(network, config)

@@ -7,9 +7,11 @@ converted, the graph is trimmed and run by plain onnxruntime against PyTorch bef
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("img", help="image used to convert the model")
     parser.add_argument("--test-img", nargs="+", help="images to draw detections on")
     parser.add_argument("--work-dir", default=str(Path.cwd()), help="folder to write to")
-    parser.add_argument("--calib-dataset-cfg", help="config of the calibration data set for int8")
+    parser.add_argument(
+        "--calib-dataset-cfg", help="config or spec of the calibration images for int8; default: model_cfg"
+    )
     parser.add_argument("--device", default="cpu", help="device of the conversion")
     parser.add_argument("--log-level", default="INFO", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     parser.add_argument("--show", action="store_true", help="show the drawn detections")
@@ -60,30 +64,36 @@ def deploy(arguments: argparse.Namespace) -> None:
         InputError: for anything that is wrong with the arguments or the environment.
     """
     require_mmdeploy()
-    for name in ("deploy_cfg", "model_cfg", "checkpoint", "img"):
-        if not Path(getattr(arguments, name)).exists():
-            raise ExportError(Problem("does not exist", file=getattr(arguments, name), where=name))
+    for name in ("deploy_cfg", "model_cfg", "checkpoint", "img", "calib_dataset_cfg"):
+        path = getattr(arguments, name)
+        if path is not None and not Path(path).exists():
+            raise ExportError(Problem("does not exist", file=path, where=name))
     from mmdeploy.utils import get_ir_config, get_root_logger
 
     import ddetr_mm.register  # noqa: F401 - puts our components into the registries
     from ddetr_mm.stack.mmdeploy_mends import mended_mmdeploy
+    from ddetr_mm.tasks.mmdeploy_calibration import write_calibration_data
 
     get_root_logger(log_level=logging.getLevelName(arguments.log_level))
-    folder = Path(arguments.work_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = writable_folder(arguments.work_dir)
     checkpoint = mmdet_checkpoint(arguments.checkpoint, folder)
     model_cfg = model_config(arguments.model_cfg, arguments.checkpoint, folder)
     deploy_cfg = deploy_config(arguments.deploy_cfg, model_cfg)
+    require_opset(deploy_cfg, arguments.deploy_cfg)
     ir_config = get_ir_config(deploy_cfg)
     target = folder / ir_config["save_file"]
     with mended_mmdeploy(ir_config["opset_version"]):
-        export_graph(traced_config(deploy_cfg), model_cfg, checkpoint, arguments.img, target)
+        traced = traced_config(deploy_cfg)
+        write_calibration_data(traced, model_cfg, checkpoint, arguments.calib_dataset_cfg, folder)
+        export_graph(traced, model_cfg, checkpoint, arguments.img, target)
         if arguments.dump_info:
             from mmdeploy.backend.sdk.export_info import export2SDK
 
             # mmdeploy refuses TensorRT beside the CPU, though nothing runs here.
             device = "cuda:0" if is_tensorrt(deploy_cfg) else arguments.device
-            export2SDK(deploy_cfg, model_cfg, str(folder), pth=str(checkpoint), device=device)
+            # It renames values in the pipeline that it is given.
+            described = copy.deepcopy(model_cfg)
+            export2SDK(deploy_cfg, described, str(folder), pth=str(checkpoint), device=device)
         files = backend_files(deploy_cfg, target, arguments)
         for image in arguments.test_img or ():
             draw(deploy_cfg, model_cfg, files, checkpoint, image, folder, arguments)
@@ -168,6 +178,46 @@ def deploy_config(path: str, model_cfg: Any) -> Any:
     return config
 
 
+def writable_folder(path: str) -> Path:
+    """The folder of that name, made where it is missing.
+
+    Raises:
+        ExportError: when it cannot be made or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        mend = "name a folder you may write to"
+        raise ExportError(Problem("cannot be written to", file=folder, where="--work-dir", mend=mend))
+    return folder
+
+
+def require_opset(deploy_cfg: Any, path: str) -> None:
+    """Refuse an opset that the graph cannot be written in.
+
+    Raises:
+        ExportError: below 16 without plugin nodes (there is no GridSample), and where the exporter ends.
+    """
+    from ddetr_mm.deploy.onnx_export import MAX_OPSET, MIN_OPSET, MIN_PLUGIN_OPSET
+
+    plugin = deploy_cfg.codebase_config.get("attention", "standard") != "standard"
+    lowest, opset = MIN_PLUGIN_OPSET if plugin else MIN_OPSET, deploy_cfg.onnx_config.opset_version
+    if not lowest <= opset <= MAX_OPSET:
+        raise ExportError(
+            Problem(
+                "cannot be written",
+                file=path,
+                where="onnx_config.opset_version",
+                value=opset,
+                allowed=f"{lowest} to {MAX_OPSET}",
+            )
+        )
+
+
 def is_tensorrt(deploy_cfg: Any) -> bool:
     """Whether a deploy config is for TensorRT."""
     return bool(deploy_cfg.backend_config.type == "tensorrt")
@@ -214,19 +264,16 @@ def compare(deploy_cfg: Any, model_cfg: Any, checkpoint: Path, image: str, onnx_
     Raises:
         ExportError: beyond :data:`TOLERANCE_BOXES_PIXELS` or :data:`TOLERANCE_SCORES`.
     """
-    import onnxruntime
     import torch
     from mmdeploy.apis.utils import build_task_processor
 
-    if deploy_cfg.codebase_config.get("attention", "standard") != "standard":
-        return "plugin nodes, run by TensorRT only: compare them through `ddetr-mm export`"
     processor = build_task_processor(model_cfg, deploy_cfg, "cpu")
     model = processor.build_pytorch_model(str(checkpoint)).eval()
     data, inputs = processor.create_input(image, deploy_cfg.onnx_config.input_shape, model.data_preprocessor)
     with torch.no_grad():
         expected = model.predict(inputs, data["data_samples"], rescale=False)[0].pred_instances
-    session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
-    dets, labels = session.run(["dets", "labels"], {"input": inputs.numpy()})
+    runtime, forward = graph_runner(onnx_file)
+    dets, labels = forward(inputs.numpy())
     scores = float((torch.from_numpy(dets[0, :, 4]) - expected.scores).abs().max())
     same = torch.from_numpy(labels[0]) == expected.labels
     boxes = (
@@ -242,7 +289,27 @@ def compare(deploy_cfg: Any, model_cfg: Any, checkpoint: Path, image: str, onnx_
                 allowed=f"{TOLERANCE_SCORES}, {TOLERANCE_BOXES_PIXELS} px, 90%",
             )
         )
-    return f"onnxruntime against PyTorch: scores within {scores:.1e}, boxes within {boxes:.1e} px"
+    return f"{runtime} against PyTorch: scores within {scores:.1e}, boxes within {boxes:.1e} px"
+
+
+def graph_runner(onnx_file: Path) -> tuple[str, Callable[[Any], tuple[Any, Any]]]:
+    """What runs a graph, in a word, and the graph as a function of images (N, 3, H, W): dets and labels.
+
+    Raises:
+        ExportError: for a plugin node that its plugin would refuse.
+    """
+    import onnx
+    import onnxruntime
+
+    from ddetr_mm.deploy.plugin import plugin_graph_forward, plugin_nodes, require_plugin_contract
+
+    model = onnx.load(str(onnx_file))
+    if plugin_nodes(model):
+        require_plugin_contract(model)
+        return "onnxruntime, plugin nodes in numpy,", plugin_graph_forward(model)
+    session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return "onnxruntime", lambda images: session.run(["dets", "labels"], {name: images})
 
 
 def backend_files(deploy_cfg: Any, target: Path, arguments: argparse.Namespace) -> list[str]:

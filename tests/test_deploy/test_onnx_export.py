@@ -21,7 +21,7 @@ from ddetr_mm.errors import ExportError
 from ddetr_mm.spec import load_spec
 from ddetr_mm.translate import to_config
 
-LEVELS = {1: "[1]", 2: "[1,2]", 4: "[1,2,3,4]", 5: "[0,1,2,3,4]"}
+LEVELS = {1: "[1]", 2: "[1,2]", 3: "[1,2,3]", 4: "[1,2,3,4]", 5: "[0,1,2,3,4]"}
 
 
 def export_onnx(detector, path, say=lambda _: None, **options):
@@ -29,7 +29,7 @@ def export_onnx(detector, path, say=lambda _: None, **options):
     return onnx_export.export_onnx(detector, path, ExportOptions(**options), say=say)
 
 
-def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False):
+def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False, gcvit=False):
     """A small detector with random, lively weights (offsets and boxes are zero at initialisation)."""
     spec = tmp_path / "spec.yaml"
     spec.write_text("results_dir: results\n")
@@ -40,7 +40,9 @@ def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False):
         f"model.with_box_refine={refine}",
         *("model.enc_layers=2", "model.dec_layers=3", "model.hidden_dim=64", "model.nheads=4"),
         *("model.num_queries=15", "model.num_select=15", "dataset.num_classes=6", "model.dim_feedforward=48"),
-        f"ddetr_mm.backbone={{type: ResNet, depth: 18, base_channels: 8, out_indices: {stages}}}",
+        "model.backbone=gc_vit_xxtiny"
+        if gcvit
+        else f"ddetr_mm.backbone={{type: ResNet, depth: 18, base_channels: 8, out_indices: {stages}}}",
     ]
     loaded = load_spec(spec, overrides)
     channels = [8 * 2**stage for stage in stages]
@@ -67,6 +69,18 @@ def test_the_graph_equals_the_detector(tmp_path, num_levels, refine):
     assert report.max_abs_diff_boxes < 1e-5 and report.max_abs_diff_logits < 1e-4
     written = json.loads((tmp_path / "m.parity.json").read_text())
     assert written["passed"] and written["max_abs_diff_boxes"] == report.max_abs_diff_boxes
+
+
+@pytest.mark.parametrize(("num_levels", "refine", "plugin"), [(4, True, False), (5, False, True)])
+def test_a_graph_with_gcvit_equals_the_detector(tmp_path, num_levels, refine, plugin):
+    detector = tiny_detector(tmp_path, num_levels, refine, gcvit=True)
+    assert type(detector.backbone).__name__ == "GCViT"
+    # Feature maps of 12x15 and 6x8 …: windows of 7 and 14 need padding.
+    report = export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(48, 60), plugin=plugin)
+    assert [batch.batch_size for batch in report.batches] == [1, 2, 7]
+    assert report.max_abs_diff_boxes < 1e-4 and report.max_abs_diff_logits < 1e-3
+    operators = {node.op_type for node in onnx.load(str(tmp_path / "m.onnx")).graph.node}
+    assert ("GridSample" in operators) is not plugin and not operators & {"Loop", "If", "NonZero"}
 
 
 def test_names_types_and_axes_are_those_of_the_contract(tmp_path):

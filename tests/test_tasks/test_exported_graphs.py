@@ -93,9 +93,9 @@ def write_pictures(folder: Path) -> None:
         cv2.imwrite(str(folder / "images" / f"{number}.png"), cv2.resize(coarse, (120, 90)))
 
 
-def write_checkpoint(folder: Path) -> None:
+def write_checkpoint(folder: Path, name: str = CHECKPOINT, *overrides: str) -> None:
     """Random weights that find something everywhere."""
-    loaded = load_spec(folder / "spec.yaml", [], None)
+    loaded = load_spec(folder / "spec.yaml", list(overrides), None)
     init_default_scope("mmdet")
     torch.manual_seed(0)
     model = MODELS.build(Config.fromstring(config_source(loaded, "evaluate"), ".py").model)
@@ -104,7 +104,7 @@ def write_checkpoint(folder: Path) -> None:
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
     meta = dict(dataset_meta=dict(classes=NAMES, category_ids=(None, 1, 2, 3, 4)))
-    torch.save(dict(state_dict=model.state_dict(), meta=meta), folder / CHECKPOINT)
+    torch.save(dict(state_dict=model.state_dict(), meta=meta), folder / name)
 
 
 def write_truth(folder: Path, graph: Path | None) -> None:
@@ -208,6 +208,44 @@ def test_opset_and_missing_checkpoint_are_told(exported: Project, capsys):
     assert status == 2 and "no.pth" in told and not (exported.folder / "x.onnx").exists()
 
 
+@pytest.mark.parametrize(
+    ("override", "told_words"),
+    [
+        ("export.batch_size=0", ("export.batch_size", "at least 1")),
+        ("export.batch_size=-3", ("export.batch_size",)),
+        ("export.input_height=0", ("export.input_height",)),
+        ("dataset.num_classes=3", ("the class list and the checkpoint disagree", "5 names")),
+        ("export.checkpoint=foreign.pth", ("foreign.pth",)),
+        ("export.opset_version=10 export.on_cpu=false", ("export.opset_version", "11 to 20")),
+        ("export.opset_version=21", ("export.opset_version", "16 to 20")),
+    ],
+)
+def test_one_message_for_wrong_values(exported: Project, capsys, override, told_words):
+    # A checkpoint, but of another network.
+    torch.save(dict(state_dict={"fc.weight": torch.zeros(10, 4)}), exported.folder / "foreign.pth")
+    words = (f"export.checkpoint={CHECKPOINT}", "export.onnx_file=refused.onnx", *override.split())
+    status, told = command(exported, capsys, "export", *words)
+    assert status == 2 and all(word in told for word in told_words) and "Traceback" not in told, told
+    assert not list(exported.folder.glob("refused*"))
+
+
+def test_engines_refuse_wrong_files(exported: Project, capsys, tmp_path: Path):
+    (tmp_path / "there.engine").write_bytes(b"x")
+    for onnx_file, engine, words in (
+        ("no.onnx", "m.engine", "no.onnx"),
+        (CHECKPOINT, "m.engine", "cannot be read as ONNX"),
+        (ONNX, "there.engine", "exists already"),
+    ):
+        arguments = (
+            f"gen_trt_engine.onnx_file={onnx_file}",
+            f"gen_trt_engine.trt_engine={tmp_path / engine}",
+        )
+        arguments += (f"gen_trt_engine.results_dir={tmp_path}",)
+        status, told = command(exported, capsys, "gen_trt_engine", *arguments)
+        assert status == 2 and words in told and "Traceback" not in told, told
+    assert (tmp_path / "there.engine").read_bytes() == b"x" and not (tmp_path / "m.engine").exists()
+
+
 def test_onnx_and_pytorch_have_the_same_ap(exported: Project, capsys, tmp_path: Path):
     # Four images a batch, six images: the last batch is incomplete and counts.
     words = [f"evaluate.checkpoint={ONNX}", f"evaluate.results_dir={tmp_path / 'onnx'}"]
@@ -241,6 +279,39 @@ def test_inference_takes_the_file_and_knows_its_classes(exported: Project, capsy
     assert status == 0
     lines = [line for path in (tmp_path / "labels").glob("*.txt") for line in path.read_text().splitlines()]
     assert lines and {line.split()[0] for line in lines} <= {"triangle", "star", "rectangle", "circle"}
+
+
+RESNET18 = "ddetr_mm.backbone={type: ResNet, depth: 18, out_indices: [1, 2]}"
+"""Of the usual width: Hugging Face's models have no other."""
+
+
+@pytest.fixture(scope="module")
+def resnet18(exported: Project) -> Path:
+    """A folder with mmdet's checkpoint of a ResNet-18 and its graph."""
+    folder = exported.folder / "formats"
+    folder.mkdir()
+    write_checkpoint(exported.folder, "formats/mmdet.pth", RESNET18)
+    words = ["export.checkpoint=formats/mmdet.pth", "export.onnx_file=formats/mmdet.onnx", RESNET18]
+    with inside(exported.folder):
+        assert main(["export", "-e", exported.spec, *words]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tao", "official", "hf"])
+def test_checkpoints_of_every_format_are_exported(exported: Project, resnet18: Path, capsys, kind):
+    weights, target = resnet18 / (kind if kind == "hf" else f"{kind}.pth"), resnet18 / f"{kind}.onnx"
+    assert main(["weights", str(resnet18 / "mmdet.pth"), str(weights), "--to", kind]) == 0
+    words = (f"export.checkpoint={weights}", f"export.onnx_file={target}", RESNET18)
+    status, told = command(exported, capsys, "export", *words)
+    assert status == 0, told
+    report = json.loads((resnet18 / f"{kind}.parity.json").read_text())
+    assert report["passed"] and [batch["batch_size"] for batch in report["batches"]] == [1, 2, 7]
+    # The same weights give the same graph, whichever format they came in.
+    images = np.random.default_rng(3).standard_normal((1, 3, 64, 96)).astype(np.float32)
+    for found, expected in zip(
+        ort_forward(target)(images), ort_forward(resnet18 / "mmdet.onnx")(images), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_another_class_count_is_refused(exported: Project, capsys, tmp_path: Path):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
+from PIL import Image
 
 import ddetr_mm.register  # noqa: F401 - registers the detector
 from ddetr_mm.spec import load_spec
@@ -70,12 +75,30 @@ def convert(folder, config, *more):
     return main([*map(str, arguments), "--work-dir", str(folder / config), *more])
 
 
+@pytest.fixture(scope="module")
+def converted(model_folder):
+    """The folder of a deploy config's result, converted once."""
+    done = {}
+
+    def folder(config):
+        if config not in done:
+            more = ("--dump-info", "--test-img", str(model_folder / "a.png"))
+            done[config] = convert(model_folder, config, *more)
+        assert done[config] == 0
+        return model_folder / config
+
+    return folder
+
+
 @pytest.mark.parametrize("config", ["onnxruntime_static", "onnxruntime_dynamic"])
-def test_plain_onnxruntime_runs_it_and_mmdeploy_agrees_with_us(model_folder, config):
+def test_plain_onnxruntime_runs_it_and_mmdeploy_agrees_with_us(model_folder, converted, config):
     from mmdeploy.apis import inference_model
 
-    assert convert(model_folder, config, "--dump-info") == 0
-    folder = model_folder / config
+    folder = converted(config)
+    # mmdeploy's visualize draws the same for the graph and for PyTorch.
+    drawn = [cv2.imread(str(folder / f"output_{name}_a.jpg")) for name in ("onnxruntime", "pytorch")]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).mean() < 0.5
+    assert np.abs(drawn[0].astype(int) - cv2.imread(str(model_folder / "a.png"))).mean() > 2
     graph = onnx.load(str(folder / "end2end.onnx")).graph
     assert {node.domain for node in graph.node} == {""}
     assert [value.name for value in graph.output] == ["dets", "labels"]
@@ -113,32 +136,126 @@ def ours(model_cfg, folder, image):
         return model.test_step(pseudo_collate([data]))[0].pred_instances
 
 
-@pytest.mark.parametrize("attention", ["nvidia", "mmdeploy"])
-def test_tensorrt_gets_a_graph_of_plugin_nodes(model_folder, attention, tmp_path, capsys):
-    pytest.importorskip("mmdeploy")
-    text = (
-        (CONFIGS / "tensorrt_fp16.py").read_text().replace('attention="nvidia"', f'attention="{attention}"')
-    )
-    (tmp_path / "trt.py").write_text(text)
-    arguments = [
-        tmp_path / "trt.py",
+def plugin_arguments(model_folder, attention, folder):
+    """Arguments of a conversion for TensorRT with one of the plugins."""
+    text = (CONFIGS / "tensorrt_fp16.py").read_text()
+    (folder / "trt.py").write_text(text.replace('attention="nvidia"', f'attention="{attention}"'))
+    files = [
+        folder / "trt.py",
         model_folder / "model.py",
         model_folder / "model.pth",
         model_folder / "a.png",
     ]
-    status = main([*map(str, arguments), "--work-dir", str(tmp_path)])
+    return [*map(str, files), "--work-dir", str(folder)]
+
+
+@pytest.mark.parametrize("attention", ["nvidia", "mmdeploy"])
+def test_tensorrt_gets_a_graph_of_plugin_nodes(model_folder, attention, tmp_path, capsys):
+    status = main(plugin_arguments(model_folder, attention, tmp_path))
     graph = onnx.load(str(tmp_path / "end2end.onnx")).graph
     plugins = [node.op_type for node in graph.node if node.domain]
     names = {"nvidia": "MultiscaleDeformableAttnPlugin_TRT", "mmdeploy": "MMCVMultiScaleDeformableAttention"}
     assert plugins == [names[attention]] * 3
+    told = capsys.readouterr().err
+    assert "plugin nodes in numpy, against PyTorch: scores within" in told
     if status != 0:  # where TensorRT is missing, the graph is there and one message says what to install
-        assert status == 2 and "pip install tensorrt" in capsys.readouterr().err
+        assert status == 2 and "pip install tensorrt" in told
+
+
+def test_a_plugin_graph_that_disagrees_is_not_left_there(model_folder, tmp_path, capsys, monkeypatch):
+    from ddetr_mm.deploy import plugin
+
+    computed = plugin.plugin_in_numpy
+    monkeypatch.setattr(plugin, "plugin_in_numpy", lambda *inputs: 1.5 * computed(*inputs))
+    assert main(plugin_arguments(model_folder, "mmdeploy", tmp_path)) == 2
+    assert "does not compute what PyTorch computes" in capsys.readouterr().err
+    assert not (tmp_path / "end2end.onnx").exists()
+
+
+def test_the_sdk_wheel_runs_the_result(model_folder, converted):
+    if importlib.util.find_spec("mmdeploy_runtime") is None:
+        pytest.skip("mmdeploy-runtime is not installed (it has no wheel for Python 3.12)")
+    folder = converted("onnxruntime_static")
+    # In a process of its own: the wheel brings another onnxruntime.
+    code = (
+        "import cv2, json, sys\n"
+        "from mmdeploy_runtime import Detector\n"
+        "found = Detector(model_path=sys.argv[1], device_name='cpu', device_id=0)(cv2.imread(sys.argv[2]))\n"
+        "json.dump([part.tolist() for part in found[:2]], open(sys.argv[3], 'w'))\n"
+    )
+    image, target = str(model_folder / "a.png"), folder / "sdk.json"
+    subprocess.run([sys.executable, "-c", code, str(folder), image, str(target)], check=True, timeout=120)
+    boxes_and_scores, labels = map(np.array, json.loads(target.read_text()))
+    picture = cv2.cvtColor(cv2.imread(image), cv2.COLOR_BGR2RGB)
+    mean, std = (np.float32(values) for values in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+    inputs = ((cv2.resize(picture, (96, 64)).astype(np.float32) - mean) / std).transpose(2, 0, 1)[None]
+    session = onnxruntime.InferenceSession(str(folder / "end2end.onnx"))
+    (dets,), (expected_labels,) = session.run(["dets", "labels"], {"input": np.ascontiguousarray(inputs)})
+    boxes = (dets[:, :4] * [120 / 96, 90 / 64, 120 / 96, 90 / 64]).clip(0, [120, 90, 120, 90])
+    assert labels.tolist() == expected_labels.tolist()
+    np.testing.assert_allclose(boxes_and_scores[:, 4], dets[:, 4], atol=2e-3)
+    np.testing.assert_allclose(boxes_and_scores[:, :4], boxes, atol=0.5)
+
+
+def test_calibration_images_are_written_as_mmdeploy_reads_them(model_folder, tmp_path, capsys):
+    h5py = pytest.importorskip("h5py")
+    images = [dict(id=1, file_name="a.png", width=120, height=90)]
+    categories = [dict(id=number, name=name) for number, name in enumerate("abc", 1)]
+    truth = dict(images=images, annotations=[], categories=categories)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    dataset = dict(
+        type="CocoDataset",
+        ann_file=str(tmp_path / "truth.json"),
+        data_prefix=dict(img=str(model_folder)),
+        metainfo=dict(classes=("a", "b", "c")),
+        test_mode=True,
+    )
+    loader = dict(num_workers=0, sampler=dict(type="DefaultSampler", shuffle=False), dataset=dataset)
+    (tmp_path / "data.py").write_text(f"val_dataloader = {loader!r}\n")
+    arguments = [CONFIGS / "tensorrt_int8.py", model_folder / "model.py", model_folder / "model.pth"]
+    more = ["--work-dir", tmp_path, "--calib-dataset-cfg", tmp_path / "data.py"]
+    status = main([*map(str, [*arguments, model_folder / "a.png", *more])])
+    assert status == 0 or (status == 2 and "pip install tensorrt" in capsys.readouterr().err)
+    with h5py.File(tmp_path / "calib_data.h5") as file:
+        (name,) = file["calib_data/end2end/input"]
+        found = file[f"calib_data/end2end/input/{name}"][:]
+    picture = Image.open(model_folder / "a.png").convert("RGB").resize((96, 64), Image.BILINEAR)
+    mean, std = (np.float32(values) for values in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+    expected = ((np.asarray(picture, np.float32) - mean) / std).transpose(2, 0, 1)[None]
+    np.testing.assert_allclose(found, expected, atol=0.05)
+
+
+def test_calibration_without_images_or_without_effect_is_refused(model_folder, tmp_path, capsys):
+    status = convert(
+        model_folder, "onnxruntime_static", "--calib-dataset-cfg", str(model_folder / "model.py")
+    )
+    assert status == 2 and "--calib-dataset-cfg" in capsys.readouterr().err
+    if importlib.util.find_spec("h5py") is not None:
+        assert convert(model_folder, "tensorrt_int8") == 2
+        assert "names no images for the calibration" in capsys.readouterr().err
 
 
 def test_wrong_input_is_one_message(model_folder, tmp_path, capsys):
     arguments = [str(CONFIGS / "onnxruntime_static.py"), "missing.py", "missing.pth", "missing.png"]
     assert main([*arguments, "--work-dir", str(tmp_path)]) == 2
     assert "missing.py: model_cfg: does not exist" in capsys.readouterr().err
+
+
+def test_wrong_values_are_one_message(model_folder, tmp_path, capsys):
+    files = [model_folder / "model.py", model_folder / "model.pth", model_folder / "a.png"]
+    static = CONFIGS / "onnxruntime_static.py"
+    (tmp_path / "old.py").write_text(static.read_text().replace("opset_version=17", "opset_version=11"))
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    for config, checkpoint, folder, words in (
+        (tmp_path / "old.py", files[1], tmp_path, ("onnx_config.opset_version", "16 to 20")),
+        (static, tmp_path / "text.pth", tmp_path, ("text.pth",)),
+        (static, files[1], tmp_path / "text.pth", ("--work-dir", "cannot be written to")),
+    ):
+        arguments = [config, files[0], checkpoint, files[2], "--work-dir", folder]
+        assert main([str(word) for word in arguments]) == 2
+        told = capsys.readouterr().err
+        assert all(word in told for word in words) and told.count("error:") == 1
+    assert not list(tmp_path.glob("*.onnx"))
 
 
 def test_the_mends_are_undone():
