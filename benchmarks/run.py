@@ -1,7 +1,8 @@
 """Runs the benchmarks one after the other: ``make bench``, or ``make bench ARGS='convert gcvit'`` for some.
 
 Every script of this folder that measures something has a ``main``; each writes its record to
-``benchmarks/records`` and tells its options with ``-h``. Options after ``--`` go to every script.
+``benchmarks/records`` and tells its options with ``-h``. Options after ``--`` go to every script. What takes
+hours runs only when it is named: ``make bench ARGS=soak``.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
+TAKES_HOURS = ("soak",)
 
 
 def scripts() -> list[str]:
@@ -35,7 +37,7 @@ def main() -> int:
         print(f"no such benchmark: {', '.join(unknown)}; there are: {', '.join(scripts())}", file=sys.stderr)
         return 2
     failed = []
-    for name in chosen or scripts():
+    for name in chosen or [name for name in scripts() if name not in TAKES_HOURS]:
         print(f"== {name}", flush=True)
         if (
             subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *options], check=False).returncode

@@ -219,7 +219,11 @@ def main() -> int:
     folder.mkdir(parents=True)
     prepare(folder, arguments)
     runs = {watched.name: outcome(folder, watched) for watched in soak(folder, arguments)}
-    result = dict(environment=environment, settings=vars(arguments), **runs)
+    environment["command"] = (
+        f"python benchmarks/soak.py --hours {arguments.hours:g} --images {arguments.images} "
+        f"--workers {arguments.workers}"
+    )
+    result = dict(environment=environment, **runs)
     passed = all(
         run["exit_status"] == (130 if run["interrupted"] else 0)
         and not any(run["left_behind"].values())

@@ -43,7 +43,8 @@ def slope(hours: np.ndarray, values: np.ndarray) -> dict[str, Any]:
 
     Returns:
         Level (the median), slope an hour with its 95 % interval, the growth over the stretch as a share of
-        the level, and whether the series is flat: its interval holds zero or less, or the growth is negligible.
+        the level, and whether the series is flat: its interval reaches zero or less, or the growth is
+        negligible.
     """
     blocks = [block for block in np.array_split(np.arange(len(hours)), BLOCKS) if len(block)]
     times = np.array([hours[block].mean() for block in blocks])
@@ -79,7 +80,7 @@ def record_text(result: dict[str, Any]) -> str:
         lines += [f"- {key.replace('_', ' ')}: {value}" for key, value in facts.items()]
         lines += [
             "",
-            "| of the whole process tree | level | first | last | an hour | 95 % | share of the level | flat |",
+            "| of the process tree | level | first | last | an hour | 95 % | share of the level | flat |",
             "| --- | ---: | ---: | ---: | ---: | --- | ---: | --- |",
         ]
         for series, row in run["series"].items():
@@ -92,9 +93,9 @@ def record_text(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"The first {WARM_UP_SHARE:.0%} of each run is warm-up. The slope is Theil and Sen's, through the",
-        f"medians of {BLOCKS} stretches. Flat: the 95 % interval reaches zero or less, or the growth over the",
-        f"watched stretch is under {NEGLIGIBLE_GROWTH:.0%} of the level. `root_rss_mb` is the command's own",
-        "process; PSS divides shared pages among those that share them.",
+        f"medians of {BLOCKS} stretches. Flat: the 95 % interval reaches zero or less, or the growth over",
+        f"the watched stretch is under {NEGLIGIBLE_GROWTH:.0%} of the level. `root_rss_mb` is the command's",
+        "own process; PSS divides shared pages among those that share them.",
         "",
         f"**{'Passed' if result['passed'] else 'Not passed'}.**",
         "",
