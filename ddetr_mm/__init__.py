@@ -10,10 +10,12 @@ Raises:
     ddetr_mm.stack.versions.StackImportError: a required package is missing or does not fit.
 """
 
+from ddetr_mm.stack.image_limit import limit_decoded_images
 from ddetr_mm.stack.mmcv_ops import install_stand_in
 from ddetr_mm.stack.versions import check_on_import
 
 __version__ = "0.1.0"
 
 check_on_import()
+limit_decoded_images()
 install_stand_in()

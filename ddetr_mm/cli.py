@@ -192,7 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.command not in WITHOUT_STACK:
             raise_deferred()
         task = importlib.import_module(arguments.task_module)
-        task.run(arguments)
+        failures = importlib.import_module("ddetr_mm.tasks.failures")
+        with failures.failures_told():
+            task.run(arguments)
     except InputError as error:
         if arguments.debug:
             traceback.print_exc()

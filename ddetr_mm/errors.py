@@ -50,20 +50,31 @@ class Problem:
         return text
 
 
+_WORKER_MARK = "\nOriginal Traceback (most recent call last):\n"
+
+
 class InputError(Exception):
     """Wrong input: a spec, a data file, a checkpoint, an argument or the environment.
 
     Args:
-        problems: one or several :class:`Problem`, or plain text. All are shown at once.
+        problems: one or several :class:`Problem`, or plain text. All are shown at once. Torch raises an
+            error of a data worker anew with its traceback as the only text: then the message alone is kept.
     """
 
     exit_status = 2
 
     def __init__(self, *problems: Problem | str) -> None:
         self.problems: tuple[Problem, ...] = tuple(
-            problem if isinstance(problem, Problem) else Problem(problem) for problem in problems
+            problem if isinstance(problem, Problem) else Problem(self._message_in(problem))
+            for problem in problems
         )
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    @classmethod
+    def _message_in(cls, text: str) -> str:
+        """The message of an error of this class where ``text`` is a worker's traceback, else ``text``."""
+        heading = f"\n{cls.__module__}.{cls.__qualname__}: "
+        return text.rpartition(heading)[2].strip() if _WORKER_MARK in text else text
 
     @classmethod
     def collect(cls, problems: Iterable[Problem]) -> None:
@@ -87,6 +98,12 @@ class WeightsError(InputError):
 
 class ExportError(InputError):
     """A model cannot be exported as asked, or the export does not agree with PyTorch."""
+
+
+class RunError(InputError):
+    """A run was ended by something that is no fault of the input: a killed process, too little memory."""
+
+    exit_status = 1
 
 
 class StackError(InputError):

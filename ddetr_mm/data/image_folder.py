@@ -10,6 +10,7 @@ from typing import Any
 from mmdet.datasets.base_det_dataset import BaseDetDataset
 from mmdet.registry import DATASETS
 
+from ddetr_mm.data.image_check import unreadable_told
 from ddetr_mm.data.sources import join_location, list_images
 
 
@@ -49,3 +50,13 @@ class ImageFolderDataset(BaseDetDataset):
             source = next(index for index, folder in enumerate(folders) if path.is_relative_to(folder))
             samples.append({"img_path": str(path), "img_id": image_id, "source_id": source, "instances": []})
         return samples
+
+    def prepare_data(self, idx: int) -> Any:
+        """Run the pipeline on sample ``idx``.
+
+        Raises:
+            DataError: the image file cannot be read.
+        """
+        info = self.get_data_info(idx)
+        with unreadable_told(info["img_path"], self.backend_args):
+            return self.pipeline(info)

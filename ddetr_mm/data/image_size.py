@@ -20,6 +20,8 @@ from typing import NamedTuple
 import imagesize
 from PIL import Image
 
+from ddetr_mm.stack.image_limit import size_refused
+
 #: What counts as an image when no extension is asked for; compared in lower case.
 IMAGE_EXTENSIONS: tuple[str, ...] = (
     ".jpg",
@@ -76,10 +78,16 @@ def read_image_size(path: str, *, decode: bool = False) -> ImageSize:
         decode: decode every pixel, which finds all damage a decoder can see.
 
     Raises:
-        UnreadableImage: not an image, damaged, cut short, or the file cannot be opened.
+        UnreadableImage: not an image, damaged, cut short, of absurd size, or the file cannot be opened.
     """
-    if decode:
-        return _decoded_size(path)
+    size = _decoded_size(path) if decode else _size_of_file(path)
+    refused = size_refused(size.width, size.height)
+    if refused:
+        raise UnreadableImage(refused)
+    return size
+
+
+def _size_of_file(path: str) -> ImageSize:
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.stack.image_limit import MAX_IMAGE_PIXELS
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,15 @@ def read_rgb(path: str | Path) -> np.ndarray:
     Raises:
         DataError: when it cannot be read.
     """
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    try:
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    except cv2.error:  # an image of absurd size
+        image = None
     if image is None:
-        raise DataError(Problem("cannot be read as an image", file=path))
+        mend = "copy the file again, or leave it out"
+        raise DataError(
+            Problem("cannot be read as an image", path, allowed=f"{MAX_IMAGE_PIXELS:,} pixels", mend=mend)
+        )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 

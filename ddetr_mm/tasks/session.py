@@ -13,6 +13,7 @@ from ddetr_mm.errors import DataError, Problem, WeightsError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.runtime.status import StatusLog
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec, spec_to_yaml, task_results_dir
+from ddetr_mm.tasks.failures import failures_told
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ def open_session(loaded: LoadedSpec, subtask: str) -> Iterator[Session]:
     A conversion leaves no ``experiment.yaml``, as in the reference.
 
     Raises:
-        DataError: when the results folder cannot be written to.
+        DataError: when the results folder cannot be written to, or the disk is full.
+        RunError: when a data worker is killed or memory runs out.
     """
     folder = task_results_dir(loaded.spec, subtask)
     with _told_as_input_error(folder):
@@ -39,7 +41,7 @@ def open_session(loaded: LoadedSpec, subtask: str) -> Iterator[Session]:
             write_text_whole(folder / "experiment.yaml", spec_to_yaml(loaded.spec))
     say_notes(loaded)
     status = StatusLog.at(folder / "status.json")
-    with status.task(subtask):
+    with failures_told(), status.task(subtask), failures_told():
         yield Session(folder, status)
 
 
