@@ -155,7 +155,20 @@ def _add_coco_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_install_ops_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=int, help="parallel compiler jobs (default: the number of cores)")
+    parser.add_argument(
+        "--jobs", type=_positive, help="parallel compiler jobs (default: the number of cores)"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+# What argparse calls the type in its message.
+_positive.__name__ = "number of at least 1"
 
 
 def _add_spec_command_arguments(parser: argparse.ArgumentParser) -> None:

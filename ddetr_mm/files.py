@@ -28,6 +28,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk, say: writing knows no names
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

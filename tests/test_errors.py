@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from torch._utils import ExceptionWrapper
 
-from ddetr_mm.errors import DataError, InputError, Problem, SpecError, shorten
+from ddetr_mm.errors import DataError, InputError, Problem, RunError, SpecError, shorten
 
 
 def test_a_problem_names_everything_it_knows():
@@ -40,3 +41,18 @@ def test_kinds_share_the_exit_status():
 
 def test_long_values_are_cut():
     assert len(shorten("x" * 1000)) == 120 and shorten(5) == "5"
+
+
+def test_an_error_of_a_data_worker_keeps_its_message_alone():
+    try:
+        raise DataError(Problem("does not exist", file="x.png"), Problem("is broken", file="y.png"))
+    except DataError:
+        handed_on = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(DataError) as caught:
+        handed_on.reraise()
+    assert str(caught.value) == "x.png: does not exist\ny.png: is broken"
+    assert str(DataError("any text")) == "any text"
+
+
+def test_an_ended_run_is_no_wrong_input():
+    assert RunError("killed").exit_status == 1

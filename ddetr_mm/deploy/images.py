@@ -37,10 +37,9 @@ def read_rgb(path: str | Path) -> np.ndarray:
     except cv2.error:  # an image of absurd size
         image = None
     if image is None:
+        allowed = f"images of at most {MAX_IMAGE_PIXELS:,} pixels"
         mend = "copy the file again, or leave it out"
-        raise DataError(
-            Problem("cannot be read as an image", path, allowed=f"{MAX_IMAGE_PIXELS:,} pixels", mend=mend)
-        )
+        raise DataError(Problem("cannot be read as an image", path, allowed=allowed, mend=mend))
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,7 @@ def feature_info(backbone_cfg: Mapping[str, Any]) -> FeatureInfo:
                 mend="give a mapping such as {type: ResNet, depth: 18, out_indices: [1, 2, 3]}",
             )
         )
+    refuse_unregistered(backbone_cfg)
     cfg = copy.deepcopy(dict(backbone_cfg))
     for name in ("init_cfg", "pretrained"):  # nothing is downloaded or read to learn shapes
         cfg.pop(name, None)
@@ -82,6 +84,54 @@ def feature_info(backbone_cfg: Mapping[str, Any]) -> FeatureInfo:
         channels=tuple(feature.shape[1] for feature in features),
         strides=tuple(round(_PROBE_SIZE / feature.shape[-1]) for feature in features),
     )
+
+
+def refuse_unregistered(cfg: Mapping[str, Any]) -> None:
+    """Refuse a ``type`` that mmengine would import and call without its being a registered class.
+
+    Raises:
+        SpecError: naming the first such type.
+    """
+    for name in _type_names(cfg):
+        scope, key = MODELS.split_scope_key(name)
+        if not _is_registered(scope, key):
+            raise SpecError(
+                Problem(
+                    "is not registered, as mmdet's models are",
+                    where="ddetr_mm.backbone",
+                    value=name,
+                    allowed="a class of mmdet, or of another package with its scope: mmpretrain.ConvNeXt",
+                    mend="check the spelling, or install the package that registers it",
+                )
+            )
+
+
+def _type_names(cfg: Any) -> Iterator[str]:
+    """Every ``type`` that is looked up among the models: all but those of initialisers."""
+    if isinstance(cfg, Mapping):
+        if "type" in cfg:
+            yield str(cfg["type"])
+        for key, value in cfg.items():
+            if key != "init_cfg":
+                yield from _type_names(value)
+    elif isinstance(cfg, (list, tuple)):
+        for item in cfg:
+            yield from _type_names(item)
+
+
+def _is_registered(scope: str | None, key: str) -> bool:
+    registry = MODELS
+    if scope not in (None, MODELS.scope):
+        try:
+            registry = importlib.import_module(f"{scope}.registry").MODELS
+        except ImportError:
+            return False
+    while registry is not None:
+        registry.import_from_location()
+        if key in registry.module_dict:
+            return True
+        registry = registry.parent
+    return False
 
 
 def feature_channels(backbone_cfg: Mapping[str, Any]) -> list[int]:

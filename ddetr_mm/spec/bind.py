@@ -171,6 +171,9 @@ class Binder:
         if base is str:
             # The text as it stands in the file: no, 1_000 and 007 are names like any other.
             value = leaf.text
+            if "\0" in value:
+                self.fault(path, leaf.where, "holds a null character", value=value, mend="leave it out")
+                return False, None
         shown: Any = "<hidden>" if one.meta.secret else leaf.value
         if base is bool and isinstance(value, int) and value not in (0, 1):
             self.fault(path, leaf.where, "is of the wrong type", value=shown, allowed=allowed)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from .schema import ConvertSpec, ExperimentSpec
+from .type_names import TYPE_NAMES, unfit_type_names
 
 Check = Callable[[Any], Iterator["Fault"]]
 
@@ -185,6 +186,8 @@ def backbone_has_type(spec: ExperimentSpec) -> Iterator[Fault]:
             backbone,
             mend="name an mmdet backbone, as in {type: ResNet, depth: 18}",
         )
+    for path, name in unfit_type_names(backbone or {}):
+        yield Fault(f"ddetr_mm.backbone{path}", "is no registered class", name, TYPE_NAMES)
 
 
 # Data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,8 +16,10 @@ _MENDS = {
     errno.EROFS: "name a folder on a disk that may be written to",
     errno.EACCES: "allow it for your user, or name another file or folder",
     errno.EPERM: "allow it for your user, or name another file or folder",
+    errno.ENOENT: "check the path",
     errno.EISDIR: "name a file, not a folder",
     errno.ENOTDIR: "name a folder whose upper folders are no files",
+    errno.EEXIST: "a file stands where a folder is wanted: name another folder",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "raise the limit on open files (`ulimit -n`), or use fewer workers: dataset.workers",
     errno.ENFILE: "close other programs, or use fewer workers: dataset.workers",
@@ -55,8 +58,10 @@ def as_told(error: BaseException) -> InputError | None:
     if isinstance(error, OSError) and error.errno in _MENDS:
         what = f"cannot be read or written: {error.strerror}"
         if error.filename is None:
-            what = f"a file cannot be read or written: {error.strerror}"
-        return DataError(Problem(what, file=error.filename, mend=_MENDS[error.errno]))
+            return DataError(Problem(f"a file {what}", mend=_MENDS[error.errno]))
+        # Files are written under a temporary name beside their own.
+        name = re.sub(r"\.tmp-\d+-", "", str(error.filename))
+        return DataError(Problem(what, file=name, mend=_MENDS[error.errno]))
     return None
 
 

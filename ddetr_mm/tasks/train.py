@@ -35,9 +35,10 @@ def checkpoint_to_resume(spec: ExperimentSpec, folder: Path) -> Path | None:
     """Where to go on: the checkpoint the spec names, else the folder's latest, else nowhere.
 
     Raises:
-        WeightsError: when the spec names a checkpoint that is not there.
+        WeightsError: when the spec names a checkpoint that is not there or that holds weights alone.
     """
     from ddetr_mm.runtime.checkpoint_hook import find_latest_checkpoint
+    from ddetr_mm.weights.resume import require_resumable
 
     named = spec.train.resume_training_checkpoint_path
     if named:
@@ -50,5 +51,6 @@ def checkpoint_to_resume(spec: ExperimentSpec, folder: Path) -> Path | None:
                     mend="name a checkpoint of this training, or remove the key to go on from the latest",
                 )
             )
+        require_resumable(named, where="train.resume_training_checkpoint_path")
         return Path(named)
     return find_latest_checkpoint(folder)

@@ -35,7 +35,9 @@ def format_value(value: Any, indent: int = 0, prefix: int = 0) -> str:
         items = [("", item) for item in value]
     elif isinstance(value, Reference):
         return value.name
-    elif value is None or isinstance(value, (bool, int, str)):
+    elif isinstance(value, str):
+        return _text_literal(value)
+    elif value is None or isinstance(value, (bool, int)):
         return repr(value)
     elif isinstance(value, float):
         if not math.isfinite(value):
@@ -58,7 +60,16 @@ def _mapping_parts(value: Mapping[str, Any]) -> tuple[str, list[tuple[str, Any]]
     """Opening, ``(key text, item)`` pairs and closing: ``dict(a=1)`` where keys are identifiers."""
     if value and all(isinstance(key, str) and _is_keyword_argument(key) for key in value):
         return "dict(", [(f"{key}=", item) for key, item in value.items()], ")"
-    return "{", [(f"{key!r}: ", item) for key, item in value.items()], "}"
+    return "{", [(f"{_text_literal(key)}: ", item) for key, item in value.items()], "}"
+
+
+def _text_literal(text: Any) -> str:
+    """Python source of a text that mmengine leaves as it is.
+
+    Before it runs a config, mmengine replaces ``{{...}}`` in its source, with no regard to where a text ends:
+    what stands in a spec could become code.
+    """
+    return repr(text).replace("{{", "{\\x7b")
 
 
 def _is_keyword_argument(key: str) -> bool:
@@ -79,15 +90,20 @@ def config_text(
         title: comment lines for the head of the file.
         describe: gives the comment for one spec key, e.g. ``"model.num_queries = 300 (line 12)"``.
     """
-    blocks = ["\n".join(f"# {line}".rstrip() for line in title)] if title else []
+    blocks = ["\n".join(_comment(line) for line in title)] if title else []
     blocks += [_section_text(section, describe) for section in draft.sections]
     return "\n\n".join(blocks) + "\n"
+
+
+def _comment(text: str) -> str:
+    """One comment line, whatever the text holds: see :func:`_text_literal`."""
+    return f"# {' '.join(text.splitlines())}".rstrip().replace("{{", "{ {")
 
 
 def _section_text(section: Section, describe: Callable[[str], str] | None) -> str:
     lines = [f"# {line}".rstrip() for line in section.remark.splitlines()]
     if describe is not None:
-        lines += [f"#   {describe(key)}" for key in section.source_keys]
+        lines += [_comment(f"  {describe(key)}") for key in section.source_keys]
     assignment = f"{section.name} = "
     lines.append(assignment + format_value(section.value, prefix=len(assignment)))
     return "\n".join(lines)

@@ -59,7 +59,8 @@ def write_checkpoint(
                 torch.save(_container(format_name, tensors, meta, plain), temporary)
     except (OSError, RuntimeError) as error:
         # torch's own writer reports a full disk as a RuntimeError.
-        raise WeightsError(Problem(f"cannot be written: {error}", file=path)) from error
+        mend = "check that the disk has room and that you may write there"
+        raise WeightsError(Problem(f"cannot be written: {error}", file=path, mend=mend)) from error
 
 
 def _container(

@@ -90,7 +90,7 @@ CONVERT_SPEC: dict[str, Any] = {
     "mapping_path": "data/mapping.json",
 }
 
-RUN_FILES = ("status.json", "experiment.yaml", "config.py", "check.json", "spec.yaml")
+RUN_FILES = ("status.json", "experiment.yaml", "config.py", "check.json", "curves.jsonl")
 """What a failed run may leave beside its logs: its record, never a result."""
 
 
@@ -120,7 +120,7 @@ def run_here(folder: Path, *arguments: str, timeout: float = 300.0) -> Ended:
     in memory (loggers, registries, environment) from the next one. It cannot use CUDA where this process
     has used it: then a new process does it.
     """
-    before = contents(folder)
+    before, records = contents(folder), status_files(folder)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         if torch.cuda.is_initialized():
             command = [sys.executable, "-m", "ddetr_mm", *arguments]
@@ -131,6 +131,8 @@ def run_here(folder: Path, *arguments: str, timeout: float = 300.0) -> Ended:
         said, message = (_text_of(file) for file in (out, err))
     after = contents(folder)
     lost = {name for name, digest in before.items() if after.get(name) != digest}
+    # A record of runs is only ever appended to.
+    lost -= {name for name, text in records.items() if (folder / name).read_text().startswith(text)}
     return Ended(status, message, said, set(after) - set(before), lost)
 
 
@@ -157,7 +159,7 @@ def _command_of_a_fork(folder: Path, arguments: Sequence[str], out: int, err: in
     try:
         os.dup2(out, 1)
         os.dup2(err, 2)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         torch.set_num_threads(1)  # a pool of threads does not survive the fork
         os.chdir(folder)
         status = main(arguments)
@@ -184,6 +186,11 @@ def contents(folder: Path) -> dict[str, str]:
         if path.is_file() and not _is_log(name):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def status_files(folder: Path) -> dict[str, str]:
+    """The text of every ``status.json`` below a folder."""
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("status.json")}
 
 
 def _is_log(name: str) -> bool:

@@ -56,10 +56,12 @@ def test_config_pretrained_weights_and_random_state_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"type": "ResNett", "depth": 18}, "ResNett is not in the mmdet::model registry"),
+        ({"type": "ResNett", "depth": 18}, "is not registered.*ResNett"),
         ({"type": "ResNet", "depth": 19}, "invalid depth 19"),
         ({"type": "ResNet", "depth": 18, "colour": "red"}, "unexpected keyword argument 'colour'"),
-        ({"type": "mmnosuch.Backbone"}, "cannot be built"),
+        ({"type": "mmnosuch.Backbone"}, "is not registered"),
+        ({"type": "os.system", "command": "true"}, "is not registered"),
+        ({"type": "ResNet", "depth": 18, "norm_cfg": {"type": "builtins.print"}}, "is not registered"),
         ({"depth": 18}, "needs a type"),
         ("ResNet", "needs a type"),
         ({"type": "L1Loss"}, "cannot be built and run"),

@@ -70,6 +70,13 @@ CASES = [
         "has no type",
     ),
     (
+        "backbone_has_type",
+        None,
+        "ddetr_mm: {backbone: {type: mmpretrain.ConvNeXt}}",
+        "ddetr_mm: {backbone: {type: os.system, command: 'touch here'}}",
+        "is no registered class",
+    ),
+    (
         "crop_range_ascends",
         None,
         "dataset: {augmentation: {train_random_crop_min: 600}}",

@@ -1,10 +1,12 @@
 """Config text: it must read back as the same data and stay readable."""
 
 import ast
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mmengine.config import Config
 
 from ddetr_mm.translate.draft import ConfigDraft, Reference
 from ddetr_mm.translate.write import LINE_LENGTH, config_text, format_value
@@ -60,6 +62,26 @@ def test_keys_that_are_no_identifiers_use_braces():
 def test_numbers_that_python_cannot_spell_are_refused(value):
     with pytest.raises(ValueError, match="cannot be written"):
         format_value(value)
+
+
+def test_no_text_of_a_spec_becomes_code(tmp_path):
+    # mmengine replaces {{...}} in a config's source before it runs it, quotes and all.
+    texts = [
+        "{{$NOT_SET:1}}",
+        "{{ fileDirname }}",
+        """\"'{{$NOT_SET:b'}}""",
+        "{{{$NOT_SET:'}}",
+        "+__import__('pathlib').Path('touched').touch()#",
+    ]
+    draft = ConfigDraft()
+    draft.add("texts", texts)
+    draft.add("by_name", {text: text for text in texts})
+    config = tmp_path / "config.py"
+    title = ["a title\nimport pathlib; pathlib.Path('touched').touch()", *texts]
+    config.write_text(config_text(draft, title=title, describe=lambda key: texts[0] + "\n1/0"))
+    read = Config.fromfile(str(config))
+    assert list(read.texts) == texts and dict(read.by_name) == {text: text for text in texts}
+    assert not (Path.cwd() / "touched").exists()
 
 
 def test_objects_are_refused():
