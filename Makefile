@@ -43,10 +43,11 @@ test-ops: ops  ## the tests that need mmcv's compiled ops
 bench: env  ## the benchmarks
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
 
-lint: env  ## ruff and mypy
+lint: env  ## ruff, mypy and an audit of the dependencies
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python tools/audit.py
 
 lock:  ## resolve the pinned sets anew (ARGS=--upgrade for the newest versions)
 	sh tools/env/lock.sh $(ARGS)

@@ -15,6 +15,14 @@ from ddetr_mm.stack.mmcv_ops import has_compiled_ops
 settings.register_profile(
     "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
+# A long search for faults: `pytest --hypothesis-profile=many tests/test_bad_input -k fuzz` and the like.
+settings.register_profile(
+    "many",
+    deadline=None,
+    max_examples=2000,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    print_blob=True,
+)
 settings.load_profile("suite")
 
 

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ddetr_mm.errors import InputError, SpecError
+from ddetr_mm.errors import InputError, Problem, SpecError, StackError
 
 logger = logging.getLogger(__name__)
 
@@ -154,10 +154,19 @@ class StatusLog:
 def on_first_rank() -> bool:
     """Whether this process is the first of its job, by what torchrun or Slurm put into the environment."""
     if "RANK" in os.environ:
-        return int(os.environ["RANK"]) == 0
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        return int(os.environ.get("SLURM_PROCID", "0")) == 0
+        return _number_in_environment("RANK") == 0
+    if _number_in_environment("SLURM_NTASKS", 1) > 1:
+        return _number_in_environment("SLURM_PROCID", 0) == 0
     return True
+
+
+def _number_in_environment(name: str, default: int = 0) -> int:
+    text = os.environ.get(name)
+    try:
+        return default if text is None else int(text)
+    except ValueError as error:
+        allowed = "a whole number, as torchrun and Slurm set it"
+        raise StackError(Problem("is no number", where=f"${name}", value=text, allowed=allowed)) from error
 
 
 def start_message(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import keyword
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -97,7 +98,8 @@ def config_text(
 
 def _comment(text: str) -> str:
     """One comment line, whatever the text holds: see :func:`_text_literal`."""
-    return f"# {' '.join(text.splitlines())}".rstrip().replace("{{", "{ {")
+    line = f"# {' '.join(text.splitlines())}".rstrip()
+    return re.sub(r"\{(?=\{)", "{ ", line)
 
 
 def _section_text(section: Section, describe: Callable[[str], str] | None) -> str:

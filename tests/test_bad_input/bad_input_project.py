@@ -242,7 +242,9 @@ def write_checkpoint(path: Path, spec: str, *overrides: str) -> Path:
     init_default_scope("mmdet")
     model = MODELS.build(config.model)
     model.init_weights()
-    meta = dict(cfg=config.pretty_text, dataset_meta=dict(classes=("background", "a", "b", "c", "d")))
+    names = ("background", "triangle", "star", "rectangle", "circle")
+    own = dict(source_format="mmdet", label_mode="category_id", background_column=0, zero_padded_values=False)
+    meta = dict(cfg=config.pretty_text, dataset_meta=dict(classes=names), ddetr_mm=own)
     torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
     return path
 
