@@ -11,6 +11,7 @@ import numpy.typing as npt
 from mmcv.transforms import LoadImageFromFile
 from mmdet.registry import TRANSFORMS
 from mmengine import fileio
+from PIL import Image
 
 from ddetr_mm.data.jpeg import decode_jpeg_bgr, decode_jpeg_reduced_bgr
 
@@ -117,6 +118,11 @@ def _decode_with_pillow(path: str, backend_args: dict[str, Any] | None) -> npt.N
     try:
         content = fileio.get(path, backend_args=backend_args)
         image: npt.NDArray[np.uint8] = mmcv.imfrombytes(content, flag="color", backend="pillow")
-    except (OSError, ValueError, SyntaxError):  # the kinds that Pillow's plugins raise on damaged files
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ):  # the kinds that Pillow's plugins raise on damaged files
         return None
     return image

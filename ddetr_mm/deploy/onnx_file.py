@@ -88,7 +88,7 @@ def read_signature(path: str | Path, *, where: str | None = None) -> OnnxSignatu
                 "is not a Deformable DETR exported with this contract",
                 file=path,
                 where=where,
-                value=f"inputs {sorted(inputs)}, outputs {sorted(outputs)}",
+                value=f"inputs {sorted(map(str, inputs))}, outputs {sorted(map(str, outputs))}",
                 allowed=f"input 'inputs' of 4 axes, outputs {', '.join(OUTPUT_NAMES)}",
             )
         )

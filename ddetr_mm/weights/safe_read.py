@@ -97,8 +97,8 @@ def _read_torch_zip(path: Path, size: int) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             pickled = _data_pickle(path, archive, size)
-    except (zipfile.BadZipFile, NotImplementedError) as error:
-        _refuse(path, "is truncated or damaged: its zip directory is missing", _AGAIN, error)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, *_DAMAGE) as error:
+        _refuse(path, "is truncated or damaged: its zip directory cannot be followed", _AGAIN, error)
     # Memory-mapped storages cannot reach outside the file, whatever sizes the pickle claims.
     return _load(path, _names(path, pickled), mmap=True)
 

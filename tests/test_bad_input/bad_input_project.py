@@ -257,4 +257,5 @@ def copy_project(project: Path, folder: Path) -> Path:
 def edit_json(path: Path, change: Any) -> None:
     """Change the content of a JSON file in place."""
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(change(content) or content))
+    change(content)
+    path.write_text(json.dumps(content))

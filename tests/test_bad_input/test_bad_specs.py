@@ -31,10 +31,10 @@ TEXTS = {
     "not-finite": ("train:\n  optim:\n    lr: .nan\n", ("train.optim.lr, line 3",)),
     "huge-number": (f"model:\n  num_queries: {'9' * 40}\n", ("model.num_queries, line 2",)),
     "scalar-section": ("model: 3\n", ("model, line 1",)),
-    "rule": ("model:\n  hidden_dim: 30\n  nheads: 7\n", ("model.nheads, line 3",)),
+    "rule": ("model:\n  hidden_dim: 64\n  nheads: 7\n", ("model.nheads, line 3",)),
     "circle": ("results_dir: ${model.backbone}\nmodel:\n  backbone: ${results_dir}\n", ("line 1",)),
     "no-interpolation": ("results_dir: ${nowhere.at_all}\n", ("results_dir, line 1",)),
-    "resolver": ("results_dir: ${oc.env:HOME}\n", ("results_dir, line 1",)),
+    "resolver": ("results_dir: ${nowhere:HOME}\n", ("results_dir, line 1",)),
     "code-as-type": (
         "ddetr_mm:\n  backbone:\n    type: os.system\n    command: touch touched\n",
         ("ddetr_mm.backbone.type, line 3", "os.system", "ResNet"),
