@@ -19,7 +19,7 @@ settings.register_profile(
 settings.register_profile(
     "many",
     deadline=None,
-    max_examples=2000,
+    max_examples=1000,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     print_blob=True,
 )
