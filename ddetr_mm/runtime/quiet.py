@@ -14,6 +14,8 @@ from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from ddetr_mm.runtime.data_workers import end_data_workers
+
 _FILE_ONLY = re.compile(
     r"""
     \s*-{20,}\s*System\ environment:            # libraries and the machine
@@ -59,3 +61,17 @@ class QuietRunner(Runner):
         logger = super().build_logger(*args, **kwargs)
         quiet_console(logger)
         return logger
+
+    def train(self) -> Any:
+        """Train as mmengine does, then end the data workers."""
+        try:
+            return super().train()
+        finally:
+            end_data_workers(self)
+
+    def test(self) -> dict[str, float]:
+        """Test as mmengine does, then end the data workers."""
+        try:
+            return super().test()
+        finally:
+            end_data_workers(self)
