@@ -122,6 +122,15 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
         default="train",
         help="what will be run (default: train)",
     )
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument("--full", action="store_true", help="look at every image, not at a sample")
+    depth.add_argument("--quick", action="store_true", help="spec, annotations and files only, no network")
+    parser.add_argument(
+        "--accept",
+        action="append",
+        metavar="KIND",
+        help="let a suspicion pass, by the name it is told under; may be given several times",
+    )
 
 
 def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "runtime": BASE | {"data", "evaluation", "weights"},
     "deploy": BASE | {"models", "weights"},
     "register": BASE | {"models", "data", "evaluation", "runtime"},
-    "preflight": BASE | {"spec", "data", "weights"},
+    "preflight": BASE | {"spec", "data", "weights", "evaluation", "runtime"},
     "translate": BASE | {"spec", "data", "models", "weights"},
     "tasks": BASE
     | {"__init__", "spec", "data", "models", "weights", "evaluation", "runtime", "deploy", "register"}

@@ -61,6 +61,7 @@ class FastCocoMetric(BaseMetric):
         conf_threshold: detections below this score are dropped.
         classwise: log a table of the scores of each class.
         per_source: with several sources, score each one by itself too.
+        image_ids: score these images only (the dataset's ids); all of the ground truth when None.
         results_dir: folder for ``results.json`` (the twelve figures), ``results_detail.json`` (by class
             and source), ``predictions.json`` and plots.
         outfile_prefix: also write predictions as ``<prefix>.bbox.json``, as ``CocoMetric`` does.
@@ -86,6 +87,7 @@ class FastCocoMetric(BaseMetric):
         conf_threshold: float = 0.0,
         classwise: bool = True,
         per_source: bool = True,
+        image_ids: Sequence[int] | None = None,
         results_dir: str | None = None,
         outfile_prefix: str | None = None,
         format_only: bool = False,
@@ -109,6 +111,7 @@ class FastCocoMetric(BaseMetric):
         self.conf_threshold = conf_threshold
         self.classwise = classwise
         self.per_source = per_source
+        self.image_ids = None if image_ids is None else list(image_ids)
         self.results_dir = None if results_dir is None else Path(results_dir)
         self.outfile_prefix = outfile_prefix
         self.format_only = format_only
@@ -179,7 +182,9 @@ class FastCocoMetric(BaseMetric):
         if self.format_only:
             return {}
         classes = self._scored_classes(truth)
-        self.result = evaluate_boxes(truth, found, category_ids=classes, backend=self.backend)
+        self.result = evaluate_boxes(
+            truth, found, category_ids=classes, image_ids=self.image_ids, backend=self.backend
+        )
         self.source_results = self._score_sources(truth, found)
         self._report(logger, self.result)
         if self.results_dir is not None:

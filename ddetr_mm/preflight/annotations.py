@@ -1,148 +1,117 @@
-"""Looking over annotation files and image folders: counts, and faults that would spoil a run."""
+"""All that can be proved from annotation files and image files alone: no network, no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
+from ddetr_mm.errors import DataError
+from ddetr_mm.preflight.boxes import check_boxes
+from ddetr_mm.preflight.classes import check_between_splits, check_split_classes
+from ddetr_mm.preflight.colors import check_colors
+from ddetr_mm.preflight.content import check_content
+from ddetr_mm.preflight.findings import FAULT, Finding, Section, note
+from ddetr_mm.preflight.fit import check_fit
+from ddetr_mm.preflight.images import check_ages, check_images
+from ddetr_mm.preflight.overlap import check_overlap
+from ddetr_mm.preflight.split import Split
+from ddetr_mm.preflight.thumbnails import thumbnails
+from ddetr_mm.spec.schema.dataset import AugmentationConfig
 
-from ddetr_mm.data.coco_table import CocoTable
-from ddetr_mm.data.sources import CocoSource, read_coco_sources
-from ddetr_mm.errors import Problem
+THUMBNAILS, THUMBNAILS_FULL = 64, 500
+"""Images of a split whose colours and content are looked at."""
 
-IMAGE_SAMPLE = 200
-"""How many images of a split are looked for on disk; evenly spread over the split."""
-
-
-@dataclass
-class SplitReport:
-    """What one split (``train``, ``val``, ``test``) holds.
-
-    Attributes:
-        split: its name.
-        num_images: images listed.
-        num_images_without_objects: images without any box.
-        num_boxes: boxes listed, crowds included.
-        num_crowds: boxes marked as crowds.
-        num_invisible: boxes of which nothing lies inside the image.
-        boxes_by_class: class name → boxes.
-        notes: remarks of the reader.
-        problems: faults that make a run useless.
-    """
-
-    split: str
-    num_images: int = 0
-    num_images_without_objects: int = 0
-    num_boxes: int = 0
-    num_crowds: int = 0
-    num_invisible: int = 0
-    boxes_by_class: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for ``check.json``."""
-        return asdict(self) | dict(problems=[str(problem) for problem in self.problems])
+QUICK_SAMPLE = 40
+"""Images of a split whose files the quick part looks at."""
 
 
-def look_over(
-    split: str,
-    sources: Sequence[Mapping[str, str]],
-    num_classes: int,
-    eval_class_ids: Sequence[int] | None = None,
-) -> SplitReport:
-    """Read a split's annotations and judge them.
+def read_splits(
+    named_sources: Mapping[str, Sequence[Mapping[str, str]]], storage: str = "process"
+) -> tuple[list[Split], list[Section]]:
+    """Read the annotations of all splits.
 
     Args:
-        split: its name, for messages.
-        sources: ``{image_dir, json_file}`` each.
-        num_classes: class columns of the network; category ids must lie below, and above 0.
-        eval_class_ids: categories that evaluation is restricted to.
+        named_sources: split name → its ``{image_dir, json_file}``.
+        storage: see :func:`~ddetr_mm.data.sources.read_coco_sources`.
 
-    Raises:
-        DataError: when a file is missing or not COCO.
+    Returns:
+        The splits that could be read, and a section for each that could not.
     """
-    table = read_coco_sources(sources)
-    report = SplitReport(
-        split,
-        num_images=table.num_images,
-        num_images_without_objects=int((np.diff(table.box_starts) == 0).sum()),
-        num_boxes=table.num_boxes,
-        num_crowds=int(table.crowd.sum()),
-        num_invisible=int((~table.visible).sum()),
-        notes=list(table.notes),
-    )
-    ids, counts = np.unique(table.category_ids, return_counts=True)
-    by_id = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-    report.boxes_by_class = {
-        name: by_id.get(category, 0) for category, name in sorted(table.category_names.items())
-    }
-    where = f"dataset.{split}_data_sources"
-    report.problems += category_problems(table, by_id, num_classes, where)
-    if eval_class_ids and not set(eval_class_ids) & set(table.category_names):
-        report.problems.append(
-            Problem(
-                "no category of the data is among them",
-                where="dataset.eval_class_ids",
-                value=list(eval_class_ids),
-                allowed=[f"{category} ({name})" for category, name in sorted(table.category_names.items())],
-            )
-        )
-    report.problems += image_problems(table, sources, where)
-    return report
+    splits, failures = [], []
+    for name, sources in named_sources.items():
+        try:
+            splits.append(Split.read(name, sources, storage))
+        except DataError as error:
+            found = [Finding("annotations-unreadable", problem, FAULT) for problem in error.problems]
+            failures.append(Section(f"annotations of {name}", findings=found))
+    return splits, failures
 
 
-def category_problems(
-    table: CocoTable, boxes_by_id: Mapping[int, int], num_classes: int, where: str
-) -> list[Problem]:
-    """Categories that do not fit the class columns, or that nothing belongs to."""
-    problems = []
-    largest = max(table.category_names, default=0)
-    if largest >= num_classes:
-        problems.append(
-            Problem(
-                f"category ids of {where} do not fit",
-                where="dataset.num_classes",
-                value=num_classes,
-                allowed=f"the largest category id plus one: {largest + 1} or more",
-            )
-        )
-    if boxes_by_id.get(0):
-        problems.append(
-            Problem(
-                f"{boxes_by_id[0]} boxes have category id 0, which stands for the background",
-                where=where,
-                mend="number the categories from 1",
-            )
-        )
-    if table.num_images == 0:
-        problems.append(Problem("lists no image", where=where))
-    elif not boxes_by_id:
-        problems.append(Problem("holds no box at all", where=where))
-    return problems
+def quick_sections(
+    splits: Sequence[Split], num_classes: int, eval_class_ids: Sequence[int] | None
+) -> Iterator[Section]:
+    """What costs well under a second: ids, boxes, a few files. ``train`` does it by itself.
+
+    Args:
+        splits: the data.
+        num_classes: class columns of the network.
+        eval_class_ids: categories that evaluation is restricted to.
+    """
+    for split in splits:
+        yield check_split_classes(split, num_classes, eval_class_ids)
+        yield check_boxes(split)
+        yield check_images(split, sample=QUICK_SAMPLE)
+    if len(splits) > 1:
+        yield check_between_splits(splits)
 
 
-def image_problems(table: CocoTable, sources: Sequence[Mapping[str, str]], where: str) -> list[Problem]:
-    """Images that are not on disk, judged by an even sample; one problem per source."""
-    folders = [Path(CocoSource.of(source).image_dir) for source in sources]
-    rows = np.unique(np.linspace(0, table.num_images - 1, min(IMAGE_SAMPLE, table.num_images)).astype(int))
-    missing: dict[int, list[Path]] = {}
-    looked: dict[int, int] = {}
-    for row in rows:
-        source = int(table.source_indices[row])
-        path = folders[source] / table.file_name(int(row))
-        looked[source] = looked.get(source, 0) + 1
-        if not path.is_file():
-            missing.setdefault(source, []).append(path)
-    return [
-        Problem(
-            f"{len(paths)} of {looked[source]} images looked for are not there, the first: {paths[0]}",
-            where=f"{where}[{source}].image_dir",
-            value=str(folders[source]),
-            mend="file_name in the annotations must be relative to image_dir",
-        )
-        for source, paths in missing.items()
-    ]
+def thorough_sections(
+    splits: Sequence[Split],
+    num_classes: int,
+    eval_class_ids: Sequence[int] | None,
+    augmentation: AugmentationConfig,
+    *,
+    full: bool = False,
+) -> Iterator[Section]:
+    """Everything about annotations and files.
+
+    Args:
+        splits: the data.
+        num_classes: class columns of the network.
+        eval_class_ids: categories that evaluation is restricted to.
+        augmentation: the spec's sizes, mean and standard deviation.
+        full: look at every image, not at a sample.
+    """
+    sound = []
+    for split in splits:
+        sections = list(_sections_of(split, num_classes, eval_class_ids, augmentation, full))
+        yield from sections
+        if not any(finding.weight == FAULT for section in sections for finding in section.findings):
+            sound.append(split)
+    if len(splits) > 1:
+        yield check_between_splits(splits)
+        yield check_overlap(splits, full=full)
+    # What the pictures show means nothing where boxes or files are known to be wrong.
+    small = {split.name: thumbnails(split, THUMBNAILS_FULL if full else THUMBNAILS) for split in sound}
+    yield check_colors(small, augmentation.input_mean, augmentation.input_std)
+    for split in sound:
+        yield check_content(split, small[split.name])
+
+
+def _sections_of(
+    split: Split,
+    num_classes: int,
+    eval_class_ids: Sequence[int] | None,
+    augmentation: AugmentationConfig,
+    full: bool,
+) -> Iterator[Section]:
+    classes = check_split_classes(split, num_classes, eval_class_ids)
+    classes.findings += [note("annotations", text, where=split.where) for text in split.table.notes]
+    yield classes
+    boxes = check_boxes(split)
+    yield boxes
+    if not any(finding.weight == FAULT for finding in boxes.findings):
+        yield check_fit(split, augmentation)
+    yield check_images(split, full=full)
+    ages = check_ages(split, split.spread_rows(QUICK_SAMPLE).tolist())
+    if ages.findings:
+        yield ages

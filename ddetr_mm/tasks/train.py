@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.spec import ExperimentSpec, load_spec
+from ddetr_mm.tasks.check import quick_check
 from ddetr_mm.tasks.session import choose_device, open_session, require_device
 
 
@@ -17,6 +18,7 @@ def run(arguments: Namespace) -> None:
     choose_device(spec, spec.train.gpu_ids)
     require_device(spec)
     with open_session(loaded, "train") as session:
+        quick_check(loaded)
         from ddetr_mm.tasks.runner import build_runner
 
         start = checkpoint_to_resume(spec, session.folder)

@@ -43,6 +43,12 @@ class OwnSection:
         doc="""What training does about an image file that is missing or cannot be decoded. error: stop and
         name it; replace: name it in the log, take another image, and count how many were replaced.""",
     )
+    quick_check: bool = spec_field(
+        True,
+        origin=OURS,
+        doc="""Before training starts, look over the annotations and a sample of the image files, and stop
+        where they cannot be right.""",
+    )
     log_interval: int = spec_field(50, origin=OURS, ge=1, doc="Steps between two lines of the log.")
     deterministic: bool = spec_field(
         False,

@@ -1,0 +1,243 @@
+"""Image files against what the annotations say of them: present, whole, of the recorded size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ddetr_mm.data.image_size import IMAGE_EXTENSIONS, UnreadableImage, read_image_size
+from ddetr_mm.preflight.findings import Finding, Section, fault, note
+from ddetr_mm.preflight.split import Split
+
+SAMPLE = 200
+"""How many images of a split are looked at where not all are; evenly spread."""
+
+_EXIF_ORIENTATION = 0x0112
+_SEARCHED_FOLDERS = 200
+
+
+@dataclass
+class Looks:
+    """What looking at the files of one source gave. Rows are image rows of the split's table.
+
+    Attributes:
+        missing: rows without a file.
+        broken: row → why it cannot be read.
+        transposed: rows whose recorded width is the file's height and the reverse.
+        exif_turned: those among them that an EXIF tag turns on decoding.
+        other_size: row → (recorded width, height, the file's width, height) of the other wrong sizes.
+        seen: how many were looked at.
+    """
+
+    missing: list[int] = field(default_factory=list)
+    broken: dict[int, str] = field(default_factory=dict)
+    transposed: list[int] = field(default_factory=list)
+    exif_turned: list[int] = field(default_factory=list)
+    other_size: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
+    seen: int = 0
+
+
+def check_images(split: Split, *, full: bool = False, sample: int = SAMPLE) -> Section:
+    """The files of one split: by their headers, or with ``full`` all of them, decoded."""
+    section = Section(f"images of {split.name}")
+    rows = split.spread_rows(None if full else sample)
+    looks = look_at_files(split, rows, decode=full)
+    how = (
+        "decoded"
+        if full
+        else "looked at (--full looks at all)"
+        if len(rows) < split.table.num_images
+        else "looked at"
+    )
+    section.lines.append(f"{len(rows):,} of {split.table.num_images:,} image files {how}")
+    section.data |= dict(num_seen=len(rows), num_images=split.table.num_images)
+    empty = int((np.diff(split.table.box_starts) == 0).sum())
+    section.data["num_images_without_objects"] = empty
+    if empty:
+        share = f"{empty:,} of {split.table.num_images:,} images show no object"
+        section.findings.append(note("images-without-objects", share, where=split.where))
+    for source, look in sorted(looks.items()):
+        section.findings += _judged(split, source, look)
+    return section
+
+
+def look_at_files(split: Split, rows: np.ndarray, *, decode: bool) -> dict[int, Looks]:
+    """Source number → what its files look like."""
+    found: dict[int, Looks] = {}
+    for row in rows.tolist():
+        look = found.setdefault(int(split.table.source_indices[row]), Looks())
+        look.seen += 1
+        path = split.path(row)
+        if not path.is_file():
+            look.missing.append(row)
+            continue
+        try:
+            width, height = read_image_size(str(path), decode=decode)
+        except UnreadableImage as error:
+            look.broken[row] = str(error)
+            continue
+        recorded_height, recorded_width = split.table.sizes_hw[row].tolist()
+        if (recorded_width, recorded_height) == (width, height):
+            continue
+        if (recorded_width, recorded_height) == (height, width):
+            look.transposed.append(row)
+            if is_turned_by_exif(path):
+                look.exif_turned.append(row)
+        else:
+            look.other_size[row] = (recorded_width, recorded_height, width, height)
+    return found
+
+
+def is_turned_by_exif(path: Path) -> bool:
+    """Whether a readable image carries an EXIF tag that exchanges width and height."""
+    with Image.open(path) as image:
+        return image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
+
+
+def _judged(split: Split, source: int, look: Looks) -> Iterator[Finding]:
+    where = f"{split.where}[{source}]"
+    folder = split.sources[source].image_dir
+    if look.missing and len(look.missing) == look.seen:
+        yield _wrong_folder(split, source, look)
+    elif look.missing:
+        yield _some_missing(split, source, look)
+    if look.broken:
+        row, reason = next(iter(look.broken.items()))
+        yield fault(
+            "images-broken",
+            f"{len(look.broken)} of {look.seen} image files cannot be read, the first: "
+            f"{split.path(row)}: {reason}",
+            where=where,
+            mend="write or copy them again, or leave them out of the annotations",
+        )
+    yield from _transposed(split, where, look)
+    if look.other_size:
+        row, (recorded_width, recorded_height, width, height) = next(iter(look.other_size.items()))
+        scales = np.array([(w / rw, h / rh) for rw, rh, w, h in look.other_size.values()])
+        resized = bool(np.allclose(scales, scales[0], rtol=0.02)) and len(scales) > 1
+        yield fault(
+            "images-resized" if resized and len(scales) == look.seen else "annotations-stale",
+            f"{len(look.other_size)} of {look.seen} images have another size than the annotations say, the "
+            f"first: {split.path(row)} is {width}x{height}, recorded as {recorded_width}x{recorded_height}"
+            + (f"; all are {scales[0][0]:.3g} times as wide" if resized else ""),
+            file=split.sources[source].json_file,
+            where=where,
+            value=folder,
+            mend="the images were changed after they were annotated: annotate or convert anew",
+        )
+
+
+def _transposed(split: Split, where: str, look: Looks) -> Iterator[Finding]:
+    if not look.transposed:
+        return
+    row = look.transposed[0]
+    height, width = split.table.sizes_hw[row].tolist()
+    text = (
+        f"{len(look.transposed)} of {look.seen} images have width and height exchanged in the annotations, "
+        f"the first: {split.path(row)} is {height}x{width} (width x height), recorded as {width}x{height}"
+    )
+    if len(look.exif_turned) == len(look.transposed):
+        yield note(
+            "sizes-before-exif",
+            text + "; an EXIF tag turns these images when they are shown",
+            where=where,
+            mend="make sure that the boxes belong to the image as it is shown",
+        )
+    else:
+        yield fault(
+            "sizes-transposed",
+            text,
+            where=where,
+            mend="write the width into 'width' and the height into 'height'",
+        )
+
+
+def _wrong_folder(split: Split, source: int, look: Looks) -> Finding:
+    folder = split.sources[source].image_dir
+    name = split.table.file_name(look.missing[0])
+    elsewhere = find_folder(folder, name)
+    exists = Path(folder).is_dir() if folder else True
+    return fault(
+        "images-in-wrong-folder",
+        (
+            f"none of {look.seen} images looked for is there, the first: {split.path(look.missing[0])}"
+            if exists
+            else "the folder does not exist"
+        ),
+        where=f"{split.where}[{source}].image_dir",
+        value=folder,
+        mend=f"the images seem to lie below {elsewhere}: give that as image_dir"
+        if elsewhere
+        else "file_name in the annotations must be relative to image_dir",
+    )
+
+
+def find_folder(folder: str, name: str) -> str | None:
+    """A folder near ``folder`` in which ``name`` exists: above it, or one or two levels below or beside."""
+    start = Path(folder or ".")
+    candidates = [*list(start.parents)[:3]]
+    for base in (start, start.parent):
+        if base.is_dir():
+            below = [entry for entry in sorted(base.iterdir())[:_SEARCHED_FOLDERS] if entry.is_dir()]
+            candidates += below
+            candidates += [inner / part for inner in below for part in ("images", "train", "val", "test")]
+    return next((str(path) for path in candidates if (path / name).is_file()), None)
+
+
+def _some_missing(split: Split, source: int, look: Looks) -> Finding:
+    unlisted = unlisted_images(split, source, split.path(look.missing[0]).parent)
+    text = (
+        f"{len(look.missing)} of {look.seen} images looked for are not there, the first: "
+        f"{split.path(look.missing[0])}"
+    )
+    where = f"{split.where}[{source}]"
+    if unlisted:
+        return fault(
+            "annotations-stale",
+            f"the annotations do not belong to this state of the folder: {text}; {len(unlisted)} images in "
+            f"the folder are not listed, the first: {unlisted[0]}",
+            file=split.sources[source].json_file,
+            where=where,
+            mend="annotate or convert anew",
+        )
+    return fault(
+        "images-missing",
+        text,
+        where=where,
+        mend="put the files there, or leave the images out of the annotations",
+    )
+
+
+def unlisted_images(split: Split, source: int, folder: Path) -> list[str]:
+    """Names of image files in one folder that the split's annotations do not list."""
+    if not folder.is_dir():
+        return []
+    rows = np.flatnonzero(split.table.source_indices == source)
+    listed = {os.path.normpath(split.path(int(row))) for row in rows}
+    present = (entry for entry in folder.iterdir() if entry.suffix.lower() in IMAGE_EXTENSIONS)
+    return sorted(entry.name for entry in present if os.path.normpath(entry) not in listed)
+
+
+def check_ages(split: Split, rows: Sequence[int]) -> Section:
+    """Whether images changed after the annotations were written; a copied data set keeps no times."""
+    section = Section(f"ages of {split.name}")
+    for number, source in enumerate(split.sources):
+        newest_file = max(path.stat().st_mtime for path in source.files())
+        mine = [row for row in rows if int(split.table.source_indices[row]) == number]
+        times = [path.stat().st_mtime for path in map(split.path, mine) if path.is_file()]
+        later = sum(time > newest_file + 24 * 3600 for time in times)
+        if times and later > len(times) / 2:
+            section.findings.append(
+                note(
+                    "annotations-older",
+                    f"{later} of {len(times)} images are newer than their annotation file by more than a day",
+                    file=source.json_file,
+                    where=f"{split.where}[{number}]",
+                )
+            )
+    return section

@@ -1,0 +1,237 @@
+"""Disk and memory: what a run will need against what the machine has. Arithmetic only, no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ddetr_mm.preflight.findings import Finding, Section, fault, note
+
+GIB = 1 << 30
+RESERVE = 0.05
+"""Share of the memory that is left alone: allocators do not use all of it."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Bytes of a network's state.
+
+    Attributes:
+        weights: all parameters and buffers.
+        trained: the parameters that training moves.
+        optimizer_copies: numbers the optimizer keeps for each of those (AdamW 2, SGD with momentum 1).
+    """
+
+    weights: int
+    trained: int
+    optimizer_copies: int = 2
+
+    @property
+    def optimizer(self) -> int:
+        """Bytes of the optimizer's state."""
+        return self.trained * self.optimizer_copies
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint that training can go on from."""
+        return self.weights + self.optimizer
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that training holds whatever the batch: weights, gradients, optimizer."""
+        return self.weights + self.trained + self.optimizer
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Estimate of the memory of one training step at the largest padded batch.
+
+    Attributes:
+        size: the network's.
+        per_image: bytes kept for the backward pass by one image of the largest padded size.
+        batch_size: images in a batch.
+        padded_hw: that size.
+    """
+
+    size: ModelSize
+    per_image: int
+    batch_size: int
+    padded_hw: tuple[int, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.at(self.batch_size)
+
+    def at(self, batch_size: int) -> int:
+        """Bytes in all with another batch size."""
+        return self.size.fixed + self.per_image * batch_size
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above (or at) ``path`` that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def num_checkpoints(num_epochs: int, interval: int, unit: str, steps_an_epoch: int) -> int:
+    """How many checkpoints a whole training leaves, that of the end included."""
+    units = num_epochs if unit == "epoch" else num_epochs * max(steps_an_epoch, 1)
+    return math.ceil(units / interval)
+
+
+def check_disk(folder: Path, num_files: int, bytes_each: int) -> Section:
+    """Whether a run's checkpoints fit on the disk that its results go to.
+
+    Args:
+        folder: the results folder, which need not exist.
+        num_files: checkpoints in all.
+        bytes_each: of one.
+    """
+    section = Section("disk")
+    free = shutil.disk_usage(existing_parent(folder)).free
+    need = num_files * bytes_each
+    section.lines.append(
+        f"{num_files} checkpoints of {size_text(bytes_each)} need {size_text(need)}; "
+        f"{size_text(free)} are free"
+    )
+    section.data = dict(free_bytes=free, needed_bytes=need, num_checkpoints=num_files)
+    fitting = max(free // max(bytes_each, 1), 1)
+    if need > free:
+        section.findings.append(
+            fault(
+                "disk-too-small",
+                f"{num_files} checkpoints need {size_text(need)}, and {size_text(free)} are free",
+                file=existing_parent(folder),
+                where="results_dir",
+                mend=f"free space, choose another results_dir, or keep at most {fitting}: raise "
+                f"train.checkpoint_interval {math.ceil(num_files / fitting)} times",
+            )
+        )
+    elif need > 0.8 * free:
+        section.findings.append(
+            note(
+                "disk-nearly-full",
+                f"the checkpoints take {need / free:.0%} of the free space",
+                where="results_dir",
+            )
+        )
+    return section
+
+
+def check_disk_writable(folder: Path) -> list[Finding]:
+    """Whether results can be written, without writing."""
+    parent = existing_parent(folder)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return [
+            fault(
+                "results-not-writable",
+                "the results folder cannot be written to",
+                file=parent,
+                where="results_dir",
+                mend="name a folder you may write to: results_dir=…",
+            )
+        ]
+    return []
+
+
+def check_memory(need: MemoryNeed, available: int, device: str, options: dict[str, bool]) -> Section:
+    """Whether a training step fits, and if not, what would make it fit.
+
+    Args:
+        need: the estimate.
+        available: bytes that the device has for us.
+        device: its name, for the reader.
+        options: spec field → whether it can still be turned to save memory.
+    """
+    section = Section("memory")
+    height, width = need.padded_hw
+    size = need.size
+    section.lines += [
+        f"weights {size_text(size.weights)}, gradients {size_text(size.trained)}, optimizer "
+        f"{size_text(size.optimizer)}",
+        f"activations {size_text(need.per_image)} an image at {width}x{height} (width x height), "
+        f"{size_text(need.per_image * need.batch_size)} for a batch of {need.batch_size}",
+        f"about {size_text(need.total)} in all; {device} has {size_text(available)} for us",
+    ]
+    section.data = dict(
+        needed_bytes=need.total,
+        available_bytes=available,
+        per_image_bytes=need.per_image,
+        fixed_bytes=size.fixed,
+        padded_hw=list(need.padded_hw),
+    )
+    usable = available * (1 - RESERVE)
+    if need.total > usable:
+        section.findings.append(
+            fault(
+                "memory-too-small",
+                f"a step needs about {size_text(need.total)}, and {device} has {size_text(available)}",
+                where="dataset.batch_size",
+                value=need.batch_size,
+                mend="any of these: " + "; ".join(ways_to_fit(need, usable, options)),
+            )
+        )
+    elif need.total > 0.85 * usable:
+        section.findings.append(
+            note("memory-tight", f"a step takes about {need.total / available:.0%} of the memory of {device}")
+        )
+    return section
+
+
+def ways_to_fit(need: MemoryNeed, usable: float, options: dict[str, bool]) -> Iterator[str]:
+    """Options that would make a step fit, the surest first."""
+    room = usable - need.size.fixed
+    batch = int(room // need.per_image) if need.per_image else 0
+    if batch >= 1:
+        yield f"dataset.batch_size={batch} (about {size_text(need.at(batch))})"
+    if options.get("train.activation_checkpoint"):
+        yield "train.activation_checkpoint=True (recomputes activations instead of keeping them)"
+    if options.get("train.precision"):
+        yield "train.precision=bf16 (about half of the activations)"
+    if room > 0:
+        scale = math.sqrt(room / (need.per_image * need.batch_size))
+        yield f"images {scale:.2f} times as large: dataset.augmentation.scales and random_resize_max_size"
+    if options.get("model.train_backbone"):
+        yield "model.train_backbone=False (no gradients, optimizer state and activations of the backbone)"
+    if room <= 0:
+        yield "a smaller network: its weights alone do not fit"
+
+
+def available_host_memory() -> int:
+    """Bytes of main memory that this process may still take.
+
+    That is what the kernel calls available, within the limit of the control group (containers).
+    """
+    available = _meminfo_available()
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, used = Path(limit_file).read_text().strip(), Path(used_file).read_text().strip()
+        except OSError:
+            continue  # no such control group here
+        if limit.isdigit() and int(limit) < 1 << 60:
+            available = min(available, max(int(limit) - int(used), 0))
+    return available
+
+
+def _meminfo_available() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):  # no Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes for a reader, e.g. ``"1.4 GiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"

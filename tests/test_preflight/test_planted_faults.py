@@ -1,0 +1,160 @@
+"""Every planted fault is caught by ``ddetr-mm check`` and named."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddetr_mm.cli import main
+
+
+@pytest.fixture
+def check(data_set, capsys):
+    """Run the cheap part of a check; gives exit status, findings that stand against the run, message."""
+
+    def run(*arguments: str) -> tuple[int, dict[str, str], str]:
+        capsys.readouterr()
+        status = main(["check", "--quick", "-e", data_set.spec, *arguments])
+        report = json.loads((data_set.folder / "results" / "train" / "check.json").read_text())
+        assert report["passed"] == (status == 0)
+        against = {one["kind"]: one["text"] for one in report["findings"] if one["weight"] != "note"}
+        return status, against, capsys.readouterr().err
+
+    return run
+
+
+def test_sound_data_pass(check):
+    assert check()[:2] == (0, {})
+
+
+def test_corners_in_place_of_width_and_height(data_set, check):
+    data_set.change_boxes("train", lambda box: [box[0], box[1], box[0] + box[2], box[1] + box[3]])
+    status, against, message = check()
+    assert status == 2 and list(against) == ["boxes-are-corners"]
+    assert "corners (x1, y1, x2, y2)" in message and "train_data_sources" in message
+
+
+def test_normalised_boxes(data_set, check):
+    data_set.change_boxes("val", lambda box: [box[0] / 120, box[1] / 80, box[2] / 120, box[3] / 80])
+    status, against, message = check()
+    assert status == 2 and list(against) == ["boxes-normalised"]
+    assert "fractions of the image" in message and "val_data_sources" in message
+
+
+def test_swapped_category_ids_by_name(data_set, check):
+    document = data_set.read("val")
+    document["categories"] = [dict(id=1, name="person"), dict(id=2, name="car")]
+    data_set.write("val", document)
+    status, against, message = check()
+    assert status == 2 and "ids-swapped" in against
+    assert "the same classes have other ids" in message and "1: 'car' in train, 'person' in val" in message
+
+
+def test_swapped_category_ids_by_shape(data_set, check):
+    document = data_set.read("val")
+    for item in document["annotations"]:
+        item["category_id"] = 3 - item["category_id"]
+    data_set.write("val", document)
+    status, against, message = check()
+    assert status == 2 and list(against) == ["ids-swapped"]
+    assert "1 (car) and 2 (person) look exchanged between train and val" in message
+    assert check("--accept", "ids-swapped")[0] == 0
+
+
+def test_swapped_image_ids(data_set, check):
+    document = data_set.read("train")
+    for item in document["annotations"]:
+        item["image_id"] = (item["image_id"] + 7) % 40
+    data_set.write("train", document)
+    status, against, message = check()
+    assert status == 2 and list(against) == ["boxes-not-on-objects"]
+    assert "image ids may be exchanged" in message
+
+
+def test_categories_from_zero(data_set, check):
+    for split in ("train", "val"):
+        document = data_set.read(split)
+        for item in document["annotations"]:
+            item["category_id"] -= 1
+        document["categories"] = [dict(id=0, name="car"), dict(id=1, name="person")]
+        data_set.write(split, document)
+    status, against, message = check()
+    assert status == 2 and list(against) == ["ids-from-zero"]
+    assert "numbered from 0" in message and "(car)" in message and "dataset.num_classes=3" in message
+
+
+def test_wrong_folder(data_set, check):
+    (data_set.folder / "empty").mkdir()
+    source = f"[{{image_dir: {data_set.folder / 'empty'}, json_file: {data_set.folder / 'train.json'}}}]"
+    status, against, message = check(f"dataset.train_data_sources={source}")
+    assert status == 2 and "images-in-wrong-folder" in against
+    assert f"seem to lie below {data_set.folder / 'train'}" in message
+
+
+def test_transposed_sizes(data_set, check):
+    document = data_set.read("train")
+    for item in document["images"]:
+        item["width"], item["height"] = item["height"], item["width"]
+    data_set.write("train", document)
+    status, against, message = check()
+    assert status == 2 and "sizes-transposed" in against
+    assert (
+        "width and height exchanged" in message
+        and "is 120x80 (width x height), recorded as 80x120" in message
+    )
+
+
+def test_stale_json_files_renamed(data_set, check):
+    for path in data_set.pictures("train")[::3]:
+        path.rename(path.with_name(f"new-{path.name}"))
+    status, against, message = check()
+    assert status == 2 and "annotations-stale" in against
+    assert "14 of 40 images looked for are not there" in message and "new-000.png" in message
+
+
+def test_stale_json_pictures_replaced(data_set, check):
+    for path in data_set.pictures("train")[::2]:
+        Image.open(path).resize((150, 100)).save(path)
+    status, against, message = check()
+    assert status == 2 and list(against) == ["annotations-stale"]
+    assert "changed after they were annotated" in message
+
+
+def test_pictures_newer_than_annotations_are_noted(data_set, check):
+    os.utime(data_set.folder / "train.json", (1, 1))
+    check()
+    report = json.loads((data_set.folder / "results" / "train" / "check.json").read_text())
+    assert "annotations-older" in {one["kind"] for one in report["findings"]}
+
+
+def test_red_and_blue_exchanged_in_one_split(data_set, check):
+    for path in data_set.pictures("val"):
+        Image.fromarray(np.ascontiguousarray(np.asarray(Image.open(path))[..., ::-1])).save(path)
+    status, against, message = check()
+    assert status == 2 and list(against) == ["channels-bgr"]
+    assert "red and blue look exchanged between train and val" in message
+
+
+def test_mean_in_the_order_blue_green_red(check):
+    status, against, message = check("dataset.augmentation.input_mean=[0.406,0.456,0.485]")
+    assert status == 2 and list(against) == ["channels-bgr"]
+    assert "blue, green, red" in message and "dataset.augmentation.input_mean" in message
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("input_mean=[123.675,116.28,103.53]", "write [0.485, 0.456, 0.406]"),
+        ("input_std=[58.395,57.12,57.375]", "write [0.229, 0.224, 0.225]"),
+        ("input_std=[0.0009,0.0009,0.0009]", "255 times too small"),
+        ("input_mean=[9,9,9]", "on the scale 0 to 255"),
+    ],
+)
+def test_mean_and_deviation_on_the_wrong_scale(check, override, words):
+    status, against, message = check(f"dataset.augmentation.{override}")
+    assert status == 2 and set(against) == {"normalisation-scale"}
+    assert words in message and "scale 0 to 1" in message
