@@ -19,6 +19,7 @@ class ImageResult:
         scores: (n,) float32.
         labels: (n,) class numbers of the model.
         instances: the image's ground truth as mmdet's data samples carry it, where that is used.
+        image_path: the image file, where pictures will be drawn.
     """
 
     image_id: int
@@ -26,11 +27,12 @@ class ImageResult:
     scores: np.ndarray
     labels: np.ndarray
     instances: list[dict[str, Any]] | None = None
+    image_path: str | None = None
 
 
 @dataclass
 class PackedResults:
-    """Results of one rank as six objects, however many images there are."""
+    """Results of one rank as seven objects, however many images there are."""
 
     image_ids: np.ndarray
     counts: np.ndarray
@@ -38,6 +40,7 @@ class PackedResults:
     scores: np.ndarray
     labels: np.ndarray
     instances: list[list[dict[str, Any]] | None]
+    image_paths: list[str | None]
 
 
 def pack(results: Sequence[ImageResult]) -> PackedResults:
@@ -49,6 +52,7 @@ def pack(results: Sequence[ImageResult]) -> PackedResults:
         scores=np.concatenate([np.zeros(0, np.float32), *(result.scores for result in results)]),
         labels=np.concatenate([np.zeros(0, np.int64), *(result.labels for result in results)]),
         instances=[result.instances for result in results],
+        image_paths=[result.image_path for result in results],
     )
 
 
@@ -71,6 +75,7 @@ def merge_ranks(parts: Sequence[PackedResults]) -> list[ImageResult]:
                     part.scores[start:end],
                     part.labels[start:end],
                     part.instances[row],
+                    part.image_paths[row],
                 ),
             )
     return [merged[image_id] for image_id in sorted(merged)]

@@ -15,7 +15,7 @@ from mmengine.logging import MMLogger
 from ddetr_mm.data.coco_table import CocoTable
 from ddetr_mm.data.sources import read_coco_sources
 from ddetr_mm.errors import DataError, Problem
-from ddetr_mm.evaluation.coco_eval import CocoResult, evaluate_boxes, write_details_json, write_results_json
+from ddetr_mm.evaluation.coco_eval import CocoResult, evaluate_boxes
 from ddetr_mm.evaluation.columns import DetectionColumns, GroundTruthColumns, xyxy_to_xywh
 from ddetr_mm.evaluation.gather import ImageResult, merge_ranks, pack
 from ddetr_mm.evaluation.predictions import write_predictions_json
@@ -63,7 +63,7 @@ class FastCocoMetric(BaseMetric):
         per_source: with several sources, score each one by itself too.
         image_ids: score these images only (the dataset's ids); all of the ground truth when None.
         results_dir: folder for ``results.json`` (the twelve figures), ``results_detail.json`` (by class
-            and source), ``predictions.json`` and plots.
+            and source), ``predictions.json``, plots and ``report.html``.
         outfile_prefix: also write predictions as ``<prefix>.bbox.json``, as ``CocoMetric`` does.
         format_only: only write the predictions, for data without ground truth.
         backend: see :func:`ddetr_mm.evaluation.coco_eval.evaluate_boxes`.
@@ -134,6 +134,7 @@ class FastCocoMetric(BaseMetric):
                     scores=scores[keep],
                     labels=found["labels"].detach().cpu().numpy()[keep],
                     instances=None if self.sources is not None else sample.get("instances"),
+                    image_path=sample.get("img_path") if self.results_dir is not None else None,
                 )
             )
 
@@ -188,7 +189,12 @@ class FastCocoMetric(BaseMetric):
         self.source_results = self._score_sources(truth, found)
         self._report(logger, self.result)
         if self.results_dir is not None:
-            self._write_results(self.results_dir, self.result)
+            # Drawing needs matplotlib, which validation during training should not wait for.
+            from ddetr_mm.evaluation.report import write_report
+
+            paths = {one.image_id: one.image_path for one in results if one.image_path}
+            page = write_report(self.results_dir, self.result, self.source_results, truth, found, paths)
+            logger.info(f"Figures and pictures: {page}")
         return {key: self.result[name] for key, name in MMDET_NAMES.items()}
 
     def _ground_truth(self, results: list[ImageResult]) -> GroundTruthColumns:
@@ -264,15 +270,6 @@ class FastCocoMetric(BaseMetric):
             paths.append(Path(f"{self.outfile_prefix}.bbox.json"))
         for path in paths:
             write_predictions_json(path, found, self._table)
-
-    def _write_results(self, folder: Path, result: CocoResult) -> None:
-        # Drawing needs matplotlib, which validation during training should not wait for.
-        from ddetr_mm.evaluation.plots import draw_class_precision, draw_precision_recall
-
-        write_results_json(folder / "results.json", result)
-        write_details_json(folder / "results_detail.json", result, self.source_results)
-        draw_precision_recall(folder / "precision_recall.png", result)
-        draw_class_precision(folder / "class_precision.png", result)
 
     def _score_sources(self, truth: GroundTruthColumns, found: DetectionColumns) -> dict[str, CocoResult]:
         if not self.per_source or self._table is None or self.sources is None or len(self.sources) < 2:

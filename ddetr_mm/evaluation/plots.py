@@ -1,7 +1,8 @@
-"""Pictures of an evaluation: precision over recall, and the precision of every class."""
+"""Pictures of an evaluation: precision over recall, classes, confusions, scores."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ddetr_mm.evaluation.coco_eval import IOU_THRESHOLDS, RECALL_THRESHOLDS, UNDEFINED, CocoResult
+from ddetr_mm.evaluation.matching import LEAST_SCORE, Confusions, Matching
 from ddetr_mm.files import written_whole
 
 MOST_NAMED_CLASSES = 10
 MOST_BARS = 60
+MOST_CONFUSED = 30
 
 
 def draw_precision_recall(path: str | Path, result: CocoResult) -> Path:
@@ -73,6 +76,71 @@ def draw_class_precision(path: str | Path, result: CocoResult) -> Path:
         axes.set_title(f"the {len(shown)} worst of {len(entries)} classes")
     axes.grid(True, axis="x", alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
+    return _save(path, figure)
+
+
+def draw_confusions(
+    path: str | Path, mistaken: Confusions, names: Mapping[int, str], threshold: float
+) -> Path:
+    """The confusion matrix: rows are what is there, columns what was found, shares of each row as shades.
+
+    With more than :data:`MOST_CONFUSED` classes those with the most mistakes are drawn.
+
+    Args:
+        path: a PNG file, written whole or not at all.
+        mistaken: from :func:`ddetr_mm.evaluation.matching.confusions`.
+        names: category id → name.
+        threshold: the score from which on detections count, for the title.
+    """
+    size = len(mistaken.category_ids)
+    wrong = mistaken.counts.sum(axis=1) + mistaken.counts.sum(axis=0) - 2 * np.diag(mistaken.counts)
+    chosen = np.sort(np.argsort(-wrong[:size], kind="stable")[:MOST_CONFUSED])
+    places = np.append(chosen, size)
+    counts = mistaken.counts[np.ix_(places, places)]
+    labels = [_short(names.get(int(number), str(number)), 18) for number in mistaken.category_ids[chosen]]
+    side = 3.2 + 0.42 * len(places)
+    figure = Figure(figsize=(side + 0.8, side), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shown, ax=axes, label="share of the row", shrink=0.8)
+    axes.set_xticks(range(len(places)), [*labels, "not found"], rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(places)), [*labels, "nothing there"], fontsize=8)
+    axes.set(xlabel="found", ylabel="there")
+    title = f"overlap 0.5, scores from {threshold:.2f}"
+    axes.set_title(
+        title if size <= MOST_CONFUSED else f"{title}; {MOST_CONFUSED} of {size} classes", fontsize=10
+    )
+    for row, column in np.argwhere(counts > 0):
+        color = "white" if shares[row, column] > 0.55 else "black"
+        text = f"{counts[row, column]:,}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
+    return _save(path, figure)
+
+
+def draw_score_histogram(path: str | Path, matching: Matching) -> Path:
+    """How scores of detections that hit an object differ from those that do not; detections on crowds aside.
+
+    Args:
+        path: a PNG file, written whole or not at all.
+        matching: from :func:`ddetr_mm.evaluation.matching.match`.
+    """
+    figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    scores = matching.detections.scores
+    right = (matching.object_of >= 0) & ~matching.on_crowd
+    wrong = (matching.object_of < 0) & ~matching.on_crowd
+    bins = np.linspace(0, 1, 41)
+    for rows, label, color in ((wrong, "hit nothing", "#d62728"), (right, "hit an object", "#2ca02c")):
+        axes.hist(scores[rows], bins=bins, alpha=0.55, color=color, label=f"{label}: {int(rows.sum()):,}")
+    if len(scores):
+        axes.set_yscale("log")
+    axes.axvline(matching.threshold, color="black", linestyle="--", linewidth=1)
+    note = f" best F1 at {matching.threshold:.2f}"
+    axes.text(matching.threshold, 0.97, note, transform=axes.get_xaxis_transform(), va="top", fontsize=9)
+    axes.set(xlim=(0, 1), xlabel=f"score (from {LEAST_SCORE})", ylabel="detections")
+    axes.grid(True, alpha=0.3)
+    axes.legend(loc="upper right", fontsize=9)
     return _save(path, figure)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,7 @@ def _near(values: Sequence[float], wanted: Sequence[float]) -> bool:
 
 
 def check_colors(
-    by_split: dict[str, Sequence[Thumbnail]], mean: Sequence[float], std: Sequence[float]
+    by_split: Mapping[str, Sequence[Thumbnail]], mean: Sequence[float], std: Sequence[float]
 ) -> Section:
     """Colours of the images: after normalisation, and compared between splits."""
     section = Section("colours")

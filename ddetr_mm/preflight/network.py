@@ -61,7 +61,7 @@ def device_for(spec: ExperimentSpec) -> torch.device:
 
 
 def check_round_trip(
-    model: nn.Module,
+    model: Any,
     split: Split,
     dataloader_cfg: Mapping[str, Any],
     evaluator_cfg: Mapping[str, Any],
@@ -96,7 +96,7 @@ def check_round_trip(
 
 
 def check_training_step(
-    model: nn.Module, config: Any, spec: ExperimentSpec, train: Split, folder: Path, device: torch.device
+    model: Any, config: Any, spec: ExperimentSpec, train: Split, folder: Path, device: torch.device
 ) -> Iterator[Section]:
     """Contact sheet, one step, memory and disk.
 
@@ -151,7 +151,7 @@ def _first_batches(loader: Any, most_images: int) -> Iterator[Any]:
             return
 
 
-def would_train(model: nn.Module, config: Any, spec: ExperimentSpec) -> list[str]:
+def would_train(model: Any, config: Any, spec: ExperimentSpec) -> list[str]:
     """Parameters that the spec freezes and that are trained all the same."""
     frozen = list(config.model.get("frozen_modules") or [])
     if not spec.model.train_backbone:
@@ -164,7 +164,7 @@ def would_train(model: nn.Module, config: Any, spec: ExperimentSpec) -> list[str
 
 
 def memory_section(
-    model: nn.Module, step: real_step.Step, spec: ExperimentSpec, train: Split, device: torch.device
+    model: Any, step: real_step.Step, spec: ExperimentSpec, train: Split, device: torch.device
 ) -> Section:
     """Memory of a step at the largest padded batch, from what the real step kept."""
     divisor = spec.dataset.augmentation.pad_size_divisor or 1
@@ -192,7 +192,7 @@ def memory_section(
     return section
 
 
-def freeze_notes(model: nn.Module, config: Any) -> Section:
+def freeze_notes(model: Any, config: Any) -> Section:
     """Names in ``train.freeze`` that the network does not have."""
     section = Section("frozen modules")
     names = [name for name, _ in model.named_parameters()]

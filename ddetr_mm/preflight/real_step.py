@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from mmengine.optim import build_optim_wrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddetr_mm.preflight.findings import Section, fault
 from ddetr_mm.preflight.resources import ModelSize
@@ -40,7 +40,7 @@ class Step:
     num_images: int
 
 
-def take_step(model: nn.Module, optim_wrapper_cfg: Mapping[str, Any], batch: Mapping[str, Any]) -> Step:
+def take_step(model: Any, optim_wrapper_cfg: Mapping[str, Any], batch: Mapping[str, Any]) -> Step:
     """Forward and backward on one batch in training mode; the optimizer does not step.
 
     Args:
@@ -108,7 +108,7 @@ def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _read(model: nn.Module, losses: dict[str, float], kept_bytes: int, inputs: Tensor) -> Step:
+def _read(model: Any, losses: dict[str, float], kept_bytes: int, inputs: Tensor) -> Step:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     return Step(
@@ -128,7 +128,7 @@ def _read(model: nn.Module, losses: dict[str, float], kept_bytes: int, inputs: T
     )
 
 
-def model_size(model: nn.Module, optimizer: str) -> ModelSize:
+def model_size(model: Any, optimizer: str) -> ModelSize:
     """Bytes of a network's weights, trained parameters and optimizer state.
 
     Args:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddetr_mm.data.dataset import SerializedCocoDataset
 from ddetr_mm.evaluation.coco_eval import evaluate_boxes
@@ -60,7 +60,7 @@ class RoundTrip:
 
 
 def send_ground_truth(
-    model: nn.Module, dataloader_cfg: Mapping[str, Any], evaluator_cfg: Mapping[str, Any], rows: Sequence[int]
+    model: Any, dataloader_cfg: Mapping[str, Any], evaluator_cfg: Mapping[str, Any], rows: Sequence[int]
 ) -> RoundTrip:
     """Send the ground truth of some images through the pipeline.
 
@@ -108,7 +108,7 @@ def boxes_loaded_first(pipeline: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     return [*steps[:after], dict(type="LoadAnnotations", with_bbox=True), *steps[after:]]
 
 
-def ideal_detections(model: nn.Module, samples: Sequence[Any]) -> list[Any]:
+def ideal_detections(model: Any, samples: Sequence[Any]) -> list[Any]:
     """What the head makes of a perfect network's output.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from ddetr_mm.tasks.session import choose_device, require_device, say_notes
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ddetr_mm.preflight.findings import Section
     from ddetr_mm.preflight.report import Report
     from ddetr_mm.preflight.split import Split
 
@@ -109,7 +110,9 @@ def _look_at_network(
         report.show(console, shown)
 
 
-def _network_sections(loaded, subtask, splits, folder, full):  # type: ignore[no-untyped-def]
+def _network_sections(
+    loaded: LoadedSpec, subtask: str, splits: list[Split], folder: Path, full: bool
+) -> Iterator[Section]:
     from mmengine.config import Config
     from mmengine.logging import MMLogger
 
