@@ -14,6 +14,7 @@ import ddetr_mm.data.samplers
 import ddetr_mm.data.transforms
 import ddetr_mm.evaluation.metric
 import ddetr_mm.models
+import ddetr_mm.runtime.alarm_hook
 import ddetr_mm.runtime.checkpoint_hook
 import ddetr_mm.runtime.curves
 import ddetr_mm.runtime.detection_writer

@@ -130,10 +130,14 @@ def draw_score_histogram(path: str | Path, matching: Matching) -> Path:
     scores = matching.detections.scores
     right = (matching.object_of >= 0) & ~matching.on_crowd
     wrong = (matching.object_of < 0) & ~matching.on_crowd
-    bins = np.linspace(0, 1, 41)
-    for rows, label, color in ((wrong, "hit nothing", "#d62728"), (right, "hit an object", "#2ca02c")):
-        axes.hist(scores[rows], bins=bins, alpha=0.55, color=color, label=f"{label}: {int(rows.sum()):,}")
-    if len(scores):
+    parts = ((wrong, "hit nothing", "#d62728"), (right, "hit an object", "#2ca02c"))
+    counts, _, _ = axes.hist(
+        [scores[rows] for rows, _, _ in parts],
+        bins=np.linspace(0, 1, 26).tolist(),
+        color=[color for _, _, color in parts],
+        label=[f"{label}: {int(rows.sum()):,}" for rows, label, _ in parts],
+    )
+    if np.max(counts) > 50:
         axes.set_yscale("log")
     axes.axvline(matching.threshold, color="black", linestyle="--", linewidth=1)
     note = f" best F1 at {matching.threshold:.2f}"

@@ -12,21 +12,22 @@ from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
+from ddetr_mm.runtime.curve_page import PAGE_NAME, write_curve_page
 from ddetr_mm.runtime.curve_plots import draw_curves
-from ddetr_mm.runtime.curve_record import CurveRecord
+from ddetr_mm.runtime.curve_record import CurveRecord, Point
+from ddetr_mm.runtime.learning_rates import learning_rates
 
 RECORD_NAME = "curves.jsonl"
 
 
 @HOOKS.register_module()
 class CurvesHook(Hook):
-    """Records loss parts, learning rates of every group and validation figures; draws them as PNG.
+    """Records loss parts, learning rates of every group and validation figures; draws them as PNG and HTML.
 
     The record (``curves.jsonl``) and the pictures (``curve_loss.png``, ``curve_lr.png``,
-    ``curve_ap.png``) lie in the runner's ``work_dir``. A resumed run goes on with the earlier points;
+    ``curve_ap.png``) lie in the runner's ``work_dir``, with a page of all of it (``curves.html``) that renews
+    itself in a browser while training runs. A resumed run goes on with the earlier points;
     those of steps that were lost are dropped.
-
-    Parameters with one base learning rate make one group, which is named after that rate.
 
     Args:
         interval: record a point every so many steps; losses are averaged in between.
@@ -72,7 +73,7 @@ class CurvesHook(Hook):
             if key.startswith("train/") and "loss" in key
         }
         epoch = runner.epoch + (batch_idx + 1) / len(runner.train_dataloader)
-        self._record.add_train(runner.iter + 1, epoch, losses, learning_rates(runner.optim_wrapper))
+        self._record.add_train(runner.iter + 1, epoch, losses, learning_rates(runner))
         self._draw(runner)
 
     def after_train_epoch(self, runner: Any) -> None:
@@ -94,16 +95,21 @@ class CurvesHook(Hook):
         if self._record is None:
             return
         if now_or_never or time.monotonic() - self._drawn_at >= self.redraw_s:
-            draw_curves(self._record.points, self._folder(runner))
+            self._draw_now(runner, self._record.points, finished=now_or_never)
             # Measured from the end, so that drawing can never take most of the time.
             self._drawn_at = time.monotonic()
 
+    def _draw_now(self, runner: Any, points: list[Point], finished: bool) -> None:
+        folder = self._folder(runner)
+        pictures = draw_curves(points, folder)
+        write_curve_page(
+            folder / PAGE_NAME,
+            points,
+            pictures,
+            alarms=runner.message_hub.runtime_info.get("alarms", []),
+            refresh_s=None if finished else max(round(self.redraw_s), 5),
+            progress=f"epoch {runner.epoch} of {runner.max_epochs}, step {runner.iter} of {runner.max_iters}",
+        )
+
     def _folder(self, runner: Any) -> Path:
         return Path(self.out_dir or runner.work_dir)
-
-
-def learning_rates(optim_wrapper: Any) -> dict[str, float]:
-    """The present learning rate of every group of parameters, by the rate it began with, largest first."""
-    groups = optim_wrapper.param_groups
-    pairs = {float(group.get("initial_lr", group["lr"])): float(group["lr"]) for group in groups}
-    return {f"{base:.3g}": now for base, now in sorted(pairs.items(), reverse=True)}

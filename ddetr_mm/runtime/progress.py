@@ -16,15 +16,12 @@ from types import TracebackType
 from typing import Any, TextIO, TypeVar
 
 from ddetr_mm.runtime.status import on_first_rank
+from ddetr_mm.runtime.time_left import TimeLeft
 
 Item = TypeVar("Item")
 
 LINE_INTERVAL_S = 5.0
 """Seconds between two plain lines."""
-
-_RECENT_S = 30.0
-"""The time left is reckoned from about so many seconds past: long enough to be steady, short enough to
-forget a slow start."""
 
 
 class Progress:
@@ -35,26 +32,38 @@ class Progress:
         total: how many steps there are; None until it is known.
         unit: what a step is, e.g. ``"images"``.
         stream: where to write; standard error when None.
+        done: steps that were done before, in a run that goes on.
+
+    Attributes:
+        pauses_left: how many pauses (see :meth:`pause`) are still to come, for the time left.
+        pause_steps: how many steps a pause is expected to be worth, until one has been measured.
     """
 
     def __init__(
-        self, description: str, total: int | None = None, unit: str = "", stream: TextIO | None = None
+        self,
+        description: str,
+        total: int | None = None,
+        unit: str = "",
+        stream: TextIO | None = None,
+        done: int = 0,
     ) -> None:
         self.description = description
         self.total = total
         self.unit = unit
-        self.done = 0
+        self.done = done
         self._stream = stream or sys.stderr
         self._shown = on_first_rank()
         self._bar: Any = None
         self._task: Any = None
-        self._rate = RecentRate()
+        self.pauses_left = 0
+        self.pause_steps = 0.0
+        self._rate = TimeLeft()
         self._last_line = 0.0
         self._borrowed: list[tuple[logging.StreamHandler[Any], Any]] = []
 
     def __enter__(self) -> Progress:
         self._last_line = time.monotonic()
-        self._rate.add(self._last_line, 0)
+        self._rate.add(self._last_line, self.done)
         if self._shown and is_live_terminal(self._stream):
             self._start_bar()
         return self
@@ -83,13 +92,35 @@ class Progress:
         if self._bar is not None:
             speed = self._rate.per_second()
             shown = f"{speed:,.3g}/s" if speed < 1000 else f"{speed:,.0f}/s"
-            self._bar.update(self._task, completed=done, total=self.total, speed=shown if speed else "")
+            self._bar.update(
+                self._task,
+                completed=done,
+                total=self.total,
+                speed=shown if speed else "",
+                left=self._left(),
+            )
         elif self._shown and now - self._last_line >= LINE_INTERVAL_S:
             self._print_line(now)
 
     def advance(self, steps: int = 1) -> None:
         """Tell that so many more steps are done."""
         self.update(self.done + steps)
+
+    def pause(self) -> None:
+        """Something else begins that is no step of this work, a validation within a training, say."""
+        self._rate.pause(time.monotonic())
+
+    def resume(self) -> None:
+        """It is over."""
+        self._rate.resume(time.monotonic())
+        self.pauses_left = max(self.pauses_left - 1, 0)
+
+    def _left(self) -> str:
+        """The time left as ``H:MM:SS``; empty as long as it is not known."""
+        if not self.total or self.done >= self.total:
+            return ""
+        seconds = self._rate.seconds(self.total - self.done, self.pauses_left, self.pause_steps)
+        return "" if seconds is None else str(timedelta(seconds=round(seconds)))
 
     def show_above(self, logger: logging.Logger) -> None:
         """Let the console lines of a logger appear above the bar instead of through it."""
@@ -109,7 +140,6 @@ class Progress:
             MofNCompleteColumn,
             TextColumn,
             TimeElapsedColumn,
-            TimeRemainingColumn,
         )
         from rich.progress import Progress as Bar
 
@@ -120,12 +150,11 @@ class Progress:
             TextColumn(self.unit),
             TextColumn("{task.fields[speed]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            # Ours, not rich's: rich takes a pause for slow steps and forgets long steps too soon.
+            TextColumn("left {task.fields[left]}"),
             console=Console(file=self._stream),
-            speed_estimate_period=_RECENT_S,
         )
-        self._task = self._bar.add_task(self.description, total=self.total, speed="")
+        self._task = self._bar.add_task(self.description, total=self.total, speed="", left="")
         self._bar.start()
 
     def _print_line(self, now: float) -> None:
@@ -136,34 +165,10 @@ class Progress:
         text += f" {self.unit}".rstrip()
         if self.total:
             text += f" ({self.done / self.total:.0%})"
-        speed = self._rate.per_second()
-        if speed and self.total and self.done < self.total:
-            left = timedelta(seconds=round((self.total - self.done) / speed))
-            text += f", {speed:.3g}/s, {left} left"
+        left = self._left()
+        if left:
+            text += f", {self._rate.per_second():.3g}/s, {left} left"
         print(text, file=self._stream, flush=True)
-
-
-class RecentRate:
-    """Steps a second over the last :data:`_RECENT_S` seconds."""
-
-    def __init__(self) -> None:
-        self._points: list[tuple[float, int]] = []
-
-    def add(self, now: float, done: int) -> None:
-        """Note that ``done`` steps are done at ``now`` seconds; at most one point in 0.2 s is kept."""
-        if len(self._points) > 1 and now - self._points[-2][0] < 0.2:
-            self._points[-1] = (now, done)
-        else:
-            self._points.append((now, done))
-        while len(self._points) > 2 and now - self._points[1][0] > _RECENT_S:
-            self._points.pop(0)
-
-    def per_second(self) -> float:
-        """The rate; 0 as long as it is not known."""
-        if len(self._points) < 2:
-            return 0.0
-        (start, before), (now, done) = self._points[0], self._points[-1]
-        return (done - before) / (now - start) if now > start else 0.0
 
 
 def track(

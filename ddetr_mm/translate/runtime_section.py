@@ -40,10 +40,15 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
     hooks: list[dict[str, Any]] = [dict(type="ProgressHook")]
     if not train:
         return hooks
-    hooks += [dict(type="StatusHook"), dict(type="CurvesHook")]
+    pretrained = bool(spec.model.pretrained_backbone_path or spec.train.pretrained_model_path)
+    hooks += [
+        dict(type="StatusHook"),
+        dict(type="AlarmHook", pretrained=pretrained),
+        dict(type="CurvesHook"),
+    ]
     if spec.ddetr_mm.missing_images == "replace":
         hooks.append(dict(type="ReplacedImagesHook"))
-    if spec.model.pretrained_backbone_path or spec.train.pretrained_model_path:
+    if pretrained:
         hooks.append(
             dict(
                 type="PretrainedWeightsHook",

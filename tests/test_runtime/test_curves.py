@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from mmengine.hooks import Hook
 
 from ddetr_mm.runtime.checkpoint_hook import TAOCheckpointHook
 from ddetr_mm.runtime.curve_record import read_points
 from ddetr_mm.runtime.curves import CurvesHook
+from ddetr_mm.runtime.learning_rates import learning_rates
 
 
 def test_records_losses_rates_and_figures(make_runner, tmp_path):
@@ -35,6 +37,34 @@ def test_records_losses_rates_and_figures(make_runner, tmp_path):
     assert points[2]["metrics"] == pytest.approx({"coco/bbox_mAP": 0.1, "coco/bbox_mAP_50": 0.2})
     for name in ("curve_loss.png", "curve_lr.png", "curve_ap.png"):
         assert (tmp_path / "train" / name).stat().st_size > 5000
+    page = (tmp_path / "train" / "curves.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and 'http-equiv="refresh"' not in page
+    assert "learning rate, 0.005" in page and "coco/bbox_mAP (epoch 2)" in page and "epoch 2 of 2" in page
+
+
+def test_the_page_is_live_while_training_runs(make_runner, tmp_path):
+    pages = []
+
+    class Watcher(Hook):
+        priority = "VERY_LOW"
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            path = tmp_path / "train" / "curves.html"
+            pages.append(path.read_text() if path.exists() else "")
+
+    make_runner([CurvesHook(interval=1, redraw_s=0), Watcher()], epochs=1, batches=2).train()
+    assert all('http-equiv="refresh"' in page for page in pages)
+    assert "<td>steps</td><td>1</td>" in pages[0] and "<td>steps</td><td>2</td>" in pages[1]
+
+
+def test_groups_are_named_by_the_parts_of_the_config(make_runner):
+    groups = {"custom_keys": {"linear.bias": {"lr_mult": 0.1}, "dropout": {"lr_mult": 0.1}}}
+    wrapper = {"optimizer": {"type": "AdamW", "lr": 0.05}, "paramwise_cfg": groups}
+    runner = make_runner([], optim_wrapper=wrapper)
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    assert list(learning_rates(runner)) == ["0.05", "0.005"]
+    runner.cfg.optim_wrapper = wrapper
+    assert learning_rates(runner) == pytest.approx({"rest (0.05)": 0.05, "linear.bias (0.005)": 0.005})
 
 
 def test_resumed_run_keeps_earlier_points(make_runner, tmp_path):
@@ -48,7 +78,7 @@ def test_resumed_run_keeps_earlier_points(make_runner, tmp_path):
 def test_draws_seldom_but_always_at_the_end(make_runner, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "ddetr_mm.runtime.curves.draw_curves", lambda points, folder: drawn.append(len(points))
+        "ddetr_mm.runtime.curves.draw_curves", lambda points, folder: drawn.append(len(points)) or []
     )
     make_runner([CurvesHook(interval=1, redraw_s=1000)], epochs=2, batches=3, validate=True).train()
     assert drawn == [1, 8]

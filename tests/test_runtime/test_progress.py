@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import ddetr_mm.runtime.progress as progress_module
-from ddetr_mm.runtime.progress import Progress, RecentRate, is_live_terminal, track
+from ddetr_mm.runtime.progress import Progress, is_live_terminal, track
 
 
 @pytest.fixture
@@ -83,14 +83,6 @@ def test_track_yields_everything(capsys):
     assert list(track(range(5), "looping")) == [0, 1, 2, 3, 4]
     assert capsys.readouterr().err.splitlines()[-1] == "looping: 5/5 (100%)"
     assert list(track((x for x in "ab"), "looping")) == ["a", "b"]
-
-
-def test_rate_of_steady_work():
-    rate = RecentRate()
-    assert rate.per_second() == 0
-    for step in range(2000):
-        rate.add(step * 0.05, step)
-    assert rate.per_second() == pytest.approx(20, rel=0.01)
 
 
 CODE = """

@@ -18,6 +18,7 @@ def runner() -> types.SimpleNamespace:
         max_iters=4,
         iter=0,
         logger=logging.getLogger("progress-test"),
+        val_loop=None,
         val_dataloader=[0] * 3,
         test_dataloader=[0] * 2,
     )
