@@ -104,7 +104,7 @@ def send_ground_truth(
 def boxes_loaded_first(pipeline: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The pipeline with its boxes loaded right after the image, so that every transform moves them."""
     steps = [dict(step) for step in pipeline if step["type"] != "LoadAnnotations"]
-    after = next(number for number, step in enumerate(steps) if step["type"].startswith("LoadImage")) + 1
+    after = next(number for number, step in enumerate(steps) if "LoadImage" in step["type"]) + 1
     return [*steps[:after], dict(type="LoadAnnotations", with_bbox=True), *steps[after:]]
 
 
