@@ -69,6 +69,15 @@ def note(kind: str, what: str, **details: Any) -> Finding:
     return Finding(kind, Problem(what, **details), NOTE)
 
 
+MISSING_IMAGE_KINDS = ("images-missing", "images-broken", "annotations-stale")
+"""What a run that may replace images that cannot be read can live with."""
+
+
+def tolerated(findings: Iterable[Finding], kinds: Sequence[str]) -> list[Finding]:
+    """The findings, with those of the given kinds turned into notes, whatever they weigh."""
+    return [replace(one, weight=NOTE) if one.kind in kinds else one for one in findings]
+
+
 def accepted(findings: Iterable[Finding], kinds: Sequence[str]) -> list[Finding]:
     """The findings, with suspicions of the given kinds turned into notes: the user knows better."""
     return [

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ddetr_mm.files import write_text_whole
-from ddetr_mm.preflight.findings import FAULT, NOTE, SUSPICION, Finding, Section, accepted
+from ddetr_mm.preflight.findings import FAULT, NOTE, SUSPICION, Finding, Section, accepted, tolerated
 from ddetr_mm.preflight.split import Split
 
 _MARKS = {FAULT: "[red]✗[/red]", SUSPICION: "[red]?[/red]", NOTE: "[yellow]![/yellow]"}
@@ -29,16 +29,18 @@ class Report:
         sections: in the order in which they were looked at.
         not_done: what was left out, and why.
         accept: kinds of suspicions that the user takes responsibility for.
+        tolerate: kinds of findings that the spec allows.
     """
 
     subtask: str
     sections: list[Section] = field(default_factory=list)
     not_done: list[str] = field(default_factory=list)
     accept: Sequence[str] = ()
+    tolerate: Sequence[str] = ()
 
     def add(self, section: Section) -> None:
         """Take in a section."""
-        section.findings = accepted(section.findings, self.accept)
+        section.findings = accepted(tolerated(section.findings, self.tolerate), self.accept)
         self.sections.append(section)
 
     @property

@@ -59,7 +59,7 @@ def _report(loaded: LoadedSpec, arguments: Namespace, console: Console) -> tuple
 
     spec, subtask = loaded.spec, arguments.subtask
     folder = task_results_dir(spec, subtask)
-    report = Report(subtask, accept=arguments.accept or ())
+    report = Report(subtask, accept=arguments.accept or (), tolerate=allowed_kinds(spec))
     augmentation = spec.dataset.augmentation
     values = Section("spec", findings=check_normalisation(augmentation.input_mean, augmentation.input_std))
     values.findings += check_disk_writable(folder)
@@ -182,6 +182,13 @@ def check_inputs(spec: ExperimentSpec, subtask: str) -> list[Problem]:
     return problems
 
 
+def allowed_kinds(spec: ExperimentSpec) -> tuple[str, ...]:
+    """Kinds of findings that a spec allows: images that cannot be read, where they may be replaced."""
+    from ddetr_mm.preflight.findings import MISSING_IMAGE_KINDS
+
+    return MISSING_IMAGE_KINDS if spec.ddetr_mm.missing_images == "replace" else ()
+
+
 def quick_check(loaded: LoadedSpec) -> None:
     """What ``train`` proves by itself before it builds anything: a second at most.
 
@@ -192,7 +199,7 @@ def quick_check(loaded: LoadedSpec) -> None:
     """
     from ddetr_mm.preflight.annotations import quick_sections, read_splits
     from ddetr_mm.preflight.colors import check_normalisation
-    from ddetr_mm.preflight.findings import FAULT, SUSPICION
+    from ddetr_mm.preflight.findings import FAULT, SUSPICION, tolerated
     from ddetr_mm.runtime.status import on_first_rank
 
     spec = loaded.spec
@@ -204,7 +211,8 @@ def quick_check(loaded: LoadedSpec) -> None:
     sections += quick_sections(splits, spec.dataset.num_classes, spec.dataset.eval_class_ids)
     augmentation = spec.dataset.augmentation
     findings = check_normalisation(augmentation.input_mean, augmentation.input_std)
-    findings += [finding for section in sections for finding in section.findings]
+    found = [finding for section in sections for finding in section.findings]
+    findings += tolerated(found, allowed_kinds(spec))
     for finding in findings:
         if finding.weight == SUSPICION and on_first_rank():
             print(f"warning: {finding.kind}: {finding.problem}", file=sys.stderr)

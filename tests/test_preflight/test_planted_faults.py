@@ -124,6 +124,12 @@ def test_stale_json_pictures_replaced(data_set, check):
     assert "changed after they were annotated" in message
 
 
+def test_missing_pictures_that_may_be_replaced_are_noted(data_set, check):
+    data_set.pictures("train")[0].unlink()
+    assert list(check()[1]) == ["images-missing"]
+    assert check("ddetr_mm.missing_images=replace")[:2] == (0, {})
+
+
 def test_pictures_newer_than_annotations_are_noted(data_set, check):
     os.utime(data_set.folder / "train.json", (1, 1))
     check()
