@@ -2,8 +2,8 @@
 
 All evaluators score the same generated boxes; their twelve figures are compared with pycocotools'. The
 metric's cost in an epoch is ``process`` over all samples (tensors, as a detector gives them) and
-``evaluate``; the annotation file is read in the first one only. Times are wall and processor seconds of one call; other
-work on the machine shows in the first and not in the second.
+``evaluate``; the annotation file is read in the first one only. Times are wall and processor seconds of one
+call; other work on the machine shows in the first and not in the second.
 
 Run: ``python benchmarks/coco_eval.py`` (``--images 500`` for a quick look; ``--record`` writes
 ``benchmarks/records/coco_eval.{json,md}``; ``--skip pycocotools`` leaves the slow reference out).
