@@ -18,6 +18,7 @@ from ddetr_mm.deploy.onnx_export import (
 )
 from ddetr_mm.deploy.onnx_file import check_file, require
 from ddetr_mm.deploy.parity import ParityReport, compare_batches, generated_images
+from ddetr_mm.deploy.plugin import INPUT_RANKS, PLUGIN_NAME, plugin_nodes
 from ddetr_mm.files import written_whole
 
 if TYPE_CHECKING:
@@ -63,13 +64,16 @@ def export_half(
     onnx_package = require("onnx")
     converter = require("onnxruntime.transformers.float16")
     target = half_file(onnx_file)
-    blocked = [*KEPT_IN_FLOAT32, "MultiscaleDeformableAttnPlugin_TRT"]
-    model = converter.convert_float_to_float16(
-        onnx_package.load(str(onnx_file)),
-        keep_io_types=True,
-        op_block_list=blocked,
-        disable_shape_infer=options.plugin,
-    )
+    blocked = [*KEPT_IN_FLOAT32, PLUGIN_NAME]
+    model = onnx_package.load(str(onnx_file))
+    for node in plugin_nodes(model):
+        # The converter asks for types, and nobody tells it what a plugin gives.
+        output = onnx_package.helper.make_tensor_value_info(
+            node.output[0], onnx_package.TensorProto.FLOAT, [None] * INPUT_RANKS[0]
+        )
+        model.graph.value_info.append(output)
+    model = converter.convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked)
+    del model.graph.value_info[:]
     drop_repeated_casts(model)
     sort_nodes(model)  # the converter puts its casts at the end
     drop_dead(model)

@@ -80,10 +80,11 @@ def test_wrong_files_sizes_and_classes_are_told(tmp_path):
             read_signature(tmp_path / f"{name}.onnx", where="evaluate.checkpoint")
 
 
-def test_half_precision_has_its_own_file_and_report(tmp_path):
+@pytest.mark.parametrize("plugin", [False, True])
+def test_half_precision_has_its_own_file_and_report(tmp_path, plugin):
     detector = tiny_detector(tmp_path)
-    options = ExportOptions(input_size_hw=SIZE_HW)
-    export_onnx(detector, tmp_path / "m.onnx", input_size_hw=SIZE_HW)
+    options = ExportOptions(input_size_hw=SIZE_HW, plugin=plugin)
+    export_onnx(detector, tmp_path / "m.onnx", input_size_hw=SIZE_HW, plugin=plugin)
     report = export_half(detector, tmp_path / "m.onnx", options, say=lambda _: None)
     half = half_file(tmp_path / "m.onnx")
     assert half.name == "m.fp16.onnx" and (tmp_path / "m.fp16.parity.json").is_file()

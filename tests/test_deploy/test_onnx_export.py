@@ -10,12 +10,13 @@ import onnx
 import pytest
 import torch
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from mmengine.registry import init_default_scope
 
 import ddetr_mm.register  # noqa: F401 - registers the detector
 from ddetr_mm.deploy import graph_attention, onnx_export
 from ddetr_mm.deploy.onnx_export import ExportOptions, usable_opset
-from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, ort_forward, read_signature
+from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, read_signature
 from ddetr_mm.deploy.parity import BatchParity, ParityReport, compare_outputs, generated_images
 from ddetr_mm.errors import ExportError
 from ddetr_mm.spec import load_spec
@@ -29,8 +30,8 @@ def export_onnx(detector, path, say=lambda _: None, **options):
     return onnx_export.export_onnx(detector, path, ExportOptions(**options), say=say)
 
 
-def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False, gcvit=False):
-    """A small detector with random, lively weights (offsets and boxes are zero at initialisation)."""
+def tiny_config(tmp_path, num_levels=4, refine=True, gcvit=False):
+    """The config of a small detector."""
     spec = tmp_path / "spec.yaml"
     spec.write_text("results_dir: results\n")
     stages = [stage for stage in range(4) if str(stage) in LEVELS[num_levels]]
@@ -46,7 +47,12 @@ def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False, gcvit=Fa
     ]
     loaded = load_spec(spec, overrides)
     channels = [8 * 2**stage for stage in stages]
-    config = to_config(loaded, "export", look_up_channels=lambda _: channels).to_dict()["model"]
+    return to_config(loaded, "export", look_up_channels=lambda _: channels).to_dict()["model"]
+
+
+def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False, gcvit=False):
+    """A small detector with random, lively weights (offsets and boxes are zero at initialisation)."""
+    config = tiny_config(tmp_path, num_levels, refine, gcvit)
     config["as_two_stage"] = two_stage
     init_default_scope("mmdet")
     torch.manual_seed(0)
@@ -141,14 +147,29 @@ def test_many_queries_are_sampled_in_parts(tmp_path, monkeypatch):
 
 
 class StraightForward(torch.nn.Module):
-    """A detector's own forward, as a straightforward export traces it."""
+    """mmdet's own detector with the weights of ours, as a straightforward export traces it."""
 
-    def __init__(self, detector):
+    def __init__(self, config, weights):
         super().__init__()
-        self.detector = detector
+        ours = (
+            "zero_padded_values",
+            "activation_checkpoint",
+            "frozen_modules",
+            "background_column",
+            "aux_loss",
+        )
+        config, head = (
+            {key: value for key, value in part.items() if key not in ours}
+            for part in (config, config["bbox_head"])
+        )
+        head["type"] = "DeformableDETRHead"
+        self.detector = MODELS.build(config | dict(type="DeformableDETR", bbox_head=head)).eval()
+        self.detector.load_state_dict(weights)
 
     def forward(self, inputs):
-        logits, boxes = self.detector(inputs, None, mode="tensor")
+        meta = dict(img_shape=(64, 96), batch_input_shape=(64, 96))
+        samples = [DetDataSample(metainfo=meta) for _ in range(inputs.shape[0])]
+        logits, boxes = self.detector(inputs, samples, mode="tensor")
         return logits[-1], boxes[-1]
 
 
@@ -157,7 +178,7 @@ def test_the_graph_has_less_than_a_third_of_the_nodes_of_a_straightforward_one(t
     export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 96))
     with torch.no_grad():
         torch.onnx.export(
-            StraightForward(detector),
+            StraightForward(tiny_config(tmp_path), detector.state_dict()),
             (torch.zeros(2, 3, 64, 96),),
             str(tmp_path / "plain.onnx"),
             input_names=["inputs"],
@@ -168,9 +189,6 @@ def test_the_graph_has_less_than_a_third_of_the_nodes_of_a_straightforward_one(t
         )
     ours, plain = (len(onnx.load(str(tmp_path / f"{name}.onnx")).graph.node) for name in ("m", "plain"))
     assert ours < plain / 3
-    images = generated_images(2, (64, 96), seed=5)
-    outputs = [ort_forward(tmp_path / f"{name}.onnx")(images) for name in ("m", "plain")]
-    assert compare_outputs(*outputs).max_abs_diff_boxes < 1e-5
 
 
 def test_a_fixed_batch_needs_no_shape_at_all(tmp_path):

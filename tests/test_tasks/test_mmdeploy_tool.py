@@ -63,7 +63,7 @@ def model_folder(tmp_path_factory):
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
-    meta = dict(dataset_meta=dict(classes=("background", "a", "b", "c")))
+    meta = dict(dataset_meta=dict(classes=("background", "a", "b", "c"), category_ids=(None, 1, 2, 3)))
     torch.save(dict(state_dict=model.state_dict(), meta=meta), folder / "model.pth")
     picture = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     cv2.imwrite(str(folder / "a.png"), cv2.resize(picture, (120, 90)))
@@ -272,3 +272,19 @@ def test_the_mends_are_undone():
     assert "grid_sampler" in SYMBOLIC_REWRITER._registry._rewrite_records
     with mended_mmdeploy(11):
         assert "grid_sampler" in SYMBOLIC_REWRITER._registry._rewrite_records
+
+
+def test_on_an_old_torch_the_mends_do_nothing(monkeypatch):
+    from mmdeploy.core.rewriters import function_rewriter
+
+    from ddetr_mm.stack.mmdeploy_mends import mended_mmdeploy
+
+    def old_export(model, args, f):  # as before torch 2.5: no `dynamo`
+        return None
+
+    old_table: list = []
+    monkeypatch.setattr(torch.onnx, "export", old_export)
+    monkeypatch.setattr(function_rewriter, "_wrapped_fns_to_patch", old_table)
+    with mended_mmdeploy(11):
+        assert torch.onnx.export is old_export
+        assert function_rewriter._wrapped_fns_to_patch is old_table
