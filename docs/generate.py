@@ -1,0 +1,140 @@
+"""Writes the pages and pictures of docs/ that are made from code: ``python docs/generate.py``.
+
+``commands.md`` comes from the command line's own parser, ``concepts.svg`` from a translated spec. A test tells
+when ``commands.md`` is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ddetr_mm.cli import build_parser
+
+DOCS = Path(__file__).resolve().parent
+SPEC = DOCS.parent / "configs" / "specs" / "shapes_resnet18.yaml"
+
+
+def commands_page() -> str:
+    """Every command with its arguments, as Markdown."""
+    parser = build_parser()
+    lines = [
+        "# Commands",
+        "",
+        "Exit status: 0 done, 2 wrong input, 130 interrupted, 1 anything else. `--debug` shows tracebacks",
+        "for wrong input, too. `python -m ddetr_mm` is the same command.",
+        "",
+    ]
+    for name, command, summary in _subcommands(parser):
+        lines += _command_lines(f"ddetr-mm {name}", command, summary, level=2)
+    return "\n".join(lines)
+
+
+def _command_lines(name: str, parser: argparse.ArgumentParser, summary: str, level: int) -> list[str]:
+    lines = [f"{'#' * level} `{name}`", "", f"{summary[:1].upper()}{summary[1:]}.", ""]
+    rows = [
+        f"| `{_argument(action)}` | {(action.help or '').replace('|', ' or ')}{_choices(action)} |"
+        for action in parser._actions
+        if action.dest not in ("help", "debug") and not isinstance(action, argparse._SubParsersAction)
+    ]
+    if rows:
+        lines += ["| argument | |", "| --- | --- |", *rows, ""]
+    for action_name, action_parser, action_summary in _subcommands(parser):
+        lines += _command_lines(f"{name} {action_name}", action_parser, action_summary, level + 1)
+    return lines
+
+
+def _argument(action: argparse.Action) -> str:
+    value = action.metavar or (action.dest.upper() if action.nargs != 0 else "")
+    if not action.option_strings:
+        return f"{value} ..." if action.nargs in ("*", "+") else str(action.metavar or action.dest)
+    return " ".join((", ".join(action.option_strings), str(value))).strip()
+
+
+def _choices(action: argparse.Action) -> str:
+    return f" ({', '.join(map(str, action.choices))})" if action.choices else ""
+
+
+def _subcommands(parser: argparse.ArgumentParser) -> list[tuple[str, argparse.ArgumentParser, str]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            return [(name, sub, summaries.get(name, "")) for name, sub in action.choices.items()]
+    return []
+
+
+def draw_concepts(path: Path) -> None:
+    """Spec sections → config sections → what the Runner builds, for a spec of this repository."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ddetr_mm"})
+    from matplotlib import pyplot
+
+    from ddetr_mm.spec import load_spec
+    from ddetr_mm.tasks.runner import look_up_channels
+    from ddetr_mm.translate import to_config
+
+    loaded = load_spec(SPEC, [], "train")
+    config = to_config(loaded, "train", look_up_channels=look_up_channels).to_dict()
+    wanted = ("model", "train_pipeline", "train_dataloader", "val_evaluator", "optim_wrapper",
+              "param_scheduler", "train_cfg", "custom_hooks")  # fmt: skip
+    classes = {name: _class_names(config[name]) for name in wanted if name in config}
+    sections = ("model", "dataset", "train", "evaluate", "ddetr_mm")
+
+    figure, axes = pyplot.subplots(figsize=(10, 4.6))
+    axes.set_axis_off()
+    axes.set_xlim(0, 10)
+    axes.set_ylim(-0.5, len(classes) + 0.2)
+    top = len(classes) - 1.0
+    for column, title in (
+        (1.0, "spec.yaml"),
+        (4.2, "config.py"),
+        (7.0, "mmdet's registries, built by the Runner"),
+    ):
+        axes.text(column, top + 0.85, title, weight="bold", ha="center" if column < 7 else "left")
+    step = top / max(1, len(sections) - 1)
+    for row, name in enumerate(sections):
+        _box(axes, 1.0, top - row * step, f"{name}:", "#dbe9f6")
+    for row, (name, built) in enumerate(classes.items()):
+        _box(axes, 4.2, top - row, name, "#fde9cf")
+        axes.annotate(
+            "", (6.9, top - row), (5.25, top - row), arrowprops={"arrowstyle": "->", "color": "#888888"}
+        )
+        axes.text(7.0, top - row, built, va="center", fontsize=9, family="monospace")
+    axes.annotate(
+        "", (3.1, top / 2), (1.95, top / 2), arrowprops={"arrowstyle": "-|>", "color": "#444444", "lw": 2}
+    )
+    axes.text(2.52, top / 2 + 0.18, "translate", ha="center", fontsize=9)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def _box(axes, x: float, y: float, text: str, color: str) -> None:
+    axes.text(
+        x, y, text, ha="center", va="center", fontsize=10,
+        bbox={"boxstyle": "round,pad=0.4", "facecolor": color, "edgecolor": "#888888"},
+    )  # fmt: skip
+
+
+def _class_names(value: object) -> str:
+    """The classes a section of a config names first, outermost first."""
+    if isinstance(value, dict):
+        inner = [
+            value[key] for key in ("backbone", "dataset", "bbox_head") if isinstance(value.get(key), dict)
+        ]
+        return ", ".join(name for name in (value.get("type", ""), *map(_class_names, inner)) if name)
+    if isinstance(value, list):
+        names = [item["type"] for item in value]
+        return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return str(value)
+
+
+def main() -> None:
+    """Write them."""
+    (DOCS / "commands.md").write_text(commands_page() + "\n", encoding="utf-8")
+    draw_concepts(DOCS / "concepts.svg")
+
+
+if __name__ == "__main__":
+    main()
