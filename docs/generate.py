@@ -1,7 +1,7 @@
 """Writes the pages and pictures of docs/ that are made from code: ``python docs/generate.py``.
 
-``commands.md`` comes from the command line's own parser, ``concepts.svg`` from a translated spec. A test tells
-when ``commands.md`` is out of date.
+``commands.md`` comes from the command line's own parser, ``concepts.svg`` from a translated spec. A test
+tells when ``commands.md`` is out of date.
 """
 
 from __future__ import annotations
