@@ -1,7 +1,7 @@
 """Writes the pages and pictures of docs/ that are made from code: ``python docs/generate.py``.
 
-``commands.md`` comes from the command line's own parser, ``concepts.svg`` from a translated spec. A test
-tells when ``commands.md`` is out of date.
+``commands.md`` comes from the command line's own parser, ``performance.md`` from the records of the
+benchmarks, ``concepts.svg`` from a translated spec. A test tells when a page is out of date.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from ddetr_mm.cli import build_parser
 
 DOCS = Path(__file__).resolve().parent
+RECORDS = DOCS.parent / "benchmarks" / "records"
 SPEC = DOCS.parent / "configs" / "specs" / "shapes_resnet18.yaml"
 
 
@@ -27,7 +28,7 @@ def commands_page() -> str:
     ]
     for name, command, summary in _subcommands(parser):
         lines += _command_lines(f"ddetr-mm {name}", command, summary, level=2)
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _command_lines(name: str, parser: argparse.ArgumentParser, summary: str, level: int) -> list[str]:
@@ -61,6 +62,75 @@ def _subcommands(parser: argparse.ArgumentParser) -> list[tuple[str, argparse.Ar
             summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}
             return [(name, sub, summaries.get(name, "")) for name, sub in action.choices.items()]
     return []
+
+
+PERFORMANCE = (
+    (
+        "attention_cpu",
+        "Deformable attention on the CPU",
+        "1.5 times mmcv's PyTorch form without a compiled op",
+    ),
+    (
+        "detectors_cpu",
+        "Whole detectors on the CPU",
+        "1.2 times the fastest peer without a compiled op, 1.8 with",
+    ),
+    ("scaling_cpu", "How cost grows", "nothing grows faster than the algorithm must"),
+    ("start", "Starting", "`-h` in 0.3 s, `check` of a spec in 1 s, the first training step in 15 s"),
+    ("gcvit", "GCViT", "at least as fast as timm at 224 x 224"),
+    ("pipeline", "Input pipeline", "1.5 times stock mmdet with the reference's pixels"),
+    ("convert", "Conversion", "50 times the reference's 400 images a second"),
+    ("dataset_memory", "Annotations in memory", "cold 5 s, warm 0.5 s, 150 MB for 8 ranks of 8 workers"),
+    ("coco_eval", "COCO evaluation", "under a second for 5,000 images"),
+    ("onnx_latency", "Exported graph", "1.5 times the stock export on ONNX Runtime, a third of its nodes"),
+    ("attention_gpu", "Deformable attention on a GPU", "1.3 times mmcv's op"),
+    ("train_gpu", "Training on a GPU", "1.3 times stock mmdet like for like, 2.5 with bf16 and compile"),
+    ("inference_gpu", "Inference on a GPU", "2 times stock mmdet in fp32"),
+)
+"""Record, heading and what was aimed at."""
+SCRIPTS = {"attention_cpu": "attention", "scaling_cpu": "scaling"}
+"""Records that are not named as the script that writes them."""
+
+
+def performance_page() -> str:
+    """The tables of all records, and what has none yet."""
+    lines = [
+        "# Performance",
+        "",
+        "Every figure comes from a script under `benchmarks/` that runs ours and its peers in turn, on the",
+        "same inputs, in one run, and stops where their results differ. The records have the machine, the",
+        "versions, the date and the command; `make bench` runs all scripts, `make bench ARGS=attention` one.",
+        "",
+    ]
+    unmeasured = []
+    for name, heading, aim in PERFORMANCE:
+        record = RECORDS / f"{name}.md"
+        if not record.is_file():
+            unmeasured.append(f"- {heading} (`benchmarks/{SCRIPTS.get(name, name)}.py`). Aim: {aim}.")
+            continue
+        lines += [f"## {heading}", "", f"Aim: {aim}. [Record](../benchmarks/records/{name}.md).", ""]
+        lines += [*_without_head(record.read_text(encoding="utf-8")), ""]
+        if name == "scaling_cpu" and (DOCS / "scaling.svg").is_file():
+            lines += ["![Cost against each axis](scaling.svg)", ""]
+    if unmeasured:
+        lines += [
+            "## Not measured yet",
+            "",
+            "The scripts are there and tested; no machine was.",
+            "",
+            *unmeasured,
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _without_head(text: str) -> list[str]:
+    """A record's body: no title, no environment; its headings two levels down."""
+    lines = text.splitlines()[1:]
+    while lines and (not lines[0].strip() or lines[0].startswith("- ")):
+        lines.pop(0)
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return [f"#{line}" if line.startswith("#") else line for line in lines]
 
 
 def draw_concepts(path: Path) -> None:
@@ -132,7 +202,8 @@ def _class_names(value: object) -> str:
 
 def main() -> None:
     """Write them."""
-    (DOCS / "commands.md").write_text(commands_page() + "\n", encoding="utf-8")
+    (DOCS / "commands.md").write_text(commands_page(), encoding="utf-8")
+    (DOCS / "performance.md").write_text(performance_page(), encoding="utf-8")
     draw_concepts(DOCS / "concepts.svg")
 
 

@@ -76,12 +76,14 @@ def test_python_blocks_compile(page):
         compile(text, str(page), "exec")
 
 
-def test_the_page_of_commands_is_up_to_date():
+@pytest.mark.parametrize("page", ["commands", "performance"])
+def test_generated_pages_are_up_to_date(page):
     spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    committed = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    assert committed == module.commands_page() + "\n", "run: python docs/generate.py"
+    expected = {"commands": module.commands_page, "performance": module.performance_page}[page]()
+    committed = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    assert committed == expected, "run: python docs/generate.py"
 
 
 def test_every_page_is_in_the_table_of_contents():
