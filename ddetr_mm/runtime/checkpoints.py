@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ddetr_mm.errors import InputError, Problem
 from ddetr_mm.files import written_whole
+from ddetr_mm.weights.encryption import is_encrypted, is_whole_encrypted
 
 LATEST_NAME = "dd_model_latest.pth"
 
@@ -58,10 +59,13 @@ class CheckpointName:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is a complete archive as ``torch.save`` writes it.
+    """Whether a file is a complete archive as ``torch.save`` writes it, encrypted or not.
 
-    Reads only the archive's directory, which stands at the file's end: a file that was cut off has none.
+    Reads only the archive's directory, which stands at the file's end: a file that was cut off has none. Of
+    an encrypted file only the length is checked, which needs no key.
     """
+    if is_encrypted(path):
+        return is_whole_encrypted(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())

@@ -95,6 +95,10 @@ def translate_spec(spec_path: str, tool: str, checkpoint: str | None, folder: Pa
     subtask = SUBTASK_OF_TOOL[tool]
     overrides = [f"evaluate.checkpoint={checkpoint}"] if checkpoint else []
     loaded = load_spec(spec_path, overrides, subtask)
+    if loaded.spec.encryption_key:
+        from ddetr_mm.weights.encryption import use_encryption_key
+
+        use_encryption_key(loaded.spec.encryption_key)  # for the tool that runs in this process afterwards
     named = checkpoint or loaded.spec.train.pretrained_model_path
     return write_text_whole(folder / f"{Path(spec_path).stem}.py", config_source(loaded, subtask, named))
 
