@@ -40,6 +40,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "kill_resume.md"
 SPEC = ROOT / "configs" / "specs" / "shapes_resnet18.yaml"
 INTERVAL = 2
+IN_START_UP = 0.3
+"""Share of the kills at any moment after the start; the others come after some steps."""
+
 OPTIONS = (
     "dataset.batch_size=4",
     "dataset.augmentation.scales=[64]",
@@ -108,6 +111,13 @@ class Training:
     def end_of_log(self) -> str:
         """What the last process said last."""
         return self.folder.with_suffix(".log").read_text()[-3000:]
+
+    def wait_for_steps(self, number: int, pid: int) -> None:
+        """Wait until the process has trained so many steps, or has ended."""
+        while not self.steps_file.exists() or self.steps_file.read_bytes().count(b"\n") < number:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return
+            time.sleep(0.005)
 
     def steps(self) -> list[int]:
         """The steps that were trained since this was last asked, in order."""
@@ -196,9 +206,15 @@ def kill_often(training: Training, kills: int, longest_s: float, rng: random.Ran
     rows: list[tuple] = []
     saved = 0
     while len(rows) < kills:
-        delay = rng.uniform(0, longest_s)
+        started = time.monotonic()
         pid = training.start()
-        time.sleep(delay)
+        if rng.random() < IN_START_UP:
+            time.sleep(rng.uniform(0, longest_s))
+        else:
+            # after some steps, so that starts that take long leave time for training
+            training.wait_for_steps(rng.randint(1, 8), pid)
+            time.sleep(rng.uniform(0, 1.0))
+        delay = time.monotonic() - started
         if os.waitpid(pid, os.WNOHANG) != (0, 0):
             raise SystemExit(f"the training ended by itself:\n{training.end_of_log()}")
         os.kill(pid, signal.SIGKILL)

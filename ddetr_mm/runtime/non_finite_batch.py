@@ -119,14 +119,15 @@ def find_first_non_finite(
     """Repeat a step, without updating anything, and find where values stop being finite.
 
     Args:
-        model: the detector in training mode, without a wrapper; its gradients are removed.
+        model: the detector in training mode, without a wrapper; its gradients are removed, its buffers are
+            put back.
         batch: what the loader gave.
         rng_state: torch's CPU random state before the step; the present one is put back at the end.
         autocast: the context that the step runs in; by default none.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     weights = [name for name, value in tensors if not _all_finite(value)]
-    before = torch.get_rng_state()
+    before, buffers = torch.get_rng_state(), [buffer.clone() for buffer in model.buffers()]
     torch.set_rng_state(rng_state)
     modules: list[tuple[str, str]] = []
     gradients: list[str] = []
@@ -150,6 +151,8 @@ def find_first_non_finite(
             handle.remove()
         model.zero_grad(set_to_none=True)
         torch.set_rng_state(before)
+        for buffer, kept in zip(model.buffers(), buffers, strict=True):
+            buffer.data.copy_(kept)
     module, module_class = modules[0] if modules else (None, "")
     return Finding(float(loss), weights, module, module_class, gradients[0] if gradients else None)
 

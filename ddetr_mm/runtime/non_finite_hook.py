@@ -52,6 +52,7 @@ class NonFiniteHook(Hook):
         self._runner: Any = None
         self._batch: Any = None
         self._rng_state = torch.empty(0)
+        self._buffers: list[Tensor] = []
 
     def before_train(self, runner: Any) -> None:
         """Watch the model's losses and the optimizer's steps."""
@@ -68,6 +69,11 @@ class NonFiniteHook(Hook):
         self._batch = data_batch
         self._rng_state = torch.get_rng_state()
         self._skip_this = False
+        buffers = list(self._model().buffers())
+        if len(self._buffers) != len(buffers):
+            self._buffers = [buffer.clone() for buffer in buffers]
+        elif buffers:
+            torch._foreach_copy_(self._buffers, buffers)
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -116,6 +122,8 @@ class NonFiniteHook(Hook):
     def _found(self, what: str) -> None:
         self._skip_this = True
         batch, self._batch = self._batch, None  # the repeated step is not watched
+        for buffer, before in zip(self._model().buffers(), self._buffers, strict=True):
+            buffer.copy_(before)  # running means of a batch norm must not keep what is not finite
         self._told += 1
         images = ", ".join(image_names(batch)) or "unknown images"
         text = f"{what} in step {self._runner.iter} ({images})"

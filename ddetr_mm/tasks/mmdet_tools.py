@@ -25,7 +25,8 @@ def main(tool: str) -> int:
         tool: ``"train"`` or ``"test"``.
 
     Returns:
-        The exit status: 0, or 2 for wrong input. The tool's own ``SystemExit`` passes through.
+        The exit status: 0, 2 for wrong input, 130 after Ctrl-C or SIGTERM. The tool's own ``SystemExit``
+        passes through.
     """
     try:
         script = mmdet_tool(tool)
@@ -34,6 +35,9 @@ def main(tool: str) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt as interruption:
+        print(str(interruption) or "interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

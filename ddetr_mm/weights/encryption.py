@@ -22,13 +22,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+from ddetr_mm.errors import Problem, StackError, WeightsError
 
-from ddetr_mm.errors import Problem, WeightsError
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 MAGIC = b"DDMMENC1"
 SEGMENT_BYTES = 16 * 2**20
@@ -107,6 +106,7 @@ def decrypt_file(source: str | Path, destination: BinaryIO, key: str | None) -> 
 
     Raises:
         WeightsError: there is no key, it is the wrong one, or the file is damaged.
+        StackError: the library is not installed.
     """
     if not key:
         raise WeightsError(Problem("is encrypted", file=source, mend="give its key: encryption_key=…"))
@@ -115,6 +115,8 @@ def decrypt_file(source: str | Path, destination: BinaryIO, key: str | None) -> 
         if not is_whole_encrypted(source):
             raise _damaged(source)
         cipher = _cipher(key, head)
+        from cryptography.exceptions import InvalidTag
+
         try:
             cipher.decrypt(_nonce(head, _KEY_CHECK, False), check, head)
         except InvalidTag:
@@ -170,6 +172,13 @@ def hidden_file() -> Iterator[tuple[BinaryIO, Path]]:
 
 
 def _cipher(key: str, head: bytes) -> AESGCM:
+    # Imported here: a run without a key needs no such library.
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+        from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+    except ImportError as error:
+        mend = "run: pip install 'cryptography>=42'"
+        raise StackError(Problem("encryption needs the package cryptography", mend=mend)) from error
     salt = _HEAD.unpack(head)[1]
     return AESGCM(Scrypt(salt=salt, length=32, n=2**15, r=8, p=1).derive(key.encode()))
 

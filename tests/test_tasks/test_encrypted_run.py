@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,12 @@ def command(data_project: Project, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(data_project.folder)
 
     def run(name: str, *overrides: str) -> int:
-        arguments = [*TINY, f"train.results_dir={tmp_path}", f"evaluate.results_dir={tmp_path / 'evaluate'}"]
+        arguments = [
+            *TINY,
+            "train.validation_interval=1",
+            f"train.results_dir={tmp_path}",
+            f"evaluate.results_dir={tmp_path / 'evaluate'}",
+        ]
         return main([name, "-e", data_project.spec, *arguments, *overrides])
 
     return run
@@ -34,7 +40,7 @@ def test_an_encrypted_run_from_training_to_evaluation(command, data_project: Pro
     latest = find_latest_checkpoint(tmp_path)
     assert latest.name == "model_epoch_000.pth" and is_encrypted(latest)
     assert encryption_key() is None
-    with pytest.raises(Exception, match="invalid load key|not a|magic"):
+    with pytest.raises(pickle.UnpicklingError):
         torch.load(latest, weights_only=True)
 
     # another key and none: told, in one message, before anything is touched

@@ -91,17 +91,17 @@ def test_killed_at_some_moments_it_always_goes_on(data_project: Project, tmp_pat
     command = [sys.executable, "-m", "ddetr_mm", "train", "-e", data_project.spec, *TINY]
     command += [f"train.results_dir={folder}", "train.checkpoint_interval_unit=step", "train.num_epochs=40"]
     done = 0
+    log = tmp_path / "log"
     for checkpoints_more in (1, 3):
-        run = subprocess.Popen(
-            command, cwd=data_project.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        with log.open("wb") as output:
+            run = subprocess.Popen(command, cwd=data_project.folder, stdout=output, stderr=output)
         known = len(list_checkpoints(folder))
         give_up = time.monotonic() + 240
         while len(list_checkpoints(folder)) < known + checkpoints_more:
-            assert run.poll() is None and time.monotonic() < give_up, run.stderr.read().decode()[-3000:]
+            assert run.poll() is None and time.monotonic() < give_up, log.read_text()[-3000:]
             time.sleep(0.01)
         run.kill()
-        run.communicate()
+        run.wait()
         assert all(is_whole(path) for path in list_checkpoints(folder))
         latest = find_latest_checkpoint(folder)
         steps = torch.load(latest, weights_only=True)["meta"]["iter"]
@@ -115,3 +115,30 @@ def test_killed_at_some_moments_it_always_goes_on(data_project: Project, tmp_pat
         torch.load(find_latest_checkpoint(folder), weights_only=True)["meta"]["iter"] == (done // 3 + 1) * 3
     )
     assert not [path for path in folder.iterdir() if path.name.startswith(".tmp-")]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A file system with room for one checkpoint and a half."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=14m", "tmpfs", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_message_and_keeps_the_last_good_checkpoint(
+    data_project: Project, small_disk: Path, monkeypatch, capsys
+):
+    session = Session(data_project, small_disk / "train", monkeypatch)
+    assert session.train("train.checkpoint_interval=1") == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "no space left" in told and "the last good checkpoint is" in told
+    assert [path.name for path in list_checkpoints(session.folder)] == ["model_epoch_000_step_00001.pth"]
+    assert session.end()["meta"]["iter"] == 1
+    last = last_status(session.folder)
+    assert last["status"] == "FAILURE" and "no space left" in last["message"]

@@ -27,7 +27,7 @@ def train(data_project: Project, tmp_path: Path, monkeypatch):
 
         monkeypatch.chdir(data_project.folder)
         monkeypatch.setattr(ProgressHook, "after_train_iter", after_train_iter)
-        arguments = [*TINY, "train.validation_interval=9", f"train.results_dir={tmp_path}", *overrides]
+        arguments = [*TINY, f"train.results_dir={tmp_path}", *overrides]
         return main(["train", "-e", data_project.spec, *arguments])
 
     return run
