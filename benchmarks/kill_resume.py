@@ -14,6 +14,8 @@ Without ``--record`` nothing is kept; the record is ``benchmarks/records/kill_re
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import itertools
 import os
 import random
@@ -58,8 +60,7 @@ OPTIONS = (
     "model.dec_layers=2",
     "model.num_queries=12",
     "model.num_select=12",
-    "train.optim.lr_steps=[20,60]",
-    "train.validation_interval=10",
+    "train.optim.lr_steps=[20,50]",
     "train.checkpoint_interval_unit=step",
     f"train.checkpoint_interval={INTERVAL}",
     "ddetr_mm.deterministic=true",
@@ -75,7 +76,11 @@ class Training:
         self.folder, self.data, self.fresh = folder, data, fresh
         self.steps_file = folder.with_suffix(".steps")
         self.arguments = ["train", "-e", str(SPEC), *OPTIONS, f"dataset.workers={workers}"]
-        self.arguments += [f"train.num_epochs={epochs}", f"train.results_dir={folder}"]
+        self.arguments += [
+            f"train.num_epochs={epochs}",
+            f"train.validation_interval={min(epochs, 10)}",
+            f"train.results_dir={folder}",
+        ]
 
     def start(self) -> int:
         """Start the command; returns its process id."""
@@ -137,8 +142,17 @@ def run_child(folder: Path, arguments: list[str]) -> None:
 
     ProgressHook.after_train_iter = after_train_iter
     status = ddetr_mm_main(arguments)
+    folder.with_suffix(".modules").write_text("\n".join(sys.modules))
     sys.stdout.flush()
     os._exit(status)
+
+
+def import_as_a_training_does(training: Training) -> None:
+    """Let a training run in a process of its own, then import here all that it has imported."""
+    finish(training)
+    for name in training.folder.with_suffix(".modules").read_text().splitlines():
+        with contextlib.suppress(Exception):  # parts of packages that do not import by themselves
+            importlib.import_module(name)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -212,7 +226,7 @@ def kill_often(training: Training, kills: int, longest_s: float, rng: random.Ran
             time.sleep(rng.uniform(0, longest_s))
         else:
             # after some steps, so that starts that take long leave time for training
-            training.wait_for_steps(rng.randint(1, 8), pid)
+            training.wait_for_steps(rng.randint(1, 5), pid)
             time.sleep(rng.uniform(0, 1.0))
         delay = time.monotonic() - started
         if os.waitpid(pid, os.WNOHANG) != (0, 0):
@@ -285,6 +299,8 @@ def main() -> int:
         data = Path(name)
         make_data(data)
         settings = (data, options.epochs, options.workers, options.fresh)
+        if not options.fresh:
+            import_as_a_training_does(Training(data / "first", data, 1, options.workers, False))
         training = Training(data / "killed", *settings)
         rows = kill_often(training, options.kills, options.longest, random.Random(options.seed))
         end = finish(training)
