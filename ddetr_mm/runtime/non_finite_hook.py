@@ -123,7 +123,9 @@ class NonFiniteHook(Hook):
         self._skip_this = True
         batch, self._batch = self._batch, None  # the repeated step is not watched
         for buffer, before in zip(self._model().buffers(), self._buffers, strict=True):
-            buffer.copy_(before)  # running means of a batch norm must not keep what is not finite
+            # Running means of a batch norm must not keep what is not finite. Not by buffer.copy_: autograd
+            # would miss the version it has seen, though those that it needs have not changed.
+            buffer.data.copy_(before)
         self._told += 1
         images = ", ".join(image_names(batch)) or "unknown images"
         text = f"{what} in step {self._runner.iter} ({images})"
