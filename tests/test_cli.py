@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 
 import pytest
@@ -16,7 +15,7 @@ from ddetr_mm.errors import SpecError, TrainingError
 def test_sigterm_and_ctrl_c_interrupt_every_command(monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
     for number, said in ((signal.SIGTERM, "interrupted by SIGTERM"), (signal.SIGINT, "interrupted")):
-        monkeypatch.setattr(ddetr_mm.tasks.spec, "run", lambda _, number=number: os.kill(os.getpid(), number))
+        monkeypatch.setattr(ddetr_mm.tasks.spec, "run", lambda _, number=number: signal.raise_signal(number))
         assert main(["spec", "train"]) == INTERRUPTED == 130
         assert said in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before

@@ -14,17 +14,17 @@ def test_the_first_signal_is_a_wish_and_the_second_ends(number, reason):
     before = signal.getsignal(number)
     with StopSignals() as stop:
         assert not stop.requested
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert stop.requested and stop.reason == reason
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
     assert signal.getsignal(number) is before
 
 
 def test_a_block_that_may_be_left_anywhere():
     with StopSignals() as stop:
         with pytest.raises(StoppedBySignalError, match="SIGTERM"), stop.at_once():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             raise AssertionError("the signal was not met")
         with pytest.raises(StoppedBySignalError), stop.at_once():
             raise AssertionError("a wish from before was not met")

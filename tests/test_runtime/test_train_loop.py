@@ -1,4 +1,3 @@
-import os
 import signal
 from pathlib import Path
 
@@ -29,7 +28,7 @@ class Seen(Hook):
             raise Killed
         self.seen[runner.iter] = (runner.epoch, batch_idx, data_batch["x"].tolist())
         if runner.iter == self.signal_in:
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
 
 
 class Killed(Exception):
@@ -146,8 +145,8 @@ def test_a_signal_in_the_last_step_of_an_epoch_saves_its_end(make_runner, tmp_pa
 def test_a_second_signal_ends_at_once(make_runner, tmp_path):
     class Twice(Seen):
         def before_train_iter(self, runner, batch_idx, data_batch=None):
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt) as stopped:
         make_runner([TAOCheckpointHook(), Twice({})], elastic=True).train()
@@ -161,7 +160,7 @@ class SignalInValidation(Hook):
 
     def before_val_iter(self, runner, batch_idx, data_batch=None):
         if runner.epoch == self.in_epoch:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_signal_in_validation_saves_and_the_next_run_catches_up(make_runner, tmp_path):

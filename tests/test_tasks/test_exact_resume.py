@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -46,7 +45,7 @@ class Session:
             pixels = [float(image.double().sum()) for image in data_batch["inputs"]]
             self.seen[runner.iter] = (runner.epoch, batch_idx, paths, pixels)
             if runner.iter == sigterm_in_step:
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
 
         self.monkeypatch.chdir(self.project.folder)
         self.monkeypatch.setattr(ProgressHook, "after_train_iter", write_down)
