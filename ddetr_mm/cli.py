@@ -270,13 +270,15 @@ def _run(arguments: argparse.Namespace) -> int:
 def sigterm_interrupts() -> Iterator[None]:
     """Have SIGTERM end the block as Ctrl-C does, so that a task can tidy up and tell its end.
 
-    Outside the main thread, where Python allows no handlers, nothing is changed.
+    Nothing is changed outside the main thread, where Python allows no handlers, and where the signal is
+    ignored.
     """
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt("interrupted by SIGTERM")
 
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, interrupt)

@@ -12,7 +12,7 @@ from ddetr_mm.cli import INTERRUPTED, main
 from ddetr_mm.errors import SpecError, TrainingError
 
 
-def test_sigterm_and_ctrl_c_interrupt_every_command(monkeypatch, capsys):
+def test_sigterm_and_ctrl_c_interrupt_every_command(monkeypatch, capsys, ctrl_c):
     before = signal.getsignal(signal.SIGTERM)
     for number, said in ((signal.SIGTERM, "interrupted by SIGTERM"), (signal.SIGINT, "interrupted")):
         monkeypatch.setattr(ddetr_mm.tasks.spec, "run", lambda _, number=number: signal.raise_signal(number))

@@ -28,7 +28,8 @@ class StoppedBySignalError(KeyboardInterrupt):
 class StopSignals:
     """Handlers of SIGTERM and SIGINT while a ``with`` block runs.
 
-    Outside the main thread, where Python allows no handlers, nothing is changed.
+    Outside the main thread, where Python allows no handlers, nothing is changed. A signal that the process
+    was started to ignore (shells do so to background jobs with Ctrl-C) stays ignored.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._handle)
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:

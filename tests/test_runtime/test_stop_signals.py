@@ -10,7 +10,7 @@ from ddetr_mm.runtime.stop_signals import StoppedBySignalError, StopSignals, sig
 
 
 @pytest.mark.parametrize("number, reason", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
-def test_the_first_signal_is_a_wish_and_the_second_ends(number, reason):
+def test_the_first_signal_is_a_wish_and_the_second_ends(number, reason, ctrl_c):
     before = signal.getsignal(number)
     with StopSignals() as stop:
         assert not stop.requested
@@ -19,6 +19,13 @@ def test_the_first_signal_is_a_wish_and_the_second_ends(number, reason):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+def test_what_is_ignored_stays_ignored(ctrl_c):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.requested
 
 
 def test_a_block_that_may_be_left_anywhere():

@@ -113,7 +113,7 @@ def test_goes_on_with_another_batch_size_where_the_epoch_stood(make_runner, tmp_
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_stops_after_the_step(make_runner, tmp_path, number, capfd):
+def test_a_signal_saves_and_stops_after_the_step(make_runner, tmp_path, number, capfd, ctrl_c):
     straight, seen = {}, {}
     make_runner([TAOCheckpointHook(), Seen(straight)], tmp_path / "a", elastic=True).train()
     runner = make_runner(
@@ -142,7 +142,7 @@ def test_a_signal_in_the_last_step_of_an_epoch_saves_its_end(make_runner, tmp_pa
     assert end_of(tmp_path / "train")["meta"]["epoch"] == 1
 
 
-def test_a_second_signal_ends_at_once(make_runner, tmp_path):
+def test_a_second_signal_ends_at_once(make_runner, tmp_path, ctrl_c):
     class Twice(Seen):
         def before_train_iter(self, runner, batch_idx, data_batch=None):
             signal.raise_signal(signal.SIGINT)
