@@ -102,7 +102,7 @@ def test_killed_it_goes_on_with_the_same_command(data_project: Project, tmp_path
     latest = find_latest_checkpoint(folder)
     assert latest == (folder / "dd_model_latest.pth").resolve() and latest in written[-2:]
     done = torch.load(latest, weights_only=True)["meta"]["iter"]
-    epochs = done // 3 + 1
+    epochs = done // 3 + 2
     subprocess.run(
         [*command, f"train.num_epochs={epochs}"], cwd=data_project.folder, check=True, capture_output=True
     )
