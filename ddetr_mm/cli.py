@@ -7,7 +7,6 @@ This module imports nothing heavy, so that ``-h`` answers at once. Exit status: 
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import os
 import signal
@@ -68,8 +67,6 @@ COMMANDS = (
         "spec", "print the full default spec with a comment on every field", "ddetr_mm.tasks.spec", False
     ),
 )
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C and SIGTERM."""
@@ -257,12 +254,6 @@ def _run(arguments: argparse.Namespace) -> int:
         # The reader of our output (`| head`) has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        _complain(InputError(f"{place}no space left on the disk; free some and start the same command again"))
-        return InputError.exit_status
     return 0
 
 

@@ -38,4 +38,7 @@ def test_a_full_disk_is_one_message(monkeypatch, capsys):
     monkeypatch.setattr(ddetr_mm.tasks.spec, "run", fail)
     assert main(["spec", "train"]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("error: /results/status.json: no space left") and told.count("\n") == 1
+    assert (
+        told.startswith("error: /results/status.json: cannot be read or written: No space left")
+        and told.count("\n") == 1
+    )
