@@ -15,6 +15,7 @@ from torch import nn
 from ddetr_mm.data.samplers import ElasticBatchSampler
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.runtime.checkpoint_hook import TAOCheckpointHook, is_updated
+from ddetr_mm.runtime.data_workers import end_data_workers
 from ddetr_mm.runtime.stop_signals import StoppedBySignalError, StopSignals
 
 VALIDATED_NAME = "last_validation"
@@ -83,7 +84,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             try:
                 self._run()
             except BaseException:
-                self._end_workers()
+                end_data_workers(self.runner)
                 raise
         return self.runner.model
 
@@ -168,12 +169,6 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         return Path(self.runner.work_dir) / VALIDATED_NAME
 
     # --- stopping ---
-
-    def _end_workers(self) -> None:
-        """End the loaders' workers now; those that live through all epochs would delay the process's end."""
-        loaders = [self.dataloader, *([self.runner.val_loop.dataloader] if self.runner.val_loop else [])]
-        for loader in loaders:
-            loader._iterator = None  # the only reference: its workers go with it
 
     def _stop_if_asked(self, batches_done: int = 0) -> None:
         """Save and raise where any rank was asked to stop; every rank calls it at the same moments.
