@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ddetr_mm import __version__
@@ -52,12 +55,21 @@ COMMANDS = (
         "coco", "merge, split and turn back COCO annotation files", "ddetr_mm.tasks.coco", takes_spec=False
     ),
     Command(
+        "reproduce",
+        "repeat the step of a batch that training saved because its loss was not finite",
+        "ddetr_mm.tasks.reproduce",
+        takes_spec=False,
+    ),
+    Command(
         "install-ops", "build and install mmcv with its compiled ops", "ddetr_mm.tasks.install_ops", False
     ),
     Command(
         "spec", "print the full default spec with a comment on every field", "ddetr_mm.tasks.spec", False
     ),
 )
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C and SIGTERM."""
 
 WITHOUT_STACK = ("install-ops", "spec")
 """Commands that work where mmcv or mmdet is missing or does not fit: one of them mends that."""
@@ -163,6 +175,12 @@ def _add_coco_arguments(parser: argparse.ArgumentParser) -> None:
     back.add_argument("-o", "--output", required=True, help="folder to write to")
 
 
+def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("batch", metavar="BATCH", help="a non_finite_step_*.pth of a training")
+    parser.add_argument("--config", help="the run's config (default: config.py beside the batch)")
+    parser.add_argument("-e", "--experiment_spec", metavar="SPEC", help="the spec, for its encryption_key")
+
+
 def _add_install_ops_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=_positive, help="parallel compiler jobs (default: the number of cores)"
@@ -195,6 +213,7 @@ _OWN_ARGUMENTS = {
     "check": _add_check_arguments,
     "weights": _add_weights_arguments,
     "coco": _add_coco_arguments,
+    "reproduce": _add_reproduce_arguments,
     "install-ops": _add_install_ops_arguments,
     "spec": _add_spec_command_arguments,
 }
@@ -211,6 +230,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
+        with sigterm_interrupts():
+            return _run(arguments)
+    except KeyboardInterrupt as interruption:
+        print(str(interruption) or "interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
         if arguments.command not in WITHOUT_STACK:
             raise_deferred()
         task = importlib.import_module(arguments.task_module)
@@ -222,14 +250,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _complain(error)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader of our output (`| head`) has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Have SIGTERM end the block as Ctrl-C does, so that a task can tidy up and tell its end.
+
+    Nothing is changed outside the main thread, where Python allows no handlers, and where the signal is
+    ignored.
+    """
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt("interrupted by SIGTERM")
+
+    ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(error: InputError) -> None:

@@ -106,6 +106,12 @@ class RunError(InputError):
     exit_status = 1
 
 
+class TrainingError(InputError):
+    """A training cannot go on, through no fault that a spec or file shows: its loss is not finite."""
+
+    exit_status = 1
+
+
 class StackError(InputError):
     """Torch, mmcv, mmdet or another part of the environment is missing or does not fit."""
 

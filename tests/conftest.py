@@ -1,6 +1,7 @@
 """Settings for the whole suite, and the tests that an environment cannot run."""
 
 import os
+import signal
 
 # Before anything imports matplotlib or transformers: no display, no look at a model hub.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -24,6 +25,14 @@ settings.register_profile(
     print_blob=True,
 )
 settings.load_profile("suite")
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler of Ctrl-C, which a shell has background jobs ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

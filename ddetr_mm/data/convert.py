@@ -73,7 +73,6 @@ def convert_kitti(
     started = time.monotonic()
     say = status or (lambda message: None)
     options.check()
-    say("Starting DDETR/DINO dataset convert")
     plan = Plan(options)
     say("Generating partitions")
     with _disk_errors_told(options), ResultFolder(options.results_dir) as folder:
@@ -86,7 +85,6 @@ def convert_kitti(
         _write_stats(folder.staged(STATS_NAME), plan, writing)
         folder.commit([*writing.files, WARNINGS_NAME, STATS_NAME])
     say("Json generation complete.")
-    say("Dataset convert finished successfully")
     names = {number: name for name, number in plan.category_ids.items()}
     return ConvertReport(
         results_dir=options.results_dir,

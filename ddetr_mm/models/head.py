@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ddetr_mm.errors import InputError, Problem
 
-from .criterion import set_losses
+from .criterion import box_divisor, set_losses
 from .deformable_attention import host_to_device, no_autocast
-from .matching import MatchingCost, Objects, assign_all_layers, matching_costs
+from .matching import MatchingCost, NonFiniteCostError, Objects, assign_all_layers, matching_costs
 from .postprocess import top_detections
 from .transformer import place_boxes
 
@@ -54,6 +54,8 @@ class TAODeformableDETRHead(DeformableDETRHead):
         if not (isinstance(self.loss_cls, FocalLoss) and not self.loss_cls.activated):
             raise ValueError(f"loss_cls must be FocalLoss on logits, not {self.loss_cls}")
         self.aux_loss = aux_loss
+        # NaN or infinite predictions: False raises NonFiniteCostError, True makes all losses NaN.
+        self.tolerates_non_finite = False
         self.background_column = background_column
         assigner = getattr(self, "assigner", None)
         self.matching_cost = None if assigner is None else MatchingCost.from_assigner(assigner)
@@ -149,7 +151,14 @@ class TAODeformableDETRHead(DeformableDETRHead):
         if self.matching_cost is None:
             raise ValueError("the head cannot be trained without train_cfg.assigner")
         costs = matching_costs(logits, boxes_cxcywh, objects, self.matching_cost)
-        matches = assign_all_layers(costs, objects, num_classes=logits.shape[-1])
+        try:
+            matches = assign_all_layers(costs, objects, num_classes=logits.shape[-1])
+        except NonFiniteCostError:
+            if not self.tolerates_non_finite:
+                raise
+            box_divisor(len(objects.labels), logits.device)  # the other ranks wait for this one's number
+            lost = (logits.flatten(1).sum(-1) + boxes_cxcywh.flatten(1).sum(-1)) * float("nan")
+            return dict.fromkeys(("loss_cls", "loss_bbox", "loss_iou"), lost)
         return set_losses(
             logits, boxes_cxcywh, objects, matches, self.loss_cls, self.loss_bbox, self.loss_iou
         )

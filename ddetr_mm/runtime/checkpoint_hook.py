@@ -23,6 +23,7 @@ from ddetr_mm.runtime.checkpoints import (
 )
 from ddetr_mm.runtime.message_state import message_state_from_plain, plain_message_state, plain_values
 from ddetr_mm.runtime.rng import RngState, capture_rng_state, restore_host_rng, restore_torch_rng
+from ddetr_mm.weights.encryption import encrypt_file, encryption_key, hidden_file
 
 __all__ = ["TAOCheckpointHook", "find_latest_checkpoint"]
 
@@ -37,8 +38,8 @@ class TAOCheckpointHook(Hook):
     ``param_schedulers``), so every mm* tool reads it and ``Runner`` resumes from it. All of it is kept as
     tensors and plain values (the message hub is turned back when a checkpoint is loaded), so that
     ``torch.load(weights_only=True)`` reads it without being told of any class. Added are
-    ``meta['ddetr_mm']``, ``meta['batches_done']`` (batches of the current epoch that are already trained
-    on: 0 at the end of an epoch) and ``rng_states`` (one entry a rank).
+    ``meta['ddetr_mm']``, the position in the current epoch (0 at its end) as ``meta['batches_done']``, of
+    one rank, and ``meta['samples_done']``, of all ranks together, and ``rng_states`` (one entry a rank).
 
     A checkpoint is written beside its name and renamed, then ``dd_model_latest.pth`` is pointed at it,
     so that a run may be killed at any moment. mmengine's ``last_checkpoint`` file is kept too: its own
@@ -83,6 +84,7 @@ class TAOCheckpointHook(Hook):
         self.save_param_scheduler = save_param_scheduler
         self._written: list[Path] = []
         self._iter_of_last_save: int | None = None
+        self._step_is_due = False
         self._rng_states: list[RngState] = []
         self._host_rng_to_restore: RngState | None = None
         self._torch_rng_to_restore: RngState | None = None
@@ -91,9 +93,15 @@ class TAOCheckpointHook(Hook):
         """Give mmengine the message hub as it knows it, and remember this rank's random states."""
         if isinstance(checkpoint.get("message_hub"), dict):
             checkpoint["message_hub"] = message_state_from_plain(checkpoint["message_hub"])
+        if not getattr(runner, "_resume", False):
+            return
         states = checkpoint.get("rng_states") or []
-        if getattr(runner, "_resume", False) and get_rank() < len(states):
+        if get_rank() < len(states):
             self._restore_later(states[get_rank()])
+        if hasattr(runner.train_loop, "seek"):
+            meta = checkpoint["meta"]
+            position = {name: meta.get(name, 0) for name in ("samples_done", "batches_done")}
+            runner.train_loop.seek(epoch=meta["epoch"], iter=meta["iter"], **position)
 
     def before_train(self, runner: Any) -> None:
         """Make the folder ready; what a killed run left half-written goes."""
@@ -127,8 +135,11 @@ class TAOCheckpointHook(Hook):
         data_batch: dict[str, Any] | tuple | list | None = None,
         outputs: dict[str, Any] | None = None,
     ) -> None:
-        """Save by steps."""
-        if self.unit != "step" or (runner.iter + 1) % self.interval != 0:
+        """Save by steps; while gradients are being accumulated, after the step that uses them."""
+        if self.unit != "step":
+            return
+        self._step_is_due |= (runner.iter + 1) % self.interval == 0
+        if not self._step_is_due or not is_updated(runner.optim_wrapper):
             return
         # The last step of an epoch waits for after_train_epoch, where the epoch's schedulers have stepped.
         if _counts_iterations(runner) or not self.end_of_epoch(runner.train_dataloader, batch_idx):
@@ -142,19 +153,17 @@ class TAOCheckpointHook(Hook):
             due = (runner.epoch + 1) % self.interval == 0 or self.is_last_train_epoch(runner)
             name = CheckpointName(runner.epoch)
         else:
-            due = runner.iter % self.interval == 0 or self.is_last_train_epoch(runner)
+            due = self._step_is_due or self.is_last_train_epoch(runner)
             name = CheckpointName(runner.epoch, runner.iter)
         self._restore_later(capture_rng_state())
         if due:
-            self._save(runner, name, {"epoch": runner.epoch + 1, "iter": runner.iter, "batches_done": 0})
+            meta = {"epoch": runner.epoch + 1, "iter": runner.iter, "batches_done": 0, "samples_done": 0}
+            self._save(runner, name, meta)
 
     def after_train(self, runner: Any) -> None:
         """Save the end of training, where a stop before the last epoch has left it unsaved."""
-        if self._iter_of_last_save == runner.iter:
-            return
-        epoch = max(runner.epoch - 1, 0)
-        name = CheckpointName(epoch, runner.iter if self.unit == "step" else None)
-        self._save(runner, name, {"epoch": runner.epoch, "iter": runner.iter, "batches_done": 0})
+        if self._iter_of_last_save != runner.iter:
+            self._save_between_epochs(runner)
 
     def save_step(self, runner: Any, batches_done: int) -> Path:
         """Save in the middle of an epoch, from within ``after_train_iter``.
@@ -169,9 +178,36 @@ class TAOCheckpointHook(Hook):
         Raises:
             InputError: the disk is full.
         """
-        step = runner.iter + 1
+        return self._save_within_epoch(runner, runner.iter + 1, batches_done)
+
+    def save_now(self, runner: Any, batches_done: int = 0) -> Path | None:
+        """Save between two steps or two epochs, for a run that is about to end early.
+
+        Args:
+            runner: the runner, whose ``iter`` counts all steps that are done.
+            batches_done: batches of the present epoch that are trained on; 0 between two epochs.
+
+        Returns:
+            The newest checkpoint: an earlier one where nothing was trained since, None where there is none.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        if self._iter_of_last_save == runner.iter:
+            return find_latest_checkpoint(self.out_dir or runner.work_dir)
+        if batches_done:
+            return self._save_within_epoch(runner, runner.iter, batches_done)
+        return self._save_between_epochs(runner)
+
+    def _save_within_epoch(self, runner: Any, step: int, batches_done: int) -> Path:
         meta = {"epoch": runner.epoch, "iter": step, "batches_done": batches_done}
+        meta["samples_done"] = getattr(runner.train_loop, "samples_done", 0)
         return self._save(runner, CheckpointName(runner.epoch, step), meta)
+
+    def _save_between_epochs(self, runner: Any) -> Path:
+        name = CheckpointName(max(runner.epoch - 1, 0), runner.iter if self.unit == "step" else None)
+        meta = {"epoch": runner.epoch, "iter": runner.iter, "batches_done": 0, "samples_done": 0}
+        return self._save(runner, name, meta)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Add the random states of all ranks, and leave nothing that needs a class to be read."""
@@ -184,12 +220,13 @@ class TAOCheckpointHook(Hook):
         """Write one checkpoint; every rank calls it, the first one writes."""
         path = Path(self.out_dir or runner.work_dir) / str(name)
         meta["ddetr_mm"] = self.extra_meta
-        self._rng_states = all_gather_object(capture_rng_state())
+        # Between two epochs the state to go on with is the one after the last step, whatever was drawn since.
+        self._rng_states = all_gather_object(self._torch_rng_to_restore or capture_rng_state())
         try:
             if is_main_process():
                 with full_disk_told(path):
                     with checkpoint_written_whole(path) as temporary:
-                        self._call_runner(runner, temporary, meta)
+                        self._write(runner, temporary, meta)
                     link_latest(path)
                     write_text_whole(path.with_name("last_checkpoint"), str(path))
                 self._forget_oldest(path)
@@ -199,7 +236,18 @@ class TAOCheckpointHook(Hook):
         finally:
             self._rng_states = []
         self._iter_of_last_save = meta["iter"]
+        self._step_is_due = False
         return path
+
+    def _write(self, runner: Any, path: Path, meta: dict[str, Any]) -> None:
+        """Write one file, encrypted if the process has a key."""
+        key = encryption_key()
+        if key is None:
+            self._call_runner(runner, path, meta)
+            return
+        with hidden_file() as (content, name):
+            self._call_runner(runner, name, meta)
+            encrypt_file(content, path, key)
 
     def _call_runner(self, runner: Any, path: Path, meta: dict[str, Any]) -> None:
         runner.save_checkpoint(
@@ -223,3 +271,9 @@ class TAOCheckpointHook(Hook):
 def _counts_iterations(runner: Any) -> bool:
     """Whether the training loop has no epochs of its own."""
     return isinstance(runner.train_loop, IterBasedTrainLoop)
+
+
+def is_updated(optim_wrapper: Any) -> bool:
+    """Whether the last step has updated the weights, rather than left gradients for later ones."""
+    should_update = getattr(optim_wrapper, "should_update", None)
+    return should_update is None or bool(should_update())

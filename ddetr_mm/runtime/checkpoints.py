@@ -19,12 +19,13 @@ from pathlib import Path
 
 from ddetr_mm.errors import InputError, Problem
 from ddetr_mm.files import written_whole
+from ddetr_mm.weights.encryption import is_encrypted, is_whole_encrypted
 
 LATEST_NAME = "dd_model_latest.pth"
 
 _NAME = re.compile(r"model_epoch_(?P<epoch>\d{3,})(?:_step_(?P<step>\d{5,}))?\.pth")
 _LEFTOVER = re.compile(r"\.tmp-\d+-(?:model_epoch_.*|dd_model_latest)\.pth")
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,13 @@ class CheckpointName:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file is a complete archive as ``torch.save`` writes it.
+    """Whether a file is a complete archive as ``torch.save`` writes it, encrypted or not.
 
-    Reads only the archive's directory, which stands at the file's end: a file that was cut off has none.
+    Reads only the archive's directory, which stands at the file's end: a file that was cut off has none. Of
+    an encrypted file only the length is checked, which needs no key.
     """
+    if is_encrypted(path):
+        return is_whole_encrypted(path)
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())

@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ddetr_mm.errors import InputError, Problem, SpecError, StackError
+from ddetr_mm.errors import InputError, Problem, SpecError, StackError, TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -186,9 +186,11 @@ def failure_message(error: BaseException, name: str) -> str:
     failed assertion) are told by the name of their class.
     """
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return f"User/System interruption: {name.capitalize()} was interrupted"
+        told = f": {error}" if str(error) and isinstance(error, KeyboardInterrupt) else ""
+        return f"User/System interruption: {name.capitalize()} was interrupted{told}"
     kinds: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
         (SpecError, "Configuration error"),
+        (TrainingError, "Training error"),
         (InputError, "Parameter validation error"),
         (NotImplementedError, "Feature not implemented"),
         ((ValueError, TypeError), "Parameter validation error"),

@@ -13,10 +13,10 @@ def run(arguments: Namespace) -> None:
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "evaluate")
     spec = loaded.spec
     checkpoint, engine = spec.evaluate.checkpoint, spec.evaluate.trt_engine
-    require_checkpoint(engine or checkpoint, "evaluate.trt_engine" if engine else "evaluate.checkpoint")
     choose_device(spec, spec.evaluate.gpu_ids)
-    require_device(spec)
     with open_session(loaded, "evaluate") as session:
+        require_checkpoint(engine or checkpoint, "evaluate.trt_engine" if engine else "evaluate.checkpoint")
+        require_device(spec)
         from ddetr_mm.tasks.runner import build_runner, exported_input, load_checkpoint
 
         exported = exported_input(checkpoint, engine, where="evaluate")

@@ -23,10 +23,10 @@ def run(arguments: Namespace) -> None:
     """Export; leaves the ONNX file, ``<name>.parity.json`` and, where asked for, DeepStream's files."""
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "export")
     spec = loaded.spec
-    check_target(Path(spec.export.onnx_file), ".onnx", "export.onnx_file", force=arguments.force)
-    require_checkpoint(spec.export.checkpoint, "export.checkpoint")
     choose_device(spec, [spec.export.gpu_id])
     with open_session(loaded, "export") as session:
+        check_target(Path(spec.export.onnx_file), ".onnx", "export.onnx_file", force=arguments.force)
+        require_checkpoint(spec.export.checkpoint, "export.checkpoint")
         export(loaded, session)
 
 

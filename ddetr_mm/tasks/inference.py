@@ -13,10 +13,10 @@ def run(arguments: Namespace) -> None:
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "inference")
     spec = loaded.spec
     checkpoint, engine = spec.inference.checkpoint, spec.inference.trt_engine
-    require_checkpoint(engine or checkpoint, "inference.trt_engine" if engine else "inference.checkpoint")
     choose_device(spec, spec.inference.gpu_ids)
-    require_device(spec)
     with open_session(loaded, "inference") as session:
+        require_checkpoint(engine or checkpoint, "inference.trt_engine" if engine else "inference.checkpoint")
+        require_device(spec)
         from ddetr_mm.tasks.runner import build_runner, exported_input, load_checkpoint
 
         exported = exported_input(checkpoint, engine, where="inference")

@@ -25,7 +25,8 @@ def main(tool: str) -> int:
         tool: ``"train"`` or ``"test"``.
 
     Returns:
-        The exit status: 0, or 2 for wrong input. The tool's own ``SystemExit`` passes through.
+        The exit status: 0, 2 for wrong input, 130 after Ctrl-C or SIGTERM. The tool's own ``SystemExit``
+        passes through.
     """
     try:
         script = mmdet_tool(tool)
@@ -34,6 +35,9 @@ def main(tool: str) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except KeyboardInterrupt as interruption:
+        print(str(interruption) or "interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -95,6 +99,10 @@ def translate_spec(spec_path: str, tool: str, checkpoint: str | None, folder: Pa
     subtask = SUBTASK_OF_TOOL[tool]
     overrides = [f"evaluate.checkpoint={checkpoint}"] if checkpoint else []
     loaded = load_spec(spec_path, overrides, subtask)
+    if loaded.spec.encryption_key:
+        from ddetr_mm.weights.encryption import use_encryption_key
+
+        use_encryption_key(loaded.spec.encryption_key)  # for the tool that runs in this process afterwards
     named = checkpoint or loaded.spec.train.pretrained_model_path
     return write_text_whole(folder / f"{Path(spec_path).stem}.py", config_source(loaded, subtask, named))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ddetr_mm.errors import DataError, Problem, WeightsError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.runtime.status import StatusLog
-from ddetr_mm.spec import ExperimentSpec, LoadedSpec, spec_to_yaml, task_results_dir
+from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, spec_to_yaml, task_results_dir
 from ddetr_mm.tasks.failures import failures_told
 
 
@@ -41,8 +41,24 @@ def open_session(loaded: LoadedSpec, subtask: str) -> Iterator[Session]:
             write_text_whole(folder / "experiment.yaml", spec_to_yaml(loaded.spec))
     say_notes(loaded)
     status = StatusLog.at(folder / "status.json")
-    with failures_told(), status.task(subtask), failures_told():
+    with failures_told(), status.task(subtask), failures_told(), encryption_key_of(loaded.spec):
         yield Session(folder, status)
+
+
+@contextmanager
+def encryption_key_of(spec: ExperimentSpec | ConvertSpec | None) -> Iterator[None]:
+    """Inside the block this process reads and writes checkpoints with the spec's ``encryption_key``."""
+    key = getattr(spec, "encryption_key", None)
+    if not key:
+        yield
+        return
+    from ddetr_mm.weights.encryption import use_encryption_key
+
+    use_encryption_key(key)
+    try:
+        yield
+    finally:
+        use_encryption_key(None)
 
 
 @contextmanager

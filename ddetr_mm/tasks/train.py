@@ -16,8 +16,8 @@ def run(arguments: Namespace) -> None:
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "train")
     spec = loaded.spec
     choose_device(spec, spec.train.gpu_ids)
-    require_device(spec)
     with open_session(loaded, "train") as session:
+        require_device(spec)
         quick_check(loaded)
         from ddetr_mm.tasks.runner import build_runner
 

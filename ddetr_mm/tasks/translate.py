@@ -8,7 +8,7 @@ from pathlib import Path
 from ddetr_mm.errors import Problem, SpecError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.spec import ExperimentSpec, load_spec
-from ddetr_mm.tasks.session import say_notes
+from ddetr_mm.tasks.session import encryption_key_of, say_notes
 
 
 def run(arguments: Namespace) -> None:
@@ -24,7 +24,8 @@ def run(arguments: Namespace) -> None:
     say_notes(loaded)
     from ddetr_mm.tasks.runner import config_source
 
-    text = config_source(loaded, subtask, named_checkpoint(loaded.spec, subtask))
+    with encryption_key_of(loaded.spec):
+        text = config_source(loaded, subtask, named_checkpoint(loaded.spec, subtask))
     write_text_whole(arguments.output, text)
     print(f"written: {arguments.output}")
 

@@ -8,13 +8,19 @@ from pathlib import Path
 
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.spec import load_spec
+from ddetr_mm.tasks.session import encryption_key_of
 from ddetr_mm.weights import convert_checkpoint
 
 
 def run(arguments: Namespace) -> None:
-    """Convert the checkpoint, print a summary, and leave the report of every key beside it."""
+    """Convert the checkpoint, print a summary, and leave the report of every key beside it.
+
+    The spec's ``encryption_key`` opens an encrypted source; what is written is never encrypted, since other
+    tools are to read it.
+    """
     spec = load_spec(arguments.experiment_spec).spec if arguments.experiment_spec else None
-    report = convert_checkpoint(arguments.source, arguments.destination, arguments.to, spec=spec)
+    with encryption_key_of(spec):
+        report = convert_checkpoint(arguments.source, arguments.destination, arguments.to, spec=spec)
     print(report.summary())
     target = Path(arguments.destination)
     account = write_text_whole(

@@ -156,6 +156,7 @@ def dataloader(spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool) ->
         persistent_workers=workers > 0,
         pin_memory=spec.dataset.pin_memory,
         drop_last=False,
+        worker_init_fn=dict(type="signal_proof_worker_init"),
     )
     if train:
         loader["sampler"] = dict(train_sampler(spec), shuffle=True)

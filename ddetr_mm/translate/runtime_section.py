@@ -45,6 +45,7 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
         dict(type="StatusHook"),
         dict(type="AlarmHook", pretrained=pretrained),
         dict(type="CurvesHook"),
+        dict(type="NonFiniteHook", action=spec.ddetr_mm.non_finite),
     ]
     if spec.ddetr_mm.missing_images == "replace":
         hooks.append(dict(type="ReplacedImagesHook"))

@@ -68,7 +68,7 @@ def param_scheduler(spec: ExperimentSpec) -> list[dict[str, Any]]:
 def train_loop(spec: ExperimentSpec) -> dict[str, Any]:
     """The training loop; validation runs every ``validation_interval`` epochs and after the last one."""
     return dict(
-        type="EpochBasedTrainLoop",
+        type="ResumableTrainLoop",
         max_epochs=spec.train.num_epochs,
         val_interval=spec.train.validation_interval,
     )

@@ -63,7 +63,8 @@ def explain_strange_bytes(path: Path, start: bytes) -> Problem:
         "is neither a PyTorch nor a safetensors file; it may be damaged, or encrypted by the reference's"
         " own, closed scheme, which cannot be read here",
         file=path,
-        mend="check where it comes from; an encrypted checkpoint must be saved without encryption_key",
+        mend="check where it comes from; what the reference has encrypted must be saved there without"
+        " encryption_key",
     )
 
 

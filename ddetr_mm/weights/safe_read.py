@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddetr_mm.errors import Problem, WeightsError
+from ddetr_mm.weights.encryption import MAGIC, plain_file
 from ddetr_mm.weights.pickle_names import SafeGlobal, names_in_pickle, sort_names
 from ddetr_mm.weights.refusals import ENCRYPTED, MALICIOUS_MEND, explain_strange_bytes, short_names
 
@@ -58,10 +59,12 @@ def read_raw(path: str | Path) -> RawFile:
     """Read a file or folder of weights.
 
     Args:
-        path: a PyTorch file, a safetensors file or a Hugging Face folder.
+        path: a PyTorch file, a safetensors file or a Hugging Face folder; a file may be encrypted by this
+            package (:mod:`ddetr_mm.weights.encryption`).
 
     Raises:
-        WeightsError: when it is missing, broken, of another kind, or asks for code to be run.
+        WeightsError: when it is missing, broken, of another kind, or asks for code to be run; when it is
+            encrypted and the process has no key, or the wrong one.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -76,6 +79,9 @@ def read_raw(path: str | Path) -> RawFile:
             start = file.read(512)
     except OSError as error:
         _refuse(path, f"cannot be read: {error.strerror}", "check its permissions", error)
+    if start.startswith(MAGIC):
+        with plain_file(path) as plain:
+            return replace(read_raw(plain), path=path, config=_config_beside(path))
     if start.startswith(b"PK\x03\x04"):
         return RawFile(path, "torch", _read_torch_zip(path, size), config=_config_beside(path))
     if path.suffix == ".safetensors" or _looks_like_safetensors(start, size):

@@ -120,11 +120,9 @@ class TestOutput:
         assert progress[-1] == (10, 10)
         assert progress == sorted(progress)
         assert status == [
-            "Starting DDETR/DINO dataset convert",
             "Generating partitions",
             *["Writing partition 0, shard 0", "Writing partition 0, shard 1"] * 2,
             "Json generation complete.",
-            "Dataset convert finished successfully",
         ]
         assert report.boxes_per_category == {"person": 3, "car": 10}
         assert report.category_ids == CATEGORY_IDS

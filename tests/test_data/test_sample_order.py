@@ -51,3 +51,14 @@ def test_a_rank_without_shards_gets_nothing():
     assert len(shards_of_rank(epoch_order(14, 0, 0), SHARDS, 0, 5, uneven="repeat")) == 0
     with pytest.raises(ValueError, match="repeat, drop"):
         shards_of_rank(epoch_order(14, 0, 0), SHARDS, 0, 2, uneven="pad")
+
+
+def test_twenty_million_images_for_a_thousand_ranks():
+    order = epoch_order(20_000_000, seed=1, epoch=0)
+    seen = np.zeros(len(order), np.uint8)
+    sizes = set()
+    for rank in range(1024):
+        part = turns_of_rank(order, rank, 1024)
+        seen[part] += 1
+        sizes.add(len(part))
+    assert (seen == 1).all() and sizes == {19_531, 19_532}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -176,6 +177,29 @@ def test_full_disk_is_one_message_and_keeps_the_last_good(make_runner, tmp_path,
         make_runner([TAOCheckpointHook()], epochs=3).train()
     assert names(folder) == ["model_epoch_000.pth"]
     assert is_whole(find_latest_checkpoint(folder))
+    assert not list(folder.glob(".tmp-*"))
+
+
+def test_a_limit_of_the_system_is_told_like_a_full_disk(make_runner, tmp_path):
+    """No stand-in: the system itself ends the writing in the middle of the file."""
+    folder = tmp_path / "train"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class HalfTheSize(Hook):
+        def before_train_epoch(self, runner):
+            if runner.epoch == 1:
+                size = (folder / "model_epoch_000.pth").stat().st_size // 2
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+
+    try:
+        with pytest.raises(
+            InputError, match=r"no space left.*last good checkpoint is .*model_epoch_000\.pth"
+        ):
+            make_runner([TAOCheckpointHook(), HalfTheSize()], epochs=3).train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(folder) == ["model_epoch_000.pth"]
+    assert load(folder / LATEST_NAME)["meta"]["epoch"] == 1
     assert not list(folder.glob(".tmp-*"))
 
 

@@ -12,6 +12,10 @@ from mmengine.model import BaseModel
 from mmengine.runner import Runner
 from torch import nn
 
+import ddetr_mm.data.samplers
+import ddetr_mm.runtime.train_loop  # noqa: F401 - both register
+from ddetr_mm.data.sample_rng import sample_randomness
+
 
 class Points(torch.utils.data.Dataset):
     """Points with a target; every read draws from numpy's generator, as augmentation does."""
@@ -26,6 +30,21 @@ class Points(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         x = torch.full((4,), index / self.size) + torch.from_numpy(np.random.normal(0, 0.1, 4)).float()
         return {"x": x, "y": x.sum() * 2}
+
+
+class SeededPoints(Points):
+    """Points whose noise depends on seed, epoch and index alone, and that know their index."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        with sample_randomness(index):
+            return super().__getitem__(index)
+
+
+ELASTIC = {
+    "sampler": {"type": "ElasticDistributedSampler"},
+    "batch_sampler": {"type": "ElasticBatchSampler"},
+    "worker_init_fn": {"type": "signal_proof_worker_init"},
+}
 
 
 class Line(BaseModel):
@@ -71,9 +90,15 @@ def build_runner(
     batches: int = 5,
     validate: bool = False,
     runner_class: type[Runner] = Runner,
+    elastic: bool = False,
+    num_workers: int = 0,
+    batch_size: int = 2,
     **options: Any,
 ) -> Runner:
-    """A runner over ``batches`` batches of 2 an epoch, with only ``hooks`` and mmengine's own basic ones."""
+    """A runner over ``batches`` batches of 2 an epoch, with only ``hooks`` and mmengine's own basic ones.
+
+    ``elastic`` takes our training loop and samplers.
+    """
     torch.manual_seed(3)
     settings: dict[str, Any] = {
         "model": Line(),
@@ -95,6 +120,11 @@ def build_runner(
         "log_level": "WARNING",
         "experiment_name": f"{work_dir.name}-{np.random.default_rng().integers(1 << 60)}",
     }
+    if elastic:
+        settings["train_cfg"] = {"type": "ResumableTrainLoop", "max_epochs": epochs}
+        loader = settings["train_dataloader"]
+        loader |= {"dataset": SeededPoints(2 * batches), "batch_size": batch_size, **ELASTIC}
+        loader |= {"num_workers": num_workers, "persistent_workers": num_workers > 0}
     if validate:
         settings |= {
             "val_dataloader": {

@@ -27,7 +27,10 @@ def test_convert_leaves_shards_and_statistics(data_project: Project):
     assert shards[0] == "test/test-shard-00000-of-00002.json" and len(shards) == 6
     assert (folder / "stats.txt").is_file() and (folder / "warnings.json").is_file()
     lines = status_lines(folder / "status.json")
-    assert lines[0]["status"] == "STARTED" and lines[-1]["status"] == "SUCCESS"
+    messages = [line["message"] for line in lines]
+    assert messages[0] == "Starting DDETR/DINO dataset convert" and lines[0]["status"] == "STARTED"
+    assert messages[-1] == "Dataset convert finished successfully" and lines[-1]["status"] == "SUCCESS"
+    assert len(set(messages[:2] + messages[-2:])) == 4 and messages.count(messages[0]) == 1
     assert not (folder / "experiment.yaml").exists()
 
 

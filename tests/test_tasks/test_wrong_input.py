@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,11 @@ def test_unknown_key_names_file_line_and_nearest_key(data_project: Project, tmp_
     assert "Traceback" not in done.stderr
 
 
-def test_missing_checkpoint(data_project: Project):
-    done = data_project.tiny("evaluate", "evaluate.checkpoint=nowhere.pth", status=2)
+def test_missing_checkpoint(data_project: Project, tmp_path: Path):
+    folder = f"evaluate.results_dir={tmp_path}"
+    done = data_project.tiny("evaluate", "evaluate.checkpoint=nowhere.pth", folder, status=2)
+    last = json.loads((tmp_path / "status.json").read_text().splitlines()[-1])
+    assert last["status"] == "FAILURE" and "nowhere.pth" in last["message"]
     assert "nowhere.pth" in done.stderr and "evaluate.checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -50,6 +50,14 @@ class OwnSection:
         where they cannot be right.""",
     )
     log_interval: int = spec_field(50, origin=OURS, ge=1, doc="Steps between two lines of the log.")
+    non_finite: str = spec_field(
+        "stop",
+        origin=OURS,
+        options=("stop", "skip"),
+        doc="""What training does about a loss or gradients that are NaN or infinite. stop: end before the
+        weights change; skip: leave the step out. Either way the images and the layer are named and the batch
+        is saved.""",
+    )
     deterministic: bool = spec_field(
         False,
         origin=OURS,

@@ -1,0 +1,166 @@
+"""What training does about a loss or gradients that are NaN or infinite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmdet.registry import HOOKS
+from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from torch import Tensor
+
+from ddetr_mm.errors import Problem, TrainingError
+from ddetr_mm.runtime.non_finite_batch import find_first_non_finite, image_names, save_batch
+
+ACTIONS = ("stop", "skip")
+MOST_SAVED = 3
+"""Batches that one run saves and looks into; further ones are only told."""
+
+MOST_SKIPPED_IN_A_ROW = 50
+
+
+@HOOKS.register_module()
+class NonFiniteHook(Hook):
+    """Stops before, or skips, an update by a loss or gradients that are not finite.
+
+    Told are the images of the batch and the layer where it first appeared. The batch is saved as
+    ``non_finite_step_NNNNN.pth`` in the runner's ``work_dir``, with the weights and the random state of the
+    step; ``ddetr-mm reproduce FILE`` repeats it.
+
+    In half precision with loss scaling the scaler's own search for a factor is left alone: only a loss that
+    is not finite counts, and gradients that the scaler lets through.
+
+    Args:
+        action: ``"stop"``, with a :class:`~ddetr_mm.errors.TrainingError`; ``"skip"``: the weights stay as
+            they are and training goes on, unless :data:`MOST_SKIPPED_IN_A_ROW` steps are skipped in a row.
+    """
+
+    # The last before the step: its random state is the step's.
+    priority = "LOWEST"
+
+    def __init__(self, action: str = "stop") -> None:
+        if action not in ACTIONS:
+            raise ValueError(f"action must be one of {', '.join(ACTIONS)}, not {action!r}")
+        self.action = action
+        self.num_skipped = 0
+        self._skipped_in_a_row = 0
+        self._told = 0
+        self._skip_this = False
+        self._runner: Any = None
+        self._batch: Any = None
+        self._rng_state = torch.empty(0)
+        self._buffers: list[Tensor] = []
+
+    def before_train(self, runner: Any) -> None:
+        """Watch the model's losses and the optimizer's steps."""
+        self._runner = runner
+        model = self._model()
+        head = getattr(model, "bbox_head", None)
+        if hasattr(head, "tolerates_non_finite"):
+            head.tolerates_non_finite = True  # this hook tells more than the matcher could
+        model.register_forward_hook(self._look_at_losses)
+        runner.optim_wrapper.optimizer.register_step_pre_hook(self._look_at_gradients)
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Remember what the step is made of."""
+        self._batch = data_batch
+        self._rng_state = torch.get_rng_state()
+        self._skip_this = False
+        buffers = list(self._model().buffers())
+        if len(self._buffers) != len(buffers):
+            self._buffers = [buffer.clone() for buffer in buffers]
+        elif buffers:
+            torch._foreach_copy_(self._buffers, buffers)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Count skipped steps."""
+        if not self._skip_this:
+            self._skipped_in_a_row = 0
+            return
+        self.num_skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                Problem(
+                    f"{self._skipped_in_a_row} steps in a row had no finite loss and gradients",
+                    mend="lower the learning rate, and go on from an earlier checkpoint",
+                )
+            )
+
+    def _look_at_losses(self, model: Any, inputs: Any, output: Any) -> None:
+        if not isinstance(output, dict) or not model.training or self._batch is None:
+            return
+        losses = [value for key, value in output.items() if "loss" in key and isinstance(value, Tensor)]
+        if losses and not torch.isfinite(torch.stack([loss.detach().sum() for loss in losses]).sum()):
+            self._found("the loss is not finite")
+
+    def _look_at_gradients(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if not gradients:
+            return
+        norms = torch.stack([norm.to(gradients[0].device) for norm in torch._foreach_norm(gradients)])
+        broken = (~torch.isfinite(norms).all()).float()
+        all_reduce(broken, "max")
+        if not broken:
+            return
+        if not self._skip_this:
+            self._found("the gradients are not finite")
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None  # the optimizer leaves what has no gradient
+
+    def _found(self, what: str) -> None:
+        self._skip_this = True
+        batch, self._batch = self._batch, None  # the repeated step is not watched
+        for buffer, before in zip(self._model().buffers(), self._buffers, strict=True):
+            # Running means of a batch norm must not keep what is not finite. Not by buffer.copy_: autograd
+            # would miss the version it has seen, though those that it needs have not changed.
+            buffer.data.copy_(before)
+        self._told += 1
+        images = ", ".join(image_names(batch)) or "unknown images"
+        text = f"{what} in step {self._runner.iter} ({images})"
+        command = None
+        if self._told <= MOST_SAVED:
+            path, finding = self._look_into(batch, what)
+            text += f"; {finding}"
+            command = f"the batch is saved; `ddetr-mm reproduce {path}` repeats the step"
+        if self.action == "stop":
+            raise TrainingError(
+                Problem(text, mend=f"{command}; usual causes: a learning rate too high, fp16, broken data")
+            )
+        self._runner.logger.warning(f"Step skipped: {text}" + (f"; {command}" if command else ""))
+
+    def _look_into(self, batch: Any, what: str) -> tuple[Path, str]:
+        runner, model = self._runner, self._model()
+        rank = f"_rank_{get_rank()}" if get_world_size() > 1 else ""
+        path = Path(runner.work_dir) / f"non_finite_step_{runner.iter:05d}{rank}.pth"
+        about = {
+            "what": what,
+            "images": image_names(batch),
+            "epoch": runner.epoch,
+            "step": runner.iter,
+            "precision": str(getattr(runner.optim_wrapper, "cast_dtype", None) or "float32"),
+        }
+        save_batch(path, model, batch, self._rng_state, about)
+        if get_world_size() > 1:
+            # The other ranks are in the middle of their step: none may wait for this one.
+            return path, "the command below names the layer"
+        # Gradients are kept: in a skipped step they have still to be dropped, by all alike.
+        context = runner.optim_wrapper.optim_context(model)
+        with torch.enable_grad():
+            finding = find_first_non_finite(model, batch, self._rng_state, context)
+        return path, str(finding)
+
+    def _model(self) -> Any:
+        model = self._runner.model
+        return model.module if is_model_wrapper(model) else model

@@ -1,0 +1,198 @@
+"""Checkpoints encrypted with a key of the user's own, by the ``cryptography`` library.
+
+A file begins with a header, followed by segments::
+
+    magic (8 bytes) · salt (16) · nonce prefix (7) · length of the content (8, big-endian) · key check (16)
+    segment: AES-256-GCM of 16 MiB of content, 16 bytes longer than those; the last one may be shorter
+
+The AES key is derived from the user's key by scrypt with the salt. A segment's nonce is the prefix, the
+segment's number and whether it is the last; the header without the key check is authenticated with each. So
+segments can be neither changed, nor exchanged, nor left out. The key check is the authentication tag of
+nothing: it tells a wrong key from a damaged file.
+
+The key is never written anywhere. Decrypted content never touches a disk where the system can keep files
+in memory (Linux).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from ddetr_mm.errors import Problem, StackError, WeightsError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+MAGIC = b"DDMMENC1"
+SEGMENT_BYTES = 16 * 2**20
+_TAG_BYTES = 16
+_HEAD = struct.Struct(">8s16s7sQ")
+_HEADER_BYTES = _HEAD.size + _TAG_BYTES
+_KEY_CHECK = 0xFFFFFFFF  # a segment number that no file reaches
+
+_key: str | None = None
+
+
+def use_encryption_key(key: str | None) -> None:
+    """Set the key of this process for every checkpoint it reads or writes.
+
+    Args:
+        key: any text; None or empty for none.
+    """
+    global _key
+    _key = key or None
+
+
+def encryption_key() -> str | None:
+    """The key that :func:`use_encryption_key` has set."""
+    return _key
+
+
+def is_encrypted(path: str | Path) -> bool:
+    """Whether a file begins as :func:`encrypt_file` writes it."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def is_whole_encrypted(path: str | Path) -> bool:
+    """Whether an encrypted file has the length that its header tells; needs no key."""
+    with Path(path).open("rb") as file:
+        head = file.read(_HEAD.size)
+    if len(head) < _HEAD.size:
+        return False
+    length = _HEAD.unpack(head)[3]
+    return Path(path).stat().st_size == _HEADER_BYTES + length + _num_segments(length) * _TAG_BYTES
+
+
+def encrypt_file(source: BinaryIO, destination: str | Path, key: str) -> None:
+    """Encrypt all of a file, from its beginning.
+
+    Args:
+        source: can be sought in.
+        destination: file to write.
+        key: the user's key.
+
+    Raises:
+        OSError: the destination cannot be written.
+    """
+    length = source.seek(0, os.SEEK_END)
+    source.seek(0)
+    head = _HEAD.pack(MAGIC, os.urandom(16), os.urandom(7), length)
+    cipher = _cipher(key, head)
+    with Path(destination).open("wb") as file:
+        file.write(head + cipher.encrypt(_nonce(head, _KEY_CHECK, False), b"", head))
+        count = _num_segments(length)
+        for number in range(count):
+            nonce = _nonce(head, number, number == count - 1)
+            file.write(cipher.encrypt(nonce, source.read(SEGMENT_BYTES), head))
+
+
+def decrypt_file(source: str | Path, destination: BinaryIO, key: str | None) -> None:
+    """Decrypt a file that :func:`encrypt_file` wrote.
+
+    Args:
+        source: the encrypted file.
+        destination: gets the content; nothing of a segment is written before it is authenticated.
+        key: the user's key.
+
+    Raises:
+        WeightsError: there is no key, it is the wrong one, or the file is damaged.
+        StackError: the library is not installed.
+    """
+    if not key:
+        raise WeightsError(Problem("is encrypted", file=source, mend="give its key: encryption_key=…"))
+    with Path(source).open("rb") as file:
+        head, check = file.read(_HEAD.size), file.read(_TAG_BYTES)
+        if not is_whole_encrypted(source):
+            raise _damaged(source)
+        cipher = _cipher(key, head)
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            cipher.decrypt(_nonce(head, _KEY_CHECK, False), check, head)
+        except InvalidTag:
+            raise WeightsError(
+                Problem(
+                    "cannot be decrypted with this key",
+                    file=source,
+                    where="encryption_key",
+                    mend="give the key it was encrypted with",
+                )
+            ) from None
+        count = _num_segments(_HEAD.unpack(head)[3])
+        for number in range(count):
+            nonce = _nonce(head, number, number == count - 1)
+            try:
+                destination.write(cipher.decrypt(nonce, file.read(SEGMENT_BYTES + _TAG_BYTES), head))
+            except InvalidTag:
+                raise _damaged(source) from None
+
+
+@contextmanager
+def plain_file(path: str | Path, key: str | None = None) -> Iterator[Path]:
+    """A path under which the content of a file, encrypted or not, can be read inside the block.
+
+    Args:
+        path: the file. One that is not encrypted is given as it is.
+        key: the key; by default the process's.
+
+    Raises:
+        WeightsError: see :func:`decrypt_file`.
+    """
+    if not is_encrypted(path):
+        yield Path(path)
+        return
+    with hidden_file() as (hidden, name):
+        decrypt_file(path, hidden, key or encryption_key())
+        hidden.flush()
+        yield name
+
+
+@contextmanager
+def hidden_file() -> Iterator[tuple[BinaryIO, Path]]:
+    """An open file in memory, and a path that stands for it in this process while the block runs.
+
+    Where the system has no such files it is a temporary file that only the user can read.
+    """
+    if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir():
+        with os.fdopen(os.memfd_create("checkpoint", os.MFD_CLOEXEC), "w+b") as file:
+            yield file, Path(f"/proc/self/fd/{file.fileno()}")
+        return
+    with tempfile.NamedTemporaryFile(prefix="ddetr_mm-") as named:
+        yield named.file, Path(named.name)  # type: ignore[misc]
+
+
+def _cipher(key: str, head: bytes) -> AESGCM:
+    # Imported here: a run without a key needs no such library.
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+        from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+    except ImportError as error:
+        mend = "run: pip install 'cryptography>=42'"
+        raise StackError(Problem("encryption needs the package cryptography", mend=mend)) from error
+    salt = _HEAD.unpack(head)[1]
+    return AESGCM(Scrypt(salt=salt, length=32, n=2**15, r=8, p=1).derive(key.encode()))
+
+
+def _nonce(head: bytes, number: int, last: bool) -> bytes:
+    prefix: bytes = _HEAD.unpack(head)[2]
+    return prefix + struct.pack(">IB", number, last)
+
+
+def _num_segments(length: int) -> int:
+    return max(1, -(-length // SEGMENT_BYTES))
+
+
+def _damaged(path: str | Path) -> WeightsError:
+    return WeightsError(
+        Problem("is encrypted, and truncated or changed since", file=path, mend="copy it again")
+    )
