@@ -209,7 +209,7 @@ class DeformableAttention(MultiScaleDeformableAttention):
                 [[(width, height)] * points for height, width in level_sizes_hw], query.device, torch.float32
             )
             centers = centers.expand(-1, -1, -1, -1, points, -1).contiguous()
-            return torch.addcdiv(centers, offsets, sizes_wh), weights
+            return centers + offsets / sizes_wh, weights
         if reference_points.shape[-1] == 4:
             return centers[..., :2] + offsets / self.num_points * centers[..., 2:] * 0.5, weights
         raise ValueError(f"reference points must have 2 or 4 coordinates, not {reference_points.shape[-1]}")
