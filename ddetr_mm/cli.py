@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ddetr_mm import __version__
-from ddetr_mm.errors import InputError
+from ddetr_mm.errors import InputError, RankFailure
 from ddetr_mm.stack.versions import raise_deferred
 
 
@@ -73,6 +73,10 @@ INTERRUPTED = 130
 
 WITHOUT_STACK = ("install-ops", "spec")
 """Commands that work where mmcv or mmdet is missing or does not fit: one of them mends that."""
+
+LAUNCHED_VARIABLE = (
+    "DDETR_MM_LAUNCHER_PID"  # as in ddetr_mm.runtime.rank_env, which this module may not import
+)
 
 CONFIG_SUBTASKS = ("train", "evaluate", "inference", "export")
 SPEC_SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine")
@@ -233,7 +237,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_interrupts():
             return _run(arguments)
     except KeyboardInterrupt as interruption:
-        print(str(interruption) or "interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one tells it
+            print(str(interruption) or "interrupted", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -245,15 +250,17 @@ def _run(arguments: argparse.Namespace) -> int:
         failures = importlib.import_module("ddetr_mm.tasks.failures")
         with failures.failures_told():
             task.run(arguments)
-    except InputError as error:
-        if arguments.debug:
-            traceback.print_exc()
-        _complain(error)
-        return error.exit_status
+    except RankFailure as failure:
+        if failure.details:
+            print(failure.details, file=sys.stderr)
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_status
     except BrokenPipeError:
         # The reader of our output (`| head`) has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        return _failed(error, arguments.debug)
     return 0
 
 
@@ -277,6 +284,28 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _failed(error: Exception, debug: bool) -> int:
+    """Tell a failure, or leave it to the process that started this one as a rank; gives the exit status.
+
+    Raises:
+        Exception: the error itself, where it is no wrong input but a defect of ours.
+    """
+    told_by_launcher = False
+    if LAUNCHED_VARIABLE in os.environ:
+        from ddetr_mm.tasks.launch import recorded_for_launcher
+
+        told_by_launcher = recorded_for_launcher(error, debug)
+    if not isinstance(error, InputError):
+        if told_by_launcher:
+            return 1
+        raise error
+    if not told_by_launcher:
+        if debug:
+            traceback.print_exception(error)
+        _complain(error)
+    return error.exit_status
 
 
 def _complain(error: InputError) -> None:

@@ -116,6 +116,33 @@ class StackError(InputError):
     """Torch, mmcv, mmdet or another part of the environment is missing or does not fit."""
 
 
+class RankFailure(Exception):
+    """A process of a distributed run has failed, and the run with it.
+
+    Args:
+        reason: which one and why, for the user.
+        rank: its number in the job.
+        exit_status: what the command ends with.
+        killed: whether a signal killed it.
+        details: its traceback, where it left one.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        rank: int,
+        exit_status: int = 1,
+        killed: bool = False,
+        details: str | None = None,
+    ) -> None:
+        super().__init__(reason)
+        self.rank = rank
+        self.exit_status = exit_status
+        self.killed = killed
+        self.details = details
+
+
 def shorten(value: Any, limit: int = 120) -> str:
     """``repr`` of a value, cut to ``limit`` characters for messages."""
     text = repr(value)

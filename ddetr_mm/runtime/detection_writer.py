@@ -8,27 +8,28 @@ from typing import Any
 
 import numpy as np
 from mmdet.registry import METRICS
+from mmengine.dist import all_gather_object
 from mmengine.evaluator import BaseMetric
 
 from ddetr_mm.errors import DataError, Problem
 from ddetr_mm.runtime.results import (
+    claim_targets,
     draw_detections,
     load_upright_rgb,
     palette,
     parse_color_map,
+    result_files,
     save_image,
     write_kitti_labels,
 )
-
-LABELS_FOLDER = "labels"
-IMAGES_FOLDER = "images_annotated"
 
 
 @METRICS.register_module()
 class DetectionWriter(BaseMetric):
     """Writes ``labels/<image>.txt`` and ``images_annotated/<image>`` for every image that passes by.
 
-    It is a metric, so that the Runner's test loop drives it, on any number of ranks.
+    It is a metric, so that the Runner's test loop drives it, on any number of ranks: each writes the files
+    of its own images.
 
     Args:
         output_dir: the results folder.
@@ -43,6 +44,8 @@ class DetectionWriter(BaseMetric):
 
     Raises:
         DataError: when the names file or an image cannot be read, or two images would write the same file.
+            A rank knows its own images only:
+            :func:`~ddetr_mm.runtime.results.refuse_shared_targets` checks those of all.
         SpecError: for a colour that is none.
     """
 
@@ -65,7 +68,7 @@ class DetectionWriter(BaseMetric):
         self.outline_width = outline_width
         self.per_sequence = per_sequence
         self.named_classes = read_class_names(class_names_file) if class_names_file else None
-        self._written: dict[Path, str] = {}
+        self._written: dict[Path, Path] = {}
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         """Write the files of a batch of images."""
@@ -78,11 +81,23 @@ class DetectionWriter(BaseMetric):
             labels = found["labels"].detach().cpu().numpy()[keep]
             classes = [name_of(names, int(label)) for label in labels]
             self._write(Path(sample["img_path"]), boxes_xyxy, classes, scores[keep])
-            self.results.append(int(keep.sum()))
+            self.results.append((str(sample["img_path"]), int(keep.sum())))
 
-    def compute_metrics(self, results: list[int]) -> dict[str, float]:
+    def evaluate(self, size: int) -> dict[str, float]:
+        """Count the images and objects of all ranks; an image that two ranks were given counts once.
+
+        Args:
+            size: number of images of the dataset; not used.
+        """
+        parts = all_gather_object(self.results)
+        self.results = []
+        metrics = self.compute_metrics([entry for part in parts for entry in part])
+        return {f"{self.prefix}/{key}": value for key, value in metrics.items()}
+
+    def compute_metrics(self, results: list[tuple[str, int]]) -> dict[str, float]:
         """How many images were seen and how many objects written."""
-        return {"images": float(len(results)), "objects": float(sum(results))}
+        by_image = dict(results)
+        return {"images": float(len(by_image)), "objects": float(sum(by_image.values()))}
 
     def _class_names(self) -> Sequence[str]:
         """Names by label: of the file given, else of the model."""
@@ -91,7 +106,8 @@ class DetectionWriter(BaseMetric):
         return (self.dataset_meta or {}).get("classes") or ()
 
     def _write(self, image: Path, boxes_xyxy: np.ndarray, classes: list[str], scores: np.ndarray) -> None:
-        labels_file, picture_file = self._targets(image)
+        labels_file, picture_file = targets = result_files(self.output_dir, image, self.per_sequence)
+        claim_targets(self._written, targets, image)
         write_kitti_labels(labels_file, names=classes, boxes_xyxy=boxes_xyxy, scores=scores)
         colors = palette([*self._class_names(), *classes]) if self.colors is None else self.colors
         picture = load_upright_rgb(image)
@@ -104,25 +120,6 @@ class DetectionWriter(BaseMetric):
             outline_width=self.outline_width,
         )
         save_image(picture_file, drawn)
-
-    def _targets(self, image: Path) -> tuple[Path, Path]:
-        """Label file and picture file of an image; each name is written once."""
-        folder = self.output_dir
-        if self.per_sequence:
-            folder = folder / image.resolve().parent.parent.name
-        labels_file = folder / LABELS_FOLDER / f"{image.stem}.txt"
-        picture_file = folder / IMAGES_FOLDER / image.name
-        for target in (labels_file, picture_file):
-            other = self._written.setdefault(target, str(image))
-            if other != str(image):
-                raise DataError(
-                    Problem(
-                        f"{other} and {image} would both write {target}",
-                        where="dataset.infer_data_sources.image_dir",
-                        mend="run such folders one by one, or set inference.is_internal=true",
-                    )
-                )
-        return labels_file, picture_file
 
 
 def read_class_names(path: str | Path) -> list[str]:

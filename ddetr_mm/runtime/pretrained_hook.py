@@ -6,8 +6,8 @@ from typing import Any
 
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 
+from ddetr_mm.runtime.sharded_runner import whole_model
 from ddetr_mm.weights import load_backbone, load_for_model
 
 
@@ -37,11 +37,11 @@ class PretrainedWeightsHook(Hook):
         if runner.iter > 0:
             runner.logger.info("The run goes on from a checkpoint: pretrained weights are not loaded.")
             return
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        if self.backbone_path:
-            report = load_backbone(model.backbone, self.backbone_path)
-            runner.logger.info(f"Backbone from {self.backbone_path}:\n{report.summary()}")
-        if self.model_path:
-            classes = runner.train_dataloader.dataset.metainfo.get("classes")
-            report = load_for_model(model, self.model_path, class_names=classes)
-            runner.logger.info(f"Model from {self.model_path}:\n{report.summary()}")
+        with whole_model(runner) as model:
+            if self.backbone_path:
+                report = load_backbone(model.backbone, self.backbone_path)
+                runner.logger.info(f"Backbone from {self.backbone_path}:\n{report.summary()}")
+            if self.model_path:
+                classes = runner.train_dataloader.dataset.metainfo.get("classes")
+                report = load_for_model(model, self.model_path, class_names=classes)
+                runner.logger.info(f"Model from {self.model_path}:\n{report.summary()}")

@@ -10,9 +10,11 @@ import logging
 import re
 from typing import Any
 
+from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch import nn
 
 from ddetr_mm.runtime.data_workers import end_data_workers
 
@@ -25,6 +27,8 @@ _FILE_ONLY = re.compile(
     | "FileClient"\ will\ be\ deprecated        # mmengine's own calls, nothing a user can change
     | "HardDiskBackend"\ is\ the\ alias
     | Distributed\ training\ is\ not\ used
+    | Resumed\ iteration\ number\ is\ not     # counted by epoch here: AccumulationHook
+    | Gradient\ accumulative\ may\ slightly   # told of frozen batch norms, too
     | paramwise_options\ --                     # one line a parameter
     """,
     re.VERBOSE,
@@ -75,3 +79,13 @@ class QuietRunner(Runner):
             return super().test()
         finally:
             end_data_workers(self)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Wrap the model for training on several ranks, as mmengine does.
+
+        Where nothing is trained it stays as it is: there are no gradients to exchange, and an exported
+        graph has no parameters at all.
+        """
+        if self._train_loop is None:
+            return model.to(get_device())
+        return super().wrap_model(model_wrapper_cfg, model)

@@ -13,7 +13,7 @@ import colorsys
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from ddetr_mm.errors import DataError, Problem, SpecError
 from ddetr_mm.files import write_text_whole, written_whole
+
+LABELS_FOLDER = "labels"
+IMAGES_FOLDER = "images_annotated"
 
 Color = tuple[int, int, int]
 
@@ -196,3 +199,40 @@ def _draw_tag(
     canvas.rectangle((x, y, x + width, y + height), fill=color)
     dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
     canvas.text((x + 2 - left, y + 2 - top), text, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)
+
+
+def result_files(output_dir: Path, image: Path, per_sequence: bool) -> tuple[Path, Path]:
+    """Label file and picture file of an image.
+
+    Args:
+        output_dir: the results folder.
+        image: the image.
+        per_sequence: put both under the name of the folder two levels above the image.
+    """
+    folder = output_dir / image.resolve().parent.parent.name if per_sequence else output_dir
+    return folder / LABELS_FOLDER / f"{image.stem}.txt", folder / IMAGES_FOLDER / image.name
+
+
+def refuse_shared_targets(images: Iterable[Path], per_sequence: bool) -> None:
+    """Check that every image has result files of its own.
+
+    Raises:
+        DataError: when two images would write the same file.
+    """
+    written: dict[Path, Path] = {}
+    for image in images:
+        claim_targets(written, result_files(Path(), image, per_sequence), image)
+
+
+def claim_targets(written: dict[Path, Path], targets: Iterable[Path], image: Path) -> None:
+    """Note that ``image`` writes ``targets``; refuse what another image writes."""
+    for target in targets:
+        other = written.setdefault(target, image)
+        if other != image:
+            raise DataError(
+                Problem(
+                    f"{other} and {image} would both write {target}",
+                    where="dataset.infer_data_sources.image_dir",
+                    mend="run such folders one by one, or set inference.is_internal=true",
+                )
+            )

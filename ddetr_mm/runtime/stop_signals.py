@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -17,8 +18,12 @@ from typing import Any
 
 from mmengine.registry import FUNCTIONS
 
+from ddetr_mm.runtime.rank_env import is_launched_by_us
+from ddetr_mm.runtime.status import on_first_rank
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WORKER_GRACE_S = 5
+PASSED_ON_WITHIN_S = 5.0
 
 
 class StoppedBySignalError(KeyboardInterrupt):
@@ -34,6 +39,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._received_at = 0.0
         self._at_once = False
         self._before: dict[int, Any] = {}
 
@@ -77,11 +83,17 @@ class StopSignals:
             self._at_once = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.requested:
+            # Schedulers signal all processes of a job, and the launcher among them passes it on.
+            if is_launched_by_us() and now - self._received_at < PASSED_ON_WITHIN_S:
+                return
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        self.received, self._received_at = signal.Signals(number), now
         if self._at_once:
             raise StoppedBySignalError(self.reason)
+        if not on_first_rank():
+            return
         print(
             f"{self.reason}: stopping after this step, with a checkpoint; once more to stop at once",
             file=sys.stderr,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ddetr_mm.spec import load_spec
-from ddetr_mm.tasks.session import choose_device, open_session, require_checkpoint, require_device
+from ddetr_mm.tasks.launch import joined_ranks, launched
+from ddetr_mm.tasks.session import open_session, require_checkpoint, require_gpus
 
 
 def run(arguments: Namespace) -> None:
@@ -13,23 +14,25 @@ def run(arguments: Namespace) -> None:
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "evaluate")
     spec = loaded.spec
     checkpoint, engine = spec.evaluate.checkpoint, spec.evaluate.trt_engine
-    choose_device(spec, spec.evaluate.gpu_ids)
+    if launched(arguments, loaded, "evaluate"):
+        return
     with open_session(loaded, "evaluate") as session:
         require_checkpoint(engine or checkpoint, "evaluate.trt_engine" if engine else "evaluate.checkpoint")
-        require_device(spec)
-        from ddetr_mm.tasks.runner import build_runner, exported_input, load_checkpoint
+        require_gpus(spec)
+        with joined_ranks():
+            from ddetr_mm.tasks.runner import build_runner, exported_input, load_checkpoint
 
-        exported = exported_input(checkpoint, engine, where="evaluate")
-        runner = build_runner(loaded, "evaluate", session.folder, checkpoint, exported)
-        if exported is None:
-            classes = runner.test_dataloader.dataset.metainfo.get("classes")
-            load_checkpoint(runner.model, checkpoint, where="evaluate.checkpoint", class_names=classes)
-        session.status.write(f"Loading checkpoint: {engine or checkpoint}")
-        metrics = runner.test()
-        session.status.write(
-            "Test metrics generated.",
-            kpi={
-                "test_mAP": str(metrics["coco/bbox_mAP"]),
-                "test_mAP50": str(metrics["coco/bbox_mAP_50"]),
-            },
-        )
+            exported = exported_input(checkpoint, engine, where="evaluate")
+            runner = build_runner(loaded, "evaluate", session.folder, checkpoint, exported)
+            if exported is None:
+                classes = runner.test_dataloader.dataset.metainfo.get("classes")
+                load_checkpoint(runner.model, checkpoint, where="evaluate.checkpoint", class_names=classes)
+            session.status.write(f"Loading checkpoint: {engine or checkpoint}")
+            metrics = runner.test()
+            session.status.write(
+                "Test metrics generated.",
+                kpi={
+                    "test_mAP": str(metrics["coco/bbox_mAP"]),
+                    "test_mAP50": str(metrics["coco/bbox_mAP_50"]),
+                },
+            )

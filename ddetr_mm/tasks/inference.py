@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from ddetr_mm.data.sources import list_images
+from ddetr_mm.runtime.results import refuse_shared_targets
+from ddetr_mm.runtime.status import on_first_rank
 from ddetr_mm.spec import load_spec
-from ddetr_mm.tasks.session import choose_device, open_session, require_checkpoint, require_device
+from ddetr_mm.tasks.launch import joined_ranks, launched
+from ddetr_mm.tasks.session import open_session, require_checkpoint, require_gpus
 
 
 def run(arguments: Namespace) -> None:
@@ -13,19 +17,26 @@ def run(arguments: Namespace) -> None:
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "inference")
     spec = loaded.spec
     checkpoint, engine = spec.inference.checkpoint, spec.inference.trt_engine
-    choose_device(spec, spec.inference.gpu_ids)
+    if launched(arguments, loaded, "inference"):
+        return
     with open_session(loaded, "inference") as session:
         require_checkpoint(engine or checkpoint, "inference.trt_engine" if engine else "inference.checkpoint")
-        require_device(spec)
-        from ddetr_mm.tasks.runner import build_runner, exported_input, load_checkpoint
+        require_gpus(spec)
+        source = spec.dataset.infer_data_sources
+        if source is not None and on_first_rank():
+            refuse_shared_targets(list_images(source.image_dir), spec.inference.is_internal)
+        with joined_ranks():
+            from ddetr_mm.tasks.runner import build_runner, exported_input, load_checkpoint
 
-        exported = exported_input(checkpoint, engine, where="inference")
-        runner = build_runner(loaded, "inference", session.folder, checkpoint, exported)
-        if exported is None:
-            load_checkpoint(runner.model, checkpoint, where="inference.checkpoint")
-        session.status.write(f"Loading checkpoint: {engine or checkpoint}")
-        counts = runner.test()
-        print(
-            f"{counts['inference/objects']:.0f} objects in {counts['inference/images']:.0f} images: "
-            f"{session.folder}/labels, {session.folder}/images_annotated"
-        )
+            exported = exported_input(checkpoint, engine, where="inference")
+            runner = build_runner(loaded, "inference", session.folder, checkpoint, exported)
+            if exported is None:
+                load_checkpoint(runner.model, checkpoint, where="inference.checkpoint")
+            session.status.write(f"Loading checkpoint: {engine or checkpoint}")
+            counts = runner.test()
+            if not on_first_rank():
+                return
+            print(
+                f"{counts['inference/objects']:.0f} objects in {counts['inference/images']:.0f} images: "
+                f"{session.folder}/labels, {session.folder}/images_annotated"
+            )

@@ -10,12 +10,14 @@ from typing import Any
 
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.registry import RUNNERS, init_default_scope
 from torch import nn
 
 import ddetr_mm.register  # noqa: F401 - puts our components into the registries
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.runtime.quiet import QuietRunner
+from ddetr_mm.runtime.rank_env import is_rank
+from ddetr_mm.runtime.status import on_first_rank
 from ddetr_mm.spec import LoadedSpec
 from ddetr_mm.translate import spec_config_text, to_config
 from ddetr_mm.translate.to_config import ExportedModel
@@ -134,13 +136,18 @@ def build_runner(
         changes: top-level config values to set, e.g. ``load_from`` and ``resume``.
     """
     text = config_source(loaded, subtask, checkpoint, exported)
-    path = write_text_whole(folder / CONFIG_NAME, text)
-    config = Config.fromfile(str(path))
+    path = folder / CONFIG_NAME
+    if on_first_rank():
+        config = Config.fromfile(str(write_text_whole(path, text)))
+    else:
+        config = Config.fromstring(text, ".py")
+    config.launcher = "pytorch" if is_rank() else "none"
     for name, value in changes.items():
         config[name] = value
-    runner = QuietRunner.from_cfg(config)
-    # The Runner dumps the config under the same name, without the comments.
-    write_text_whole(path, text)
+    runner = RUNNERS.get(config.get("runner_type", "QuietRunner")).from_cfg(config)
+    if on_first_rank():
+        # The Runner dumps the config under the same name, without the comments.
+        write_text_whole(path, text)
     return runner
 
 
@@ -186,4 +193,5 @@ def load_checkpoint(
     columns = unwrapped(model).bbox_head.num_classes
     checkpoint = to_category_ids(read_checkpoint(path), columns, class_names)
     report = fill_model(model, checkpoint, strict=True)
-    print(report.summary(), file=sys.stderr)
+    if on_first_rank():
+        print(report.summary(), file=sys.stderr)

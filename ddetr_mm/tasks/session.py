@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ddetr_mm.errors import DataError, Problem, WeightsError
 from ddetr_mm.files import write_text_whole
-from ddetr_mm.runtime.status import StatusLog
+from ddetr_mm.runtime.rank_env import is_rank, world_size
+from ddetr_mm.runtime.status import StatusLog, on_first_rank
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, spec_to_yaml, task_results_dir
 from ddetr_mm.tasks.failures import failures_told
 
@@ -28,18 +29,20 @@ class Session:
 def open_session(loaded: LoadedSpec, subtask: str) -> Iterator[Session]:
     """Make the results folder, write ``experiment.yaml`` and keep ``status.json`` while the block runs.
 
-    A conversion leaves no ``experiment.yaml``, as in the reference.
+    A conversion leaves no ``experiment.yaml``, as in the reference. Of a distributed run only the first
+    rank writes and says anything.
 
     Raises:
         DataError: when the results folder cannot be written to, or the disk is full.
         RunError: when a data worker is killed or memory runs out.
     """
     folder = task_results_dir(loaded.spec, subtask)
-    with _told_as_input_error(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if subtask != "convert":
-            write_text_whole(folder / "experiment.yaml", spec_to_yaml(loaded.spec))
-    say_notes(loaded)
+    if on_first_rank():
+        with _told_as_input_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if subtask != "convert":
+                write_text_whole(folder / "experiment.yaml", spec_to_yaml(loaded.spec))
+        say_notes(loaded)
     status = StatusLog.at(folder / "status.json")
     with failures_told(), status.task(subtask), failures_told(), encryption_key_of(loaded.spec):
         yield Session(folder, status)
@@ -102,23 +105,35 @@ def choose_device(spec: ExperimentSpec, gpu_ids: list[int]) -> None:
     """Decide where PyTorch runs; must be called before torch is imported.
 
     ``ddetr_mm.device: cpu`` hides all GPUs; else the process sees those that ``gpu_ids`` names, unless the
-    environment has chosen already.
+    environment has chosen already, or has started ranks of another number than ``gpu_ids`` has GPUs.
     """
     if spec.ddetr_mm.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif "CUDA_VISIBLE_DEVICES" not in os.environ:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpu_ids)
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+        if not is_rank() or ranks_here == len(gpu_ids):
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu) for gpu in gpu_ids)
 
 
-def require_device(spec: ExperimentSpec) -> None:
-    """Check that a GPU is there when the spec insists on one.
+def require_gpus(spec: ExperimentSpec, wanted: int = 1, *, where: str = "num_gpus") -> None:
+    """Check that the GPUs are there.
+
+    Without any GPU a run uses the CPU, with as many processes as the spec has GPUs.
+
+    Args:
+        spec: the spec; ``ddetr_mm.device`` may insist on a GPU.
+        wanted: how many this machine's ranks need.
+        where: the spec key that said so, for messages.
 
     Raises:
-        DataError: for ``ddetr_mm.device: cuda`` without a usable GPU.
+        DataError: for ``ddetr_mm.device: cuda`` without a usable GPU, and for fewer GPUs than ranks.
     """
+    if spec.ddetr_mm.device == "cpu":
+        return
     import torch
 
-    if spec.ddetr_mm.device == "cuda" and not torch.cuda.is_available():
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if spec.ddetr_mm.device == "cuda" and found == 0:
         raise DataError(
             Problem(
                 "no CUDA GPU can be used",
@@ -126,5 +141,16 @@ def require_device(spec: ExperimentSpec) -> None:
                 value="cuda",
                 allowed="auto, cpu",
                 mend="check `nvidia-smi` and that torch was built for CUDA",
+            )
+        )
+    if 0 < found < wanted:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise DataError(
+            Problem(
+                f"only {found} of the GPUs can be used (CUDA_VISIBLE_DEVICES is {visible})",
+                where=where,
+                value=wanted,
+                allowed=f"1 to {found}",
+                mend="name GPUs that `nvidia-smi` lists in gpu_ids, or set ddetr_mm.device: cpu",
             )
         )

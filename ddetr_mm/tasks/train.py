@@ -6,31 +6,37 @@ from argparse import Namespace
 from pathlib import Path
 
 from ddetr_mm.errors import Problem, WeightsError
+from ddetr_mm.runtime.status import on_first_rank
 from ddetr_mm.spec import ExperimentSpec, load_spec
 from ddetr_mm.tasks.check import quick_check
-from ddetr_mm.tasks.session import choose_device, open_session, require_device
+from ddetr_mm.tasks.launch import joined_ranks, launched
+from ddetr_mm.tasks.session import open_session, require_gpus
 
 
 def run(arguments: Namespace) -> None:
     """Train, validate and checkpoint; see the contract of the command in the README."""
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "train")
     spec = loaded.spec
-    choose_device(spec, spec.train.gpu_ids)
+    if launched(arguments, loaded, "train"):
+        return
     with open_session(loaded, "train") as session:
-        require_device(spec)
-        quick_check(loaded)
-        from ddetr_mm.tasks.runner import build_runner
+        require_gpus(spec)
+        if on_first_rank():
+            quick_check(loaded)
+        with joined_ranks():
+            from ddetr_mm.runtime.process_group import decided_by_first_rank
+            from ddetr_mm.tasks.runner import build_runner
 
-        start = checkpoint_to_resume(spec, session.folder)
-        runner = build_runner(
-            loaded,
-            "train",
-            session.folder,
-            spec.train.pretrained_model_path,
-            load_from=str(start) if start else None,
-            resume=start is not None,
-        )
-        runner.train()
+            start = decided_by_first_rank(checkpoint_to_resume(spec, session.folder))
+            runner = build_runner(
+                loaded,
+                "train",
+                session.folder,
+                spec.train.pretrained_model_path,
+                load_from=str(start) if start else None,
+                resume=start is not None,
+            )
+            runner.train()
 
 
 def checkpoint_to_resume(spec: ExperimentSpec, folder: Path) -> Path | None:

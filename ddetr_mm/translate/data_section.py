@@ -148,7 +148,11 @@ def coco_dataset(
 
 
 def dataloader(spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool) -> dict[str, Any]:
-    """Config of one dataloader; every sample of a validation or test set is seen once."""
+    """Config of one dataloader; every sample of a validation or test set is seen once.
+
+    Ranks of an evaluation share whole batches, so that their number does not change the results. A model
+    that is sharded among ranks (fsdp) needs as many batches on each, and so repeats some.
+    """
     workers = spec.dataset.workers
     loader: dict[str, Any] = dict(
         batch_size=spec.dataset.batch_size,
@@ -162,7 +166,10 @@ def dataloader(spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool) ->
         loader["sampler"] = dict(train_sampler(spec), shuffle=True)
         loader["batch_sampler"] = dict(type="ElasticBatchSampler")
     else:
-        loader["sampler"] = dict(type="DefaultSampler", shuffle=False)
+        sharded = spec.train.distributed_strategy == "fsdp"
+        loader["sampler"] = dict(
+            type="WholeBatchSampler", batch_size=spec.dataset.batch_size, equal_length=sharded
+        )
     return dict(loader, dataset=dataset)
 
 

@@ -42,11 +42,25 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
         return hooks
     pretrained = bool(spec.model.pretrained_backbone_path or spec.train.pretrained_model_path)
     hooks += [
+        dict(type="MeanLossesHook"),
         dict(type="StatusHook"),
         dict(type="AlarmHook", pretrained=pretrained),
         dict(type="CurvesHook"),
         dict(type="NonFiniteHook", action=spec.ddetr_mm.non_finite),
     ]
+    if spec.ddetr_mm.accumulate_steps > 1:
+        hooks.append(dict(type="AccumulationHook"))
+    if spec.ddetr_mm.lr_scaling != "none":
+        hooks.append(
+            dict(
+                type="ScaledLearningRateHook",
+                batch_size=spec.dataset.batch_size,
+                base_batch_size=spec.ddetr_mm.lr_base_batch or spec.dataset.batch_size,
+                rule=spec.ddetr_mm.lr_scaling,
+            )
+        )
+    if spec.train.distributed_strategy == "fsdp":
+        hooks.append(dict(type="WholeCheckpointHook"))
     if spec.ddetr_mm.missing_images == "replace":
         hooks.append(dict(type="ReplacedImagesHook"))
     if pretrained:

@@ -16,6 +16,7 @@ OPTIM_KEYS = (
     "train.optim.momentum",
     "train.clip_grad_norm",
     "train.precision",
+    "ddetr_mm.accumulate_steps",
     "model.backbone_names",
     "model.linear_proj_names",
 )
@@ -53,6 +54,8 @@ def optim_wrapper(spec: ExperimentSpec) -> dict[str, Any]:
         wrapper["dtype"] = {"fp16": "float16", "bf16": "bfloat16"}[spec.train.precision]
     if spec.train.clip_grad_norm > 0:
         wrapper["clip_grad"] = dict(max_norm=spec.train.clip_grad_norm, norm_type=2)
+    if spec.ddetr_mm.accumulate_steps > 1:
+        wrapper["accumulative_counts"] = spec.ddetr_mm.accumulate_steps
     wrapper["paramwise_cfg"] = dict(custom_keys=groups)
     return wrapper
 
@@ -63,6 +66,22 @@ def param_scheduler(spec: ExperimentSpec) -> list[dict[str, Any]]:
     if optim.lr_scheduler == "StepLR":
         return [dict(type="StepLR", by_epoch=True, step_size=optim.lr_step_size, gamma=optim.lr_decay)]
     return [dict(type="MultiStepLR", by_epoch=True, milestones=list(optim.lr_steps), gamma=optim.lr_decay)]
+
+
+def model_wrapper(spec: ExperimentSpec) -> dict[str, Any]:
+    """How the network is wrapped on several ranks; has no effect on one.
+
+    ``device_ids`` stays empty: the network already is where it belongs, on a GPU or a CPU. Parameters
+    that get no gradient are looked for only where there can be some: without losses of the inner decoder
+    layers, and in backbones we do not know.
+    """
+    some_unused = not spec.model.aux_loss or spec.ddetr_mm.backbone is not None
+    return dict(
+        type="MMDistributedDataParallel",
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=some_unused,
+    )
 
 
 def train_loop(spec: ExperimentSpec) -> dict[str, Any]:

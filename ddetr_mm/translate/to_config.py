@@ -140,6 +140,12 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
         schedule_section.OPTIM_KEYS,
         "The optimizer; learning rates are multiplied for parameters with these parts in their names.",
     )
+    if spec.train.distributed_strategy == "fsdp":
+        name, value = "runner_type", "ShardedRunner"
+    else:
+        name, value = "model_wrapper_cfg", schedule_section.model_wrapper(spec)
+    remark = "On several ranks the network is copied to each (ddp), or sharded (fsdp)."
+    draft.add(name, value, ("train.distributed_strategy",), remark)
     draft.add(
         "param_scheduler",
         schedule_section.param_scheduler(spec),

@@ -69,6 +69,27 @@ class OwnSection:
         options=("auto", "cpu", "cuda"),
         doc="Where to run; auto: on a GPU if there is one.",
     )
+    accumulate_steps: int = spec_field(
+        1,
+        origin=OURS,
+        ge=1,
+        doc="""Steps whose gradients are summed up before the weights change; the effective batch is
+        dataset.batch_size x GPUs x this.""",
+    )
+    lr_scaling: str = spec_field(
+        "none",
+        origin=OURS,
+        options=("none", "linear", "sqrt"),
+        doc="""Multiply all learning rates by effective batch / lr_base_batch (linear) or by its square root
+        (sqrt, usual with AdamW). none: the rates are used as they are written, as in the reference.""",
+    )
+    lr_base_batch: int | None = spec_field(
+        None,
+        origin=OURS,
+        ge=1,
+        doc="""The effective batch that the learning rates are meant for; null: dataset.batch_size, that is
+        one GPU without accumulation.""",
+    )
     export_fp16: bool = spec_field(
         False,
         origin=OURS,
