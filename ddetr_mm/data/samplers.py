@@ -124,7 +124,7 @@ class ShardDistributedSampler(ElasticDistributedSampler):
         if uneven not in UNEVEN_SHARDS:
             raise ValueError(f"uneven must be one of {', '.join(UNEVEN_SHARDS)}, not {uneven!r}")
         self.uneven = uneven
-        sizes = shard_sizes(dataset.shard_indices, self.num_ranks)
+        sizes = self._sizes = shard_sizes(dataset.shard_indices, self.num_ranks)
         if not sizes.min():
             num_shards = len(np.unique(dataset.shard_indices))
             raise DataError(
@@ -145,7 +145,9 @@ class ShardDistributedSampler(ElasticDistributedSampler):
         order = epoch_order(len(self.dataset), self.seed, self.epoch, shuffle=self.shuffle)
         if self.num_ranks > 1:
             shards = self.dataset.shard_indices  # type: ignore[attr-defined]
-            order = shards_of_rank(order, shards, self.rank, self.num_ranks, uneven=self.uneven)
+            order = shards_of_rank(
+                order, shards, self.rank, self.num_ranks, uneven=self.uneven, sizes=self._sizes
+            )
         return order[self.samples_done // self.num_ranks :]
 
 

@@ -37,6 +37,8 @@ from ddetr_mm.runtime.process_group import process_group
 with process_group():  # once for all commands of this process
     for arguments in json.loads(sys.argv[1]):
         status = main(arguments)
+        if "mmdet.visualization" in sys.modules:  # one a process, which knows the first folder only
+            sys.modules["mmdet.visualization"].DetLocalVisualizer._instance_dict.clear()
         if status:
             sys.exit(status)
 """
@@ -118,7 +120,7 @@ def test_two_ranks_learn_what_one_learns_with_twice_the_batch(two_ranks, one_ran
     assert len(alone) == len(together) == 3
     for step, other in zip(alone, together, strict=True):
         for name in ("loss", "loss_cls", "loss_bbox", "loss_iou", "d0.loss_cls", "grad_norm", "lr"):
-            assert other[name] == pytest.approx(step[name], rel=1e-3), name
+            assert other[name] == pytest.approx(step[name], rel=1e-5), name
 
 
 def test_there_is_one_log_and_one_status_file(two_ranks):
@@ -161,7 +163,7 @@ def test_a_sharded_training_leaves_a_whole_checkpoint_that_one_process_resumes(t
     for name, tensor in plain["state_dict"].items():
         assert type(sharded["state_dict"][name]) is torch.Tensor
         # Adam's first steps have the size of the learning rate, whatever the gradient's.
-        torch.testing.assert_close(sharded["state_dict"][name], tensor, rtol=0, atol=3e-3)
+        torch.testing.assert_close(sharded["state_dict"][name], tensor, rtol=0, atol=1e-3)
     for number, state in plain["optimizer"]["state"].items():
         assert sharded["optimizer"]["state"][number]["exp_avg"].shape == state["exp_avg"].shape
     resumed = torch.load(one_rank / "resumed" / "model_epoch_001.pth", weights_only=True)

@@ -1,0 +1,141 @@
+"""Ranks are started with their place in the job, and the launching process tells once how they ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ddetr_mm.errors import RankFailure
+from ddetr_mm.runtime.rank_env import LAUNCHED_VARIABLE, NodePlan
+from ddetr_mm.tasks.launch import recorded_for_launcher, run_ranks
+
+TWO = NodePlan(num_nodes=1, node_rank=0, ranks_per_node=2)
+
+TELL_PLACE = """
+import json, os, sys
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DDETR_MM_LAUNCHER_PID")
+place = {name: os.environ[name] for name in names}
+open(os.path.join(sys.argv[1], os.environ["RANK"] + ".json"), "w").write(json.dumps(place))
+"""
+FAIL_ON_RANK_1 = """
+import os, sys, time
+import ddetr_mm
+from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.tasks.launch import recorded_for_launcher
+if os.environ["RANK"] == "0":
+    time.sleep(60)
+try:
+    raise {error}
+except Exception as error:
+    assert recorded_for_launcher(error)
+    sys.exit({status})
+"""
+WAIT_FOR_SIGNAL = """
+import os, signal, sys, time
+path = os.path.join(sys.argv[1], os.environ["RANK"])
+def save(number, frame):
+    open(path + ".saved", "w").write(signal.Signals(number).name)
+    sys.exit(130)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+open(path + ".ready", "w")
+time.sleep(60)
+"""
+LAUNCH = """
+import sys
+from ddetr_mm.runtime.rank_env import NodePlan
+from ddetr_mm.tasks.launch import run_ranks
+try:
+    run_ranks(NodePlan({plan}), ["-c", sys.argv[1], sys.argv[2]])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def launch(plan: str, script: str, folder: Path) -> subprocess.Popen[str]:
+    """Another process that starts ranks."""
+    words = [sys.executable, "-c", LAUNCH.format(plan=plan), script, str(folder)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def places(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def test_ranks_know_their_place_and_leave_nothing_behind(tmp_path: Path):
+    environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    run_ranks(TWO, ["-c", TELL_PLACE, str(tmp_path)])
+    found = places(tmp_path)
+    assert [(place["RANK"], place["LOCAL_RANK"], place["WORLD_SIZE"]) for place in found] == [
+        ("0", "0", "2"),
+        ("1", "1", "2"),
+    ]
+    assert {place[LAUNCHED_VARIABLE] for place in found} == {str(os.getpid())}
+    assert os.environ.get(LAUNCHED_VARIABLE) == environment.get(LAUNCHED_VARIABLE)
+    assert os.environ.get("OMP_NUM_THREADS") == environment.get("OMP_NUM_THREADS")
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_machines_with_node_ranks_make_one_job(tmp_path: Path):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    machines = [launch(f"2, {node}, 1, '127.0.0.1', {port}", TELL_PLACE, tmp_path) for node in range(2)]
+    outputs = [machine.communicate(timeout=200)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    found = places(tmp_path)
+    assert [(place["RANK"], place["LOCAL_RANK"], place["WORLD_SIZE"]) for place in found] == [
+        ("0", "0", "2"),
+        ("1", "0", "2"),
+    ]
+    assert {place["MASTER_ADDR"] for place in found} == {"127.0.0.1"}
+
+
+def test_wrong_input_on_one_rank_is_told_in_its_words():
+    script = FAIL_ON_RANK_1.format(error='DataError(Problem("is broken", file="a.jpg"))', status=2)
+    with pytest.raises(RankFailure) as caught:
+        run_ranks(TWO, ["-c", script])
+    failure = caught.value
+    assert str(failure) == "a.jpg: is broken" and failure.details is None
+    assert (failure.rank, failure.exit_status, failure.killed) == (1, 2, False)
+
+
+def test_a_defect_on_one_rank_is_told_with_its_traceback():
+    script = FAIL_ON_RANK_1.format(error='ZeroDivisionError("one over nothing")', status=1)
+    with pytest.raises(
+        RankFailure, match="rank 1 of 2 .* failed: ZeroDivisionError: one over nothing"
+    ) as caught:
+        run_ranks(TWO, ["-c", script])
+    assert caught.value.exit_status == 1 and "Traceback" in (caught.value.details or "")
+
+
+def test_an_exit_without_a_word_keeps_its_status():
+    script = "import os, sys, time; os.environ['RANK'] == '1' and sys.exit(7); time.sleep(60)"
+    with pytest.raises(RankFailure, match="rank 1 of 2 .* ended with status 7") as caught:
+        run_ranks(TWO, ["-c", script])
+    assert caught.value.exit_status == 7
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_reaches_the_ranks_which_may_save(tmp_path: Path, name: str):
+    launcher = launch("1, 0, 2", WAIT_FOR_SIGNAL, tmp_path)
+    assert launcher.stdout is not None
+    while len(list(tmp_path.glob("*.ready"))) < 2:
+        assert launcher.poll() is None, launcher.stdout.read()
+    launcher.send_signal(getattr(signal, name))
+    launcher.communicate(timeout=60)
+    assert launcher.returncode == 130
+    assert [path.read_text() for path in sorted(tmp_path.glob("*.saved"))] == [name, name]
+
+
+def test_only_a_rank_of_ours_leaves_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert not recorded_for_launcher(ValueError("of an outer torchrun"))
+    assert not (tmp_path / "error.json").exists()
