@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
+_MOMENT = "seconds_since_epoch"
+
 SAVING_TIME_S = 300
 """How long ranks may take to save when the command is interrupted, where torch lets us say so (its default
 is 30 seconds)."""
@@ -159,12 +161,19 @@ def launch_config(plan: NodePlan) -> Any:
 
 
 def root_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """Which of several failed ranks to tell: one that was killed, else the one that failed first."""
+    """Which of several failed ranks to tell.
 
-    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, int, int]:
+    One that was killed, else the one that failed first; those that the launcher stopped with SIGTERM come
+    last.
+    """
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
         rank, failure = item
-        killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-        return not killed, failure.timestamp, rank
+        stopped = failure.exitcode == -signal.SIGTERM
+        moment: float = failure.timestamp
+        if isinstance(failure.message, dict):
+            moment = failure.message["extraInfo"].get(_MOMENT, moment)
+        return stopped, failure.exitcode >= 0, moment, rank
 
     return min(failures.items(), key=order)
 
@@ -199,7 +208,9 @@ def recorded_for_launcher(error: BaseException, debug: bool = False) -> bool:
     path = os.environ.get(ERROR_FILE_VARIABLE)
     if path is None or not is_launched_by_us():
         return False
-    information: dict[str, Any] = {"timestamp": str(int(time.time()))}
+    now = time.time()
+    # torch reads whole seconds; ranks that lose the failed one follow within one.
+    information: dict[str, Any] = {"timestamp": str(int(now)), _MOMENT: now}
     if debug or not isinstance(error, InputError):
         information["py_callstack"] = "".join(traceback.format_exception(error))
     text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"

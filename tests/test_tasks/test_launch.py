@@ -14,7 +14,7 @@ import pytest
 
 from ddetr_mm.errors import RankFailure
 from ddetr_mm.runtime.rank_env import LAUNCHED_VARIABLE, NodePlan
-from ddetr_mm.tasks.launch import recorded_for_launcher, run_ranks
+from ddetr_mm.tasks.launch import recorded_for_launcher, root_failure, run_ranks
 
 TWO = NodePlan(num_nodes=1, node_rank=0, ranks_per_node=2)
 
@@ -133,6 +133,22 @@ def test_a_signal_reaches_the_ranks_which_may_save(tmp_path: Path, name: str):
     launcher.communicate(timeout=60)
     assert launcher.returncode == 130
     assert [path.read_text() for path in sorted(tmp_path.glob("*.saved"))] == [name, name]
+
+
+def test_the_cause_is_told_and_not_its_consequences(tmp_path: Path):
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    def failure(rank: int, exitcode: int, moment: float | None = None) -> ProcessFailure:
+        path = tmp_path / f"{rank}.json"
+        if moment is not None:
+            extra = {"timestamp": str(int(moment)), "seconds_since_epoch": moment}
+            path.write_text(json.dumps({"message": {"message": "…", "extraInfo": extra}}))
+        return ProcessFailure(local_rank=rank, pid=1, exitcode=exitcode, error_file=str(path))
+
+    first, later = failure(1, 2, moment=100.2), failure(0, 1, moment=100.7)
+    assert root_failure({0: later, 1: first})[0] == 1
+    assert root_failure({0: first, 1: failure(2, -signal.SIGTERM)})[0] == 0
+    assert root_failure({0: first, 1: failure(3, -signal.SIGKILL)})[0] == 1
 
 
 def test_only_a_rank_of_ours_leaves_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
