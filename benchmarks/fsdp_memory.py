@@ -3,8 +3,7 @@
 Ranks are processes on the CPU that talk over gloo; what a rank holds is counted tensor by tensor after one
 step of AdamW, so that the figures are those of GPUs too. Activations are not in them: they depend on the
 images, and are the same for both. ``largest block`` is what fsdp brings together at once while a block
-computes, on top of the shards. ``peak`` is the largest resident size of the process, Python and PyTorch
-included.
+computes, on top of the shards.
 
 Run: ``python benchmarks/fsdp_memory.py [--record]``.
 """
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from ddetr_mm.tasks.launch import run_ranks
 RECORD = Path(__file__).parent / "records" / "fsdp_memory.md"
 SPEC = Path(__file__).resolve().parents[1] / "configs" / "specs" / "bccd_resnet50.yaml"
 RANKS = (2, 4)
+STRATEGIES = ("ddp", "fsdp")
 
 
 def build_model() -> Any:
@@ -44,40 +43,43 @@ def build_model() -> Any:
     return MODELS.build(config.model)
 
 
-def one_rank(strategy: str, folder: Path) -> None:
-    """Make one training step and write what this rank holds."""
+def one_rank(folder: Path) -> None:
+    """Make one training step with each strategy and write what this rank holds."""
+    from ddetr_mm.runtime.process_group import process_group
+
+    with process_group():
+        held = {strategy: held_after_a_step(strategy) for strategy in STRATEGIES}
+        (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(held))
+
+
+def held_after_a_step(strategy: str) -> dict[str, int]:
+    """Bytes of each kind that this rank holds."""
     import torch
     from torch import nn
 
-    from ddetr_mm.runtime.process_group import process_group
     from ddetr_mm.runtime.sharding import blocks, shard
 
-    with process_group():
-        torch.manual_seed(0)
-        model = build_model()
-        largest = max(local_bytes(block.parameters()) for block in blocks(model))
-        trained: nn.Module = model
-        if strategy == "ddp":
-            trained = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        else:
-            shard(model, "cpu")
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        logits, boxes = trained(torch.rand(1, 3, 96, 128), None, mode="tensor")
-        (logits.sum() + boxes.sum()).backward()
-        optimizer.step()
-        held = dict(
-            weights=local_bytes(model.parameters()),
-            gradients=local_bytes(p.grad for p in model.parameters() if p.grad is not None),
-            optimizer=local_bytes(
-                value
-                for state in optimizer.state.values()
-                for value in state.values()
-                if torch.is_tensor(value)
-            ),
-            largest_block=largest if strategy == "fsdp" else 0,
-            peak=int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024,
-        )
-        (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(held))
+    torch.manual_seed(0)
+    model = build_model()
+    largest = max(local_bytes(block.parameters()) for block in blocks(model))
+    trained: nn.Module = model
+    if strategy == "ddp":
+        trained = nn.parallel.DistributedDataParallel(model)
+    else:
+        shard(model, "cpu")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    logits, boxes = trained(torch.rand(1, 3, 96, 128), None, mode="tensor")
+    (logits.sum() + boxes.sum()).backward()
+    optimizer.step()
+    moments = [
+        value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+    ]
+    return dict(
+        weights=local_bytes(model.parameters()),
+        gradients=local_bytes(p.grad for p in model.parameters() if p.grad is not None),
+        optimizer=local_bytes(moments),
+        largest_block=largest if strategy == "fsdp" else 0,
+    )
 
 
 def local_bytes(tensors: Any) -> int:
@@ -88,20 +90,24 @@ def local_bytes(tensors: Any) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
-def measure(strategy: str, num_ranks: int) -> list[dict[str, int]]:
-    """What each rank of a job holds, in bytes."""
+def measure(num_ranks: int) -> dict[str, dict[str, float]]:
+    """What the rank with most of it holds, in MB, by strategy."""
     with tempfile.TemporaryDirectory() as folder:
-        run_ranks(NodePlan(1, 0, num_ranks), [__file__, "--one-rank", strategy, folder])
-        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+        run_ranks(NodePlan(1, 0, num_ranks), [__file__, "--one-rank", folder])
+        ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+    return {
+        strategy: {kind: max(rank[strategy][kind] for rank in ranks) / 1e6 for kind in ranks[0][strategy]}
+        for strategy in STRATEGIES
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--one-rank", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one-rank", help=argparse.SUPPRESS)
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
     options = parser.parse_args()
     if options.one_rank:
-        one_rank(options.one_rank[0], Path(options.one_rank[1]))
+        one_rank(Path(options.one_rank))
         return
     environment = describe("torch", "mmengine", "mmdet")
     lines = [
@@ -113,19 +119,14 @@ def main() -> None:
         "",
         f"Network of `{SPEC.name}` (ResNet-50), float32, AdamW; the rank with most of it, MB.",
         "",
-        "| strategy | ranks | weights | gradients | optimizer | sum | largest block | peak |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| ranks | strategy | weights | gradients | optimizer | sum | largest block |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for num_ranks in RANKS:
-        for strategy in ("ddp", "fsdp"):
-            ranks = measure(strategy, num_ranks)
-            most = {name: max(rank[name] for rank in ranks) / 1e6 for name in ranks[0]}
-            held = most["weights"] + most["gradients"] + most["optimizer"]
-            parts = f"{most['weights']:.1f} | {most['gradients']:.1f} | {most['optimizer']:.1f} | {held:.1f}"
-            lines.append(
-                f"| {strategy} | {num_ranks} | {parts} | {most['largest_block']:.1f} | {most['peak']:.0f} |"
-            )
-            print(lines[-1], file=sys.stderr)
+        for strategy, held in measure(num_ranks).items():
+            parts = [held["weights"], held["gradients"], held["optimizer"]]
+            cells = " | ".join(f"{part:.1f}" for part in (*parts, sum(parts), held["largest_block"]))
+            lines.append(f"| {num_ranks} | {strategy} | {cells} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if options.record:
