@@ -147,15 +147,30 @@ def coco_dataset(
     )
 
 
-def dataloader(spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool) -> dict[str, Any]:
+def one_step_of(spec: ExperimentSpec, dataset: dict[str, Any]) -> dict[str, Any]:
+    """The dataset cut to the images of a single step on all GPUs, for a dry run."""
+    ranks = spec.train.num_gpus * spec.train.num_nodes
+    return dataset | dict(indices=spec.dataset.batch_size * ranks)
+
+
+def dataloader(
+    spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool, batch_size: int = -1
+) -> dict[str, Any]:
     """Config of one dataloader; every sample of a validation or test set is seen once.
 
     Ranks of an evaluation share whole batches, so that their number does not change the results. A model
     that is sharded among ranks (fsdp) needs as many batches on each, and so repeats some.
+
+    Args:
+        spec: a checked experiment spec.
+        dataset: config of the dataset.
+        train: whether samples come in random order.
+        batch_size: the subtask's own; -1: that of the section ``dataset``.
     """
     workers = spec.dataset.workers
+    images_a_batch = spec.dataset.batch_size if batch_size < 1 else batch_size
     loader: dict[str, Any] = dict(
-        batch_size=spec.dataset.batch_size,
+        batch_size=images_a_batch,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=spec.dataset.pin_memory,
@@ -167,9 +182,7 @@ def dataloader(spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool) ->
         loader["batch_sampler"] = dict(type="ElasticBatchSampler")
     else:
         sharded = spec.train.distributed_strategy == "fsdp"
-        loader["sampler"] = dict(
-            type="WholeBatchSampler", batch_size=spec.dataset.batch_size, equal_length=sharded
-        )
+        loader["sampler"] = dict(type="WholeBatchSampler", batch_size=images_a_batch, equal_length=sharded)
     return dict(loader, dataset=dataset)
 
 
