@@ -87,9 +87,7 @@ def page_text(page: Page) -> str:
         f"{result.num_detections:,} detections; scored by {_text(result.backend)} with COCO's rules.</p>",
         *(f'<p class="note">{_text(sentence)}</p>' for sentence in result.notes),
         _table(METRIC_NAMES, [[_figure(result[name]) for name in METRIC_NAMES]]),
-        f"<p>In use, a score threshold of <b>{matching.threshold:.2f}</b> gives the best balance at an "
-        f"overlap of 0.5: precision {matching.precision:.3f}, recall {matching.recall:.3f}, "
-        f"F1 {matching.f1:.3f} over all classes.</p>",
+        _threshold_sentence(matching),
     ]
     for picture in page.plots:
         parts.append(f"<h2>{_text(picture.title)}</h2>")
@@ -106,6 +104,16 @@ def page_text(page: Page) -> str:
         f"<title>Evaluation: AP {_figure(result['AP'])}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
+    )
+
+
+def _threshold_sentence(matching: Matching) -> str:
+    if not matching.f1:
+        return "<p>No detection hits an object of its class at an overlap of 0.5.</p>"
+    return (
+        f"<p>In use, a score threshold of <b>{matching.threshold:.2f}</b> gives the best balance at an "
+        f"overlap of 0.5: precision {matching.precision:.3f}, recall {matching.recall:.3f}, "
+        f"F1 {matching.f1:.3f} over all classes.</p>"
     )
 
 

@@ -29,7 +29,8 @@ class Matching:
         object_of: (D,) the row in ``truth`` of the object of its own class that a detection hit, first come
             by score; -1 for none.
         on_crowd: (D,) whether a detection that hit no object lies on a crowd region of its class.
-        threshold: the score from which on detections count, where the F1 score over all classes is best.
+        threshold: the score from which on detections count, where the F1 score over all classes is best;
+            0.5 where nothing is hit.
         precision, recall, f1: at that threshold, over all classes, 0..1.
     """
 
@@ -124,6 +125,8 @@ def _best_threshold(
     if not len(order) or not num_objects:
         return 0.5, 0.0, 0.0, 0.0
     hits = np.cumsum(object_of[order] >= 0)
+    if not hits[-1]:
+        return 0.5, 0.0, 0.0, 0.0
     f1 = 2 * hits / (np.arange(1, len(order) + 1) + num_objects)
     # Detections of one score come through together.
     scores = detections.scores[order]

@@ -61,7 +61,8 @@ def flat_precision(
         pretrained: whether training started from pretrained weights.
     """
     defined = [value for value in AP50s if value >= 0]
-    if not defined or max(defined) >= FLAT_AP50 or (len(defined) < 2 and steps < ENOUGH_STEPS):
+    few = steps < (ENOUGH_STEPS if len(defined) < 2 else ENOUGH_STEPS // 10)
+    if not defined or max(defined) >= FLAT_AP50 or few:
         return None
     rates = ", ".join(f"{name}: {rate:.2g}" for name, rate in learning_rates.items())
     causes = []

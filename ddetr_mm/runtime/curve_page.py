@@ -76,7 +76,9 @@ def _numbers(points: Sequence[Point]) -> list[str]:
         rows += _items(train.get("losses", {}), inner=False)
         rows += [(f"learning rate, {name}", value) for name, value in train.get("learning_rates", {}).items()]
     if val:
-        rows += [(f"{name} (epoch {val['epoch']})", value) for name, value in val.get("metrics", {}).items()]
+        # An average over nothing is -1 in COCO.
+        shown = {name: "–" if value == -1 else value for name, value in val.get("metrics", {}).items()}
+        rows += [(f"{name} (epoch {val['epoch']})", value) for name, value in shown.items()]
     if not rows:
         return []
     lines = "\n".join(
@@ -90,7 +92,9 @@ def _items(values: Mapping[str, float | None], inner: bool) -> list[tuple[str, f
     return [(name, value) for name, value in values.items() if inner or "." not in name]
 
 
-def _number(value: float | None) -> str:
+def _number(value: float | str | None) -> str:
     if value is None:
         return "not finite"
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
