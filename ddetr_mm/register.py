@@ -19,11 +19,13 @@ import ddetr_mm.runtime.checkpoint_hook
 import ddetr_mm.runtime.curves
 import ddetr_mm.runtime.detection_writer
 import ddetr_mm.runtime.non_finite_hook
+import ddetr_mm.runtime.optim_wrapper
 import ddetr_mm.runtime.pretrained_hook
 import ddetr_mm.runtime.progress_hook
 import ddetr_mm.runtime.replaced_images_hook
 import ddetr_mm.runtime.status_hook
 import ddetr_mm.runtime.stop_signals
+import ddetr_mm.runtime.time_ledger_hook
 import ddetr_mm.runtime.train_loop  # noqa: F401 - imported for registration
 from ddetr_mm.runtime.encrypted_load import register_encrypted_loading
 from ddetr_mm.stack.mends import allow_mmengine_checkpoint_classes, quiet_frozen_parameter_warnings

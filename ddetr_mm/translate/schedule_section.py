@@ -48,9 +48,10 @@ def optim_wrapper(spec: ExperimentSpec) -> dict[str, Any]:
         for name in our_module_names(spec.model.backbone_names)
     }
     wrapper: dict[str, Any] = dict(type="OptimWrapper", optimizer=optimizer)
-    if spec.train.precision != "fp32":
-        wrapper["type"] = "AmpOptimWrapper"
-        wrapper["dtype"] = {"fp16": "float16", "bf16": "bfloat16"}[spec.train.precision]
+    if spec.train.precision == "fp16":
+        wrapper.update(type="AmpOptimWrapper", dtype="float16")
+    elif spec.train.precision == "bf16":
+        wrapper["type"] = "Bf16OptimWrapper"
     if spec.train.clip_grad_norm > 0:
         wrapper["clip_grad"] = dict(max_norm=spec.train.clip_grad_norm, norm_type=2)
     wrapper["paramwise_cfg"] = dict(custom_keys=groups)
