@@ -1,5 +1,8 @@
 """Runs the benchmarks one after the other: ``make bench``, or ``make bench ARGS='convert gcvit'`` for some.
 
+Those for a CUDA GPU (``*_gpu``) run only when named, or all together with ``--gpu``: ``python
+benchmarks/run.py --gpu`` writes every GPU record.
+
 Every script of this folder that measures something has a ``main``; each writes its record to
 ``benchmarks/records`` and tells its options with ``-h``. Options after ``--`` go to every script. What takes
 hours runs only when it is named: ``make bench ARGS=soak``.
@@ -27,17 +30,24 @@ def scripts() -> list[str]:
     return found
 
 
+def _on_gpu(name: str) -> bool:
+    return name.endswith("_gpu")
+
+
 def main() -> int:
     """Run the chosen scripts; returns 0 when all succeeded."""
     arguments = sys.argv[1:]
     options = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
     chosen = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--gpu" in chosen:
+        chosen = [name for name in chosen if name != "--gpu"] + [name for name in scripts() if _on_gpu(name)]
+        options = options or ["--record"]
     unknown = sorted(set(chosen) - set(scripts()))
     if unknown:
         print(f"no such benchmark: {', '.join(unknown)}; there are: {', '.join(scripts())}", file=sys.stderr)
         return 2
     failed = []
-    for name in chosen or [name for name in scripts() if name not in TAKES_HOURS]:
+    for name in chosen or [name for name in scripts() if name not in TAKES_HOURS and not _on_gpu(name)]:
         print(f"== {name}", flush=True)
         if (
             subprocess.run([sys.executable, str(FOLDER / f"{name}.py"), *options], check=False).returncode

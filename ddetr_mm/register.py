@@ -31,6 +31,7 @@ import ddetr_mm.runtime.replaced_images_hook
 import ddetr_mm.runtime.sharded_runner
 import ddetr_mm.runtime.status_hook
 import ddetr_mm.runtime.stop_signals
+import ddetr_mm.runtime.time_ledger_hook
 import ddetr_mm.runtime.train_loop
 import ddetr_mm.runtime.wandb_backend  # noqa: F401 - imported for registration
 from ddetr_mm.runtime.encrypted_load import register_encrypted_loading

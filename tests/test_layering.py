@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "models": BASE | {"weights"},  # a backbone of ours reads its pretrained weights
     "data": BASE,
     "evaluation": BASE | {"data"},
-    "runtime": BASE | {"data", "evaluation", "weights"},
+    "runtime": BASE | {"data", "evaluation", "models", "weights"},  # models: where a step's stages begin
     "deploy": BASE | {"models", "weights"},
     "register": BASE | {"models", "data", "evaluation", "runtime"},
     "preflight": BASE | {"spec", "data", "weights", "evaluation", "runtime"},
@@ -206,8 +206,8 @@ DISTRIBUTIONS = {
 }
 # What a user may have or not; imported inside functions only, and missing it is told or done without.
 OPTIONAL = {"hotcoco", "tensorrt", "mmdeploy", "orjson", "triton", "cryptography", "wandb"}
-# Imported by the optional package itself, as its configs demand, and by nothing of ours.
-LOADED_BY = {"deploy.mmdeploy_rewriters": {"mmdeploy"}}
+# Imported by the optional package itself, as its configs demand, or by ours when the package is there.
+LOADED_BY = {"deploy.mmdeploy_rewriters": {"mmdeploy"}, "models.triton_kernels": {"triton"}}
 
 
 def test_third_party_imports_are_declared():

@@ -11,8 +11,6 @@ L levels, P points per level and head.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -20,26 +18,15 @@ from contextlib import AbstractContextManager
 import torch
 from mmcv.ops.multi_scale_deform_attn import (
     MultiScaleDeformableAttention,
-    MultiScaleDeformableAttnFunction,
     multi_scale_deformable_attn_pytorch,
 )
 from torch import Tensor
 
 from ddetr_mm.models.bag_sampling import sample_values_by_bags
-from ddetr_mm.stack.mmcv_ops import has_compiled_ops
+from ddetr_mm.models.gpu_sampling import deformable_sampling
+from ddetr_mm.models.sampling_choice import GPU_HAS_ITS_OWN, IMPLEMENTATIONS
 
 SizesHW = Sequence[tuple[int, int]]
-
-
-@functools.cache
-def has_compiled_cuda_op() -> bool:
-    """Whether the installed mmcv brings its deformable attention compiled for CUDA.
-
-    False where ``mmcv._ext`` is our stand-in (mmcv-lite) or was built for the CPU only.
-    """
-    if not has_compiled_ops():
-        return False
-    return importlib.import_module("mmcv._ext").get_compiling_cuda_version() != "not available"
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -80,13 +67,15 @@ def sample_values(
     spatial_shapes: Tensor,
     level_start_index: Tensor,
     im2col_step: int = 64,
+    implementation: str = "auto",
 ) -> Tensor:
     """Sample values bilinearly and add them up by weight: the one place that picks an implementation.
 
-    On a CUDA tensor mmcv's compiled op where it is installed; on a CPU, for as many queries as an encoder
-    has, :func:`~ddetr_mm.models.bag_sampling.sample_values_by_bags`; else, and while a graph is traced,
-    mmcv's PyTorch form, which runs everywhere and is the reference. All run in float32, whatever autocast
-    says: a location in bfloat16 is off by up to 1/256 of the image.
+    On a GPU mmcv's compiled op or the Triton kernels, see :mod:`ddetr_mm.models.sampling_choice`; on a CPU,
+    for as many queries as an encoder has, :func:`~ddetr_mm.models.bag_sampling.sample_values_by_bags`; else,
+    and while a graph is traced, mmcv's PyTorch form, which runs everywhere and is the reference. All add up
+    in float32 and none lets autocast touch the locations: in bfloat16 they are off by up to 1/256 of the
+    image.
 
     Args:
         value: (B, S, M, D).
@@ -96,30 +85,41 @@ def sample_values(
         spatial_shapes: the same as an int64 tensor (L, 2).
         level_start_index: int64 (L,), where each level starts in S.
         im2col_step: largest number of images the compiled op handles at once.
+        implementation: what a GPU samples with: ``auto``, ``mmcv`` or ``triton``; ``torch`` is the
+            reference on every device.
 
     Returns:
         (B, Q, C) in the dtype of ``value``.
+
+    Raises:
+        StackError: if the implementation is not installed for this GPU.
     """
+    device = value.device
     with no_autocast(value.device):
-        value_f32 = value.float()
         locations, weights = sampling_locations.float(), attention_weights.float()
-        if value.is_cuda and has_compiled_cuda_op():
-            batch = value.size(0)
-            # The op wants the batch to be a multiple of its step.
-            step = batch if batch <= im2col_step else math.gcd(batch, im2col_step)
-            sampled = MultiScaleDeformableAttnFunction.apply(
-                value_f32.contiguous(),
+        if implementation == "torch" or torch.jit.is_tracing():
+            return _sample_by_reference(value, locations, weights, level_sizes_hw)
+        if device.type == "cuda" and (GPU_HAS_ITS_OWN or implementation != "auto"):
+            # The kernels read half precision as it is and add up in float32.
+            return deformable_sampling(
+                value,
+                locations,
+                weights,
                 spatial_shapes,
                 level_start_index,
-                locations.contiguous(),
-                weights.contiguous(),
-                step,
+                implementation,
+                im2col_step,
             )
-        elif value.device.type == "cpu" and _many_points(locations, value) and not torch.jit.is_tracing():
-            sampled = sample_values_by_bags(value_f32, locations, weights, level_sizes_hw)
-        else:
-            sampled = multi_scale_deformable_attn_pytorch(value_f32, level_sizes_hw, locations, weights)
-    return sampled.to(value.dtype)
+        # torch.compile cannot look into bags, and makes the reference quick by itself.
+        if device.type == "cpu" and _many_points(locations, value) and not torch.compiler.is_compiling():
+            sampled = sample_values_by_bags(value.float(), locations, weights, level_sizes_hw)
+            return sampled.to(value.dtype)
+        return _sample_by_reference(value, locations, weights, level_sizes_hw)
+
+
+def _sample_by_reference(value: Tensor, locations: Tensor, weights: Tensor, sizes_hw: SizesHW) -> Tensor:
+    """mmcv's PyTorch form in float32, in the dtype of ``value``."""
+    return multi_scale_deformable_attn_pytorch(value.float(), sizes_hw, locations, weights).to(value.dtype)
 
 
 def _many_points(locations: Tensor, value: Tensor) -> bool:
@@ -132,9 +132,27 @@ class DeformableAttention(MultiScaleDeformableAttention):
 
     Differences from mmcv's ``forward``: level sizes may come as Python integers
     (``level_sizes_hw``), so that nothing is read back from a GPU; sampling runs in float32 under
-    autocast; a GPU without the compiled op falls back to mmcv's PyTorch form. Tensors are always
-    (batch, sequence, channels), as everywhere in mmdet's transformers.
+    autocast; :func:`sample_values` says what does the sampling. Tensors are always (batch, sequence,
+    channels), as everywhere in mmdet's transformers.
+
+    Args:
+        implementation: what a GPU samples with, one of
+            :data:`~ddetr_mm.models.sampling_choice.IMPLEMENTATIONS`.
+        **kwargs: mmcv's.
+
+    Raises:
+        ValueError: if ``implementation`` is none of these.
     """
+
+    def __init__(self, *args, implementation: str = "auto", **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.choose_implementation(implementation)
+
+    def choose_implementation(self, implementation: str) -> None:
+        """Set what a GPU samples with; arguments and errors as for the class."""
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"attention must be one of {IMPLEMENTATIONS}, not {implementation!r}")
+        self.implementation = implementation
 
     def forward(
         self,
@@ -186,14 +204,23 @@ class DeformableAttention(MultiScaleDeformableAttention):
             value = value.masked_fill(key_padding_mask[..., None], 0.0)
         batch, num_values, width = value.shape
         value = value.view(batch, num_values, self.num_heads, width // self.num_heads)
-        locations, weights = self._locations_and_weights(query, reference_points, level_sizes_hw)
+        locations, weights = self._locations_and_weights(
+            query, reference_points, level_sizes_hw, spatial_shapes
+        )
         output = sample_values(
-            value, locations, weights, level_sizes_hw, spatial_shapes, level_start_index, self.im2col_step
+            value,
+            locations,
+            weights,
+            level_sizes_hw,
+            spatial_shapes,
+            level_start_index,
+            self.im2col_step,
+            self.implementation,
         )
         return self.dropout(self.output_proj(output)) + identity
 
     def _locations_and_weights(
-        self, query: Tensor, reference_points: Tensor, level_sizes_hw: SizesHW
+        self, query: Tensor, reference_points: Tensor, level_sizes_hw: SizesHW, spatial_shapes: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Where each query looks, (B, Q, M, L, P, 2), and how much each point counts, (B, Q, M, L, P)."""
         batch, num_queries, _ = query.shape
@@ -203,6 +230,9 @@ class DeformableAttention(MultiScaleDeformableAttention):
         weights = self.attention_weights(query).float().view(batch, num_queries, heads, levels * points)
         weights = weights.softmax(-1).view(batch, num_queries, heads, levels, points)
         centers = reference_points.float()[:, :, None, :, None, :]
+        if reference_points.shape[-1] == 2 and query.is_cuda and not torch.jit.is_tracing():
+            # The sizes are on the GPU already; a copy from the host would keep CUDA graphs away.
+            return centers + offsets / spatial_shapes.flip(-1).float()[:, None], weights
         if reference_points.shape[-1] == 2:
             # Once per point: an operation that repeats an operand every two numbers runs without vectors.
             sizes_wh = host_to_device(

@@ -18,8 +18,10 @@ from mmdet.structures import DetDataSample
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .deformable_attention import SizesHW, level_layout, no_autocast
+from .deformable_attention import DeformableAttention, SizesHW, level_layout, no_autocast
+from .host_scalars import HostScalars
 from .padding import feature_sizes_hw, level_padding
+from .stages import staged
 from .transformer import DeformableDecoder, DeformableEncoder
 
 
@@ -55,7 +57,16 @@ class TAODeformableDETR(DeformableDETR):
             the backward pass (less memory, more time, equal gradients).
         frozen_modules: dotted names of modules or parameters that are not trained, e.g. ``"encoder"``; one
             that the detector does not have is reported and passed over.
+        attention: what a GPU computes deformable attention with, see
+            :func:`~ddetr_mm.models.deformable_attention.sample_values`.
+        compiled: what ``torch.compile`` makes of one piece: nothing (``none``), the ``backbone``, or
+            ``all`` of backbone, neck, encoder and decoder.
+        compile_options: arguments of ``torch.compile``, e.g. ``{"mode": "reduce-overhead"}``.
+        predict_dtype: ``float16`` or ``bfloat16`` runs :meth:`predict` under autocast.
         **kwargs: mmdet's.
+
+    Raises:
+        ValueError: if ``compiled`` or ``predict_dtype`` is none of these.
     """
 
     def __init__(
@@ -66,6 +77,10 @@ class TAODeformableDETR(DeformableDETR):
         zero_padded_values: bool = False,
         activation_checkpoint: bool = False,
         frozen_modules: Sequence[str] = (),
+        attention: str = "auto",
+        compiled: str = "none",
+        compile_options: dict | None = None,
+        predict_dtype: str | None = None,
         encoder: dict,
         data_preprocessor: dict | nn.Module | None = None,
         **kwargs,
@@ -89,6 +104,25 @@ class TAODeformableDETR(DeformableDETR):
                 layer.activation_checkpoint = True
         for name in frozen_modules:
             self._freeze(name)
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                module.choose_implementation(attention)
+        if predict_dtype not in (None, "float16", "bfloat16"):
+            raise ValueError(f"predict_dtype must be float16, bfloat16 or None, not {predict_dtype!r}")
+        self.predict_dtype = predict_dtype
+        self._compile_parts(compiled, compile_options or {})
+
+    def _compile_parts(self, compiled: str, options: dict) -> None:
+        """Let ``torch.compile`` take over modules at their first call; names of weights stay."""
+        parts = {
+            "none": (),
+            "backbone": ("backbone",),
+            "all": ("backbone", "neck", "encoder", "decoder"),
+        }
+        if compiled not in parts:
+            raise ValueError(f"compiled must be one of {tuple(parts)}, not {compiled!r}")
+        for part in parts[compiled]:
+            getattr(self, part).compile(**options)
 
     def _freeze(self, name: str) -> None:
         """Take a module's parameters, or one parameter, out of training."""
@@ -144,6 +178,33 @@ class TAODeformableDETR(DeformableDETR):
         outputs = self.forward_transformer(features, batch_data_samples)
         return self.bbox_head(outputs["hidden_states"], outputs["references"])
 
+    @staged("backbone")
+    def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
+        """The neck's L feature levels, (B, C, h, w) each, of images (B, 3, H, W)."""
+        return super().extract_feat(batch_inputs)
+
+    def parse_losses(self, losses: dict) -> tuple[Tensor, HostScalars]:
+        """Sum the losses for the backward pass, and start sending all of them to the host for the log.
+
+        Args:
+            losses: tensors or lists of tensors by name; those with ``loss`` in their name are added up.
+
+        Returns:
+            The sum, and the sum (as ``loss``) and means by name on their way to the host.
+        """
+        total, scalars = super().parse_losses(losses)
+        return total, HostScalars(scalars)
+
+    def predict(
+        self, batch_inputs: Tensor, batch_data_samples: Sequence[DetDataSample], rescale: bool = True
+    ) -> Sequence[DetDataSample]:
+        """mmdet's, under autocast where ``predict_dtype`` is given; scores and boxes stay float32."""
+        if self.predict_dtype is None:
+            return super().predict(batch_inputs, batch_data_samples, rescale)
+        with torch.autocast(batch_inputs.device.type, dtype=getattr(torch, self.predict_dtype)):
+            return super().predict(batch_inputs, batch_data_samples, rescale)
+
+    @staged("encoder")
     def pre_transformer(
         self,
         mlvl_feats: Sequence[Tensor],
@@ -202,6 +263,7 @@ class TAODeformableDETR(DeformableDETR):
         positions = self.positional_encoding(mask, input=template)
         return positions.flatten(2).transpose(1, 2) + self.level_embed[level]
 
+    @staged("encoder")
     def forward_encoder(
         self,
         feat: Tensor,
@@ -237,6 +299,7 @@ class TAODeformableDETR(DeformableDETR):
         )
         return {"memory": memory, "memory_mask": feat_mask, "spatial_shapes": spatial_shapes}
 
+    @staged("decoder")
     def pre_decoder(
         self, memory: Tensor, memory_mask: Tensor | None, spatial_shapes: Tensor
     ) -> tuple[dict, dict]:
@@ -255,6 +318,7 @@ class TAODeformableDETR(DeformableDETR):
         with no_autocast(memory.device):
             return super().pre_decoder(memory, memory_mask, spatial_shapes)
 
+    @staged("decoder")
     def forward_decoder(
         self,
         query: Tensor,

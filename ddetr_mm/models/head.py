@@ -20,6 +20,7 @@ from .criterion import box_divisor, set_losses
 from .deformable_attention import host_to_device, no_autocast
 from .matching import MatchingCost, NonFiniteCostError, Objects, assign_all_layers, matching_costs
 from .postprocess import top_detections
+from .stages import stage, staged
 from .transformer import place_boxes
 
 
@@ -96,6 +97,11 @@ class TAODeformableDETRHead(DeformableDETRHead):
             logits = branch(hidden_state.to(branch.weight.dtype))
         return logits, place_boxes(self.reg_branches[layer], hidden_state, reference)
 
+    @staged("loss")
+    def loss(self, *args, **kwargs) -> dict[str, Tensor]:
+        """mmdet's: the outputs of all layers, matched and compared with the labels of the samples."""
+        return super().loss(*args, **kwargs)
+
     def loss_by_feat(
         self,
         all_layers_cls_scores: Tensor,
@@ -150,9 +156,10 @@ class TAODeformableDETRHead(DeformableDETRHead):
         """Match the given layers and compute their losses, each (layers,)."""
         if self.matching_cost is None:
             raise ValueError("the head cannot be trained without train_cfg.assigner")
-        costs = matching_costs(logits, boxes_cxcywh, objects, self.matching_cost)
         try:
-            matches = assign_all_layers(costs, objects, num_classes=logits.shape[-1])
+            with stage("matching"):
+                costs = matching_costs(logits, boxes_cxcywh, objects, self.matching_cost)
+                matches = assign_all_layers(costs, objects, num_classes=logits.shape[-1])
         except NonFiniteCostError:
             if not self.tolerates_non_finite:
                 raise

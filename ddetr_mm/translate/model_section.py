@@ -54,8 +54,15 @@ SOURCE_KEYS = (
     "train.freeze",
     "ddetr_mm.backbone",
     "ddetr_mm.zero_padded_values",
+    "ddetr_mm.attention",
+    "ddetr_mm.compile",
+    "ddetr_mm.compile_mode",
+    "ddetr_mm.predict_precision",
 )
 
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+"""A spec's half precisions as torch names them."""
 
 EXPORTED_KEYS = (
     "model.num_select",
@@ -82,7 +89,11 @@ def exported_detector(spec: ExperimentSpec, model: dict[str, Any]) -> dict[str, 
 
 
 def detector(
-    spec: ExperimentSpec, *, zero_padded_values: bool, channels: list[int] | None = None
+    spec: ExperimentSpec,
+    *,
+    zero_padded_values: bool,
+    channels: list[int] | None = None,
+    for_export: bool = False,
 ) -> dict[str, Any]:
     """The config of the whole network.
 
@@ -91,6 +102,7 @@ def detector(
         zero_padded_values: whether attention values at padded positions are set to zero.
         channels: output channels of the backbone's stages when ``ddetr_mm.backbone`` gives a backbone of
             its own; ignored for the reference's backbones, whose channels are known.
+        for_export: whether the network is to be traced: then as it is, without what makes it fast.
     """
     model = spec.model
     checkpointing = spec.train.activation_checkpoint
@@ -130,7 +142,23 @@ def detector(
         bbox_head=bbox_head(spec),
         train_cfg=dict(assigner=assigner(model)),
         test_cfg=dict(max_per_img=model.num_select),
+        **({} if for_export else speed_options(spec)),
     )
+
+
+def speed_options(spec: ExperimentSpec) -> dict[str, Any]:
+    """Arguments of the detector that make it faster, those that are not at their default."""
+    own = spec.ddetr_mm
+    options: dict[str, Any] = {}
+    if own.attention != "auto":
+        options["attention"] = own.attention
+    if own.compile != "none":
+        options["compiled"] = own.compile
+        if own.compile_mode != "default":
+            options["compile_options"] = dict(mode=own.compile_mode)
+    if own.predict_precision != "fp32":
+        options["predict_dtype"] = DTYPES[own.predict_precision]
+    return options
 
 
 def frozen_modules(spec: ExperimentSpec) -> list[str]:

@@ -86,7 +86,9 @@ def to_config(
         "model",
         model_section.exported_detector(spec, exported.model)
         if exported
-        else model_section.detector(spec, zero_padded_values=zeroed, channels=channels),
+        else model_section.detector(
+            spec, zero_padded_values=zeroed, channels=channels, for_export=subtask == "export"
+        ),
         model_section.EXPORTED_KEYS if exported else model_section.SOURCE_KEYS,
         remark="The network.",
     )

@@ -92,12 +92,6 @@ def test_sgd_and_no_clipping(translate):
     assert "clip_grad" not in wrapper
 
 
-@pytest.mark.parametrize("precision, dtype", [("fp16", "float16"), ("bf16", "bfloat16")])
-def test_half_precision(translate, precision, dtype):
-    wrapper = translate(f"train.precision={precision}")["optim_wrapper"]
-    assert wrapper["type"] == "MixedPrecisionOptimWrapper" and wrapper["dtype"] == dtype
-
-
 def test_schedulers(translate):
     assert translate("train.optim.lr_steps=[3,5]", "train.num_epochs=6")["param_scheduler"] == [
         dict(type="MultiStepLR", by_epoch=True, milestones=[3, 5], gamma=0.1)
@@ -348,3 +342,42 @@ def test_shard_samplers_act_with_the_default_dataset_type_only(translate):
     for config in (translate(named), translate()):
         assert config["train_dataloader"]["sampler"]["type"] == "ElasticDistributedSampler"
         assert config["train_dataloader"]["batch_sampler"] == dict(type="ElasticBatchSampler")
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [
+        ("fp32", {"type": "OptimWrapper"}),
+        ("fp16", {"type": "MixedPrecisionOptimWrapper", "dtype": "float16"}),
+        ("bf16", {"type": "MixedPrecisionOptimWrapper", "dtype": "bfloat16"}),
+    ],
+)
+def test_precision_of_training(translate, precision, expected):
+    wrapper = translate(f"train.precision={precision}")["optim_wrapper"]
+    assert {key: wrapper[key] for key in ("type", "dtype") if key in wrapper} == expected
+
+
+def test_options_of_speed_stand_in_the_config_when_set(translate):
+    speed = ("attention", "compiled", "compile_options", "predict_dtype")
+    assert not set(speed) & set(translate()["model"])
+    given = (
+        "ddetr_mm.attention=triton",
+        "ddetr_mm.compile=all",
+        "ddetr_mm.compile_mode=reduce-overhead",
+        "ddetr_mm.predict_precision=bf16",
+    )
+    for subtask in ("train", "evaluate", "inference"):
+        model = translate(*given, subtask=subtask)["model"]
+        expected = ["triton", "all", {"mode": "reduce-overhead"}, "bfloat16"]
+        assert [model[name] for name in speed] == expected
+    # What is exported is traced as it is.
+    assert not set(speed) & set(translate(*given, subtask="export")["model"])
+
+
+def test_the_time_ledger_is_a_hook_of_training(translate):
+    def hooks(*overrides, **keywords):
+        return [hook["type"] for hook in translate(*overrides, **keywords)["custom_hooks"]]
+
+    assert "TimeLedgerHook" not in hooks()
+    assert "TimeLedgerHook" in hooks("ddetr_mm.time_ledger=true")
+    assert "TimeLedgerHook" not in hooks("ddetr_mm.time_ledger=true", subtask="evaluate")

@@ -90,6 +90,42 @@ class OwnSection:
         doc="""The effective batch that the learning rates are meant for; null: dataset.batch_size, that is
         one GPU without accumulation.""",
     )
+    attention: str = spec_field(
+        "auto",
+        origin=OURS,
+        options=("auto", "mmcv", "triton", "torch"),
+        doc="""What a GPU computes deformable attention with. mmcv: its compiled op; triton: kernels that need
+        no build; torch: plain PyTorch, the slow reference, on every device; auto: mmcv's op and the Triton
+        kernels are compared and timed once, and the faster one is kept, as the log tells.""",
+    )
+    compile: str = spec_field(
+        "none",
+        origin=OURS,
+        options=("none", "backbone", "all"),
+        doc="""What torch.compile turns into fused kernels at the first step of train, evaluate and inference:
+        nothing, the backbone, or backbone, neck, encoder and decoder. Worth its minutes where images have one
+        or two sizes (dataset.augmentation.fixed_padding); results differ by rounding.""",
+    )
+    compile_mode: str = spec_field(
+        "default",
+        origin=OURS,
+        options=("default", "reduce-overhead", "max-autotune"),
+        doc="""How torch.compile works, with ddetr_mm.compile. reduce-overhead: also as CUDA graphs, for small
+        batches; max-autotune: the same, with kernels chosen by trial, which takes long.""",
+    )
+    predict_precision: str = spec_field(
+        "fp32",
+        origin=OURS,
+        options=("fp32", "fp16", "bf16"),
+        doc="""Precision of evaluation and inference; scores and boxes are float32 all the same. The precision
+        of training is train.precision.""",
+    )
+    time_ledger: bool = spec_field(
+        False,
+        origin=OURS,
+        doc="""Measure where the time of a training step goes: data, backbone, encoder, decoder, matching,
+        loss, backward, optimizer, and what is left; told in the log and in time_ledger.json.""",
+    )
     export_fp16: bool = spec_field(
         False,
         origin=OURS,

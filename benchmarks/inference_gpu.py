@@ -1,0 +1,153 @@
+"""Inference on a GPU: ours, stock mmdet's and Hugging Face's Deformable DETR, at batch 1 and 8.
+
+All have the same weights (random, carried over by our checkpoint conversion) and get the same images, padded
+to 800x1333: ResNet-50, four levels, box refinement, 80 classes, 300 queries. Before the clock starts, the
+predictions of all are compared with stock mmdet's in float32: ours in float32 must agree to 1e-3, the other
+differences are told. Then they take turns: the network and its post-processing.
+
+Run: ``python benchmarks/inference_gpu.py`` (``--record`` writes
+``benchmarks/records/inference_gpu.{json,md}``; ``--device cpu --quick`` tries it out on tiny images, without
+``torch.compile``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
+RECORD = Path(__file__).parent / "records" / "inference_gpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import ddetr_mm.register  # noqa: E402, F401
+
+import torch  # isort: skip  # noqa: E402
+from gpu_detectors import (  # isort: skip  # noqa: E402
+    HUGGING_FACE,
+    OURS,
+    STOCK,
+    Contestant,
+    Weights,
+    apart,
+    compiled,
+    inference_step,
+    outputs,
+    padded_batch,
+)
+from gpu_turns import (  # isort: skip  # noqa: E402
+    describe_device,
+    device_of,
+    megabytes,
+    peak_mb,
+    take_turns_on,
+    told,
+)
+from mmdet.utils import register_all_modules  # isort: skip  # noqa: E402
+
+TOLERANCE = 1e-3
+YARDSTICK = "mmdet, fp32"
+
+
+def contestants(with_compile: bool) -> list[Contestant]:
+    """Who takes part; the yardstick first."""
+    found = [Contestant(YARDSTICK, STOCK, "fp32")]
+    for precision in ("fp32", "tf32", "fp16", "bf16"):
+        found += [
+            Contestant(f"mmdet, {precision}", STOCK, precision),
+            Contestant(f"Hugging Face, {precision}", HUGGING_FACE, precision),
+            Contestant(f"ours, {precision}", OURS, precision),
+        ]
+        if with_compile:
+            graphs = compiled("reduce-overhead")
+            found += [
+                Contestant(f"ours, {precision}, compile", OURS, precision, compiled()),
+                Contestant(f"ours, {precision}, CUDA graphs", OURS, precision, graphs),
+            ]
+    return [found[0], *(one for one in found[1:] if one.name != YARDSTICK)]
+
+
+def compare(args: argparse.Namespace, device: torch.device, batch: int) -> dict[str, Any]:
+    """All contestants on one batch size: times, memory, agreement."""
+    weights = Weights(device)
+    given = padded_batch(tuple(args.size), batch, args.boxes, device)
+    chosen = [one for one in contestants(not args.no_compile) if one.precision in args.precisions]
+    steps, memory, agreement, expected = {}, {}, {}, None
+    for contestant in chosen:
+        model = weights.model(contestant).eval()
+        found = outputs(contestant, model, given)
+        expected = found if expected is None else expected
+        agreement[contestant.name] = apart(found, expected)
+        largest = max(agreement[contestant.name][f"largest {what} difference"] for what in ("score", "box"))
+        # Hugging Face places the padding's positions in its own way: told, not demanded.
+        if contestant.precision == "fp32" and contestant.kind == OURS and largest > TOLERANCE:
+            raise SystemExit(f"{contestant.name} differs from {YARDSTICK}: {agreement[contestant.name]}")
+        steps[contestant.name] = inference_step(contestant, model, given)
+        memory[contestant.name] = peak_mb(device, steps[contestant.name])
+        print(f"{contestant.name}: differs by {largest:.1e}", flush=True)
+    times = take_turns_on(device, steps, args.rounds, YARDSTICK, warm_up=5)
+    return {"batch": batch, "times": times, "memory_mb": memory, "agreement": agreement}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The record for people."""
+    lines = ["# Inference on a GPU", ""]
+    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    lines += [
+        "",
+        "ResNet-50, 4 levels, refinement, 300 queries. Milliseconds a batch: median (smallest to largest);",
+        f"images a second; how many times the speed of {YARDSTICK}; peak memory beyond weights and images,",
+        "MB; largest and mean differences of scores and boxes (0..1) from it.",
+        "",
+        "| batch | | ms | images/s | speed | memory | largest score, box | mean score, box |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        for name, times in row["times"].items():
+            differ = row["agreement"][name]
+            lines.append(
+                f"| {row['batch']} | {name} | {told(times)} | {1e3 * row['batch'] / times['median_ms']:.1f} "
+                f"| {times['speedup']:.2f} | {megabytes(row['memory_mb'][name])} "
+                f"| {differ['largest score difference']:.1e}, {differ['largest box difference']:.1e} "
+                f"| {differ['mean score difference']:.1e}, {differ['mean box difference']:.1e} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--boxes", type=int, default=7)
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "tf32", "fp16", "bf16"])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--quick", action="store_true", help="tiny images, one batch size, two rounds")
+    parser.add_argument("--record", action="store_true", help="write the record")
+    args = parser.parse_args()
+    if args.quick:
+        args.size, args.batches, args.rounds = [64, 96], [2], 1
+        args.precisions, args.no_compile = ["fp32", "bf16"], True
+    device = device_of(args.device)
+    register_all_modules(init_default_scope=True)
+    environment = describe_device(device)
+    environment["image"] = "x".join(map(str, args.size))
+    rows = [compare(args, device, batch) for batch in args.batches]
+    result = {"environment": environment, "rows": rows}
+    environment["load_after"] = round(os.getloadavg()[0], 1)
+    print(markdown(result))
+    if args.record:
+        RECORD.parent.mkdir(exist_ok=True)
+        RECORD.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        RECORD.with_suffix(".md").write_text(markdown(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""Triton kernels of multi-scale deformable attention: sampling forward and backward.
+
+Imports Triton at once, so only :mod:`ddetr_mm.models.triton_sampling` loads this module, when it runs.
+
+One program works on one head of one image. Its tiles are (queries or points, channels), so that
+consecutive lanes read consecutive channels of one cell; consecutive queries look at neighbouring cells,
+which the L1 cache then holds. Everything is computed in float32, whatever the tensors hold.
+
+Shapes in memory, all contiguous: value (B, S, M, D); locations (B, Q, M, L, P, 2) float32; weights
+(B, Q, M, L, P); output and its gradient (B, Q, M, D); level sizes (L, 2) as (height, width); level
+starts (L,). A *row* is one (image, query, head), a *point* one (row, level, point). Numbers that change
+with the images' size are never specialised, or a kernel would be compiled anew for multiples of 16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _at(location, size):
+    """Cell before a location of 0..1, the way from there (0..1 cells), and whether it touches the map.
+
+    Outside, cell and way are 0; but the way to a location that is no number is NaN, which spreads.
+    """
+    position = location * size - 0.5
+    inside = (position > -1.0) & (position < size)
+    cell = tl.floor(tl.where(inside, position, 0.0))
+    way = tl.where(inside | (position != position), position - cell, 0.0)
+    return cell.to(tl.int32), way, inside
+
+
+@triton.jit
+def _corner(base, y, x, height, width, row_stride, channel, mask):
+    """Pointers to one corner's channels, (queries, channels), and which of them are on the map."""
+    there = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    offset = (y * width + x) * row_stride
+    return base + offset[:, None] + channel[None, :], there[:, None]
+
+
+@triton.jit
+def _load_corners(base, y, x, height, width, row_stride, channel, filled, mask):
+    """Values of the four corners from (y, x) on, float32; 0 outside the map."""
+    p00, in00 = _corner(base, y, x, height, width, row_stride, channel, mask)
+    p01, in01 = _corner(base, y, x + 1, height, width, row_stride, channel, mask)
+    p10, in10 = _corner(base, y + 1, x, height, width, row_stride, channel, mask)
+    p11, in11 = _corner(base, y + 1, x + 1, height, width, row_stride, channel, mask)
+    v00 = tl.load(p00, mask=in00 & filled, other=0.0).to(tl.float32)
+    v01 = tl.load(p01, mask=in01 & filled, other=0.0).to(tl.float32)
+    v10 = tl.load(p10, mask=in10 & filled, other=0.0).to(tl.float32)
+    v11 = tl.load(p11, mask=in11 & filled, other=0.0).to(tl.float32)
+    return v00, v01, v10, v11
+
+
+@triton.jit
+def _shares(weight, low_part, right_part):
+    """What each corner counts, (queries, 1)."""
+    upper, lower = weight * (1 - low_part), weight * low_part
+    s00, s01 = upper * (1 - right_part), upper * right_part
+    s10, s11 = lower * (1 - right_part), lower * right_part
+    return s00[:, None], s01[:, None], s10[:, None], s11[:, None]
+
+
+@triton.jit
+def _add_corners(
+    base, y, x, height, width, row_stride, channel, filled, mask, gradient, weight, low_part, right_part
+):
+    """Add each corner's share of a gradient to memory, atomically."""
+    s00, s01, s10, s11 = _shares(weight, low_part, right_part)
+    p00, in00 = _corner(base, y, x, height, width, row_stride, channel, mask)
+    p01, in01 = _corner(base, y, x + 1, height, width, row_stride, channel, mask)
+    p10, in10 = _corner(base, y + 1, x, height, width, row_stride, channel, mask)
+    p11, in11 = _corner(base, y + 1, x + 1, height, width, row_stride, channel, mask)
+    tl.atomic_add(p00, s00 * gradient, mask=in00 & filled, sem="relaxed")
+    tl.atomic_add(p01, s01 * gradient, mask=in01 & filled, sem="relaxed")
+    tl.atomic_add(p10, s10 * gradient, mask=in10 & filled, sem="relaxed")
+    tl.atomic_add(p11, s11 * gradient, mask=in11 & filled, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_values"])
+def forward_kernel(
+    value,
+    locations,
+    weights,
+    sizes_hw,
+    starts,
+    output,
+    num_queries,
+    num_values,
+    HEADS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """Weighted sums of bilinear samples for ``QUERIES`` queries of one head of one image.
+
+    ``LANES`` is ``CHANNELS`` rounded up to a power of two.
+    """
+    image = (tl.program_id(1) // HEADS).to(tl.int64)
+    head = tl.program_id(1) % HEADS
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    known = query < num_queries
+    channel = tl.arange(0, LANES)
+    filled = (channel < CHANNELS)[None, :]
+    row = (image * num_queries + query) * HEADS + head
+    image_base = value + (image * num_values * HEADS + head) * CHANNELS
+    stride: tl.constexpr = HEADS * CHANNELS
+    total = tl.zeros((QUERIES, LANES), dtype=tl.float32)
+    for level in range(LEVELS):
+        height = tl.load(sizes_hw + 2 * level).to(tl.int32)
+        width = tl.load(sizes_hw + 2 * level + 1).to(tl.int32)
+        base = image_base + tl.load(starts + level) * stride
+        for number in tl.static_range(POINTS):
+            point = row * (LEVELS * POINTS) + level * POINTS + number
+            weight = tl.load(weights + point, mask=known, other=0.0).to(tl.float32)
+            x0, right_part, x_inside = _at(tl.load(locations + 2 * point, mask=known, other=0.0), width)
+            y0, low_part, y_inside = _at(tl.load(locations + 2 * point + 1, mask=known, other=0.0), height)
+            mask = known & x_inside & y_inside
+            v00, v01, v10, v11 = _load_corners(base, y0, x0, height, width, stride, channel, filled, mask)
+            s00, s01, s10, s11 = _shares(weight, low_part, right_part)
+            total += v00 * s00 + v01 * s01 + v10 * s10 + v11 * s11
+    pointers = output + row[:, None] * CHANNELS + channel[None, :]
+    tl.store(pointers, total.to(output.dtype.element_ty), mask=known[:, None] & filled)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_values"])
+def backward_kernel(
+    value,
+    locations,
+    weights,
+    sizes_hw,
+    starts,
+    grad_output,
+    grad_value,
+    grad_locations,
+    grad_weights,
+    num_queries,
+    num_values,
+    HEADS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    ADD_TO_VALUE: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """Gradients of locations and weights, and with ``ADD_TO_VALUE`` of values by atomic addition.
+
+    ``grad_value`` is float32 and starts at zero. Atomic additions come in any order, so its last bits
+    differ from run to run; :func:`gather_value_gradient_kernel` is the other way.
+    """
+    image = (tl.program_id(1) // HEADS).to(tl.int64)
+    head = tl.program_id(1) % HEADS
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    known = query < num_queries
+    channel = tl.arange(0, LANES)
+    filled = (channel < CHANNELS)[None, :]
+    row = (image * num_queries + query) * HEADS + head
+    head_offset = (image * num_values * HEADS + head) * CHANNELS
+    stride: tl.constexpr = HEADS * CHANNELS
+    gradient = tl.load(
+        grad_output + row[:, None] * CHANNELS + channel[None, :], mask=known[:, None] & filled, other=0.0
+    ).to(tl.float32)
+    for level in range(LEVELS):
+        height = tl.load(sizes_hw + 2 * level).to(tl.int32)
+        width = tl.load(sizes_hw + 2 * level + 1).to(tl.int32)
+        level_offset = head_offset + tl.load(starts + level) * stride
+        base = value + level_offset
+        for number in tl.static_range(POINTS):
+            point = row * (LEVELS * POINTS) + level * POINTS + number
+            weight = tl.load(weights + point, mask=known, other=0.0).to(tl.float32)
+            x0, right_part, x_inside = _at(tl.load(locations + 2 * point, mask=known, other=0.0), width)
+            y0, low_part, y_inside = _at(tl.load(locations + 2 * point + 1, mask=known, other=0.0), height)
+            mask = known & x_inside & y_inside
+            v00, v01, v10, v11 = _load_corners(base, y0, x0, height, width, stride, channel, filled, mask)
+            # What each corner's values say to the output's gradient; all else is made of these four.
+            s00 = tl.sum(v00 * gradient, axis=1)
+            s01 = tl.sum(v01 * gradient, axis=1)
+            s10 = tl.sum(v10 * gradient, axis=1)
+            s11 = tl.sum(v11 * gradient, axis=1)
+            upper = s00 + (s01 - s00) * right_part
+            lower = s10 + (s11 - s10) * right_part
+            along_x = (s01 - s00) * (1 - low_part) + (s11 - s10) * low_part
+            grad_weight = upper + (lower - upper) * low_part
+            tl.store(grad_weights + point, grad_weight.to(grad_weights.dtype.element_ty), mask=known)
+            tl.store(grad_locations + 2 * point, weight * along_x * width, mask=known)
+            tl.store(grad_locations + 2 * point + 1, weight * (lower - upper) * height, mask=known)
+            if ADD_TO_VALUE:
+                _add_corners(
+                    grad_value + level_offset,
+                    y0,
+                    x0,
+                    height,
+                    width,
+                    stride,
+                    channel,
+                    filled,
+                    mask,
+                    gradient,
+                    weight,
+                    low_part,
+                    right_part,
+                )
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_points", "bins_per_head", "num_bins"])
+def bin_kernel(
+    locations,
+    sizes_hw,
+    bin_starts,
+    bins,
+    num_points,
+    num_queries,
+    bins_per_head,
+    num_bins,
+    HEADS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The bin of every point: its upper left cell on a map with one more row and column.
+
+    A level of H x W has (H + 1) x (W + 1) bins, the first for cells at row or column -1; a head of an
+    image has ``bins_per_head``. Points that touch no cell go into bin ``num_bins``, after all others.
+    """
+    point = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    known = point < num_points
+    level = (point // POINTS) % LEVELS
+    row = point // (LEVELS * POINTS)
+    image_head = row // (num_queries * HEADS) * HEADS + row % HEADS
+    height = tl.load(sizes_hw + 2 * level, mask=known, other=1).to(tl.int32)
+    width = tl.load(sizes_hw + 2 * level + 1, mask=known, other=1).to(tl.int32)
+    x0, _, x_inside = _at(tl.load(locations + 2 * point, mask=known, other=0.0), width)
+    y0, _, y_inside = _at(tl.load(locations + 2 * point + 1, mask=known, other=0.0), height)
+    cell = (y0 + 1) * (width + 1) + x0 + 1
+    number = image_head * bins_per_head + tl.load(bin_starts + level, mask=known, other=0) + cell
+    number = tl.where(x_inside & y_inside, number, num_bins)
+    tl.store(bins + point, number.to(bins.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize=["num_values", "bins_per_head"])
+def gather_value_gradient_kernel(
+    locations,
+    weights,
+    sizes_hw,
+    starts,
+    bin_starts,
+    order,
+    bin_offsets,
+    grad_output,
+    grad_value,
+    num_values,
+    bins_per_head,
+    HEADS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient of one cell of one head, summed over the points around it in a fixed order.
+
+    The points that touch cell (y, x) lie in the bins of rows y and y + 1, columns x and x + 1 of the
+    enlarged map; the two bins of a row are neighbours, so ``order`` holds them as two runs.
+    """
+    cell = tl.program_id(0)
+    image_head = tl.program_id(1).to(tl.int64)
+    level = 0
+    for number in tl.static_range(1, LEVELS):
+        level += (cell >= tl.load(starts + number)).to(tl.int32)
+    height = tl.load(sizes_hw + 2 * level).to(tl.int32)
+    width = tl.load(sizes_hw + 2 * level + 1).to(tl.int32)
+    in_level = cell - tl.load(starts + level).to(tl.int32)
+    cell_y, cell_x = in_level // width, in_level % width
+    channel = tl.arange(0, LANES)
+    filled = (channel < CHANNELS)[None, :]
+    total = tl.zeros((LANES,), dtype=tl.float32)
+    head_bins = image_head * bins_per_head + tl.load(bin_starts + level)
+    for below in tl.static_range(2):
+        first_bin = head_bins + (cell_y + below) * (width + 1) + cell_x
+        begin = tl.load(bin_offsets + first_bin)
+        end = tl.load(bin_offsets + first_bin + 2)
+        while begin < end:
+            place = begin + tl.arange(0, BLOCK)
+            known = place < end
+            point = tl.load(order + place, mask=known, other=0)
+            x = tl.load(locations + 2 * point, mask=known, other=0.0) * width - 0.5
+            y = tl.load(locations + 2 * point + 1, mask=known, other=0.0) * height - 0.5
+            weight = tl.load(weights + point, mask=known, other=0.0).to(tl.float32)
+            share = (1 - tl.abs(x - cell_x)) * (1 - tl.abs(y - cell_y))
+            row = point // (LEVELS * POINTS)
+            pointers = grad_output + row[:, None] * CHANNELS + channel[None, :]
+            gradient = tl.load(pointers, mask=known[:, None] & filled, other=0.0).to(tl.float32)
+            share = tl.where(known, share * weight, 0.0)
+            total += tl.sum(gradient * share[:, None], axis=0)
+            begin += BLOCK
+    image, head = image_head // HEADS, image_head % HEADS
+    target = grad_value + ((image * num_values + cell) * HEADS + head) * CHANNELS + channel
+    tl.store(target, total.to(grad_value.dtype.element_ty), mask=channel < CHANNELS)
