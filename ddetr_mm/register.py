@@ -16,15 +16,19 @@ import ddetr_mm.evaluation.metric
 import ddetr_mm.models
 import ddetr_mm.runtime.alarm_hook
 import ddetr_mm.runtime.checkpoint_hook
+import ddetr_mm.runtime.cudnn_hook
 import ddetr_mm.runtime.curves
 import ddetr_mm.runtime.detection_writer
+import ddetr_mm.runtime.learning_rate_hook
+import ddetr_mm.runtime.mixed_precision
 import ddetr_mm.runtime.non_finite_hook
 import ddetr_mm.runtime.pretrained_hook
 import ddetr_mm.runtime.progress_hook
 import ddetr_mm.runtime.replaced_images_hook
 import ddetr_mm.runtime.status_hook
 import ddetr_mm.runtime.stop_signals
-import ddetr_mm.runtime.train_loop  # noqa: F401 - imported for registration
+import ddetr_mm.runtime.train_loop
+import ddetr_mm.runtime.wandb_backend  # noqa: F401 - imported for registration
 from ddetr_mm.runtime.encrypted_load import register_encrypted_loading
 from ddetr_mm.stack.mends import allow_mmengine_checkpoint_classes, quiet_frozen_parameter_warnings
 

@@ -205,7 +205,7 @@ DISTRIBUTIONS = {
     "pkg_resources": "setuptools",
 }
 # What a user may have or not; imported inside functions only, and missing it is told or done without.
-OPTIONAL = {"hotcoco", "tensorrt", "mmdeploy", "orjson", "triton", "cryptography"}
+OPTIONAL = {"hotcoco", "tensorrt", "mmdeploy", "orjson", "triton", "cryptography", "wandb"}
 # Imported by the optional package itself, as its configs demand, and by nothing of ours.
 LOADED_BY = {"deploy.mmdeploy_rewriters": {"mmdeploy"}}
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from .fieldpath import get_field
 from .schema import ConvertSpec, ExperimentSpec
+from .schema.common import WandbConfig
+from .walk import fields_of
 
-_ONE_BATCH = "dataset.batch_size is the batch size of every subtask"
 _AUGMENTED = "the size comes from dataset.augmentation"
 _QUANTIZE = "there is no quantize subtask"
 _LATER = "it belongs to a later release (7.3)"
@@ -23,26 +24,20 @@ NO_EFFECT: dict[str, str] = {
     "model_name": "nothing is named after it",
     "model.dld_model_dir_path": "it points into a model store inside NVIDIA",
     "model.clip_max_norm": "gradients are clipped by train.clip_grad_norm",
-    "model.precise_msda": _LATER,
+    "model.precise_msda": "deformable attention is sampled in full precision at any train.precision",
     "dataset.quant_calibration_data_sources": _QUANTIZE,
     "train.optim.monitor_name": "no scheduler watches a value",
     "train.input_width": _AUGMENTED,
     "train.input_height": _AUGMENTED,
     "train.checkpointer": _LATER,
-    "evaluate.batch_size": _ONE_BATCH,
     "evaluate.input_width": _AUGMENTED,
     "evaluate.input_height": _AUGMENTED,
-    "inference.batch_size": _ONE_BATCH,
     "gen_trt_engine.batch_size": "the ONNX file decides",
     "gen_trt_engine.input_channel": _ENGINE_SIZE,
     "gen_trt_engine.input_width": _ENGINE_SIZE,
     "gen_trt_engine.input_height": _ENGINE_SIZE,
     "gen_trt_engine.opset_version": "the opset is chosen at export: export.opset_version",
     "quantize": _QUANTIZE,
-    "wandb.group": "the reference does not pass it on either",
-    "wandb.reinit": "the reference does not pass it on either",
-    "wandb.sync_tensorboard": "the reference does not pass it on either",
-    "wandb.save_code": "the reference does not pass it on either",
 }
 """Dotted path of a field or a whole section → why it has no effect."""
 
@@ -104,6 +99,21 @@ CONDITIONS: tuple[Condition, ...] = (
         "train.optim.lr_backbone",
         lambda spec: not spec.model.train_backbone,
         "model.train_backbone is false",
+    ),
+    *(
+        Condition(f"wandb.{name}", lambda spec: not spec.wandb.enable, "wandb.enable is false")
+        for name in fields_of(WandbConfig)
+        if name != "enable"
+    ),
+    *(
+        Condition(f"train.{name}", lambda spec: spec.train.is_dry_run, "train.is_dry_run is true")
+        for name in (
+            "num_epochs",
+            "checkpoint_interval",
+            "checkpoint_interval_unit",
+            "validation_interval",
+            "resume_training_checkpoint_path",
+        )
     ),
     Condition(
         "dataset.train_sampler",

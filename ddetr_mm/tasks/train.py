@@ -10,6 +10,8 @@ from ddetr_mm.spec import ExperimentSpec, load_spec
 from ddetr_mm.tasks.check import quick_check
 from ddetr_mm.tasks.session import choose_device, open_session, require_device
 
+RESUME_KEY = "train.resume_training_checkpoint_path"
+
 
 def run(arguments: Namespace) -> None:
     """Train, validate and checkpoint; see the contract of the command in the README."""
@@ -20,6 +22,7 @@ def run(arguments: Namespace) -> None:
         require_device(spec)
         quick_check(loaded)
         from ddetr_mm.tasks.runner import build_runner
+        from ddetr_mm.weights.resume import require_same_network
 
         start = checkpoint_to_resume(spec, session.folder)
         runner = build_runner(
@@ -30,11 +33,16 @@ def run(arguments: Namespace) -> None:
             load_from=str(start) if start else None,
             resume=start is not None,
         )
+        if start is not None:
+            named = spec.train.resume_training_checkpoint_path
+            require_same_network(start, runner.model, where=RESUME_KEY if named else "results_dir")
         runner.train()
 
 
 def checkpoint_to_resume(spec: ExperimentSpec, folder: Path) -> Path | None:
     """Where to go on: the checkpoint the spec names, else the folder's latest, else nowhere.
+
+    A dry run goes on from nowhere, so that a finished training can be tried out too.
 
     Raises:
         WeightsError: when the spec names a checkpoint that is not there or that holds weights alone.
@@ -42,6 +50,8 @@ def checkpoint_to_resume(spec: ExperimentSpec, folder: Path) -> Path | None:
     from ddetr_mm.runtime.checkpoint_hook import find_latest_checkpoint
     from ddetr_mm.weights.resume import require_resumable
 
+    if spec.train.is_dry_run:
+        return None
     named = spec.train.resume_training_checkpoint_path
     if named:
         if not Path(named).is_file():
@@ -49,10 +59,13 @@ def checkpoint_to_resume(spec: ExperimentSpec, folder: Path) -> Path | None:
                 Problem(
                     "does not exist",
                     file=named,
-                    where="train.resume_training_checkpoint_path",
+                    where=RESUME_KEY,
                     mend="name a checkpoint of this training, or remove the key to go on from the latest",
                 )
             )
-        require_resumable(named, where="train.resume_training_checkpoint_path")
+        require_resumable(named, where=RESUME_KEY)
         return Path(named)
-    return find_latest_checkpoint(folder)
+    latest = find_latest_checkpoint(folder)
+    if latest is not None:
+        require_resumable(latest, where="results_dir")
+    return latest

@@ -147,11 +147,26 @@ def coco_dataset(
     )
 
 
-def dataloader(spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool) -> dict[str, Any]:
-    """Config of one dataloader; every sample of a validation or test set is seen once."""
+def one_step_of(spec: ExperimentSpec, dataset: dict[str, Any]) -> dict[str, Any]:
+    """The dataset cut to the images of a single step on all GPUs, for a dry run."""
+    ranks = spec.train.num_gpus * spec.train.num_nodes
+    return dataset | dict(indices=spec.dataset.batch_size * ranks)
+
+
+def dataloader(
+    spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool, batch_size: int = -1
+) -> dict[str, Any]:
+    """Config of one dataloader; every sample of a validation or test set is seen once.
+
+    Args:
+        spec: a checked experiment spec.
+        dataset: config of the dataset.
+        train: whether samples come in random order.
+        batch_size: the subtask's own; -1: that of the section ``dataset``.
+    """
     workers = spec.dataset.workers
     loader: dict[str, Any] = dict(
-        batch_size=spec.dataset.batch_size,
+        batch_size=spec.dataset.batch_size if batch_size < 1 else batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=spec.dataset.pin_memory,

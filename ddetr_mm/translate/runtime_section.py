@@ -7,7 +7,30 @@ from typing import Any
 from ddetr_mm.spec import ExperimentSpec
 
 CHECKPOINT_KEYS = ("train.checkpoint_interval", "train.checkpoint_interval_unit")
-SEED_KEYS = ("train.seed", "train.cudnn.deterministic", "ddetr_mm.deterministic")
+SEED_KEYS = ("train.seed", "ddetr_mm.deterministic")
+HOOK_KEYS = (
+    "train.cudnn.benchmark",
+    "train.cudnn.deterministic",
+    "train.verbose",
+    "train.is_dry_run",
+    "train.pretrained_model_path",
+    "model.pretrained_backbone_path",
+)
+WANDB_KEYS = tuple(
+    f"wandb.{name}"
+    for name in (
+        "enable",
+        "project",
+        "entity",
+        "group",
+        "tags",
+        "name",
+        "run_id",
+        "reinit",
+        "sync_tensorboard",
+        "save_code",
+    )
+)
 
 
 def default_hooks(spec: ExperimentSpec, *, train: bool, zero_padded_values: bool) -> dict[str, Any]:
@@ -18,7 +41,7 @@ def default_hooks(spec: ExperimentSpec, *, train: bool, zero_padded_values: bool
         param_scheduler=dict(type="ParamSchedulerHook"),
         sampler_seed=dict(type="DistSamplerSeedHook"),
     )
-    if train:
+    if train and not spec.train.is_dry_run:
         hooks["checkpoint"] = dict(
             type="TAOCheckpointHook",
             interval=spec.train.checkpoint_interval,
@@ -36,17 +59,22 @@ def default_hooks(spec: ExperimentSpec, *, train: bool, zero_padded_values: bool
 
 
 def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
-    """Hooks of a run beyond mmengine's default ones."""
+    """Hooks of a run beyond mmengine's default ones; a dry run leaves a real run's curves alone."""
     hooks: list[dict[str, Any]] = [dict(type="ProgressHook")]
     if not train:
         return hooks
+    cudnn = spec.train.cudnn
+    hooks.append(dict(type="CudnnHook", benchmark=cudnn.benchmark, deterministic=cudnn.deterministic))
     pretrained = bool(spec.model.pretrained_backbone_path or spec.train.pretrained_model_path)
     hooks += [
         dict(type="StatusHook"),
         dict(type="AlarmHook", pretrained=pretrained),
-        dict(type="CurvesHook"),
         dict(type="NonFiniteHook", action=spec.ddetr_mm.non_finite),
     ]
+    if not spec.train.is_dry_run:
+        hooks.append(dict(type="CurvesHook"))
+    if spec.train.verbose:
+        hooks.append(dict(type="LearningRateHook"))
     if spec.ddetr_mm.missing_images == "replace":
         hooks.append(dict(type="ReplacedImagesHook"))
     if pretrained:
@@ -69,16 +97,32 @@ def randomness(spec: ExperimentSpec) -> dict[str, Any]:
 def environment(spec: ExperimentSpec) -> dict[str, Any]:
     """Process settings of mmengine's Runner."""
     return dict(
-        cudnn_benchmark=spec.train.cudnn.benchmark,
         mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0),
         dist_cfg=dict(backend="nccl"),
     )
 
 
-def visualizer() -> dict[str, Any]:
-    """Scalars go to a JSON-lines file and to TensorBoard."""
+def visualizer(spec: ExperimentSpec, *, train: bool) -> dict[str, Any]:
+    """Scalars go to a JSON-lines file and to TensorBoard; those of training also to Weights & Biases."""
+    backends: list[dict[str, Any]] = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
+    if train and spec.wandb.enable and not spec.train.is_dry_run:
+        # First, because it has to see TensorBoard's writer being opened.
+        backends.insert(0, wandb_backend(spec))
+    return dict(type="DetLocalVisualizer", name="visualizer", vis_backends=backends)
+
+
+def wandb_backend(spec: ExperimentSpec) -> dict[str, Any]:
+    """The report to Weights & Biases, which stays silent where its package or an account is missing."""
+    settings = spec.wandb
     return dict(
-        type="DetLocalVisualizer",
-        name="visualizer",
-        vis_backends=[dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")],
+        type="WandbBackend",
+        project=settings.project,
+        entity=settings.entity or None,
+        group=settings.group or None,
+        tags=list(settings.tags),
+        name=settings.name,
+        run_id=settings.run_id,
+        reinit=settings.reinit,
+        sync_tensorboard=settings.sync_tensorboard,
+        save_code=settings.save_code,
     )

@@ -117,6 +117,9 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
     )
     train_data = data_section.coco_dataset(spec, train_sources, Reference("train_pipeline"), test_mode=False)
     val_data = data_section.coco_dataset(spec, val_sources, Reference("test_pipeline"), test_mode=True)
+    if spec.train.is_dry_run:
+        train_data = data_section.one_step_of(spec, train_data)
+        val_data = data_section.one_step_of(spec, val_data)
     draft.add(
         "train_dataloader",
         data_section.dataloader(spec, train_data, train=True),
@@ -147,7 +150,9 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
         "The schedule, in epochs.",
     )
     draft.add(
-        "train_cfg", schedule_section.train_loop(spec), ("train.num_epochs", "train.validation_interval")
+        "train_cfg",
+        schedule_section.train_loop(spec),
+        ("train.num_epochs", "train.validation_interval", "train.is_dry_run"),
     )
     draft.add("val_cfg", dict(type="ValLoop"))
     draft.add("test_cfg", dict(type="TestLoop"))
@@ -165,8 +170,8 @@ def _add_evaluate(draft: ConfigDraft, spec: ExperimentSpec, exported: ExportedMo
     dataset = data_section.coco_dataset(spec, sources, Reference("test_pipeline"), test_mode=True)
     draft.add(
         "test_dataloader",
-        data_section.dataloader(spec, dataset, train=False),
-        ("dataset.test_data_sources", *data_section.LOADER_KEYS),
+        data_section.dataloader(spec, dataset, train=False, batch_size=spec.evaluate.batch_size),
+        ("dataset.test_data_sources", "evaluate.batch_size", *data_section.LOADER_KEYS),
         "The data; labels are category ids, so class column 0 stays for the background.",
     )
     folder = str(task_results_dir(spec, "evaluate"))
@@ -211,8 +216,8 @@ def _add_inference(
     )
     draft.add(
         "test_dataloader",
-        data_section.dataloader(spec, dataset, train=False),
-        ("dataset.infer_data_sources", "dataset.batch_size", "dataset.workers"),
+        data_section.dataloader(spec, dataset, train=False, batch_size=settings.batch_size),
+        ("dataset.infer_data_sources", "inference.batch_size", "dataset.batch_size", "dataset.workers"),
     )
     draft.add(
         "test_evaluator",
@@ -251,10 +256,18 @@ def _add_run(draft: ConfigDraft, spec: ExperimentSpec, subtask: str, zeroed: boo
         runtime_section.CHECKPOINT_KEYS if train else (),
         "The run.",
     )
-    draft.add("custom_hooks", runtime_section.custom_hooks(spec, train=train))
-    draft.add("visualizer", runtime_section.visualizer())
+    draft.add(
+        "custom_hooks",
+        runtime_section.custom_hooks(spec, train=train),
+        runtime_section.HOOK_KEYS if train else (),
+    )
+    draft.add(
+        "visualizer",
+        runtime_section.visualizer(spec, train=train),
+        runtime_section.WANDB_KEYS if train else (),
+    )
     draft.add("randomness", runtime_section.randomness(spec), runtime_section.SEED_KEYS)
-    draft.add("env_cfg", runtime_section.environment(spec), ("train.cudnn.benchmark",))
+    draft.add("env_cfg", runtime_section.environment(spec))
     draft.add("log_processor", dict(type="LogProcessor", window_size=50, by_epoch=True))
     draft.add("log_level", "INFO")
     draft.add("work_dir", str(folder), ("results_dir",))

@@ -16,10 +16,6 @@ VALUES = {
     "train.optim.monitor_name": "train_loss",
     "train.checkpointer": "{save_top_k: 2}",
     "quantize": "{backend: modelopt.onnx}",
-    "wandb.group": "x",
-    "wandb.reinit": "true",
-    "wandb.sync_tensorboard": "true",
-    "wandb.save_code": "true",
 }
 
 
@@ -68,6 +64,14 @@ def test_tables_name_fields_that_exist():
         ("train: {optim: {lr_backbone: 3e-5}}\nmodel: {train_backbone: false}", "train_backbone is false"),
         ("dataset: {train_sampler: uniform_sampler}", "dataset_type is not default"),
         ("dataset: {augmentation: {fixed_random_crop: 64, train_random_crop_max: 700}}", "fixed_random_crop"),
+        (
+            "wandb: {enable: false, project: x}",
+            "wandb.project (line 1) has no effect because wandb.enable is false",
+        ),
+        (
+            "train: {is_dry_run: true, num_epochs: 3}",
+            "train.num_epochs (line 1) has no effect because train.is_dry_run",
+        ),
         ("evaluate: {checkpoint: a, trt_engine: b}", "evaluate.trt_engine is set"),
         ("inference: {checkpoint: a, trt_engine: b}", "inference.trt_engine is set"),
         ("gen_trt_engine: {tensorrt: {calibration: {cal_batches: 3}}}", "data_type is not INT8"),

@@ -95,7 +95,7 @@ def test_sgd_and_no_clipping(translate):
 @pytest.mark.parametrize("precision, dtype", [("fp16", "float16"), ("bf16", "bfloat16")])
 def test_half_precision(translate, precision, dtype):
     wrapper = translate(f"train.precision={precision}")["optim_wrapper"]
-    assert wrapper["type"] == "AmpOptimWrapper" and wrapper["dtype"] == dtype
+    assert wrapper["type"] == "MixedPrecisionOptimWrapper" and wrapper["dtype"] == dtype
 
 
 def test_schedulers(translate):

@@ -1,0 +1,217 @@
+"""Fields that decide how a run goes: real runs of the tiny detector, in this process."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_scene import GIVEN, TINY, Scene
+
+from ddetr_mm.errors import DataError, WeightsError
+
+QUICK = ("dataset.batch_size=1", "ddetr_mm.log_interval=1", "wandb.enable=False")
+
+
+@pytest.fixture
+def train(scene: Scene, tmp_path: Path) -> Callable[..., Path]:
+    """Train as the command does, into a folder of this test; returns the folder."""
+    from ddetr_mm.tasks.train import run
+
+    spec = tmp_path / "spec.yaml"
+    folder = tmp_path / "train"
+
+    def go(*overrides: str) -> Path:
+        spec.write_text(scene.spec_text)
+        given = [*GIVEN["train"], *TINY, *QUICK, f"train.results_dir={folder}", *overrides]
+        run(Namespace(experiment_spec=str(spec), overrides=given, debug=False))
+        return folder
+
+    return go
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("model_epoch_*.pth"))
+
+
+def points(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "curves.jsonl").read_text().splitlines()]
+
+
+def test_epochs_and_intervals(train):
+    folder = train(
+        "train.num_epochs=3",
+        "train.checkpoint_interval=2",
+        "train.validation_interval=2",
+        "ddetr_mm.log_interval=2",
+    )
+    # Every second epoch, and always the last one.
+    assert checkpoints(folder) == ["model_epoch_001.pth", "model_epoch_002.pth"]
+    assert [point["epoch"] for point in points(folder) if point["kind"] == "val"] == [2, 3]
+    meta = torch.load(folder / "model_epoch_002.pth", weights_only=True)["meta"]
+    assert meta["epoch"] == 3 and meta["iter"] == 12
+    (log,) = folder.rglob("*.log")
+    assert log.read_text().count("Epoch(train)") == 6  # of 12 steps
+
+
+def test_checkpoints_by_step_and_resuming_from_a_named_one(train, tmp_path: Path):
+    folder = train("train.checkpoint_interval_unit=step", "train.checkpoint_interval=2")
+    assert checkpoints(folder) == ["model_epoch_000_step_00002.pth", "model_epoch_000_step_00004.pth"]
+    named = folder / "model_epoch_000_step_00004.pth"
+    resumed = tmp_path / "again"
+    train(
+        f"train.results_dir={resumed}",
+        f"train.resume_training_checkpoint_path={named}",
+        "train.num_epochs=2",
+    )
+    lines = [json.loads(line) for line in (resumed / "status.json").read_text().splitlines()]
+    assert any(line["message"] == f"Resuming training from checkpoint: {named}" for line in lines)
+    assert checkpoints(resumed) == ["model_epoch_001.pth"]
+    assert torch.load(resumed / "model_epoch_001.pth", weights_only=True)["meta"]["iter"] == 8
+
+
+def test_a_dry_run_takes_one_step_and_leaves_no_checkpoint(train):
+    folder = train()
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
+    curves = (folder / "curves.jsonl").read_bytes()
+    first = (folder / "status.json").read_text().splitlines()
+    train("train.is_dry_run=True", "train.num_epochs=9", "train.validation_interval=5")
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")} == before
+    assert (folder / "curves.jsonl").read_bytes() == curves
+    lines = [json.loads(line) for line in (folder / "status.json").read_text().splitlines()[len(first) :]]
+    (progress,) = [line for line in lines if "max_step" in line]
+    assert progress["max_step"] == 1 and progress["step"] == 1
+    assert any("val_mAP50" in line.get("kpi", {}) for line in lines) and lines[-1]["status"] == "SUCCESS"
+
+
+def test_another_spec_does_not_go_on_in_the_folder_of_a_finished_run(train, tmp_path: Path):
+    folder = train()
+    with pytest.raises(WeightsError, match=r"(?s)5 columns.*dataset\.num_classes"):
+        train("dataset.num_classes=6", "train.num_epochs=2")
+    assert checkpoints(folder) == ["model_epoch_000.pth"]
+    with pytest.raises(WeightsError, match=r"(?s)another backbone.*model\.backbone"):
+        train("ddetr_mm.backbone.base_channels=16", "train.num_epochs=2")
+    nothing = tmp_path / "nothing.pth"
+    with pytest.raises(WeightsError, match=r"train\.resume_training_checkpoint_path"):
+        train(f"train.resume_training_checkpoint_path={nothing}")
+
+
+def test_starting_weights_of_other_classes_are_carried_over_by_name(train, capsys, tmp_path: Path):
+    folder = train("train.optim.lr=1e-9", "train.optim.lr_backbone=0", "train.optim.weight_decay=0")
+    first = torch.load(folder / "model_epoch_000.pth", weights_only=True)["state_dict"]
+    second_folder = tmp_path / "second"
+    train(
+        f"train.results_dir={second_folder}",
+        f"train.pretrained_model_path={folder}/model_epoch_000.pth",
+        "dataset.num_classes=7",
+        "train.optim.lr=1e-9",
+        "train.optim.lr_backbone=0",
+        "train.seed=99",
+    )
+    second = torch.load(second_folder / "model_epoch_000.pth", weights_only=True)["state_dict"]
+    key = "bbox_head.cls_branches.0.weight"
+    assert second[key].shape[0] == 7
+    torch.testing.assert_close(second[key][:5], first[key], atol=1e-5, rtol=1e-4)
+    other = "decoder.layers.0.ffn.layers.0.0.weight"
+    torch.testing.assert_close(second[other], first[other], atol=1e-5, rtol=1e-4)
+    log = "".join(path.read_text() for path in second_folder.rglob("*.log"))
+    assert "classes by name (square, bar, dot, line)" in log
+
+
+def test_starting_weights_of_the_backbone(train, tmp_path: Path):
+    folder = train("train.optim.lr_backbone=0", "train.optim.weight_decay=0")
+    first = torch.load(folder / "model_epoch_000.pth", weights_only=True)["state_dict"]
+    train(
+        f"train.results_dir={tmp_path}/second",
+        f"model.pretrained_backbone_path={folder}/model_epoch_000.pth",
+        "train.optim.lr_backbone=0",
+        "train.optim.weight_decay=0",
+        "train.seed=99",
+    )
+    second = torch.load(tmp_path / "second" / "model_epoch_000.pth", weights_only=True)["state_dict"]
+    key = "backbone.layer3.0.conv1.weight"
+    assert torch.equal(second[key], first[key])
+    assert not torch.allclose(second["query_embedding.weight"], first["query_embedding.weight"], atol=0.05)
+
+
+def test_wandb_is_asked_for_by_its_section(tiny_config):
+    def backends(*overrides: str, subtask: str = "train") -> list[Any]:
+        return tiny_config(*overrides, subtask=subtask).visualizer.vis_backends
+
+    assert backends()[0].type == "WandbBackend"
+    for silent in (
+        backends("wandb.enable=False"),
+        backends("train.is_dry_run=True"),
+        backends(subtask="evaluate"),
+    ):
+        assert "WandbBackend" not in [one.type for one in silent]
+    fields = dict(
+        project="cells",
+        entity="lab",
+        group="nightly",
+        tags=["a", "b"],
+        name="first",
+        run_id="abc",
+        reinit=True,
+        sync_tensorboard=True,
+        save_code=True,
+    )
+    settings = backends(*(f"wandb.{name}={json.dumps(value)}" for name, value in fields.items()))[0]
+    assert dict(settings) == dict(type="WandbBackend", **fields)
+
+
+def test_quick_check_looks_over_the_annotations_first(scene: Scene, tmp_path: Path):
+    from ddetr_mm.tasks.check import quick_check
+
+    wrong = "dataset.num_classes=2"  # the pictures have boxes of class 2
+    with pytest.raises(DataError, match="num_classes"):
+        quick_check(scene.load(tmp_path / "spec.yaml", wrong, "ddetr_mm.quick_check=True"))
+    quick_check(scene.load(tmp_path / "spec.yaml", wrong, "ddetr_mm.quick_check=False"))
+
+
+def initial_weights(tiny_config: Callable[..., Any], folder: Path, *overrides: str) -> torch.Tensor:
+    """Weights of the network that a Runner has built, before any step."""
+    from ddetr_mm.runtime.quiet import QuietRunner
+
+    config = tiny_config("wandb.enable=False", *overrides)
+    config.work_dir = str(folder)
+    return QuietRunner.from_cfg(config).model.get_parameter("query_embedding.weight").detach().clone()
+
+
+def test_seeds(tiny_config, tmp_path: Path):
+    weights = [
+        initial_weights(tiny_config, tmp_path / str(number), f"train.seed={seed}")
+        for number, seed in enumerate((7, 7, 8, -1, -1))
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[3], weights[4])
+
+
+def test_deterministic_algorithms(tiny_config, tmp_path: Path):
+    assert not torch.are_deterministic_algorithms_enabled()
+    try:
+        initial_weights(tiny_config, tmp_path, "ddetr_mm.deterministic=True")
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("subtask", ["train", "evaluate", "inference", "export", "gen_trt_engine"])
+def test_results_go_to_the_subtasks_own_folder(scene: Scene, tmp_path: Path, subtask: str):
+    from ddetr_mm.tasks.session import open_session
+
+    common, own = f"results_dir={tmp_path}/all", f"{subtask}.results_dir={tmp_path}/own"
+    given = ("gen_trt_engine.onnx_file=x.onnx",) if subtask == "gen_trt_engine" else GIVEN[subtask]
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(scene.spec_text)
+    from ddetr_mm.spec import load_spec
+
+    for overrides, folder in (((common,), tmp_path / "all" / subtask), ((common, own), tmp_path / "own")):
+        with open_session(load_spec(spec, [*given, *TINY, *overrides], subtask), subtask) as session:
+            assert session.folder == folder
+        assert (folder / "experiment.yaml").is_file() and (folder / "status.json").is_file()
