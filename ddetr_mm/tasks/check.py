@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ddetr_mm.errors import DataError, InputError, Problem
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, load_spec, task_results_dir
 from ddetr_mm.spec.schema import DataSource
-from ddetr_mm.tasks.session import choose_device, require_device, say_notes
+from ddetr_mm.tasks.session import choose_device, require_gpus, say_notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,8 +97,9 @@ def _look_at_network(
     from ddetr_mm.preflight.findings import Finding, Section
 
     spec, subtask = loaded.spec, arguments.subtask
-    choose_device(spec, getattr(spec, subtask).gpu_ids)
-    require_device(spec)
+    task = getattr(spec, subtask)
+    choose_device(spec, task.gpu_ids if hasattr(task, "gpu_ids") else [task.gpu_id])
+    require_gpus(spec)
     shown = len(report.sections)
     try:
         for section in _network_sections(loaded, subtask, splits, folder, arguments.full):
