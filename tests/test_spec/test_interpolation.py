@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import pairwise
 
 import pytest
@@ -95,9 +94,7 @@ def test_interpolations_that_expand_without_end_are_bounded(problems):
     names = [f"k{n:02}" for n in range(40)]
     entries = [f"{names[0]}: '{'x' * 100}'"]
     entries += [f"{name}: '${{.{last}}}${{.{last}}}'" for last, name in pairwise(names)]
-    start = time.perf_counter()
     found = problems("inference: {color_map: {" + ", ".join(entries) + "}}")
-    assert time.perf_counter() - start < 10
     assert any("expands to more than" in one for one in found)
 
 

