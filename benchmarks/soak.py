@@ -1,7 +1,7 @@
 """Hours of training and ten thousand images through an ONNX file: does anything grow?
 
 Two commands run side by side, each as a user starts it, on pictures that ``projects/shapes`` draws: a
-training of a tiny model with four data workers, interrupted (SIGINT) when its time is over, and an
+training of a tiny model with four data workers, interrupted (SIGTERM) when its time is over, and an
 ``inference`` over many pictures with the exported graph. All the while the memory, the descriptors and the
 shared memory of each command's whole process tree are read from ``/proc``. Afterwards a line is fitted to
 what came after the warm-up; see ``soak_analysis.py`` for what counts as flat.
@@ -100,7 +100,8 @@ class Watched:
                 )
             )
         if self.stop_after is not None and seconds >= self.stop_after and not self.interrupted:
-            self.process.send_signal(signal.SIGINT)
+            # SIGINT may be ignored by what a shell has put into the background.
+            self.process.send_signal(signal.SIGTERM)
             self.interrupted = True
 
     def left_behind(self) -> dict[str, Any]:
@@ -170,7 +171,7 @@ def soak(folder: Path, arguments: argparse.Namespace) -> list[Watched]:
             else:
                 watched.look()
         (folder / "samples.json").write_text(json.dumps({w.name: w.samples for w in (train, inference)}))
-    time.sleep(5)  # until children that were told to end have ended
+    time.sleep(30)  # until children that were told to end have ended
     return [train, inference]
 
 

@@ -22,7 +22,6 @@ import ddetr_mm.runtime.curves
 import ddetr_mm.runtime.detection_writer
 import ddetr_mm.runtime.effective_batch
 import ddetr_mm.runtime.learning_rate_hook
-import ddetr_mm.runtime.mean_losses
 import ddetr_mm.runtime.mixed_precision
 import ddetr_mm.runtime.non_finite_hook
 import ddetr_mm.runtime.pretrained_hook

@@ -193,7 +193,7 @@ class TAODeformableDETR(DeformableDETR):
             The sum, and the sum (as ``loss``) and means by name on their way to the host.
         """
         total, scalars = super().parse_losses(losses)
-        return total, HostScalars(scalars)
+        return total, HostScalars(scalars, mean_over_ranks=True)
 
     def predict(
         self, batch_inputs: Tensor, batch_data_samples: Sequence[DetDataSample], rescale: bool = True

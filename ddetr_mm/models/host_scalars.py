@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+from mmdet.utils import reduce_mean
 from torch import Tensor
 
 
@@ -17,12 +18,16 @@ class HostScalars(Mapping[str, Tensor]):
 
     Args:
         scalars: tensors of one element on one device.
+        mean_over_ranks: whether they become the mean of all ranks of a job, as one process with the whole
+            batch would have them; all ranks must call this then.
     """
 
-    def __init__(self, scalars: Mapping[str, Tensor]) -> None:
+    def __init__(self, scalars: Mapping[str, Tensor], mean_over_ranks: bool = False) -> None:
         self._names = tuple(scalars)
         self._event: torch.cuda.Event | None = None
         stacked = torch.stack([scalar.detach().reshape(()).float() for scalar in scalars.values()])
+        if mean_over_ranks:
+            stacked = reduce_mean(stacked)
         if stacked.is_cuda:
             host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
             host.copy_(stacked, non_blocking=True)

@@ -99,7 +99,7 @@ def _look_at_network(
     spec, subtask = loaded.spec, arguments.subtask
     task = getattr(spec, subtask)
     choose_device(spec, task.gpu_ids if hasattr(task, "gpu_ids") else [task.gpu_id])
-    require_gpus(spec)
+    require_gpus(spec, getattr(task, "num_gpus", 1), where=f"{subtask}.num_gpus")
     shown = len(report.sections)
     try:
         for section in _network_sections(loaded, subtask, splits, folder, arguments.full):
