@@ -101,7 +101,8 @@ class NonFiniteHook(Hook):
 
     def _look_at_gradients(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         gradients = [
-            parameter.grad
+            # A rank looks at its own shard; all are asked below.
+            parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
             for group in optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None

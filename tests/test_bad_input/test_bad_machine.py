@@ -143,12 +143,15 @@ def test_a_data_worker_that_is_killed(own_project: Path):
     stop = threading.Event()
 
     def kill_a_worker() -> None:
+        seen: set[int] = set()
         while not stop.is_set() and not killed:
-            for pid in grandchildren(os.getpid()):
+            workers = set(grandchildren(os.getpid()))
+            for pid in sorted(workers & seen):
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)
                 break
-            time.sleep(0.02)
+            seen = workers
+            time.sleep(0.1)
 
     killer = threading.Thread(target=kill_a_worker)
     killer.start()
@@ -164,8 +167,20 @@ def test_a_data_worker_that_is_killed(own_project: Path):
 
 
 def grandchildren(pid: int) -> list[int]:
-    """Processes whose parent's parent is ``pid``: the data workers of a command in a fork."""
-    return [inner for child in children(pid) for inner in children(child)]
+    """Forks whose parent's parent is ``pid``: the data workers of a command in a fork.
+
+    Programs that a command starts, such as the compiler that mmengine asks for its version, are others.
+    """
+    return [inner for child in children(pid) for inner in children(child) if same_program(child, inner)]
+
+
+def same_program(pid: int, other: int) -> bool:
+    """Whether both run the same command line."""
+    try:
+        one, two = (Path(f"/proc/{number}/cmdline").read_bytes() for number in (pid, other))
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return one == two
 
 
 def children(pid: int) -> list[int]:
