@@ -55,6 +55,8 @@ def as_told(error: BaseException) -> InputError | None:
         return RunError(Problem("the machine has too little memory", value=text, mend=_LESS_MEMORY))
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return RunError(_killed_worker(text))
+    if isinstance(error, ConnectionResetError):  # the other end of a worker's pipe has gone
+        return RunError(_killed_worker(text))
     if isinstance(error, OSError) and error.errno in _MENDS:
         what = f"cannot be read or written: {error.strerror}"
         if error.filename is None:
