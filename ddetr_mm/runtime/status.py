@@ -137,18 +137,29 @@ class StatusLog:
 
     def _append(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._begun:
-            # A run that was killed in mid-line must not swallow our first line.
-            if _lacks_final_newline(self.path):
-                line = "\n" + line
-            self._begun = True
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
+            _lock_where_possible(descriptor)
+            if not self._begun:
+                # A run that was killed in mid-line must not swallow our first line.
+                if _lacks_final_newline(self.path):
+                    line = "\n" + line
+                self._begun = True
             content = line.encode()
             if os.write(descriptor, content) != len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         finally:
             os.close(descriptor)
+
+
+def _lock_where_possible(descriptor: int) -> None:
+    """Keep other writers out until the file is closed; without locks a line is still written in one piece."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except (ImportError, OSError):  # not on this system, or not on this file system
+        return
 
 
 def on_first_rank() -> bool:
