@@ -161,7 +161,11 @@ def soak(folder: Path, arguments: argparse.Namespace) -> list[Watched]:
         "train.checkpoint_interval=50",
         "train.validation_interval=10",
     )
-    inference = start("inference", folder, None, "dataset.workers=2", f"inference.checkpoint={ONNX_FILE}")
+    # A low threshold: the seed of one epoch is sure of little, and boxes should be drawn too.
+    inference = start(
+        *("inference", folder, None, "dataset.workers=2", "inference.conf_threshold=0.05"),
+        f"inference.checkpoint={ONNX_FILE}",
+    )
     running = [train, inference]
     while running:
         time.sleep(arguments.every)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,9 @@ Runner = Callable[[GroundTruthColumns, DetectionColumns, np.ndarray, np.ndarray]
 def choose_backend(name: str) -> tuple[str, Runner]:
     """The name and the function of the evaluator that one of :data:`BACKENDS` stands for.
 
+    A fork of a process that has used hotcoco gets pycocotools whatever the name: hotcoco's threads are not
+    in the fork, which would wait for them for ever.
+
     Raises:
         StackError: ``fast`` is asked for and hotcoco is not installed.
         ValueError: an unknown name.
@@ -46,7 +50,13 @@ def choose_backend(name: str) -> tuple[str, Runner]:
                 )
             )
         return "pycocotools", _run_pycocotools
+    if _hotcoco_processes - {os.getpid()}:
+        return "pycocotools", _run_pycocotools
     return "hotcoco", _run_hotcoco
+
+
+_hotcoco_processes: set[int] = set()
+"""The processes, this one or those it was forked from, that have started hotcoco's threads."""
 
 
 def _run_hotcoco(
@@ -54,6 +64,7 @@ def _run_hotcoco(
 ) -> Arrays:
     import hotcoco
 
+    _hotcoco_processes.add(os.getpid())
     annotations = hotcoco.COCO.from_arrays(
         _image_records(images),
         _category_records(truth, categories),

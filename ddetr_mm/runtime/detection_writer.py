@@ -68,7 +68,7 @@ class DetectionWriter(BaseMetric):
         self.outline_width = outline_width
         self.per_sequence = per_sequence
         self.named_classes = read_class_names(class_names_file) if class_names_file else None
-        self._written: dict[Path, Path] = {}
+        self._written: dict[str, str] = {}
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         """Write the files of a batch of images."""

@@ -219,16 +219,24 @@ def refuse_shared_targets(images: Iterable[Path], per_sequence: bool) -> None:
     Raises:
         DataError: when two images would write the same file.
     """
-    written: dict[Path, Path] = {}
+    written: dict[str, str] = {}
     for image in images:
         claim_targets(written, result_files(Path(), image, per_sequence), image)
 
 
-def claim_targets(written: dict[Path, Path], targets: Iterable[Path], image: Path) -> None:
-    """Note that ``image`` writes ``targets``; refuse what another image writes."""
+def claim_targets(written: dict[str, str], targets: Iterable[Path], image: Path) -> None:
+    """Note that ``image`` writes ``targets``; refuse what another image writes.
+
+    Args:
+        written: the image of every target so far. Text takes a third of the memory of paths, which
+            counts with millions of images.
+        targets: to write now.
+        image: whose targets they are.
+    """
+    source = str(image)
     for target in targets:
-        other = written.setdefault(target, image)
-        if other != image:
+        other = written.setdefault(str(target), source)
+        if other != source:
             raise DataError(
                 Problem(
                     f"{other} and {image} would both write {target}",

@@ -18,6 +18,7 @@ from typing import Any
 
 from mmengine.registry import FUNCTIONS
 
+from ddetr_mm.runtime.data_workers import keep_socket_names_short
 from ddetr_mm.runtime.rank_env import is_launched_by_us
 from ddetr_mm.runtime.status import on_first_rank
 
@@ -103,7 +104,8 @@ class StopSignals:
 
 @FUNCTIONS.register_module()
 def signal_proof_worker_init(worker_id: int) -> None:
-    """Let a data loader's worker outlive signals that are meant for the process that started it.
+    """Let a data loader's worker outlive signals that are meant for the process that started it, and
+    keep its sockets out of a ``TMPDIR`` with too long a name.
 
     Ctrl-C and a scheduler's SIGTERM reach all processes of a run; a worker that died of them would take
     the batch with it that the main process still waits for. After SIGTERM a worker has
@@ -115,6 +117,7 @@ def signal_proof_worker_init(worker_id: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, _end_worker)
     signal.signal(signal.SIGTERM, _end_worker_later)
+    keep_socket_names_short()
 
 
 def _end_worker_later(number: int, frame: FrameType | None) -> None:

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
+import signal
 import sys
 
 import numpy as np
@@ -198,6 +200,26 @@ def test_backend_names(make_scene, monkeypatch):
     with pytest.raises(StackError, match="pip install hotcoco"):
         evaluate_boxes(*scene, backend="fast")
     assert evaluate_boxes(*scene, backend="auto").backend == "pycocotools"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
+def test_a_fork_scores_though_the_threads_of_hotcoco_are_not_in_it(make_scene):
+    scene = make_scene(0, num_images=2)
+    here = evaluate_boxes(*scene, backend="fast")
+    assert here.backend == "hotcoco"
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends a fork that waits for ever
+        result = evaluate_boxes(*scene, backend="fast")
+        os.write(writer, json.dumps([result.backend, result["AP"]]).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        backend, mean_precision = json.load(pipe)
+    assert os.waitpid(child, 0)[1] == 0
+    assert backend == "pycocotools" and mean_precision == pytest.approx(here["AP"])
+    assert evaluate_boxes(*scene, backend="fast").backend == "hotcoco"
 
 
 def test_columns_of_different_lengths_are_refused():
