@@ -110,6 +110,7 @@ class TAODeformableDETR(DeformableDETR):
         if predict_dtype not in (None, "float16", "bfloat16"):
             raise ValueError(f"predict_dtype must be float16, bfloat16 or None, not {predict_dtype!r}")
         self.predict_dtype = predict_dtype
+        self.host_losses: HostScalars | None = None  # the last step's, for whoever watches them
         self._compile_parts(compiled, compile_options or {})
 
     def _compile_parts(self, compiled: str, options: dict) -> None:
@@ -193,7 +194,8 @@ class TAODeformableDETR(DeformableDETR):
             The sum, and the sum (as ``loss``) and means by name on their way to the host.
         """
         total, scalars = super().parse_losses(losses)
-        return total, HostScalars(scalars, mean_over_ranks=True)
+        self.host_losses = HostScalars(scalars, mean_over_ranks=True)
+        return total, self.host_losses
 
     def predict(
         self, batch_inputs: Tensor, batch_data_samples: Sequence[DetDataSample], rescale: bool = True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmdet.registry import HOOKS
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from torch import Tensor
@@ -33,6 +34,9 @@ class NonFiniteHook(Hook):
     In half precision with loss scaling the scaler's own search for a factor is left alone: only a loss that
     is not finite counts, and gradients that the scaler lets through.
 
+    All ranks of a job stop or skip together. Where gradients are clipped by their norm and the detector is
+    ours, nothing more is read from a GPU than the step reads anyway.
+
     Args:
         action: ``"stop"``, with a :class:`~ddetr_mm.errors.TrainingError`; ``"skip"``: the weights stay as
             they are and training goes on, unless :data:`MOST_SKIPPED_IN_A_ROW` steps are skipped in a row.
@@ -51,6 +55,7 @@ class NonFiniteHook(Hook):
         self._skip_this = False
         self._runner: Any = None
         self._batch: Any = None
+        self._own_loss: Tensor | None = None
         self._rng_state = torch.empty(0)
         self._buffers: list[Tensor] = []
 
@@ -61,12 +66,13 @@ class NonFiniteHook(Hook):
         head = getattr(model, "bbox_head", None)
         if hasattr(head, "tolerates_non_finite"):
             head.tolerates_non_finite = True  # this hook tells more than the matcher could
-        model.register_forward_hook(self._look_at_losses)
-        runner.optim_wrapper.optimizer.register_step_pre_hook(self._look_at_gradients)
+        model.register_forward_hook(self._note_losses)
+        runner.optim_wrapper.optimizer.register_step_pre_hook(self._look_before_step)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Remember what the step is made of."""
         self._batch = data_batch
+        self._own_loss = None
         self._rng_state = torch.get_rng_state()
         self._skip_this = False
         buffers = list(self._model().buffers())
@@ -78,7 +84,8 @@ class NonFiniteHook(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Count skipped steps."""
+        """Count skipped steps; look at the loss where no step was made (accumulation, a scaler)."""
+        self._loss_is_finite()
         if not self._skip_this:
             self._skipped_in_a_row = 0
             return
@@ -92,14 +99,47 @@ class NonFiniteHook(Hook):
                 )
             )
 
-    def _look_at_losses(self, model: Any, inputs: Any, output: Any) -> None:
+    def _note_losses(self, model: Any, inputs: Any, output: Any) -> None:
+        """Add up the losses where they are: reading the sum here would make the host wait for the GPU."""
         if not isinstance(output, dict) or not model.training or self._batch is None:
             return
         losses = [value for key, value in output.items() if "loss" in key and isinstance(value, Tensor)]
-        if losses and not torch.isfinite(torch.stack([loss.detach().sum() for loss in losses]).sum()):
-            self._found("the loss is not finite")
+        if losses:
+            self._own_loss = torch.stack([loss.detach().sum() for loss in losses]).sum()
 
-    def _look_at_gradients(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _look_before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        """Drop the gradients of a step with a loss or gradients that are not finite, on all ranks alike."""
+        finite = self._loss_is_finite()
+        if finite and not self._gradients_are_finite(optimizer):
+            finite = False
+            self._found("the gradients are not finite", here=True)
+        if not finite:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # the optimizer leaves what has no gradient
+
+    def _loss_is_finite(self) -> bool:
+        """Whether the loss of every rank is; looked at once a step."""
+        own, self._own_loss = self._own_loss, None
+        if own is None:
+            return not self._skip_this
+        scalars = getattr(self._model(), "host_losses", None)
+        if scalars is None:
+            broken = (~torch.isfinite(own)).float()
+            all_reduce(broken, "max")
+            finite = not broken
+        else:
+            # The ranks' mean for the log, on its way to the host since the forward pass.
+            finite = math.isfinite(float(scalars["loss"]))
+        if not finite:
+            self._found("the loss is not finite", here=not torch.isfinite(own))
+        return finite
+
+    def _gradients_are_finite(self, optimizer: Any) -> bool:
+        wrapper = self._runner.optim_wrapper
+        if wrapper.clip_grad_kwargs and wrapper.grad_name == "grad_norm":
+            # Clipping has just read the norm of all gradients of all ranks.
+            return math.isfinite(self._runner.message_hub.get_scalar("train/grad_norm").current())
         gradients = [
             # A rank looks at its own shard; all are asked below.
             parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
@@ -108,19 +148,19 @@ class NonFiniteHook(Hook):
             if parameter.grad is not None
         ]
         if not gradients:
-            return
+            return True
         norms = torch.stack([norm.to(gradients[0].device) for norm in torch._foreach_norm(gradients)])
         broken = (~torch.isfinite(norms).all()).float()
         all_reduce(broken, "max")
-        if not broken:
-            return
-        if not self._skip_this:
-            self._found("the gradients are not finite")
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None  # the optimizer leaves what has no gradient
+        return not broken
 
-    def _found(self, what: str) -> None:
+    def _found(self, what: str, here: bool) -> None:
+        """Restore buffers, save the batch, and raise or warn; all ranks of a job must call this.
+
+        Args:
+            what: is not finite.
+            here: whether it is this rank's.
+        """
         self._skip_this = True
         batch, self._batch = self._batch, None  # the repeated step is not watched
         for buffer, before in zip(self._model().buffers(), self._buffers, strict=True):
@@ -128,13 +168,18 @@ class NonFiniteHook(Hook):
             # would miss the version it has seen, though those that it needs have not changed.
             buffer.data.copy_(before)
         self._told += 1
-        images = ", ".join(image_names(batch)) or "unknown images"
-        text = f"{what} in step {self._runner.iter} ({images})"
-        command = None
-        if self._told <= MOST_SAVED:
-            path, finding = self._look_into(batch, what)
-            text += f"; {finding}"
-            command = f"the batch is saved; `ddetr-mm reproduce {path}` repeats the step"
+        path, finding = self._look_into(batch, what) if here and self._told <= MOST_SAVED else (None, "")
+        own = (image_names(batch), finding, str(path or "")) if here else None
+        seen = [entry for entry in all_gather_object(own) if entry is not None]
+        images = ", ".join(name for names, _, _ in seen for name in names) or "unknown images"
+        text = "; ".join(
+            [
+                f"{what} in step {self._runner.iter} ({images})",
+                *sorted({entry[1] for entry in seen if entry[1]}),
+            ]
+        )
+        paths = [entry[2] for entry in seen if entry[2]]
+        command = f"the batch is saved; `ddetr-mm reproduce {paths[0]}` repeats the step" if paths else None
         if self.action == "stop":
             raise TrainingError(
                 Problem(text, mend=f"{command}; usual causes: a learning rate too high, fp16, broken data")
@@ -154,7 +199,7 @@ class NonFiniteHook(Hook):
         }
         save_batch(path, model, batch, self._rng_state, about)
         if get_world_size() > 1:
-            # The other ranks are in the middle of their step: none may wait for this one.
+            # Repeating the step here would wait for ranks that do not repeat it.
             return path, "the command below names the layer"
         # Gradients are kept: in a skipped step they have still to be dropped, by all alike.
         context = runner.optim_wrapper.optim_context(model)

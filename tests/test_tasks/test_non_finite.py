@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.model import BaseModel
 
 from ddetr_mm.cli import main
 
@@ -115,3 +116,37 @@ def test_another_file_is_no_saved_batch(tmp_path: Path, capsys):
     (tmp_path / "config.py").write_text("model = dict(type='X')\n")
     assert main(["reproduce", str(tmp_path / "a.pth")]) == 2
     assert "a.pth: is no saved batch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "most"),
+    [((), 3), (("train.clip_grad_norm=0",), 4)],
+    ids=["clipped", "not clipped"],
+)
+def test_a_step_of_a_run_reads_at_most_three_times(train, monkeypatch, overrides, most):
+    """The matching's costs, the gradient's norm and the losses, whatever watches them; else one more."""
+    from ddetr_mm.runtime.host_reads import counted_host_reads
+
+    model, counts = BaseModel.train_step, []
+
+    def counted(self, data, optim_wrapper):
+        with counted_host_reads(torch.device("cpu")) as reads:
+            outputs = model(self, data, optim_wrapper)
+        counts.append(reads)
+        return outputs
+
+    monkeypatch.setattr(BaseModel, "train_step", counted)
+    assert train(lambda runner: None, *overrides) == 0
+    assert len(counts) > 2
+    assert all(len(reads) <= most for reads in counts[1:]), counts[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_loss_is_watched_while_gradients_add_up_and_under_a_scaler(train, capsys, precision):
+    def overflow(runner):
+        if runner.iter == 1:
+            scale_layer(runner, 1e38)
+
+    adding_up = (f"train.precision={precision}", "ddetr_mm.accumulate_steps=3")
+    assert train(overflow, *adding_up) == 1
+    assert "the loss is not finite in step 2" in capsys.readouterr().err
