@@ -44,7 +44,8 @@ def open_session(loaded: LoadedSpec, subtask: str) -> Iterator[Session]:
                 write_text_whole(folder / "experiment.yaml", spec_to_yaml(loaded.spec))
         say_notes(loaded)
     status = StatusLog.at(folder / "status.json")
-    with failures_told(), status.task(subtask), failures_told(), encryption_key_of(loaded.spec):
+    # Inside, so that the status tells them too; the command tells those of the status file itself.
+    with status.task(subtask), failures_told(), encryption_key_of(loaded.spec):
         yield Session(folder, status)
 
 

@@ -108,6 +108,57 @@ def one_rank(data_project: Project, two_ranks: tuple[Path, str]) -> Path:
     return data_project.folder / "ranks_1"
 
 
+BROKEN_LOSS = """
+import os, sys
+import ddetr_mm.register
+from ddetr_mm.cli import main
+from ddetr_mm.models.head import TAODeformableDETRHead as Head
+
+loss, calls = Head.loss, []
+
+def broken_in_the_second_step_of_rank_1(self, *args, **kwargs):
+    calls.append(None)
+    factor = float("nan") if (os.environ["RANK"], len(calls)) == ("1", 2) else 1.0
+    return {name: value * factor for name, value in loss(self, *args, **kwargs).items()}
+
+Head.loss = broken_in_the_second_step_of_rank_1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("action", ["stop", "skip"])
+def test_all_ranks_meet_the_broken_loss_of_one(
+    data_project: Project, tmp_path: Path, strategy: str, action: str
+):
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN_LOSS)
+    arguments = [*COMPARABLE, "train.num_epochs=1", "train.validation_interval=1", "dataset.batch_size=2"]
+    arguments += [f"train.distributed_strategy={strategy}", f"ddetr_mm.non_finite={action}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+        + ["train", "-e", data_project.spec, *arguments, f"train.results_dir={tmp_path}"],
+        cwd=data_project.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    text = " ".join(done.stdout.split())
+    assert "the loss is not finite in step 1 (" in text
+    assert [path.name for path in tmp_path.glob("non_finite*")] == ["non_finite_step_00001_rank_1.pth"]
+    last = json.loads((tmp_path / "status.json").read_text().splitlines()[-1])
+    if action == "stop":
+        assert done.returncode != 0 and last["status"] == "FAILURE"
+        assert "the loss is not finite in step 1" in last["message"] and "rank_1.pth" in last["message"]
+        return
+    assert done.returncode == 0 and last["status"] == "SUCCESS", done.stdout[-3000:]
+    weights = torch.load(tmp_path / "dd_model_latest.pth", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in weights["state_dict"].values())
+    assert weights["optimizer"]["state"][0]["step"] == weights["meta"]["iter"] - 1
+
+
 def scalars(folder: Path) -> list[dict]:
     """The steps that a training has logged."""
     (path,) = folder.glob("*/vis_data/scalars.json")
