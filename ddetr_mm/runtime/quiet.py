@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any
+from typing import Any, cast
 
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
+from ddetr_mm.runtime.config_text import FormattedOnceConfig
 from ddetr_mm.runtime.data_workers import end_data_workers
 
 _FILE_ONLY = re.compile(
@@ -59,6 +61,11 @@ class QuietRunner(Runner):
 
     In a config: ``runner_type = 'QuietRunner'``; in code: ``QuietRunner.from_cfg(config)``.
     """
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> QuietRunner:
+        """Build a runner as mmengine does, which then formats its config once and not at every use."""
+        return cast(QuietRunner, super().from_cfg(FormattedOnceConfig.of(cfg)))
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """Build the logger as mmengine does, then quieten its console."""
