@@ -86,13 +86,20 @@ def test_a_location_that_is_no_number_shows_in_its_own_result_only():
     assert spoilt[0, 3, 4:8].all() and spoilt.sum() == 4
 
 
-def test_deterministic_mode_allows_it():
+def test_deterministic_mode_gives_equal_gradients_every_time():
     sizes_hw = LEVELS["several"]
     torch.use_deterministic_algorithms(True)
     try:
-        sample_values_by_bags(*inputs(sizes_hw), sizes_hw).sum().backward()
+        gradients = []
+        for _ in range(2):
+            given = inputs(sizes_hw)
+            sample_values_by_bags(*given, sizes_hw).square().sum().backward()
+            gradients.append([tensor.grad for tensor in given if tensor.requires_grad])
     finally:
         torch.use_deterministic_algorithms(False)
+    assert len(gradients[0]) == 3
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other) and one.isfinite().all() and one.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
