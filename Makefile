@@ -18,7 +18,7 @@ CREATE := $(or $(LAUNCHER),python3) -I -S tools/env/create.py --stack '$(STACK)'
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: help env demo test ops test-ops bench lint lock clean
+.PHONY: help env demo test ops test-ops bench docs lint lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / && $$1 != "help" { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ test-ops: ops  ## the tests that need mmcv's compiled ops
 
 bench: env  ## the benchmarks
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
+
+docs: env  ## the documentation as a site: build/docs/index.html
+	$(VENV)/bin/python -m sphinx -b html -q -W --keep-going -c docs . build/docs $(ARGS)
 
 lint: env  ## ruff, mypy and an audit of the dependencies
 	$(VENV)/bin/ruff check .

@@ -1,12 +1,26 @@
-"""Sphinx: ``make docs`` builds the site into ``build/docs``."""
+"""Sphinx: ``make docs`` builds the site into ``build/docs``.
+
+The source folder is the repository's root, so that pages link to projects, records and code as they
+do on disk: ``sphinx-build -c docs . build/docs``.
+"""
 
 from ddetr_mm import __version__
 
 project = "ddetr_mm"
 release = __version__
 extensions = ["myst_parser"]
+root_doc = "docs/index"
+include_patterns = [
+    "docs/*.md",
+    "projects/*/README.md",
+    "benchmarks/records/*.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+]
+# Pruned, or Sphinx would look through the environments too.
+exclude_patterns = [".*", "build", "dist", "results", "work_dirs", "ddetr_mm", "tests", "tools", "configs"]
+myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"ddetr_mm {__version__}"
-exclude_patterns = ["*.py"]
-myst_heading_anchors = 3
-suppress_warnings = ["myst.xref_missing"]  # links to files of the repository; tests/test_docs follows them
+html_extra_path = ["_root"]  # index.html at the top leads to docs/index.html
+html_show_copyright = False

@@ -1,0 +1,64 @@
+"""docs/tour.ipynb: kept without outputs, and executed as Jupyter executes it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = """
+PICTURES = {"train": 12, "val": 4, "test": 4}
+SCHEDULE = QUICK
+"""
+
+
+@pytest.fixture
+def notebook() -> nbformat.NotebookNode:
+    """The notebook as it is kept."""
+    return nbformat.read(ROOT / "docs" / "tour.ipynb", as_version=4)
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    """The cells that run."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_ten_cells_of_code_are_kept_without_outputs(notebook: nbformat.NotebookNode):
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert len(cells) == 10
+    for number, cell in enumerate(cells, start=1):
+        assert cell.source.startswith(f"# {number}. ")
+        assert cell.outputs == [] and cell.execution_count is None
+        compile(cell.source, f"cell {number}", "exec")
+
+
+@pytest.mark.slow
+def test_from_images_to_detections(
+    notebook: nbformat.NotebookNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "docs").mkdir()
+    for name in ("configs", "projects"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    [amount] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    amount.source += SMALL
+    NotebookClient(
+        notebook, timeout=800, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "docs")}}
+    ).execute()
+    pictures = [
+        sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in code_cells(notebook)
+    ]
+    assert pictures.pop(5) >= 1, "curves: how many depends on the number of steps"
+    assert pictures == [0, 1, 0, 0, 1, 0, 4, 0, 0]
+    results = tmp_path / "results" / "tour"
+    assert set(json.loads((results / "evaluate" / "results.json").read_text())) >= {"AP", "AP50", "AP75"}
+    assert len(list((results / "inference" / "labels").glob("*.txt"))) == 4
+    parity = json.loads((results / "export" / "shapes.parity.json").read_text())
+    assert parity["max_abs_diff_boxes"] < 1e-4
+    assert "pred_boxes" in code_cells(notebook)[-1].outputs[-1].text
