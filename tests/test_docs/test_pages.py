@@ -6,9 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ddetr_mm.cli import build_parser
-from ddetr_mm.spec import iter_fields
+from ddetr_mm.spec import iter_fields, load_spec
+from ddetr_mm.spec.aliases import ALIASES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -20,6 +22,9 @@ names = [str(path.relative_to(ROOT)) for path in PAGES]
 every_page = pytest.mark.parametrize("page", PAGES, ids=names)
 
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_ANY_BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_FILE_ENDINGS = ("py", "onnx", "pth", "engine", "json", "yaml", "cu", "svg", "md")
+_OPEN_FIELDS = ("ddetr_mm.backbone",)  # any mmdet config
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -61,6 +66,10 @@ def test_commands_are_ones_the_parser_takes(page, capsys):
             arguments = build_parser().parse_args([word for word in words if "…" not in word])
         except SystemExit:
             pytest.fail(f"{line}: {capsys.readouterr().err}")
+        if Path(ROOT, getattr(arguments, "experiment_spec", None) or "spec.yaml").is_file():
+            # A spec of this repository: every value must be one that the command takes.
+            subtask = getattr(arguments, "subtask", arguments.command)
+            load_spec(ROOT / arguments.experiment_spec, arguments.overrides, subtask)
         kind = "convert" if arguments.command == "convert" else "train"
         fields = {field.path for field in iter_fields(kind)}
         for override in getattr(arguments, "overrides", []):
@@ -71,9 +80,59 @@ def test_commands_are_ones_the_parser_takes(page, capsys):
 
 
 @every_page
-def test_python_blocks_compile(page):
+def test_commands_are_in_blocks_of_bash(page):
+    """So that the test above sees them."""
+    for language, text in _ANY_BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language != "bash":
+            assert not re.search(r"^(ddetr-mm|make|python|pip) ", text, re.MULTILINE), text
+
+
+@every_page
+def test_other_commands_name_targets_and_files_of_the_repository(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for line in "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert {word for word in words[1:] if "=" not in word} <= targets, line
+        if words[:1] == ["python"] and words[1].endswith(".py"):
+            assert (ROOT / words[1]).is_file(), line
+        if words[:2] == ["python", "-m"] and words[2].startswith("ddetr_mm"):
+            assert importlib.util.find_spec(words[2]), line
+
+
+@every_page
+def test_python_and_yaml_blocks_can_be_read(page):
     for text in blocks(page, "python"):
         compile(text, str(page), "exec")
+    for text in blocks(page, "yaml"):
+        list(yaml.safe_load_all(text))
+
+
+@every_page
+def test_fields_in_the_text_are_fields(page):
+    """`train.optim.lr` and the like; `ddetr_mm.data` may also be a module, `model.onnx` a file."""
+    if page.name == "fields.md":
+        pytest.skip(
+            "has names of the mmengine config too; tests/test_fields_table.py compares it with the schema"
+        )
+    fields = {re.sub(r"\[.*?\]", "", field.path).removeprefix("convert:") for field in iter_fields()}
+    fields |= set(ALIASES)
+    sections = {path.partition(".")[0] for path in fields if "." in path}
+    text = _ANY_BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for name in re.findall(r"`(\w+\.[a-z0-9_.]+)", text):
+        section, _, rest = name.partition(".")
+        if section not in sections or rest.rpartition(".")[2] in _FILE_ENDINGS or name.endswith("."):
+            continue
+        bare = re.sub(r"\.\d+", "", name)
+        known = any(path == bare or path.startswith(bare + ".") for path in fields)
+        open_ended = any(bare.startswith(path + ".") for path in _OPEN_FIELDS)
+        assert known or open_ended or (section == "ddetr_mm" and is_module(name)), name
+
+
+def is_module(name):
+    """Whether a dotted name is a module of the package, or something in one."""
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file() or path.parent.with_suffix(".py").is_file()
 
 
 @pytest.mark.parametrize("page", ["commands", "performance"])
