@@ -34,9 +34,14 @@ import ddetr_mm.runtime.time_ledger_hook
 import ddetr_mm.runtime.train_loop
 import ddetr_mm.runtime.wandb_backend  # noqa: F401 - imported for registration
 from ddetr_mm.runtime.encrypted_load import register_encrypted_loading
-from ddetr_mm.stack.mends import allow_mmengine_checkpoint_classes, quiet_frozen_parameter_warnings
+from ddetr_mm.stack.mends import (
+    allow_mmengine_checkpoint_classes,
+    find_our_configs,
+    quiet_frozen_parameter_warnings,
+)
 
 allow_mmengine_checkpoint_classes()
+find_our_configs()
 register_encrypted_loading()
 quiet_frozen_parameter_warnings()
 warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +26,41 @@ def allow_mmengine_checkpoint_classes() -> None:
     from ddetr_mm.stack.safe_globals import safe_globals
 
     torch.serialization.add_safe_globals(safe_globals())  # a set: adding twice changes nothing
+
+
+def find_our_configs() -> None:
+    """Let mmengine resolve ``ddetr_mm::deformable_detr/…`` as it resolves ``mmdet::…``.
+
+    mmengine knows the packages of OpenMMLab by a table. And up to 0.10.7 it looks for a package beside its
+    metadata, where an editable install has nothing; its own answer counts wherever that folder exists.
+    """
+    from mmengine.config.utils import MODULE2PACKAGE
+    from mmengine.utils import package_utils
+
+    MODULE2PACKAGE.setdefault("ddetr_mm", "ddetr_mm")
+    original = package_utils.get_installed_path
+    if getattr(original, "finds_editable", False):
+        return
+
+    @functools.wraps(original)
+    def get_installed_path(package: str) -> str:
+        path = original(package)
+        if os.path.isdir(path):
+            return path
+        spec = importlib.util.find_spec(package)
+        return path if spec is None or spec.origin is None else os.path.dirname(spec.origin)
+
+    get_installed_path.finds_editable = True  # type: ignore[attr-defined]
+    # Modules that are imported later take it from mmengine.utils.
+    for name in (
+        "mmengine.utils.package_utils",
+        "mmengine.utils",
+        "mmengine.config.config",
+        "mmengine.hub.hub",
+    ):
+        module = sys.modules.get(name)
+        if getattr(module, "get_installed_path", None) is original:
+            module.get_installed_path = get_installed_path  # type: ignore[union-attr]
 
 
 def quiet_frozen_parameter_warnings() -> None:

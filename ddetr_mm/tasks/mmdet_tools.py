@@ -30,6 +30,9 @@ def main(tool: str) -> int:
     """
     try:
         script = mmdet_tool(tool)
+        from ddetr_mm.stack.mends import find_our_configs
+
+        find_our_configs()  # before the tool reads a config with `_base_ = "ddetr_mm::…"`
         sys.argv = [str(script), *prepare_arguments(tool, sys.argv[1:])]
         runpy.run_path(str(script), run_name="__main__")
     except InputError as error:

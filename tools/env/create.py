@@ -133,11 +133,12 @@ def fill(env: Path, stack: str, chosen: tuple[str, str]) -> None:
 
 
 def fingerprint(stack: str) -> str:
-    """A hash of what an environment depends on: the pins and the package's metadata."""
+    """A hash of what an environment depends on: the pins, the package's metadata and how it is built."""
     pins = (PINS / f"{stack}.txt").read_text(encoding="utf-8")
     # The settings of tools come last in the file, and change nothing that is installed.
     metadata, _, _ = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\n[tool.pytest")
-    return hashlib.sha256(f"{pins}\n{metadata}".encode()).hexdigest()[:16]
+    build = (ROOT / "setup.py").read_text(encoding="utf-8")
+    return hashlib.sha256(f"{pins}\n{metadata}\n{build}".encode()).hexdigest()[:16]
 
 
 def is_current(env: Path, wanted: str, asked: tuple[str, str] | None) -> bool:
