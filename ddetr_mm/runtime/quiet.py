@@ -17,7 +17,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
-from ddetr_mm.runtime.config_text import FormattedOnceConfig
+from ddetr_mm.runtime.formatted_config import FormattedOnceConfig
 from ddetr_mm.runtime.data_workers import end_data_workers
 
 _FILE_ONLY = re.compile(

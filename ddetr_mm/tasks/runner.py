@@ -13,7 +13,11 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from torch import nn
 
-import ddetr_mm.register  # noqa: F401 - puts our components into the registries
+from ddetr_mm.stack.light_import import without_language_models
+
+with without_language_models():
+    import ddetr_mm.register  # noqa: F401 - puts our components into the registries
+
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.runtime.quiet import QuietRunner
 from ddetr_mm.runtime.rank_env import is_rank

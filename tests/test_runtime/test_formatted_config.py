@@ -8,7 +8,7 @@ import pytest
 from mmengine.config import Config
 from yapf.yapflib import yapf_api
 
-from ddetr_mm.runtime.config_text import FormattedOnceConfig
+from ddetr_mm.runtime.formatted_config import FormattedOnceConfig
 
 CONTENT = "model = dict(type='A', layers=[1, 2])\nload_from = None\n"
 
