@@ -17,8 +17,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
-from ddetr_mm.runtime.formatted_config import FormattedOnceConfig
 from ddetr_mm.runtime.data_workers import end_data_workers
+from ddetr_mm.runtime.formatted_config import FormattedOnceConfig
 
 _FILE_ONLY = re.compile(
     r"""
