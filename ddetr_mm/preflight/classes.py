@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ddetr_mm.preflight.findings import Finding, Section, fault, note, suspicion
 from ddetr_mm.preflight.split import Split
@@ -132,7 +134,7 @@ def _shapes_swapped(first: Split, second: Split) -> Iterator[Finding]:
     profiles = {}
     for number in numbers:
         pair = shape_profile(first, number), shape_profile(second, number)
-        if min(len(rows) for rows in pair) >= LEAST_BOXES_FOR_SHAPE:
+        if min(profile.count for profile in pair) >= LEAST_BOXES_FOR_SHAPE:
             profiles[number] = pair
     for one, other in combinations(sorted(profiles), 2):
         (first_one, second_one), (first_other, second_other) = profiles[one], profiles[other]
@@ -150,20 +152,40 @@ def _shapes_swapped(first: Split, second: Split) -> Iterator[Finding]:
             )
 
 
-def shape_profile(split: Split, category_id: int) -> np.ndarray:
-    """(n, 2) logarithm of the area relative to the image, and of the aspect ratio, of a class's boxes."""
+class ShapeProfile(NamedTuple):
+    """What a class's boxes look like: of the logarithms of their areas, relative to the image, and of their
+    aspect ratios.
+
+    Attributes:
+        count: boxes.
+        mean: (2,).
+        squared_error: (2,) of the mean.
+    """
+
+    count: int
+    mean: npt.NDArray[np.float64]
+    squared_error: npt.NDArray[np.float64]
+
+
+def shape_profile(split: Split, category_id: int) -> ShapeProfile:
+    """The profile of a class in a split, by its boxes with an area."""
     chosen = (split.table.category_ids == category_id) & split.table.visible
     boxes = split.table.boxes_xywh[chosen]
     sizes_wh = split.box_sizes_wh[chosen]
     sound = (boxes[:, 2:] > 0).all(axis=1)
     width, height = boxes[sound, 2], boxes[sound, 3]
-    return np.column_stack([np.log(width * height / sizes_wh[sound].prod(axis=1)), np.log(width / height)])
+    count = len(width)
+    if count == 0:
+        return ShapeProfile(0, np.zeros(2), np.zeros(2))
+    rows = np.log(width * height / sizes_wh[sound].prod(axis=1)), np.log(width / height)
+    mean, variance = (np.array([getattr(row, name)() for row in rows]) for name in ("mean", "var"))
+    return ShapeProfile(count, mean, variance / count)
 
 
-def distance(first: np.ndarray, second: np.ndarray) -> float:
-    """How far two samples' means lie apart: the largest over the columns, in standard errors."""
-    spread = first.var(axis=0) / len(first) + second.var(axis=0) / len(second)
-    apart = np.abs(first.mean(axis=0) - second.mean(axis=0))
+def distance(first: ShapeProfile, second: ShapeProfile) -> float:
+    """How far two profiles' means lie apart: the larger over area and ratio, in standard errors."""
+    spread = first.squared_error + second.squared_error
+    apart = np.abs(first.mean - second.mean)
     return float((apart / np.sqrt(np.maximum(spread, 1e-12))).max())
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ddetr_mm.preflight.boxes import are_corners, are_fractions, check_boxes
+from ddetr_mm.preflight.boxes import are_corners, are_fractions, check_boxes, num_repeated
 from ddetr_mm.preflight.split import Split
 
 
@@ -77,3 +79,17 @@ def test_doubled_boxes(data_set):
     assert set(found) == {"boxes-doubled", "boxes-of-two-classes"}
     assert found["boxes-doubled"].startswith("dataset.train_data_sources: 1 boxes")
     assert "1 boxes stand in one place with another class" in found["boxes-of-two-classes"]
+
+
+@given(
+    st.lists(st.tuples(*[st.sampled_from([0.0, -0.0, 1.0, 1.5, 2.0**60, 1e-300])] * 3), max_size=30),
+)
+def test_repeated_rows_are_counted(rows):
+    table = np.array(rows, dtype=np.float64).reshape(-1, 3)
+    assert num_repeated(table) == len(rows) - len({tuple(value + 0.0 for value in row) for row in rows})
+
+
+def test_repeated_rows_among_many():
+    rows = np.random.default_rng(0).random((20_000, 5))
+    assert num_repeated(rows) == 0
+    assert num_repeated(np.concatenate([rows, rows[::4], rows[:10]])) == 5_010
