@@ -14,6 +14,10 @@ OPS_VENV := .venv-ops$(SUFFIX)
 LAUNCHER := $(firstword $(foreach name,python3 python $(PYTHON),$(if $(shell command -v $(name) 2>/dev/null),$(name))))
 CREATE := $(or $(LAUNCHER),python3) -I -S tools/env/create.py --stack '$(STACK)' --python '$(PYTHON)'
 
+# Python keeps the byte code of what it imports, also where the caller's environment forbids it: without,
+# every process of the tests compiles PyTorch's and mmdet's sources again, half of the time that it takes.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Two test processes on two cores leave one thread for each.
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
