@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environment import describe
+from environment import describe, heading, report
 
 RECORD = Path(__file__).parent / "records" / "annotation_shards.md"
 BOXES_AN_IMAGE = 7
@@ -96,8 +96,7 @@ def main() -> None:
     if options.read:
         print(json.dumps(read(Path(options.read))))
         return
-    lines = ["# Sharded annotations", ""]
-    lines += [f"- {key}: {value}" for key, value in describe("numpy", "msgspec").items()]
+    lines = heading("Sharded annotations", describe("numpy", "msgspec"))
     lines += [
         "",
         f"{BOXES_AN_IMAGE} boxes an image, {IMAGES_A_SHARD:,} images a shard; costs of one image.",
@@ -118,10 +117,7 @@ def main() -> None:
                     f"| {one['processor_s'] / num_images * 1e6:.1f} | {one['peak_bytes'] / num_images:.0f} "
                     f"| {one['mapped_bytes'] / num_images:.0f} |"
                 )
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.record:
-        RECORD.write_text(text)
+    report(None, "\n".join(lines) + "\n", RECORD if options.record else None)
 
 
 if __name__ == "__main__":

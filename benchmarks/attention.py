@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -29,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 RECORD = Path(__file__).parent / "records" / "attention_cpu"
 
 import torch  # noqa: E402
-from environment import describe  # noqa: E402
+from environment import describe, heading, load_average, report  # noqa: E402
 from torch import Tensor  # noqa: E402
 from turns import peak_growth_mb, take_turns  # noqa: E402
 
@@ -184,8 +183,7 @@ def markdown_rows(row: dict[str, Any]) -> list[str]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The record for people."""
-    lines = ["# Deformable sampling on the CPU", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    lines = heading("Deformable sampling on the CPU", result["environment"])
     lines += [
         "",
         "Milliseconds: median (smallest to largest); how many times mmcv's PyTorch form, by wall and by",
@@ -213,12 +211,8 @@ def main() -> None:
     environment = describe("torch", "mmcv-lite", "torch-ms-deform-attn", "ddetr_mm")
     environment["threads"] = args.threads
     result = {"environment": environment, "rows": compare(args)}
-    environment["load_after"] = round(os.getloadavg()[0], 1)
-    print(markdown(result))
-    if args.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        RECORD.with_suffix(".md").write_text(markdown(result))
+    environment["load_after"] = load_average()
+    report(result, markdown(result), RECORD if args.record else None)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 RECORD = Path(__file__).parent / "records" / "attention_gpu"
 
 import torch  # noqa: E402
+from environment import heading, load_average, report  # noqa: E402
 from gpu_turns import describe_device, device_of, megabytes, peak_mb, take_turns_on, told  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -167,8 +166,7 @@ def markdown_rows(row: dict[str, Any]) -> list[str]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The record for people."""
-    lines = ["# Deformable sampling on a GPU", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    lines = heading("Deformable sampling on a GPU", result["environment"])
     lines += [
         f"- levels: {result['sizes_hw']}, batch {result['batch']}",
         "",
@@ -209,12 +207,8 @@ def main() -> None:
     levels = [[-(-height // stride), -(-width // stride)] for stride in STRIDES]
     environment["heads"] = args.heads
     result = {"environment": environment, "sizes_hw": levels, "batch": args.batch, "rows": rows}
-    environment["load_after"] = round(os.getloadavg()[0], 1)
-    print(markdown(result))
-    if args.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        RECORD.with_suffix(".md").write_text(markdown(result))
+    environment["load_after"] = load_average()
+    report(result, markdown(result), RECORD if args.record else None)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ RECORD = Path(__file__).parent / "records" / "coco_eval"
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from environment import describe, heading, report  # noqa: E402
 
 import ddetr_mm.register  # noqa: E402, F401
 from ddetr_mm.evaluation import backends  # noqa: E402
@@ -184,8 +185,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The record for people."""
-    lines = ["# COCO evaluation", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    lines = heading("COCO evaluation", result["environment"])
     lines += [
         "",
         f"{result['num_images']:,} images, {CLASSES} classes, {DETECTIONS_AN_IMAGE} detections each.",
@@ -216,15 +216,9 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], help="backends to leave out")
     parser.add_argument("--record", action="store_true", help="write the record")
     args = parser.parse_args()
-    from environment import describe
-
     environment = describe("numpy", "torch", "pycocotools", "hotcoco", "faster-coco-eval")
     result = {"environment": environment, **measure(args)}
-    print(markdown(result))
-    if args.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        RECORD.with_suffix(".md").write_text(markdown(result))
+    report(result, markdown(result), RECORD if args.record else None)
 
 
 if __name__ == "__main__":

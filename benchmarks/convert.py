@@ -33,6 +33,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from environment import describe, heading, load_average, report
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RECORD = Path(__file__).parent / "records" / "convert"
@@ -232,8 +234,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The record for people."""
-    lines = ["# KITTI to COCO", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    lines = heading("KITTI to COCO", result["environment"])
     lines += [f"- load after: {result['load_after']}", "", (__doc__ or "").split("\n\nRun:")[0], ""]
     lines += ["## Images a second (medians), and how many times the decoding converter", ""]
     names = list(result["summary"][0]["rate"])
@@ -291,7 +292,6 @@ def limit(stages: dict[str, float]) -> list[str]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Generate, measure and clean up."""
     from convert_contestants import generate
-    from environment import describe
 
     environment = describe("ddetr_mm", "numpy", "pillow", "imagesize", "msgspec")
     rows: list[dict[str, Any]] = []
@@ -307,7 +307,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     table = stages(folder)
     return {
         "environment": environment,
-        "load_after": round(os.getloadavg()[0], 1),
+        "load_after": load_average(),
         "summary": summary(rows),
         "stages": table,
         "rounds": rows,
@@ -332,11 +332,7 @@ def main() -> None:
         run_one(args)
         return
     result = run(args)
-    print(markdown(result))
-    if args.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        RECORD.with_suffix(".md").write_text(markdown(result))
+    report(result, markdown(result), RECORD if args.record else None)
 
 
 if __name__ == "__main__":

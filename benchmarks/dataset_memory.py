@@ -10,7 +10,7 @@ measures, each in processes of its own:
    72 processes, less the same with an annotation file of ten images, after the workers drew 100,000 samples.
 
 Memory is read from ``/proc/<pid>/smaps_rollup``. Run: ``python benchmarks/dataset_memory.py``
-(``--images 5000`` for a quick look).
+(``--images 5000`` for a quick look; ``--record`` writes ``benchmarks/records/dataset_memory.md``).
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environment import describe
+from environment import describe, heading, report
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+RECORD = Path(__file__).parent / "records" / "dataset_memory.md"
 CONTESTANTS = ("mmdet CocoDataset", "torchvision CocoDetection", "ours, cold", "ours, warm")
 
 
@@ -253,11 +254,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"json_mb": ann_file.stat().st_size / 1e6, "starts": medians, "machine": machine}
 
 
-def report(result: dict[str, Any], args: argparse.Namespace, environment: dict[str, Any]) -> str:
+def markdown(result: dict[str, Any], args: argparse.Namespace, environment: dict[str, Any]) -> str:
     lines = [
-        "# Annotation datasets at COCO scale",
-        "",
-        *(f"- {key}: {value}" for key, value in environment.items()),
+        *heading("Annotation datasets at COCO scale", environment),
         f"- annotation file: {args.images:,} images, {result['json_mb']:.0f} MB, in the page cache",
         "",
         f"Medians of {args.repeats} alternating runs. Growth: what two forked workers add by drawing "
@@ -295,7 +294,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "dataset_memory")
-    parser.add_argument("--record", type=Path, help="write the report here, too")
+    parser.add_argument("--record", type=Path, nargs="?", const=RECORD, help="write the record, or a file")
     parser.add_argument("--role", help=argparse.SUPPRESS)
     parser.add_argument("--ann-file", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -305,11 +304,7 @@ def main() -> None:
         print(json.dumps(role_start(args.role, args.ann_file, args.samples)))
     else:
         environment = describe("torch", "torchvision", "mmdet", "msgspec", "numpy")
-        text = report(run(args), args, environment)
-        print(text)
-        if args.record:
-            args.record.parent.mkdir(parents=True, exist_ok=True)
-            args.record.write_text(text)
+        report(None, markdown(run(args), args, environment), args.record)
 
 
 if __name__ == "__main__":

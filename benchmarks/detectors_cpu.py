@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import sys
 import tempfile
@@ -28,7 +27,7 @@ RECORD = Path(__file__).parent / "records" / "detectors_cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
-from environment import describe  # noqa: E402
+from environment import describe, heading, load_average, report  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from turns import peak_growth_mb, take_turns  # noqa: E402
 
@@ -215,8 +214,7 @@ def memory(models: dict[str, nn.Module], given: dict[str, Any]) -> dict[str, dic
 
 def markdown(result: dict[str, Any]) -> str:
     """The record for people."""
-    lines = ["# Detectors on the CPU", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    lines = heading("Detectors on the CPU", result["environment"])
     lines += [
         "",
         "ResNet-50, 4 levels, refinement, batch 1. Seconds: median (smallest to largest); how many times",
@@ -264,12 +262,8 @@ def main() -> None:
     for mode, make in (("inference", infer), ("train", train)):
         steps = {name: make(name, model.train(mode == "train"), given) for name, model in models.items()}
         result["times"][mode] = take_turns(steps, args.rounds, STOCK)
-    environment["load_after"] = round(os.getloadavg()[0], 1)
-    print(markdown(result))
-    if args.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        RECORD.with_suffix(".md").write_text(markdown(result))
+    environment["load_after"] = load_average()
+    report(result, markdown(result), RECORD if args.record else None)
 
 
 if __name__ == "__main__":

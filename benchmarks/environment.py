@@ -1,8 +1,9 @@
-"""What a benchmark's figures depend on, for the head of its record."""
+"""What a benchmark's figures depend on, and its record: the head, and the files it is kept in."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -23,10 +24,37 @@ def describe(*packages: str) -> dict[str, Any]:
         "cpu": _first_line(Path("/proc/cpuinfo"), "model name"),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "load_before": round(os.getloadavg()[0], 1),
+        "load_before": load_average(),
         "python": platform.python_version(),
         **{package: _version(package) for package in packages},
     }
+
+
+def load_average() -> float:
+    """How many processes wanted to run in the last minute, on average."""
+    return round(os.getloadavg()[0], 1)
+
+
+def heading(title: str, environment: dict[str, Any]) -> list[str]:
+    """The first lines of a record for people: the title, and what its figures depend on."""
+    return [f"# {title}", "", *(f"- {key}: {value}" for key, value in environment.items())]
+
+
+def report(result: dict[str, Any] | None, text: str, record: Path | None) -> None:
+    """Print what was found, and keep it where a record is asked for.
+
+    Args:
+        result: the figures, for ``<record>.json``; None writes no such file.
+        text: the record for people, for ``<record>.md``; it ends with a line's end.
+        record: path of both, whose own suffix, if any, does not count; None writes nothing.
+    """
+    print(text)
+    if record is None:
+        return
+    record.parent.mkdir(parents=True, exist_ok=True)
+    if result is not None:
+        record.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    record.with_suffix(".md").write_text(text)
 
 
 def _version(package: str) -> str:

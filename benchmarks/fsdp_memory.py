@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from environment import describe
+from environment import describe, heading, report
 
 import ddetr_mm.register  # noqa: F401 - before mmdet
 from ddetr_mm.runtime.rank_env import NodePlan
@@ -110,11 +110,7 @@ def main() -> None:
         one_rank(Path(options.one_rank))
         return
     environment = describe("torch", "mmengine", "mmdet")
-    lines = [
-        "# Memory of a rank: ddp and fsdp",
-        "",
-        *(f"- {key}: {value}" for key, value in environment.items()),
-    ]
+    lines = heading("Memory of a rank: ddp and fsdp", environment)
     lines += [
         "",
         f"Network of `{SPEC.name}` (ResNet-50), float32, AdamW; the rank with most of it, MB.",
@@ -127,10 +123,7 @@ def main() -> None:
             parts = [held["weights"], held["gradients"], held["optimizer"]]
             cells = " | ".join(f"{part:.1f}" for part in (*parts, sum(parts), held["largest_block"]))
             lines.append(f"| {num_ranks} | {strategy} | {cells} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if options.record:
-        RECORD.write_text(text)
+    report(None, "\n".join(lines) + "\n", RECORD if options.record else None)
 
 
 if __name__ == "__main__":

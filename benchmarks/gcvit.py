@@ -13,7 +13,6 @@ Run: ``python benchmarks/gcvit.py`` (``--variants xxtiny --rounds 3`` for a quic
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -28,6 +27,7 @@ RECORD = Path(__file__).parent / "records" / "gcvit"
 
 import timm  # noqa: E402
 import torch  # noqa: E402
+from environment import describe, heading, load_average, report  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from ddetr_mm.models import GCViT  # noqa: E402
@@ -185,8 +185,7 @@ def _row(row: dict[str, Any]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """The record for people."""
-    lines = ["# GCViT, ours beside timm's", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    lines = heading("GCViT, ours beside timm's", result["environment"])
     lines += [
         "",
         "224 x 224, float32, milliseconds: median (smallest to largest). The ratio is timm's time over ours.",
@@ -225,20 +224,14 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write the record")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    from environment import describe
-
     environment = describe("torch", "timm", "ddetr_mm")
     if args.device != "cpu":
         environment["device"] = torch.cuda.get_device_name(args.device)
     environment["threads"] = args.threads
     result = {"environment": environment, "at_224": compare(args), "at_800x1344": large(args)}
-    environment["load_after"] = round(os.getloadavg()[0], 1)
-    print(markdown(result))
-    if args.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        record = RECORD if args.device == "cpu" else RECORD.with_name(f"gcvit_{args.device}")
-        record.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        record.with_suffix(".md").write_text(markdown(result))
+    environment["load_after"] = load_average()
+    record = RECORD if args.device == "cpu" else RECORD.with_name(f"gcvit_{args.device}")
+    report(result, markdown(result), record if args.record else None)
 
 
 if __name__ == "__main__":

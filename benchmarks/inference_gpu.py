@@ -13,7 +13,6 @@ Run: ``python benchmarks/inference_gpu.py`` (``--record`` writes
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import ddetr_mm.register  # noqa: E402, F401
 
 import torch  # isort: skip  # noqa: E402
+from environment import heading, load_average, report  # isort: skip  # noqa: E402
 from gpu_detectors import (  # isort: skip  # noqa: E402
     HUGGING_FACE,
     OURS,
@@ -96,8 +96,7 @@ def compare(args: argparse.Namespace, device: torch.device, batch: int) -> dict[
 
 def markdown(result: dict[str, Any]) -> str:
     """The record for people."""
-    lines = ["# Inference on a GPU", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    lines = heading("Inference on a GPU", result["environment"])
     lines += [
         "",
         "ResNet-50, 4 levels, refinement, 300 queries. Milliseconds a batch: median (smallest to largest);",
@@ -141,12 +140,8 @@ def main() -> None:
     environment["image"] = "x".join(map(str, args.size))
     rows = [compare(args, device, batch) for batch in args.batches]
     result = {"environment": environment, "rows": rows}
-    environment["load_after"] = round(os.getloadavg()[0], 1)
-    print(markdown(result))
-    if args.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        RECORD.with_suffix(".md").write_text(markdown(result))
+    environment["load_after"] = load_average()
+    report(result, markdown(result), RECORD if args.record else None)
 
 
 if __name__ == "__main__":

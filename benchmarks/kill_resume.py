@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
+from environment import describe, heading
 
 import ddetr_mm.register
 import ddetr_mm.tasks.runner
@@ -259,8 +259,7 @@ def make_data(folder: Path) -> None:
 def write_record(rows: list[tuple], about: dict[str, Any], steps: int) -> None:
     moments = {where: sum(row[2] == where for row in rows) for where in sorted({row[2] for row in rows})}
     lost = [row[4] for row in rows]
-    lines = ["# SIGKILL at random moments, and going on", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items()]
+    lines = heading("SIGKILL at random moments, and going on", about)
     lines += [
         "",
         f"{len(rows)} kills in a row of one training ({steps} steps, a checkpoint every {INTERVAL}): "

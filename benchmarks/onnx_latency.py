@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 import onnx
 import onnxruntime
 import torch
-from environment import describe
+from environment import describe, heading, load_average, report
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -186,8 +185,8 @@ def markdown(result: dict) -> str:
     profiles = result["profiles_ms"]
     stock, ours = profiles["stock"], profiles["ours"]
     needed = sum(stock.get(name, 0.0) for name in WORK)
-    lines = ["# ONNX Runtime on a CPU: our export beside a straightforward one of mmdet's detector", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    title = "ONNX Runtime on a CPU: our export beside a straightforward one of mmdet's detector"
+    lines = heading(title, result["environment"])
     lines += [
         "",
         f"R50, refined boxes, 300 queries, 4 levels, equal weights, {width} x {height} (width x height), "
@@ -247,12 +246,8 @@ def main() -> None:
     arguments = parser.parse_args()
     environment = describe("torch", "mmdet", "onnxruntime")
     result = {"environment": environment, **measure(arguments)}
-    environment["load_after"] = round(os.getloadavg()[0], 1)
-    print(markdown(result))
-    if arguments.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        RECORD.with_suffix(".md").write_text(markdown(result))
+    environment["load_after"] = load_average()
+    report(result, markdown(result), RECORD if arguments.record else None)
 
 
 if __name__ == "__main__":

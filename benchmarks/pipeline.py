@@ -10,7 +10,8 @@ which other load on the machine disturbs less than wall time, medians over the r
 - ours: pixels as Pillow's to one grey level;
 - ours, fast: plain bilinear resize (as stock mmdet), and scaled decoding where it loses nothing visible.
 
-Run: ``python benchmarks/pipeline.py`` (``--images 10 --rounds 2`` for a quick look).
+Run: ``python benchmarks/pipeline.py`` (``--images 10 --rounds 2`` for a quick look; ``--record`` writes
+``benchmarks/records/pipeline.md``).
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from environment import describe
+from environment import describe, heading, report
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+RECORD = Path(__file__).parent / "records" / "pipeline.md"
 
 import ddetr_mm  # noqa: E402, I001  (before mmdet: answers for mmcv's compiled ops)
 
@@ -177,10 +179,9 @@ def stages(samples: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return result
 
 
-def report(found: dict[str, Any], environment: dict[str, Any], args: argparse.Namespace) -> str:
+def markdown(found: dict[str, Any], environment: dict[str, Any], args: argparse.Namespace) -> str:
     """The figures as Markdown."""
-    lines = ["# Training input pipeline, one worker, one thread", ""]
-    lines += [f"- {key}: {value}" for key, value in environment.items()]
+    lines = heading("Training input pipeline, one worker, one thread", environment)
     lines += [
         "",
         f"Images a second of processor time (of wall time), medians of {args.rounds} alternating rounds.",
@@ -212,7 +213,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES_HW), choices=list(SIZES_HW))
     parser.add_argument("--work-dir", type=Path, default=ROOT / "work_dirs" / "pipeline")
-    parser.add_argument("--record", type=Path, help="write the report here, too")
+    parser.add_argument("--record", type=Path, nargs="?", const=RECORD, help="write the record, or a file")
     args = parser.parse_args()
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
@@ -223,11 +224,7 @@ def main() -> None:
         samples = write_images(args.work_dir / size, SIZES_HW[size], args.images)
         found[size] = (measure(samples, args.rounds), stages(samples))
         print(size, found[size], flush=True)
-    text = report(found, environment, args)
-    print(text)
-    if args.record:
-        args.record.parent.mkdir(parents=True, exist_ok=True)
-        args.record.write_text(text)
+    report(None, markdown(found, environment, args), args.record)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from environment import describe
+from environment import describe, heading, report
 
 from ddetr_mm.data.sample_order import epoch_order, shard_sizes, shards_of_rank, turns_of_rank
 from ddetr_mm.data.samplers import ElasticBatchSampler, ElasticDistributedSampler
@@ -103,14 +103,10 @@ def main() -> int:
         "memory beyond the imports at its peak, MB": f"{max(run[2] for run in runs):.0f}",
         **check_all_ranks(options.images, options.ranks, options.shards),
     }
-    lines = [f"# The sampler for {options.ranks:,} ranks and {options.images:,} images", ""]
-    lines += [f"- {key}: {value}" for key, value in about.items()]
+    lines = heading(f"The sampler for {options.ranks:,} ranks and {options.images:,} images", about)
     lines += ["", "Every image came once over all ranks. Least of three for times, most for memory.", ""]
     lines += ["| | |", "| --- | ---: |", *(f"| {key} | {value} |" for key, value in found.items())]
-    print("\n".join(lines))
-    if options.record:
-        RECORD.write_text("\n".join(lines) + "\n")
-        print(f"written: {RECORD}")
+    report(None, "\n".join(lines) + "\n", RECORD if options.record else None)
     return 0
 
 

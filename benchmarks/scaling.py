@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import statistics
@@ -30,7 +29,7 @@ PICTURE = ROOT / "docs" / "scaling.svg"
 
 import torch  # noqa: E402
 from detectors_cpu import MODELS, batch, register_all_modules, stock_config  # noqa: E402
-from environment import describe  # noqa: E402
+from environment import describe, heading, load_average, report  # noqa: E402
 from torch import nn  # noqa: E402
 
 BASE = {"pixels": 256 * 320, "queries": 300, "levels": 4, "batch": 1, "objects": 10}
@@ -88,8 +87,7 @@ def exponent(values: list[int], seconds: list[float]) -> float:
 
 def markdown(result: dict[str, Any]) -> str:
     """The record for people."""
-    lines = ["# How a training step's cost grows", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    lines = heading("How a training step's cost grows", result["environment"])
     lines += ["", "Seconds of processor time a step, and the exponent of the growth:", ""]
     lines += ["| axis | value: seconds | exponent |", "| --- | --- | --- |"]
     for axis, row in result["axes"].items():
@@ -134,12 +132,9 @@ def main() -> None:
         seconds = [step_seconds({**BASE, axis: value}, args.rounds) for value in values]
         result["axes"][axis] = {"values": values, "seconds": seconds, "exponent": exponent(values, seconds)}
         print(axis, result["axes"][axis], flush=True)
-    result["environment"]["load_after"] = round(os.getloadavg()[0], 1)
-    print(markdown(result))
+    result["environment"]["load_after"] = load_average()
+    report(result, markdown(result), RECORD if args.record else None)
     if args.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        RECORD.with_suffix(".md").write_text(markdown(result))
         draw(result, PICTURE)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from environment import describe
+from environment import describe, heading, load_average, report
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).parent / "records" / "start"
@@ -147,8 +147,7 @@ def _convert_spec(folder: Path) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """The record for people."""
-    lines = ["# Starting", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    lines = heading("Starting", result["environment"])
     lines += ["", "| | seconds | of it processor |", "| --- | --- | --- |"]
     lines += [f"| {name} | {row['wall']:.2f} | {row['cpu']:.2f} |" for name, row in result["rows"].items()]
     return "\n".join(lines) + "\n"
@@ -164,12 +163,8 @@ def main() -> None:
     environment = {**describe("torch", "mmdet", "transformers", "ddetr_mm"), "images": args.images}
     with tempfile.TemporaryDirectory() as folder:
         result = {"environment": environment, "rows": measure(args, Path(folder))}
-    environment["load_after"] = round(os.getloadavg()[0], 1)
-    print(markdown(result))
-    if args.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        RECORD.with_suffix(".md").write_text(markdown(result))
+    environment["load_after"] = load_average()
+    report(result, markdown(result), RECORD if args.record else None)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import ddetr_mm.register  # noqa: E402, F401
 
 import torch  # isort: skip  # noqa: E402
+from environment import heading, load_average, report  # isort: skip  # noqa: E402
 from gpu_detectors import (  # isort: skip  # noqa: E402
     HUGGING_FACE,
     OURS,
@@ -159,8 +159,7 @@ def curve_apart(found: list[float], expected: list[float]) -> tuple[float, float
 
 def markdown(result: dict[str, Any]) -> str:
     """The record for people."""
-    lines = ["# Training on a GPU", ""]
-    lines += [f"- {key}: {value}" for key, value in result["environment"].items()]
+    lines = heading("Training on a GPU", result["environment"])
     lines += [
         "",
         "ResNet-50, 4 levels, refinement, 300 queries. Milliseconds a step: median (smallest to largest);",
@@ -210,12 +209,8 @@ def main() -> None:
     environment = describe_device(device)
     environment |= {"image": "x".join(map(str, args.size)), "batch": args.batch}
     result = {"environment": environment, "batch": args.batch, **compare(args, device)}
-    environment["load_after"] = round(os.getloadavg()[0], 1)
-    print(markdown(result))
-    if args.record:
-        RECORD.parent.mkdir(exist_ok=True)
-        RECORD.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        RECORD.with_suffix(".md").write_text(markdown(result))
+    environment["load_after"] = load_average()
+    report(result, markdown(result), RECORD if args.record else None)
 
 
 if __name__ == "__main__":
