@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from environment import describe, heading, load_average, report  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from turns import take_turns  # noqa: E402
 
 from ddetr_mm.models import GCViT  # noqa: E402
 
@@ -99,33 +98,6 @@ def steps(theirs: nn.Module, ours: GCViT, images: Tensor, training: bool) -> dic
     return {"timm": step(theirs.forward_features, theirs), "ours": step(lambda x: ours(x)[0], ours)}
 
 
-def take_turns(contestants: dict[str, Step], rounds: int) -> dict[str, Any]:
-    """Milliseconds of each, median and spread, and timm's time over ours."""
-    wall: dict[str, list[float]] = {name: [] for name in contestants}
-    cpu: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):
-        for name in list(contestants)[:: 1 if number % 2 else -1]:
-            began, cpu_began = time.perf_counter(), time.process_time()
-            contestants[name]()
-            if number:  # the first round warms up
-                wall[name].append(1e3 * (time.perf_counter() - began))
-                cpu[name].append(1e3 * (time.process_time() - cpu_began))
-    result: dict[str, Any] = {}
-    for name in contestants:
-        result[name] = {
-            "median_ms": statistics.median(wall[name]),
-            "min_ms": min(wall[name]),
-            "max_ms": max(wall[name]),
-            "cpu_median_ms": statistics.median(cpu[name]),
-        }
-    if len(contestants) == 2:
-        first, second = wall.values()
-        result["ratio"] = statistics.median(a / b for a, b in zip(first, second, strict=True))
-        first, second = cpu.values()
-        result["cpu_ratio"] = statistics.median(a / b for a, b in zip(first, second, strict=True))
-    return result
-
-
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Every variant and batch size, forward and forward + backward, at 224 x 224."""
     rows = []
@@ -135,7 +107,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             images = torch.randn(batch, 3, 224, 224, device=args.device)
             same = agreement(theirs, ours, names, images)
             for training in (False, True):
-                times = take_turns(steps(theirs, ours, images, training), args.rounds)
+                times = take_turns(steps(theirs, ours, images, training), args.rounds, "timm")
                 mode = "forward + backward" if training else "forward"
                 rows.append({"variant": variant, "batch": batch, "mode": mode, "differ": same, **times})
                 print(_row(rows[-1]), flush=True)
@@ -167,7 +139,8 @@ def large(args: argparse.Namespace) -> list[dict[str, Any]]:
                 torch.cuda.synchronize()
 
         for mode, training in (("forward", False), ("forward + backward", True)):
-            times = take_turns({"ours": lambda training=training: run(training)}, max(2, args.rounds // 3))
+            step = {"ours": lambda training=training: run(training)}
+            times = take_turns(step, max(2, args.rounds // 3), "ours")
             rows.append({"variant": variant, "mode": mode, "timm": refusal, **times})
             print(variant, mode, f"{times['ours']['median_ms']:.0f} ms; timm: {refusal}", flush=True)
     return rows
@@ -179,7 +152,7 @@ def _row(row: dict[str, Any]) -> str:
 
     return (
         f"| {row['variant']} | {row['batch']} | {row['mode']} | {told(row['timm'])} | {told(row['ours'])} "
-        f"| {row['ratio']:.2f} | {row['cpu_ratio']:.2f} |"
+        f"| {row['ours']['speedup']:.2f} | {row['ours']['cpu_speedup']:.2f} |"
     )
 
 

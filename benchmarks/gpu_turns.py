@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from environment import describe
-from turns import take_turns
+from turns import summary, take_turns
 
 Step = Callable[[], Any]
 
@@ -80,15 +79,7 @@ def take_turns_on(
     for number in range(rounds):
         for name in list(contestants)[:: 1 if number % 2 else -1]:
             times[name].append(_time_ms(contestants[name], repeats))
-    return {
-        name: {
-            "median_ms": statistics.median(found),
-            "min_ms": min(found),
-            "max_ms": max(found),
-            "speedup": statistics.median(a / b for a, b in zip(times[yardstick], found, strict=True)),
-        }
-        for name, found in times.items()
-    }
+    return summary(times, yardstick)
 
 
 def peak_mb(device: torch.device, step: Step) -> float | None:

@@ -34,16 +34,32 @@ def take_turns(contestants: dict[str, Step], rounds: int, yardstick: str) -> dic
             if number:
                 wall[name].append(1e3 * (time.perf_counter() - began))
                 cpu[name].append(1e3 * (time.process_time() - cpu_began))
+    found = summary(wall, yardstick)
+    for name, times in cpu.items():
+        found[name]["cpu_median_ms"] = statistics.median(times)
+        found[name]["cpu_speedup"] = _ratio(cpu[yardstick], times)
+    return found
+
+
+def summary(times_ms: dict[str, list[float]], yardstick: str) -> dict[str, dict[str, float]]:
+    """Median, smallest and largest of each contestant's rounds, and ``speedup``.
+
+    Args:
+        times_ms: name to the time of every round, in the order of the rounds.
+        yardstick: whom the others are compared with.
+
+    Returns:
+        For each ``median_ms``, ``min_ms``, ``max_ms`` and ``speedup``, the median of the rounds' own ratios
+        of the yardstick's time to its own.
+    """
     return {
         name: {
-            "median_ms": statistics.median(wall[name]),
-            "min_ms": min(wall[name]),
-            "max_ms": max(wall[name]),
-            "cpu_median_ms": statistics.median(cpu[name]),
-            "speedup": _ratio(wall[yardstick], wall[name]),
-            "cpu_speedup": _ratio(cpu[yardstick], cpu[name]),
+            "median_ms": statistics.median(own),
+            "min_ms": min(own),
+            "max_ms": max(own),
+            "speedup": _ratio(times_ms[yardstick], own),
         }
-        for name in contestants
+        for name, own in times_ms.items()
     }
 
 
