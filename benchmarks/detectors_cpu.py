@@ -60,6 +60,14 @@ def stock_config() -> Config:
     return config
 
 
+def our_config(zero_padded_values: bool = True) -> Config:
+    """Ours beside :func:`stock_config`: the same network; by default padding counts as zero, as in theirs."""
+    config = stock_config()
+    config.type, config.zero_padded_values = "TAODeformableDETR", zero_padded_values
+    config.bbox_head.type = "TAODeformableDETRHead"
+    return config
+
+
 def build(folder: Path) -> dict[str, nn.Module]:
     """The three with the same weights."""
     from transformers import DeformableDetrForObjectDetection
@@ -72,10 +80,7 @@ def build(folder: Path) -> dict[str, nn.Module]:
         for name, parameter in stock.named_parameters():
             if "bbox_head" in name and parameter.ndim == 2:
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    config = stock_config()
-    config.type, config.zero_padded_values = "TAODeformableDETR", True
-    config.bbox_head.type = "TAODeformableDETRHead"
-    ours = MODELS.build(config)
+    ours = MODELS.build(our_config())
     ours.load_state_dict(stock.state_dict())
     text = "model = dict(num_queries=300, with_box_refine=True)"
     torch.save({"state_dict": stock.state_dict(), "meta": {"cfg": text}}, folder / "mmdet.pth")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectors_cpu import HUGGING_FACE, OURS, STOCK, build, losses, stock_config
+from detectors_cpu import HUGGING_FACE, OURS, STOCK, build, losses, our_config
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
@@ -62,9 +62,7 @@ class Weights:
         """A fresh copy of the contestant's model, on the device."""
         if contestant.kind != OURS:
             return copy.deepcopy(self._models[contestant.kind]).to(self.device)
-        config = stock_config()
-        config.type, config.zero_padded_values = "TAODeformableDETR", True
-        config.bbox_head.type = "TAODeformableDETRHead"
+        config = our_config()
         config.update(contestant.options)
         model = MODELS.build(config)
         model.load_state_dict(self._state)

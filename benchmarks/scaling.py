@@ -28,7 +28,7 @@ RECORD = Path(__file__).parent / "records" / "scaling_cpu"
 PICTURE = ROOT / "docs" / "scaling.svg"
 
 import torch  # noqa: E402
-from detectors_cpu import MODELS, batch, register_all_modules, stock_config  # noqa: E402
+from detectors_cpu import MODELS, batch, our_config, register_all_modules  # noqa: E402
 from environment import describe, heading, load_average, report  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -46,8 +46,7 @@ SIZES_HW = {height * width: (height, width)
 
 def build(queries: int, levels: int) -> nn.Module:
     """Our detector with random weights."""
-    config = stock_config()
-    config.type, config.bbox_head.type = "TAODeformableDETR", "TAODeformableDETRHead"
+    config = our_config(zero_padded_values=False)
     config.num_queries, config.num_feature_levels = queries, levels
     stages = min(levels, 4) if levels < 4 else 3
     config.backbone.out_indices = list(range(4 - stages, 4))
