@@ -12,10 +12,9 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import statistics
 import tempfile
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -25,6 +24,7 @@ from environment import describe, heading, load_average, report
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from turns import take_turns
 
 import ddetr_mm.register  # noqa: F401 - before mmdet's registries are used
 from ddetr_mm.deploy.onnx_export import ExportOptions, trace_to_file
@@ -111,27 +111,6 @@ def milliseconds_by_operator(path: Path, threads: int, feeds: dict) -> dict[str,
     return {name: round(micros / 1000, 1) for name, micros in totals.most_common()}
 
 
-def take_turns(sessions: dict, feeds: dict, rounds: int) -> dict[str, dict[str, float]]:
-    """Run all sessions in turn; for each the median, smallest and largest seconds, and processor seconds."""
-    walls: dict[str, list[float]] = {name: [] for name in sessions}
-    cpus: dict[str, list[float]] = {name: [] for name in sessions}
-    for _ in range(rounds):
-        for name, session in sessions.items():
-            start, start_cpu = time.perf_counter(), time.process_time()
-            session.run(OUTPUTS, feeds)
-            walls[name].append(time.perf_counter() - start)
-            cpus[name].append(time.process_time() - start_cpu)
-    return {
-        name: dict(
-            median=statistics.median(walls[name]),
-            smallest=min(walls[name]),
-            largest=max(walls[name]),
-            cpu_median=statistics.median(cpus[name]),
-        )
-        for name in sessions
-    }
-
-
 def measure(arguments: argparse.Namespace) -> dict:
     """Export both, compare them, time them in turn and profile them."""
     size_hw = (arguments.height, arguments.width)
@@ -149,12 +128,12 @@ def measure(arguments: argparse.Namespace) -> dict:
             parity = compare_outputs(tuple(outputs["stock"]), tuple(outputs["ours"]))
             differences[batch] = dict(logits=parity.max_abs_diff_logits, boxes=parity.max_abs_diff_boxes)
         feeds = {"inputs": generated_images(arguments.batch, size_hw)}
-        seconds = {}
+        times = {}
         for threads in arguments.threads:
             sessions = {name: session_of(path, threads) for name, path in paths.items()}
-            take_turns(sessions, feeds, 1)  # warms up
-            seconds[threads] = take_turns(sessions, feeds, arguments.rounds)
-        del sessions
+            steps = {name: partial(session.run, OUTPUTS, feeds) for name, session in sessions.items()}
+            times[threads] = take_turns(steps, arguments.rounds, "stock")
+        del sessions, steps
         profiles = {
             name: milliseconds_by_operator(path, max(arguments.threads), feeds)
             for name, path in paths.items()
@@ -165,14 +144,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         rounds=arguments.rounds,
         nodes=nodes,
         share_of_nodes=round(nodes["ours"] / nodes["stock"], 3),
-        seconds_by_threads=seconds,
-        times_faster_by_threads={
-            threads: {
-                what: round(row["stock"][what] / row["ours"][what], 2)
-                for what in ("median", "smallest", "cpu_median")
-            }
-            for threads, row in seconds.items()
-        },
+        times_by_threads=times,
         differences_by_batch=differences,
         profiled_threads=max(arguments.threads),
         profiles_ms=profiles,
@@ -197,17 +169,14 @@ def markdown(result: dict) -> str:
         "| threads | | median | smallest | largest | processor time, median |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for threads, rows in result["seconds_by_threads"].items():
+    for threads, rows in result["times_by_threads"].items():
         for name in ("stock", "ours"):
-            row = rows[name]
-            lines.append(
-                f"| {threads} | {name} | {row['median']:.2f} | {row['smallest']:.2f} "
-                f"| {row['largest']:.2f} | {row['cpu_median']:.2f} |"
-            )
-        ratio = result["times_faster_by_threads"][threads]
+            cells = (rows[name][key] / 1e3 for key in ("median_ms", "min_ms", "max_ms", "cpu_median_ms"))
+            lines.append(f"| {threads} | {name} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+        stock_times, our_times = rows["stock"], rows["ours"]
         lines.append(
-            f"| {threads} | stock / ours | {ratio['median']:.2f} | {ratio['smallest']:.2f} "
-            f"| | {ratio['cpu_median']:.2f} |"
+            f"| {threads} | stock / ours | {our_times['speedup']:.2f} "
+            f"| {stock_times['min_ms'] / our_times['min_ms']:.2f} | | {our_times['cpu_speedup']:.2f} |"
         )
     lines += [
         "",
