@@ -41,25 +41,14 @@ from ddetr_mm.runtime.progress_hook import ProgressHook
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "kill_resume.md"
 SPEC = ROOT / "configs" / "specs" / "shapes_resnet18.yaml"
+TINY_DETECTOR = ROOT / "projects" / "shapes" / "tiny.txt"
 INTERVAL = 2
 IN_START_UP = 0.3
 """Share of the kills at any moment after the start; the others come after some steps."""
 
 OPTIONS = (
+    *TINY_DETECTOR.read_text(encoding="utf-8").split(),
     "dataset.batch_size=4",
-    "dataset.augmentation.scales=[64]",
-    "dataset.augmentation.random_resize_max_size=96",
-    "dataset.augmentation.train_random_resize=[64]",
-    "dataset.augmentation.train_random_crop_min=48",
-    "dataset.augmentation.train_random_crop_max=64",
-    "dataset.augmentation.test_random_resize=64",
-    "model.hidden_dim=32",
-    "model.nheads=4",
-    "model.dim_feedforward=32",
-    "model.enc_layers=1",
-    "model.dec_layers=2",
-    "model.num_queries=12",
-    "model.num_select=12",
     "train.optim.lr_steps=[20,50]",
     "train.checkpoint_interval_unit=step",
     f"train.checkpoint_interval={INTERVAL}",

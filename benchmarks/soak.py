@@ -29,26 +29,15 @@ from soak_analysis import record_text, summarise
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "configs" / "specs" / "shapes_resnet18.yaml"
+TINY_DETECTOR = ROOT / "projects" / "shapes" / "tiny.txt"
 RECORDS = Path(__file__).resolve().parent / "records"
 RESULTS = Path("results/shapes")
 CHECKPOINT = str(RESULTS / "seed" / "dd_model_latest.pth")
 ONNX_FILE = str(RESULTS / "export" / "tiny.onnx")
 
 TINY = (
+    *TINY_DETECTOR.read_text(encoding="utf-8").split(),
     "dataset.batch_size=4",
-    "dataset.augmentation.scales=[64]",
-    "dataset.augmentation.random_resize_max_size=96",
-    "dataset.augmentation.train_random_resize=[64]",
-    "dataset.augmentation.train_random_crop_min=48",
-    "dataset.augmentation.train_random_crop_max=64",
-    "dataset.augmentation.test_random_resize=64",
-    "model.hidden_dim=32",
-    "model.nheads=4",
-    "model.dim_feedforward=32",
-    "model.enc_layers=1",
-    "model.dec_layers=2",
-    "model.num_queries=12",
-    "model.num_select=12",
     "export.input_width=96",
     "export.input_height=64",
     "ddetr_mm.log_interval=50",

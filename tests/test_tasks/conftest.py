@@ -10,23 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+TINY_DETECTOR = ROOT / "projects" / "shapes" / "tiny.txt"
 
 TINY = (
+    *TINY_DETECTOR.read_text(encoding="utf-8").split(),
     "dataset.batch_size=4",
     "dataset.workers=0",
-    "dataset.augmentation.scales=[64]",
-    "dataset.augmentation.random_resize_max_size=96",
-    "dataset.augmentation.train_random_resize=[64]",
-    "dataset.augmentation.train_random_crop_min=48",
-    "dataset.augmentation.train_random_crop_max=64",
-    "dataset.augmentation.test_random_resize=64",
-    "model.hidden_dim=32",
-    "model.nheads=4",
-    "model.dim_feedforward=32",
-    "model.enc_layers=1",
-    "model.dec_layers=2",
-    "model.num_queries=12",
-    "model.num_select=12",
     "train.num_epochs=2",
     "train.checkpoint_interval=1",
     "train.validation_interval=2",

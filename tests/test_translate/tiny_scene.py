@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from ddetr_mm.spec import LoadedSpec, load_spec
 
+TINY_DETECTOR = Path(__file__).resolve().parents[2] / "projects" / "shapes" / "tiny.txt"
 SIZE_WH = (120, 80)
 BOX_XYWH = (20, 10, 40, 30)
 CLASSES = ("square", "bar", "dot", "line")
@@ -23,22 +24,10 @@ TINY_BACKBONE = dict(
     norm_eval=False,
 )
 TINY = (
+    *TINY_DETECTOR.read_text(encoding="utf-8").split(),
     "dataset.num_classes=5",
     "dataset.batch_size=2",
     "dataset.workers=0",
-    "dataset.augmentation.scales=[64]",
-    "dataset.augmentation.random_resize_max_size=96",
-    "dataset.augmentation.train_random_resize=[64]",
-    "dataset.augmentation.train_random_crop_min=48",
-    "dataset.augmentation.train_random_crop_max=64",
-    "dataset.augmentation.test_random_resize=64",
-    "model.hidden_dim=32",
-    "model.nheads=4",
-    "model.dim_feedforward=32",
-    "model.enc_layers=1",
-    "model.dec_layers=2",
-    "model.num_queries=12",
-    "model.num_select=12",
     "model.num_feature_levels=2",
     "model.return_interm_indices=[2,3]",
     "model.dropout_ratio=0.0",
