@@ -1,19 +1,22 @@
-"""Contestants of the GPU benchmarks: mmdet, Hugging Face and ours with its options, on equal weights."""
+"""Contestants and options of the GPU benchmarks: mmdet, Hugging Face and ours, on equal weights."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectors_cpu import HUGGING_FACE, OURS, STOCK, build, losses, our_config
+from gpu_turns import describe_device, device_of
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmdet.utils import register_all_modules
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
@@ -21,6 +24,38 @@ from ddetr_mm.models.stages import stage
 
 Step = Callable[[], Any]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+YARDSTICK = "mmdet, fp32"
+
+
+def arguments(title: str, precisions: Sequence[str], rounds: int) -> argparse.ArgumentParser:
+    """The options that the benchmarks of detectors on a GPU have in common.
+
+    Args:
+        title: what the script measures, for its help.
+        precisions: those that take part by default.
+        rounds: how many count by default.
+    """
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--boxes", type=int, default=7, help="of an image")
+    parser.add_argument("--precisions", nargs="+", default=list(precisions))
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--quick", action="store_true", help="tiny images and few rounds, not compiled")
+    parser.add_argument("--record", action="store_true", help="write the record")
+    return parser
+
+
+def set_up(args: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
+    """The device, with mmdet's classes registered, and the head of the record.
+
+    Raises:
+        SystemExit: CUDA is asked for and not there.
+    """
+    device = device_of(args.device)
+    register_all_modules(init_default_scope=True)
+    return device, {**describe_device(device), "image": "x".join(map(str, args.size))}
 
 
 @dataclass(frozen=True)
@@ -205,12 +240,15 @@ __all__ = [
     "HUGGING_FACE",
     "OURS",
     "STOCK",
+    "YARDSTICK",
     "Contestant",
     "Weights",
     "apart",
+    "arguments",
     "compiled",
     "inference_step",
     "outputs",
     "padded_batch",
+    "set_up",
     "training_step",
 ]

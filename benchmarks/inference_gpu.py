@@ -13,45 +13,30 @@ Run: ``python benchmarks/inference_gpu.py`` (``--record`` writes
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(Path(__file__).parent))
-RECORD = Path(__file__).parent / "records" / "inference_gpu"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import ddetr_mm.register  # noqa: E402, F401
-
-import torch  # isort: skip  # noqa: E402
-from environment import heading, load_average, report  # isort: skip  # noqa: E402
-from gpu_detectors import (  # isort: skip  # noqa: E402
+import torch
+from environment import heading, load_average, report
+from gpu_detectors import (
     HUGGING_FACE,
     OURS,
     STOCK,
+    YARDSTICK,
     Contestant,
     Weights,
     apart,
+    arguments,
     compiled,
     inference_step,
     outputs,
     padded_batch,
+    set_up,
 )
-from gpu_turns import (  # isort: skip  # noqa: E402
-    describe_device,
-    device_of,
-    megabytes,
-    peak_mb,
-    take_turns_on,
-    told,
-)
-from mmdet.utils import register_all_modules  # isort: skip  # noqa: E402
+from gpu_turns import megabytes, peak_mb, take_turns_on, told
 
+RECORD = Path(__file__).parent / "records" / "inference_gpu"
 TOLERANCE = 1e-3
-YARDSTICK = "mmdet, fp32"
 
 
 def contestants(with_compile: bool) -> list[Contestant]:
@@ -120,24 +105,13 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"))
+    parser = arguments((__doc__ or "").split("\n")[0], ("fp32", "tf32", "fp16", "bf16"), rounds=11)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--boxes", type=int, default=7)
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "tf32", "fp16", "bf16"])
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--quick", action="store_true", help="tiny images, one batch size, two rounds")
-    parser.add_argument("--record", action="store_true", help="write the record")
     args = parser.parse_args()
     if args.quick:
         args.size, args.batches, args.rounds = [64, 96], [2], 1
         args.precisions, args.no_compile = ["fp32", "bf16"], True
-    device = device_of(args.device)
-    register_all_modules(init_default_scope=True)
-    environment = describe_device(device)
-    environment["image"] = "x".join(map(str, args.size))
+    device, environment = set_up(args)
     rows = [compare(args, device, batch) for batch in args.batches]
     result = {"environment": environment, "rows": rows}
     environment["load_after"] = load_average()

@@ -14,46 +14,32 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(Path(__file__).parent))
-RECORD = Path(__file__).parent / "records" / "train_gpu"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import ddetr_mm.register  # noqa: E402, F401
-
-import torch  # isort: skip  # noqa: E402
-from environment import heading, load_average, report  # isort: skip  # noqa: E402
-from gpu_detectors import (  # isort: skip  # noqa: E402
+import torch
+from environment import heading, load_average, report
+from gpu_detectors import (
     HUGGING_FACE,
     OURS,
     STOCK,
+    YARDSTICK,
     Contestant,
     Weights,
+    arguments,
     compiled,
     padded_batch,
+    set_up,
     training_step,
 )
-from gpu_turns import (  # isort: skip  # noqa: E402
-    describe_device,
-    device_of,
-    megabytes,
-    peak_mb,
-    take_turns_on,
-    told,
-)
-from mmdet.utils import register_all_modules  # isort: skip  # noqa: E402
+from gpu_turns import megabytes, peak_mb, take_turns_on, told
 
-from ddetr_mm.models.stages import listening  # noqa: E402
-from ddetr_mm.runtime.host_reads import counted_host_reads  # noqa: E402
-from ddetr_mm.runtime.time_ledger import TimeLedger, ledger_table  # noqa: E402
+from ddetr_mm.models.stages import listening
+from ddetr_mm.runtime.host_reads import counted_host_reads
+from ddetr_mm.runtime.time_ledger import TimeLedger, ledger_table
 
-YARDSTICK = "mmdet, fp32"
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = Path(__file__).parent / "records" / "train_gpu"
 FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
 
 
@@ -187,27 +173,17 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", type=int, nargs=2, default=[800, 1333], metavar=("HEIGHT", "WIDTH"))
+    parser = arguments((__doc__ or "").split("\n")[0], ("fp32", "tf32", "bf16"), rounds=9)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--boxes", type=int, default=7, help="of an image")
     parser.add_argument("--data", type=int, default=4, help="different batches")
     parser.add_argument("--steps", type=int, default=40, help="of the loss curves")
     parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "tf32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--quick", action="store_true", help="tiny images, float32, two steps")
-    parser.add_argument("--record", action="store_true", help="write the record")
     args = parser.parse_args()
     if args.quick:
         args.size, args.batch, args.data, args.steps, args.rounds = [64, 96], 2, 1, 2, 1
         args.precisions, args.no_compile = ["fp32"], True
-    device = device_of(args.device)
-    register_all_modules(init_default_scope=True)
-    environment = describe_device(device)
-    environment |= {"image": "x".join(map(str, args.size)), "batch": args.batch}
+    device, environment = set_up(args)
+    environment["batch"] = args.batch
     result = {"environment": environment, "batch": args.batch, **compare(args, device)}
     environment["load_after"] = load_average()
     report(result, markdown(result), RECORD if args.record else None)
