@@ -176,21 +176,17 @@ def sample_backward(
         wanted.
     """
     _check(value, locations, weights, spatial_shapes)
+    tensors = (grad_output, value, locations, weights)
+    given = (*(tensor.contiguous() for tensor in tensors), spatial_shapes, level_start_index)
+    add = value_needs_grad and not gather
     with _current(value.device):
-        return _sample_backward(
-            grad_output.contiguous(),
-            value.contiguous(),
-            locations.contiguous(),
-            weights.contiguous(),
-            spatial_shapes,
-            level_start_index,
-            gather=gather,
-            value_needs_grad=value_needs_grad,
-            launch=launch,
-        )
+        grad_value, grad_locations, grad_weights = _point_gradients(*given, add=add, launch=launch)
+        if value_needs_grad and gather:
+            grad_value = _gathered_value_gradient(*given)
+    return grad_value, grad_locations, grad_weights
 
 
-def _sample_backward(
+def _point_gradients(
     grad_output: Tensor,
     value: Tensor,
     locations: Tensor,
@@ -198,18 +194,14 @@ def _sample_backward(
     spatial_shapes: Tensor,
     level_start_index: Tensor,
     *,
-    gather: bool,
-    value_needs_grad: bool,
+    add: bool,
     launch: Launch,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """:func:`sample_backward` of contiguous tensors, on the current device."""
+    """Gradients of values (by atomic additions if ``add``, else None), locations and weights."""
     batch, num_values, heads, channels = value.shape
     _, num_queries, _, levels, points = weights.shape
     grad_locations, grad_weights = torch.zeros_like(locations), torch.zeros_like(weights)
-    add = value_needs_grad and not gather
     grad_value = torch.zeros_like(value, dtype=torch.float32) if add else None
-    sizes = {"HEADS": heads, "LEVELS": levels, "POINTS": points}
-    lanes = {"CHANNELS": channels, "LANES": _power_of_two(channels)}
     if grad_output.numel():
         grid = (-(-num_queries // launch.queries), batch * heads)
         _kernels().backward_kernel[grid](
@@ -224,19 +216,16 @@ def _sample_backward(
             grad_weights,
             num_queries,
             num_values,
-            **sizes,
-            **lanes,
+            HEADS=heads,
+            LEVELS=levels,
+            POINTS=points,
+            CHANNELS=channels,
+            LANES=_power_of_two(channels),
             ADD_TO_VALUE=add,
             QUERIES=launch.queries,
             num_warps=launch.warps,
         )
-    if add:
-        return grad_value.to(value.dtype), grad_locations, grad_weights
-    if value_needs_grad:
-        grad_value = _gathered_value_gradient(
-            grad_output, value, locations, weights, spatial_shapes, level_start_index
-        )
-    return grad_value, grad_locations, grad_weights
+    return None if grad_value is None else grad_value.to(value.dtype), grad_locations, grad_weights
 
 
 def _gathered_value_gradient(
