@@ -173,7 +173,7 @@ def _add_coco_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FRACTION",
         help="names and shares, e.g. train=0.8 val=0.2",
     )
-    split.add_argument("--seed", type=int, default=0)
+    split.add_argument("--seed", type=int, default=0, help="another seed, another split (default: 0)")
     back = actions.add_parser("to-kitti", help="COCO files back into KITTI label files")
     back.add_argument("inputs", nargs="+", help="COCO JSON files")
     back.add_argument("-o", "--output", required=True, help="folder to write to")

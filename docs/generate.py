@@ -1,6 +1,7 @@
 """Writes the pages and pictures of docs/ that are made from code: ``python docs/generate.py``.
 
-``commands.md`` comes from the command line's own parser, ``performance.md`` from the records of the
+``commands.md`` comes from the command line's own parser, ``field-differences.md`` from the tables beside the
+schema, ``performance.md`` from the records of the
 benchmarks, ``concepts.svg`` from a translated spec. A test tells when a page is out of date.
 """
 
@@ -10,6 +11,8 @@ import argparse
 from pathlib import Path
 
 from ddetr_mm.cli import build_parser
+from ddetr_mm.spec.differences import DEFAULTS, RANGES
+from ddetr_mm.spec.document import flow
 
 DOCS = Path(__file__).resolve().parent
 RECORDS = DOCS.parent / "benchmarks" / "records"
@@ -62,6 +65,32 @@ def _subcommands(parser: argparse.ArgumentParser) -> list[tuple[str, argparse.Ar
             summaries = {choice.dest: choice.help or "" for choice in action._choices_actions}
             return [(name, sub, summaries.get(name, "")) for name, sub in action.choices.items()]
     return []
+
+
+def field_differences_page() -> str:
+    """Defaults and ranges on which TAO's documentation and its schema disagree, and what holds here."""
+    lines = [
+        "# Defaults and ranges that differ",
+        "",
+        "TAO has two sources for a field: its documentation and the schema in its code. Where they disagree,",
+        "the documentation decides the default, and the wider of two ranges is accepted. The last column has",
+        "the reason where something else was chosen. Fields that are not listed have the schema's values.",
+        "",
+    ]
+    for heading, table in (("Defaults", DEFAULTS), ("Ranges", RANGES)):
+        lines += [f"## {heading}", "", "| field | documentation | schema | here | why |"]
+        lines += ["| --- | --- | --- | --- | --- |"]
+        for one in table:
+            values = (one.documentation, one.schema, one.ours)
+            cells = (f"`{one.path}`", *map(_told, values), one.why)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _told(value: object) -> str:
+    """A default as YAML has it; words as they are."""
+    return value if isinstance(value, str) and value else flow(value)
 
 
 PERFORMANCE = (
@@ -203,6 +232,7 @@ def _class_names(value: object) -> str:
 def main() -> None:
     """Write them."""
     (DOCS / "commands.md").write_text(commands_page(), encoding="utf-8")
+    (DOCS / "field-differences.md").write_text(field_differences_page(), encoding="utf-8")
     (DOCS / "performance.md").write_text(performance_page(), encoding="utf-8")
     draw_concepts(DOCS / "concepts.svg")
 

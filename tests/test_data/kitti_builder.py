@@ -96,3 +96,8 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def warnings_of(report):
+    """What a conversion's ``warnings.json`` holds."""
+    return json.loads(report.warnings_path.read_text())

@@ -1,12 +1,18 @@
+"""What a conversion writes: files, ids, partitions, options, and the real blood cells."""
+
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from kitti_builder import CATEGORY_IDS, KittiFolder, image_bytes, label_line, read_shards, tree
+from kitti_builder import (
+    CATEGORY_IDS,
+    KittiFolder,
+    image_bytes,
+    label_line,
+    read_shards,
+    tree,
+    warnings_of,
+)
 from pycocotools.coco import COCO
 
 from ddetr_mm.data.convert import convert_kitti
@@ -14,21 +20,6 @@ from ddetr_mm.data.convert_options import ConvertOptions
 from ddetr_mm.errors import DataError
 
 BCCD = Path(__file__).parents[2] / ".." / "shared" / "data" / "bccd"
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Two sequences: seven images with one car each, three with nothing."""
-    folder = KittiFolder(tmp_path / "data")
-    for number in range(7):
-        folder.add("a", f"frame{number}", label_line("Car", (number, 0, number + 2.5, 4)))
-    for number in range(3):
-        folder.add("b", f"frame{number}", label_line("person", (0, 0, 10, 10)) + "\n" + label_line("Truck"))
-    return folder
-
-
-def warnings_of(report):
-    return json.loads(report.warnings_path.read_text())
 
 
 class TestOutput:
@@ -281,145 +272,6 @@ class TestOptions:
         ]
 
 
-class TestBadInput:
-    def one(self, tmp_path, label="", image=None):
-        folder = KittiFolder(tmp_path / "data")
-        folder.add("a", "good", label_line())
-        folder.add("a", "odd", label, image)
-        return folder
-
-    @pytest.mark.parametrize(
-        ("label", "kind", "line", "num_boxes"),
-        [
-            ("", "empty_label", None, 0),
-            ("Car 1 2", "wrong_column_count", 1, 0),
-            (f"{label_line()}\n{label_line('Car', (1, 'x', 3, 4))}", "not_a_number", 2, 1),
-            (label_line("Car", (1, "nan", 3, 4)), "not_finite", 1, 0),
-            (label_line("Car", (1, "inf", 3, 4)), "not_finite", 1, 0),
-            (label_line("Car", (9, 2, 3, 4)), "box_reversed", 1, 0),
-            (label_line("Car", (3, 2, 3, 4)), "box_zero_area", 1, 0),
-            (label_line("Car", (70, 2, 80, 4)), "box_outside", 1, 0),
-            (label_line("Car", (-5, 2, 80, 4)), "box_clipped", 1, 1),
-            (label_line("Bike"), "unknown_class", 1, 0),
-            (b"\xff" + label_line().encode(), "not_utf8", 1, 0),
-            (label_line() + "\r\n", "windows_line_ends", 1, 1),
-        ],
-    )
-    def test_labels(self, tmp_path, label, kind, line, num_boxes):
-        folder = self.one(tmp_path, label)
-        report = convert_kitti(folder.options())
-        assert report.problem_counts == {kind: 1}
-        found = warnings_of(report)
-        assert found["counts"] == {kind: 1}
-        assert set(found["meanings"]) == {kind}
-        (problem,) = found["problems"]
-        assert (problem["kind"], problem["file"], problem["line"]) == (kind, "a/labels/odd.txt", line)
-        assert (report.num_images, report.num_annotations) == (2, 1 + num_boxes)
-        assert kind in report.warning_lines()[0]
-        with pytest.raises(DataError, match="strict") as caught:
-            convert_kitti(folder.options(strict=True, results_dir=tmp_path / "strict"))
-        assert "a/labels/odd.txt" in str(caught.value)
-        assert kind.replace("_", " ") in str(caught.value)
-        assert list((tmp_path / "strict").iterdir()) == []
-
-    @pytest.mark.parametrize(
-        ("label", "image", "kind", "file"),
-        [
-            (None, None, "missing_label", "a/images/odd.jpg"),
-            ("", b"no image", "undecodable_image", "a/images/odd.jpg"),
-            ("", b"", "undecodable_image", "a/images/odd.jpg"),
-            ("", image_bytes("JPEG", (300, 300))[:5000], "truncated_image", "a/images/odd.jpg"),
-        ],
-    )
-    def test_images_that_are_left_out(self, tmp_path, label, image, kind, file):
-        report = convert_kitti(self.one(tmp_path, label, image).options())
-        (problem,) = warnings_of(report)["problems"]
-        assert (problem["kind"], problem["file"], problem["line"]) == (kind, file, None)
-        images, annotations = read_shards(report.shard_paths)
-        assert [image["file_name"] for image in images] == ["a/images/good.jpg"]
-        assert [annotation["image_id"] for annotation in annotations] == [0]
-
-    def test_clipped_box(self, tmp_path):
-        report = convert_kitti(self.one(tmp_path, label_line("Car", (-5, 2, 80, 100))).options())
-        _, annotations = read_shards(report.shard_paths)
-        assert annotations[1]["bbox"] == [0, 2, 64, 46]
-        assert annotations[1]["area"] == 64 * 46
-
-    def test_damage_inside_is_found_by_decoding(self, tmp_path):
-        content = image_bytes("PNG", (100, 100))
-        middle = len(content) // 2
-        damaged = content[:middle] + bytes(50) + content[middle + 50 :]
-        folder = self.one(tmp_path)
-        folder.add("a", "damaged", "", damaged, ".png")
-        assert convert_kitti(folder.options()).num_images == 3
-        report = convert_kitti(folder.options(decode_images=True))
-        assert report.num_images == 2
-        assert report.problem_counts["undecodable_image"] == 1
-
-    def test_a_label_that_is_a_folder(self, tmp_path):
-        folder = self.one(tmp_path, None)
-        (folder.root / "a/labels/odd.txt").mkdir()
-        report = convert_kitti(folder.options())
-        assert report.problem_counts == {"unreadable_label": 1}
-        assert report.num_images == 1
-
-    def test_labels_without_image(self, tmp_path):
-        folder = self.one(tmp_path, None)
-        for name in ("other", "third"):
-            (folder.root / f"a/labels/{name}.txt").write_text(label_line())
-        report = convert_kitti(folder.options())
-        assert report.problem_counts == {"missing_label": 1, "label_without_image": 2}
-        assert [problem["file"] for problem in warnings_of(report)["problems"]] == [
-            "a/images/odd.jpg",
-            "a/labels/other.txt",
-            "a/labels/third.txt",
-        ]
-
-    def test_names_used_twice(self, tmp_path):
-        folder = self.one(tmp_path, label_line())
-        folder.add("a", "odd", label_line(), image_bytes("PNG"), ".png")
-        report = convert_kitti(folder.options())
-        assert report.problem_counts == {"duplicate_name": 1}
-        assert warnings_of(report)["problems"][0]["file"] == "a/images/odd.png"
-        assert (report.num_images, report.num_annotations) == (2, 2)
-
-    def test_file_names_that_are_not_utf8(self, tmp_path):
-        folder = self.one(tmp_path, "")
-        for name in (b"images/\xff.jpg", b"labels/\xff.txt"):
-            (folder.root / "a" / os.fsdecode(name)).write_bytes(image_bytes())
-        report = convert_kitti(folder.options())
-        assert report.problem_counts == {"empty_label": 1, "name_not_utf8": 1}
-        assert "\\xff.jpg" in warnings_of(report)["problems"][-1]["file"].replace("udcff", "xff")
-
-    def test_a_sequence_without_images(self, data):
-        for folder in ("images", "labels"):
-            (data.root / "c" / folder).mkdir(parents=True)
-        data.sequences.append("c")
-        report = convert_kitti(data.options())
-        assert report.problem_counts == {"no_images": 1}
-        assert (data.root.parent / "out/c/c-shard-00000-of-00001.json").is_file()
-
-    def test_no_image_at_all_stops(self, data):
-        with pytest.raises(DataError, match=r"\.jpeg"):
-            convert_kitti(data.options(image_extension=".jpeg"))
-
-    def test_strict_shows_the_first_problems(self, tmp_path):
-        folder = KittiFolder(tmp_path / "data")
-        for number in range(50):
-            folder.add("a", f"{number:02d}", "Car")
-        with pytest.raises(DataError) as caught:
-            convert_kitti(folder.options(strict=True))
-        assert len(caught.value.problems) == 21
-        assert "a/labels/00.txt: line 1: wrong column count (got '1 columns')" in str(caught.value)
-
-    def test_repeats_report_their_problems_once(self, tmp_path):
-        folder = KittiFolder(tmp_path / "data")
-        folder.add("a", "x", "")
-        report = convert_kitti(folder.options(num_shards=4, pad_shards=True))
-        assert report.num_images == 4
-        assert report.problem_counts == {"empty_label": 1}
-
-
 class TestNumberOfProcesses:
     def test_the_output_does_not_depend_on_it(self, tmp_path):
         folder = KittiFolder(tmp_path / "data")
@@ -436,148 +288,6 @@ class TestNumberOfProcesses:
             trees.append(tree(tmp_path / "out"))
         assert trees[0] == trees[1] == trees[2]
         assert len(json.loads(trees[0]["warnings.json"])["counts"]) == 6
-
-
-class TestRunningAgain:
-    def test_replaces_the_old_result_and_keeps_what_is_not_ours(self, data):
-        out = data.root.parent / "out"
-        convert_kitti(data.options(num_shards=4))
-        (out / "status.json").write_text("{}\n")
-        (out / "a/notes.txt").write_text("mine")
-        data.sequences.remove("b")
-        convert_kitti(data.options(num_shards=2))
-        assert sorted(name for name in tree(out) if not name.startswith(".")) == [
-            "a/a-shard-00000-of-00002.json",
-            "a/a-shard-00001-of-00002.json",
-            "a/notes.txt",
-            "stats.txt",
-            "status.json",
-            "warnings.json",
-        ]
-
-    def test_gives_the_same_files(self, data):
-        out = data.root.parent / "out"
-        convert_kitti(data.options())
-        before = tree(out)
-        convert_kitti(data.options())
-        assert tree(out) == before
-
-    def test_a_failed_run_leaves_the_old_result(self, data):
-        out = data.root.parent / "out"
-        convert_kitti(data.options())
-        before = tree(out)
-        data.add("b", "bad", "Car")
-        with pytest.raises(DataError):
-            convert_kitti(data.options(strict=True))
-        assert tree(out) == before
-
-    def test_a_full_disk_is_told_and_leaves_the_old_result(self, data, monkeypatch):
-        out = data.root.parent / "out"
-        convert_kitti(data.options())
-        before = tree(out)
-
-        def full(*arguments):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("ddetr_mm.data.shards._append", full)
-        with pytest.raises(DataError, match="No space left"):
-            convert_kitti(data.options())
-        assert tree(out) == before
-
-    def test_shards_of_others_are_not_mixed_with_ours(self, data):
-        out = data.root.parent / "out"
-        (out / "a").mkdir(parents=True)
-        (out / "a/a-shard-00000-of-00009.json").write_text("{}")
-        with pytest.raises(DataError, match="00009"):
-            convert_kitti(data.options())
-        assert sorted(tree(out)) == ["a/a-shard-00000-of-00009.json"]
-
-    def test_results_may_go_beside_the_data(self, data):
-        before = tree(data.root / "a")
-        convert_kitti(data.options(results_dir=data.root))
-        convert_kitti(data.options(results_dir=data.root, num_shards=2))
-        after = tree(data.root / "a")
-        assert before == {name: content for name, content in after.items() if "shard" not in name}
-        assert sorted(path.name for path in data.root.glob("*/*.json")) == [
-            f"{name}-shard-0000{number}-of-00002.json" for name in "ab" for number in (0, 1)
-        ]
-
-    def test_a_sequence_cannot_take_the_place_of_a_result_file(self, tmp_path):
-        folder = KittiFolder(tmp_path / "data")
-        folder.add("stats.txt", "x")
-        with pytest.raises(DataError, match="cannot have this name"):
-            convert_kitti(folder.options())
-
-
-RUN = """
-import signal, sys, time
-from pathlib import Path
-from ddetr_mm.data.convert import convert_kitti
-from ddetr_mm.data.convert_options import ConvertOptions
-
-def report(done, total):
-    print(done, flush=True)
-    time.sleep(0.05 if done >= 512 else 0)
-
-if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    out = Path(sys.argv[2])
-    options = ConvertOptions(root / "sequences.txt", out, root, "images", "labels", num_shards=4,
-                             mapping={"Car": "car"}, num_workers=1)
-    print("begin", flush=True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    convert_kitti(options, progress=report)
-"""
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory):
-    """Four thousand images, so that a conversion takes a moment."""
-    root = tmp_path_factory.mktemp("many") / "data"
-    folder = KittiFolder(root)
-    image = image_bytes()
-    for number in range(4000):
-        folder.add("a", f"{number:05d}", label_line(), image)
-    folder.options()
-    return root
-
-
-class TestEndingARun:
-    def start(self, many, out, until):
-        process = subprocess.Popen(
-            [sys.executable, "-c", RUN, many, out],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        for line in process.stdout:
-            if line.strip() == until or (
-                line.strip().isdigit() and until.isdigit() and int(line) >= int(until)
-            ):
-                break
-        return process
-
-    @pytest.mark.parametrize("until", ["begin", "0", "512", "2048", "4000"])
-    def test_a_kill_leaves_none_or_all(self, many, tmp_path, until):
-        process = self.start(many, tmp_path / "out", until)
-        process.kill()
-        process.communicate()
-        assert len(list((tmp_path / "out").rglob("*shard*.json"))) in (0, 4)
-        again = self.start(many, tmp_path / "out", "nothing")
-        _, errors = again.communicate(timeout=120)
-        assert again.returncode == 0, errors
-        images, _ = read_shards(sorted((tmp_path / "out").glob("*/*.json")))
-        assert len(images) == 4000
-        assert [name for name in os.listdir(tmp_path / "out") if "tmp" in name] == []
-
-    def test_ctrl_c_ends_it_quietly(self, many, tmp_path):
-        process = self.start(many, tmp_path / "out", "512")
-        os.killpg(process.pid, signal.SIGINT)  # to all processes, as a terminal does
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode in (-signal.SIGINT, 130)
-        assert errors.count("KeyboardInterrupt") == 1, errors
-        assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the blood cell images are not beside the project")

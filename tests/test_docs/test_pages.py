@@ -135,12 +135,12 @@ def is_module(name):
     return path.is_dir() or path.with_suffix(".py").is_file() or path.parent.with_suffix(".py").is_file()
 
 
-@pytest.mark.parametrize("page", ["commands", "performance"])
+@pytest.mark.parametrize("page", ["commands", "field-differences", "performance"])
 def test_generated_pages_are_up_to_date(page):
     spec = importlib.util.spec_from_file_location("generate_docs", ROOT / "docs" / "generate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    expected = {"commands": module.commands_page, "performance": module.performance_page}[page]()
+    expected = getattr(module, f"{page.replace('-', '_')}_page")()
     committed = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     assert committed == expected, "run: python docs/generate.py"
 
