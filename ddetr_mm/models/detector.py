@@ -182,6 +182,10 @@ class TAODeformableDETR(DeformableDETR):
     @staged("backbone")
     def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
         """The neck's L feature levels, (B, C, h, w) each, of images (B, 3, H, W)."""
+        if batch_inputs.device.type == "cpu" and not torch.jit.is_tracing():
+            # oneDNN's convolutions take a seventh less time so, forward and backward, and the levels come
+            # in the order in which they are flattened.
+            batch_inputs = batch_inputs.contiguous(memory_format=torch.channels_last)
         return super().extract_feat(batch_inputs)
 
     def parse_losses(self, losses: dict) -> tuple[Tensor, HostScalars]:

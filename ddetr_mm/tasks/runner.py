@@ -19,6 +19,7 @@ with without_language_models():
     import ddetr_mm.register  # noqa: F401 - puts our components into the registries
 
 from ddetr_mm.files import write_text_whole
+from ddetr_mm.models.fused_norms import fuse_norms
 from ddetr_mm.runtime.quiet import QuietRunner
 from ddetr_mm.runtime.rank_env import is_rank
 from ddetr_mm.runtime.status import on_first_rank
@@ -177,6 +178,18 @@ def build_model(loaded: LoadedSpec, subtask: str, checkpoint: str, *, where: str
 def register_scope(config: Config) -> None:
     """Make the config's default scope the current one, as a Runner does."""
     init_default_scope(config.get("default_scope", "mmdet"))
+
+
+def load_to_predict(
+    model: nn.Module, path: str, *, where: str, class_names: Sequence[str] | None = None
+) -> None:
+    """:func:`load_checkpoint` into a model that will only predict: its norms are folded away.
+
+    Raises:
+        WeightsError: as there.
+    """
+    load_checkpoint(model, path, where=where, class_names=class_names)
+    fuse_norms(unwrapped(model))
 
 
 def load_checkpoint(
