@@ -1,7 +1,8 @@
 """Deformable sampling on the CPU: ours, mmcv's PyTorch form and the compiled package, side by side.
 
 One process, the same inputs: the encoder's of a 480x640 and an 800x1333 image (each cell of four levels asks)
-and the decoder's (300 queries), 8 heads of 32 channels, 4 points. Before the clock starts all results and
+and the decoder's (300 queries), 8 heads of 32 channels, 4 points. Ours takes bags for the encoder's many
+queries, and mmcv's form for the decoder's. Before the clock starts all results and
 gradients are compared; the benchmark stops where they differ. Then the contestants take turns. Peak memory is
 that of a forked process a contestant, forward and backward once.
 
@@ -36,7 +37,7 @@ import ddetr_mm  # noqa: E402, F401  (before mmcv's ops: answers for the compile
 
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # isort: skip  # noqa: E402
 
-from ddetr_mm.models.bag_sampling import sample_values_by_bags  # noqa: E402
+from ddetr_mm.models.deformable_attention import sample_values  # noqa: E402
 
 HEADS, CHANNELS, POINTS, STRIDES = 8, 32, 4, (8, 16, 32, 64)
 MMCV, PACKAGE, OURS = "mmcv, PyTorch", "torch-ms-deform-attn", "ours"
@@ -78,15 +79,15 @@ def samplers(given: dict[str, Any]) -> dict[str, Sampler]:
     value, locations, weights, sizes_hw = (
         given[key] for key in ("value", "locations", "weights", "sizes_hw")
     )
+    shapes = torch.tensor(sizes_hw)
+    starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
     found: dict[str, Sampler] = {
         MMCV: lambda: multi_scale_deformable_attn_pytorch(value, sizes_hw, locations, weights),
-        OURS: lambda: sample_values_by_bags(value, locations, weights, sizes_hw),
+        OURS: lambda: sample_values(value, locations, weights, sizes_hw, shapes, starts),
     }
     if importlib.util.find_spec("torch_ms_deform_attn"):
         from torch_ms_deform_attn import ms_deform_attn
 
-        shapes = torch.tensor(sizes_hw)
-        starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
         found[PACKAGE] = lambda: ms_deform_attn(value, shapes, starts, locations, weights)
     return found
 

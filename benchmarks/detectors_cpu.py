@@ -32,6 +32,7 @@ from torch import Tensor, nn  # noqa: E402
 from turns import peak_growth_mb, take_turns  # noqa: E402
 
 import ddetr_mm.register  # noqa: E402, F401
+from ddetr_mm.models.fused_norms import fuse_norms  # noqa: E402
 from ddetr_mm.weights import convert_checkpoint  # noqa: E402
 
 from mmdet.registry import MODELS  # isort: skip  # noqa: E402
@@ -88,6 +89,13 @@ def build(folder: Path) -> dict[str, nn.Module]:
     none = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
     theirs = DeformableDetrForObjectDetection.from_pretrained(folder / "hf", auxiliary_loss=True, **none)
     return {STOCK: stock, HUGGING_FACE: theirs, OURS: ours}
+
+
+def predicting(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The three as they predict: ours with its norms folded away, as ``evaluate`` and ``inference`` do."""
+    ours = copy.deepcopy(models[OURS])
+    fuse_norms(ours.eval())
+    return {**models, OURS: ours}
 
 
 def batch(size_hw: tuple[int, int], num_boxes: int) -> dict[str, Any]:
@@ -182,7 +190,7 @@ def compare_results(models: dict[str, nn.Module], given: dict[str, Any]) -> dict
     """
     for model in models.values():
         model.eval()
-    found = {name: predictions(name, model, given) for name, model in models.items()}
+    found = {name: predictions(name, model, given) for name, model in predicting(models).items()}
     apart = {
         f"{name}, predictions": max(
             (one - other).abs().max().item()
@@ -201,17 +209,18 @@ def compare_results(models: dict[str, nn.Module], given: dict[str, Any]) -> dict
 def memory(models: dict[str, nn.Module], given: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """Peak growth of one step and of one inference, each in a process of its own."""
 
-    def alone(make: Callable[[str, nn.Module, dict[str, Any]], Step], name: str, training: bool) -> Step:
+    def alone(make: Callable[[str, nn.Module, dict[str, Any]], Step], name: str, model: nn.Module) -> Step:
         def run() -> None:
             torch.set_num_threads(1)
-            make(name, models[name].train(training), given)()
+            make(name, model, given)()
 
         return run
 
+    ready = predicting(models)
     return {
         name: {
-            "train": peak_growth_mb(alone(train, name, True)),
-            "inference": peak_growth_mb(alone(infer, name, False)),
+            "train": peak_growth_mb(alone(train, name, models[name].train())),
+            "inference": peak_growth_mb(alone(infer, name, ready[name].eval())),
         }
         for name in models
     }
@@ -265,7 +274,9 @@ def main() -> None:
     print(result["agreement"], flush=True)
     result |= {"memory_mb": peaks, "times": {}}
     for mode, make in (("inference", infer), ("train", train)):
-        steps = {name: make(name, model.train(mode == "train"), given) for name, model in models.items()}
+        training = mode == "train"
+        chosen = models if training else predicting(models)
+        steps = {name: make(name, model.train(training), given) for name, model in chosen.items()}
         result["times"][mode] = take_turns(steps, args.rounds, STOCK)
     environment["load_after"] = load_average()
     report(result, markdown(result), RECORD if args.record else None)
