@@ -182,9 +182,11 @@ class TAODeformableDETR(DeformableDETR):
     @staged("backbone")
     def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
         """The neck's L feature levels, (B, C, h, w) each, of images (B, 3, H, W)."""
-        if batch_inputs.device.type == "cpu" and not torch.jit.is_tracing():
-            # oneDNN's convolutions take a seventh less time so, forward and backward, and the levels come
-            # in the order in which they are flattened.
+        predicting = not torch.is_grad_enabled() and not torch.jit.is_tracing()
+        if batch_inputs.device.type == "cpu" and predicting:
+            # oneDNN's convolutions take a seventh less time so, and the levels come in the order in which
+            # they are flattened. Not in training: its gradient of some 1x1 convolutions reads beyond what
+            # it is given (AVX-512, tiny maps) and ends the process.
             batch_inputs = batch_inputs.contiguous(memory_format=torch.channels_last)
         return super().extract_feat(batch_inputs)
 

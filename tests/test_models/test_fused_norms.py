@@ -76,3 +76,4 @@ def test_the_order_of_values_in_memory_changes_no_feature():
         assert ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert levels[0].is_contiguous(memory_format=torch.channels_last)
+    assert model.extract_feat(images)[0].is_contiguous()  # in training, see there
