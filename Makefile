@@ -1,6 +1,6 @@
 # Every target sets up what it needs, once: `make test` in a fresh clone is enough.
 #   PYTHON=python3.12   the interpreter to make the environment with
-#   STACK=torch2.11     the second pinned set, in an environment of its own
+#   STACK=torch2.11     the second pinned set, in an environment of its own; STACK=onedl: the maintained forks
 #   ARGS='-k spec'      more arguments for the command that a target runs
 
 STACK ?= torch2.14
@@ -26,7 +26,7 @@ ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / && $$1 != "help" { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
-	@echo "  PYTHON=python3.12 picks the interpreter, STACK=torch2.11 the second pinned set."
+	@echo "  PYTHON=python3.12 picks the interpreter, STACK=torch2.11 the second pinned set, STACK=onedl the forks."
 
 env:  ## create or refresh the environment
 	@$(CREATE) --env $(VENV)

@@ -61,7 +61,7 @@ def install_ops(
 
     Raises:
         StackError: no compiler, no matching CUDA toolkit, a failed download or build, or an environment
-            that cannot be written to. mmcv-lite, where it was, still works then.
+            that cannot be written to or has the fork onedl-mmcv. mmcv-lite, where it was, still works then.
     """
     python = Path(python or sys.executable)
     environment = probe(python)
@@ -72,6 +72,7 @@ def install_ops(
         return there
     installer = _installer(python)
     site_packages = Path(environment.site_packages)
+    refuse_fork(site_packages)
     with _staging_folder(site_packages) as staging:
         wheel = _first_that_works(python, target, installer, staging, echo)
         if wheel is None:
@@ -166,6 +167,23 @@ def _staging_folder(site_packages: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def refuse_fork(site_packages: Path) -> None:
+    """Refuse to put mmcv over its fork, which has files of the same names and an mmdet of its own.
+
+    Raises:
+        StackError: onedl-mmcv is installed there.
+    """
+    for found in site_packages.glob("onedl_mmcv-*.dist-info"):
+        raise StackError(
+            Problem(
+                "onedl-mmcv is installed, and mmcv would overwrite it",
+                file=found,
+                mend="use an environment with mmcv-lite==2.1.0 and mmdet==3.3.0, or build the ops of "
+                "onedl-mmcv as its own documentation tells",
+            )
+        )
 
 
 def swap_in(staging: Path, site_packages: Path) -> None:

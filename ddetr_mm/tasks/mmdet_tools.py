@@ -1,4 +1,4 @@
-"""mmdet's own ``tools/train.py`` and ``tools/test.py`` with a spec where they take a config.
+"""mmdet's own ``tools/train.py``, ``tools/test.py`` and the rest, with a spec where they take a config.
 
 The tools of the installed mmdet run unchanged. Before they start, ``ddetr_mm`` is imported (so that they
 also run beside mmcv-lite), a spec among the arguments is replaced by its translation, and a checkpoint of
@@ -15,14 +15,15 @@ from pathlib import Path
 from ddetr_mm.errors import InputError, Problem, StackError
 
 SPEC_SUFFIXES = (".yaml", ".yml")
-SUBTASK_OF_TOOL = {"train": "train", "test": "evaluate"}
+SUBTASK_OF_TOOL = {"test": "evaluate", "analysis_tools/confusion_matrix": "evaluate"}
+"""What a spec is translated for where a tool takes a config; for every other tool it is training."""
 
 
 def main(tool: str) -> int:
     """Run one of mmdet's tools on the process's arguments.
 
     Args:
-        tool: ``"train"`` or ``"test"``.
+        tool: ``"train"``, ``"test"`` or another of mmdet's, see :func:`mmdet_tool`.
 
     Returns:
         The exit status: 0, 2 for wrong input, 130 after Ctrl-C or SIGTERM. The tool's own ``SystemExit``
@@ -44,11 +45,24 @@ def main(tool: str) -> int:
     return 0
 
 
+def main_of_any() -> int:
+    """Run the tool that the first argument names on the other ones; see :func:`main`."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        folder = mmdet_tool("train").parent
+        names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.py"))
+        print("usage: run_mmdet.py TOOL [its arguments]; TOOL is one of\n  " + "\n  ".join(names))
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+    return main(sys.argv.pop(1).removesuffix(".py"))
+
+
 def mmdet_tool(tool: str) -> Path:
     """The script inside the installed mmdet.
 
+    Args:
+        tool: its path below mmdet's ``tools`` without ``.py``: ``train``, ``analysis_tools/get_flops``.
+
     Raises:
-        StackError: when mmdet is not installed as a wheel that carries its tools.
+        StackError: when mmdet has no such tool, or is not installed as a wheel that carries its tools.
     """
     package = importlib.util.find_spec("mmdet")
     places = [] if package is None or package.origin is None else [Path(package.origin).parent]
@@ -63,7 +77,7 @@ def prepare_arguments(tool: str, arguments: list[str]) -> list[str]:
     """Replace a spec by its translated config, and for ``test`` a foreign checkpoint by a converted one.
 
     Args:
-        tool: ``"train"`` or ``"test"``.
+        tool: see :func:`mmdet_tool`.
         arguments: as given by the user; the config (or spec) and the checkpoint are found by position, as
             the first ones, which is how mmdet's tools document them.
     """
@@ -99,9 +113,9 @@ def translate_spec(spec_path: str, tool: str, checkpoint: str | None, folder: Pa
     from ddetr_mm.spec import load_spec
     from ddetr_mm.tasks.runner import config_source
 
-    subtask = SUBTASK_OF_TOOL[tool]
+    subtask = SUBTASK_OF_TOOL.get(tool, "train")
     overrides = [f"evaluate.checkpoint={checkpoint}"] if checkpoint else []
-    loaded = load_spec(spec_path, overrides, subtask)
+    loaded = load_spec(spec_path, overrides, subtask, require_mandatory=tool in ("train", "test"))
     if loaded.spec.encryption_key:
         from ddetr_mm.weights.encryption import use_encryption_key
 

@@ -39,6 +39,13 @@ def test_full_mmcv_takes_the_place_of_the_lite_one(site_packages):
     assert content(site_packages) == (["mmcv", "mmcv-2.1.0.dist-info"], "full")
 
 
+def test_a_fork_is_not_overwritten(tmp_path, site_packages):
+    assert build_ops.refuse_fork(site_packages) is None
+    package(tmp_path / "fork", "onedl_mmcv", "2.3.6", "fork")
+    with pytest.raises(StackError, match="onedl-mmcv is installed"):
+        build_ops.refuse_fork(tmp_path / "fork")
+
+
 def test_full_mmcv_goes_where_there_was_none(tmp_path):
     package(tmp_path / "staging", "mmcv", "2.1.0", "full")
     (tmp_path / "site").mkdir()

@@ -102,6 +102,31 @@ def test_foreign_environment_with_another_python_is_not_removed(create, env):
     assert (env / "bin" / "python").exists()
 
 
+def test_forks_without_wheels_come_from_sources_after_the_pins(create, env, monkeypatch):
+    commands = []
+    monkeypatch.setattr(create, "run", commands.append)
+    monkeypatch.setattr(create, "find_uv", lambda python: "uv")
+    monkeypatch.setattr(create, "remove_rivals", lambda uv, python: None)
+    create.fill(env, "onedl", (str(env / "bin" / "python"), version()))
+    pins, sources, package = (command[5:] for command in commands)
+    assert pins[-1].endswith("onedl.txt") and ":all:" in pins
+    assert sources == ["--no-deps", "-r", str(create.PINS / "onedl.sources.txt")]
+    assert "-e" in package
+
+
+def test_pinned_forks_are_ones_the_package_takes(create):
+    from ddetr_mm.stack import versions
+
+    text = (create.PINS / "onedl.sources.txt").read_text(encoding="utf-8")
+    forks = dict(line.split("==") for line in text.splitlines() if "==" in line)
+    pins = (create.PINS / "onedl.txt").read_text(encoding="utf-8").splitlines()
+    for requirement in versions.REQUIREMENTS:
+        if requirement.module in ("mmengine", "mmdet", "mmcv"):
+            (name,) = set(requirement.distributions) & set(forks)
+            assert versions.fits(forks[name], requirement.distributions[name])
+            assert not any(line.startswith(f"{requirement.module}==") for line in pins)
+
+
 def test_only_wheels_of_the_pins_are_installed(create, env, monkeypatch):
     commands = []
     monkeypatch.setattr(create, "run", commands.append)
@@ -149,7 +174,9 @@ def test_unknown_stack_is_one_message(tmp_path):
         check=False,
     )
     assert answer.returncode == 2
-    assert answer.stderr == "error: STACK=torch1.0 is not a pinned set; there are: torch2.14, torch2.11\n"
+    assert (
+        answer.stderr == "error: STACK=torch1.0 is not a pinned set; there are: torch2.14, torch2.11, onedl\n"
+    )
 
 
 def test_uv_of_our_own_is_found_where_path_has_none(create, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ the interpreter that launches it need not be the one the environment is made wit
 
 ``uv`` does the installing. Where it is not on PATH, pip puts it into a cache folder of ours, never
 into the user's own packages; where that fails too, ``venv`` and pip take over. Everything comes from
-wheels, so no compiler is needed.
+wheels, or from sources of Python alone, so no compiler is needed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ UV_REQUIREMENT = "uv==0.13.9"
 STACKS = {
     "torch2.14": ("3.11", "3.12", "3.10", "3.13"),
     "torch2.11": ("3.12", "3.11", "3.10", "3.13"),
+    "onedl": ("3.11", "3.12", "3.10"),  # the maintained forks of the OpenMMLab packages
 }
 STAMP = "ddetr_mm.json"
 HAS_OPS = ".has-ops"  # left by `make ops`
@@ -116,6 +117,8 @@ def fill(env: Path, stack: str, chosen: tuple[str, str]) -> None:
     # The pinned file is the whole closure, so nothing is resolved: mmdeploy's protobuf pin and mmcv's
     # opencv-python are overruled in it on purpose.
     run([*installer, "--no-deps", "--only-binary", ":all:", "-r", pins])
+    if sources_of(stack).is_file():
+        run([*installer, "--no-deps", "-r", str(sources_of(stack))])
     run(
         [
             *installer,
@@ -129,12 +132,19 @@ def fill(env: Path, stack: str, chosen: tuple[str, str]) -> None:
     )
 
 
+def sources_of(stack: str) -> Path:
+    """The pins of a stack that are published without wheels, and so are built here; most have none."""
+    return PINS / f"{stack}.sources.txt"
+
+
 # --- is there anything to do? ---
 
 
 def fingerprint(stack: str) -> str:
     """A hash of what an environment depends on: the pins, the package's metadata and how it is built."""
     pins = (PINS / f"{stack}.txt").read_text(encoding="utf-8")
+    if sources_of(stack).is_file():
+        pins += sources_of(stack).read_text(encoding="utf-8")
     # The settings of tools come last in the file, and change nothing that is installed.
     metadata, _, _ = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("\n[tool.pytest")
     build = (ROOT / "setup.py").read_text(encoding="utf-8")
