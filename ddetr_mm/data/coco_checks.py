@@ -29,7 +29,11 @@ def check_unique(
     ids_by_file: Sequence[npt.NDArray[np.int64]],
     given_by_file: Sequence[npt.NDArray[np.bool_]] | None = None,
 ) -> None:
-    """Ids of one kind must not repeat within a source."""
+    """Ids of one kind must not repeat within a source.
+
+    Raises:
+        DataError: an id stands twice.
+    """
     ids = np.concatenate(ids_by_file)
     if given_by_file is not None:
         ids = ids[np.concatenate(given_by_file)]
@@ -78,7 +82,11 @@ def check_categories(source: ParsedSource, known: set[int]) -> None:
 
 
 def check_file_names(source: ParsedSource) -> None:
-    """No ``file_name`` may name something outside the source's image folder."""
+    """No ``file_name`` may name something outside the source's image folder.
+
+    Raises:
+        DataError: one does.
+    """
     problems = []
     for path, item in zip(source.paths, source.columns, strict=True):
         for row, name in enumerate(item.file_names):

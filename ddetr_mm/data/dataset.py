@@ -128,7 +128,11 @@ class SerializedCocoDataset(BaseDetDataset):
         return self.table.num_images if self._rows is None else len(self._rows)
 
     def get_data_info(self, idx: int) -> dict[str, Any]:
-        """The annotations of sample ``idx``, built anew from the columns; see the class."""
+        """The annotations of sample ``idx``, built anew from the columns; see the class.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
         length = len(self)
         if not -length <= idx < length:
             raise IndexError(f"sample {idx} of {length}")

@@ -193,7 +193,11 @@ def prepare_process(rules: ReadingRules) -> None:
 
 
 def read_chunk(chunk: Chunk) -> ChunkContent:
-    """:meth:`ChunkReader.read` by the rules of :func:`prepare_process`."""
+    """:meth:`ChunkReader.read` by the rules of :func:`prepare_process`.
+
+    Raises:
+        RuntimeError: :func:`prepare_process` was not called in this process.
+    """
     if _reader is None:
         raise RuntimeError("prepare_process() has to be called before read_chunk()")
     with garbage_collection_paused():

@@ -72,6 +72,9 @@ class ElasticDistributedSampler(Sampler[int]):
 
         Args:
             samples_done: from 0 to :attr:`samples_an_epoch`.
+
+        Raises:
+            ValueError: the position is outside the epoch.
         """
         if not 0 <= samples_done <= self.samples_an_epoch:
             raise ValueError(f"position {samples_done} of {self.samples_an_epoch} samples")

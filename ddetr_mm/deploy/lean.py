@@ -240,7 +240,11 @@ def drop_dead(model: onnx.ModelProto) -> None:
 
 
 def sort_nodes(model: onnx.ModelProto) -> None:
-    """Put the nodes into the order that ONNX demands: none before those it reads from."""
+    """Put the nodes into the order that ONNX demands: none before those it reads from.
+
+    Raises:
+        ValueError: the graph has a circle.
+    """
     known = {tensor.name for tensor in model.graph.initializer} | {value.name for value in model.graph.input}
     made = {name for node in model.graph.node for name in node.output}
     waiting = [onnx.NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]

@@ -146,6 +146,9 @@ class FastCocoMetric(BaseMetric):
 
         Args:
             size: number of images of the dataset.
+
+        Raises:
+            RuntimeError: scoring failed on the first rank; there, what it failed with.
         """
         parts = gather_object(pack(self.results))
         self.results.clear()

@@ -149,7 +149,11 @@ class DeformableAttention(MultiScaleDeformableAttention):
         self.choose_implementation(implementation)
 
     def choose_implementation(self, implementation: str) -> None:
-        """Set what a GPU samples with; arguments and errors as for the class."""
+        """Set what a GPU samples with; arguments and errors as for the class.
+
+        Raises:
+            ValueError: no such implementation.
+        """
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(f"attention must be one of {IMPLEMENTATIONS}, not {implementation!r}")
         self.implementation = implementation

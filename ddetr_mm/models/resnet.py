@@ -45,7 +45,11 @@ class TorchvisionDilatedResNet(ResNet):
         super().__init__(depth, strides=strides, dilations=dilations, **kwargs)
 
     def make_res_layer(self, **kwargs: Any) -> ResLayer:
-        """Build one stage, its first block with the dilation of the stage before."""
+        """Build one stage, its first block with the dilation of the stage before.
+
+        Raises:
+            ValueError: dilation with a depth below 50.
+        """
         stage = super().make_res_layer(**kwargs)
         dilation = kwargs["dilation"]
         if dilation > 1 and not isinstance(stage[0], Bottleneck):

@@ -84,7 +84,11 @@ class NonFiniteHook(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Count skipped steps; look at the loss where no step was made (accumulation, a scaler)."""
+        """Count skipped steps; look at the loss where no step was made (accumulation, a scaler).
+
+        Raises:
+            TrainingError: too many steps in a row were skipped.
+        """
         self._loss_is_finite()
         if not self._skip_this:
             self._skipped_in_a_row = 0

@@ -232,6 +232,9 @@ def claim_targets(written: dict[str, str], targets: Iterable[Path], image: Path)
             counts with millions of images.
         targets: to write now.
         image: whose targets they are.
+
+    Raises:
+        DataError: another image writes one of them.
     """
     source = str(image)
     for target in targets:

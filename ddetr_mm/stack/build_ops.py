@@ -194,6 +194,9 @@ def swap_in(staging: Path, site_packages: Path) -> None:
     Args:
         staging: holds ``mmcv`` and its ``.dist-info`` folder; on the same file system.
         site_packages: where they go.
+
+    Raises:
+        StackError: a rename fails.
     """
     outgoing = [site_packages / "mmcv", *site_packages.glob("mmcv-*.dist-info")]
     outgoing += list(site_packages.glob("mmcv_lite-*.dist-info"))

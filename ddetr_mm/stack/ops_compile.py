@@ -175,7 +175,11 @@ def unpack_source(workshop: Workshop, variables: Mapping[str, str]) -> Path:
 
 
 def needs_cxx20(environment: Environment) -> bool:
-    """Whether torch's headers refuse an older standard, asked of the header that does it."""
+    """Whether torch's headers refuse an older standard, asked of the header that does it.
+
+    Raises:
+        StackError: torch has no C++ headers.
+    """
     header = Path(environment.torch_folder) / "include/torch/csrc/api/include/torch/all.h"
     try:
         return bool(re.search(r"__cplusplus\s*<\s*202002L", header.read_text(encoding="utf-8")))

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 
 def run(arguments: Namespace) -> None:
-    """Build; leaves the engine, its parity report and a file of its class names."""
+    """Build; leaves the engine, its parity report and a file of its class names.
+
+    Raises:
+        WeightsError: the ONNX file does not exist.
+    """
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "gen_trt_engine")
     spec = loaded.spec
     if spec.gen_trt_engine.trt_engine:
@@ -44,7 +48,11 @@ def run(arguments: Namespace) -> None:
 
 
 def generate(loaded: LoadedSpec, session: Session) -> None:
-    """Work out the settings, say how to build elsewhere, build, verify."""
+    """Work out the settings, say how to build elsewhere, build, verify.
+
+    Raises:
+        StackError: TensorRT is not installed here; the message has the ``trtexec`` command.
+    """
     from ddetr_mm.deploy.onnx_file import read_signature
     from ddetr_mm.deploy.tensorrt_engine import require_tensorrt
     from ddetr_mm.deploy.tensorrt_settings import trtexec_command

@@ -12,7 +12,11 @@ from ddetr_mm.tasks.session import encryption_key_of
 
 
 def run(arguments: Namespace) -> None:
-    """Repeat the step on the saved weights and tell where values stop being finite."""
+    """Repeat the step on the saved weights and tell where values stop being finite.
+
+    Raises:
+        SpecError: the run's config does not exist.
+    """
     spec = load_spec(arguments.experiment_spec).spec if arguments.experiment_spec else None
     batch_file = Path(arguments.batch)
     config_file = Path(arguments.config or batch_file.with_name("config.py"))

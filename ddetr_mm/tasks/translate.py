@@ -12,7 +12,11 @@ from ddetr_mm.tasks.session import encryption_key_of, say_notes
 
 
 def run(arguments: Namespace) -> None:
-    """Write the config for one subtask."""
+    """Write the config for one subtask.
+
+    Raises:
+        SpecError: ``--output`` is no ``.py`` file.
+    """
     if Path(arguments.output).suffix != ".py":
         raise SpecError(
             Problem(

@@ -180,7 +180,11 @@ def backbone_stages(model: ModelConfig) -> tuple[int, ...]:
 def backbone_config(
     spec: ExperimentSpec, stages: tuple[int, ...], channels: list[int] | None
 ) -> tuple[dict[str, Any], list[int]]:
-    """The backbone and the channels of the stages it returns."""
+    """The backbone and the channels of the stages it returns.
+
+    Raises:
+        ValueError: ``ddetr_mm.backbone`` is set and its channels were not looked up.
+    """
     model = spec.model
     checkpointing = spec.train.activation_checkpoint
     if spec.ddetr_mm.backbone:

@@ -59,7 +59,11 @@ def fill_model(
     class_names: Sequence[str] | None = None,
     strict: bool = False,
 ) -> LoadReport:
-    """As :func:`load_for_model`, from a checkpoint already in memory."""
+    """As :func:`load_for_model`, from a checkpoint already in memory.
+
+    Raises:
+        WeightsError: nothing in it fits the model, or what is missing may not be.
+    """
     network = unwrapped(model)
     target: dict[str, Tensor] = {
         key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)
