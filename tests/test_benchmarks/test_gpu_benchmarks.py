@@ -25,6 +25,7 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # minutes of processor time, which may be shared
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 def test_attention() -> None:
     answer = run("attention_gpu.py", "--device", "cpu", "--quick", TRITON_INTERPRET="1")
@@ -40,6 +41,7 @@ def test_attention() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # minutes of processor time, which may be shared
 @pytest.mark.parametrize("script", ["inference_gpu.py", "train_gpu.py"])
 def test_detectors(script: str) -> None:
     pytest.importorskip("transformers")

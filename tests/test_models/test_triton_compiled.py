@@ -14,6 +14,7 @@ from ddetr_mm.models.triton_sampling import has_triton
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(3600),  # a minute of processor time, which may be shared
     pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
 ]
 REPO = Path(__file__).resolve().parents[2]
