@@ -20,12 +20,28 @@ def allow_mmengine_checkpoint_classes() -> None:
 
     mmengine calls ``torch.load`` without arguments, which since torch 2.6 refuses every class that it
     does not know; mmengine's own checkpoints are full of them. See :mod:`ddetr_mm.stack.safe_globals`.
+    The fork onedl-mmengine reads a refused file once more without protection, and would run what code it
+    holds: it is kept from that.
     """
     import torch
+    from mmengine.runner import checkpoint
 
     from ddetr_mm.stack.safe_globals import safe_globals
 
     torch.serialization.add_safe_globals(safe_globals())  # a set: adding twice changes nothing
+    if hasattr(checkpoint, "_safe_torch_load"):
+        checkpoint._safe_torch_load = _protected_torch_load
+
+
+def _protected_torch_load(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """``torch.load`` with its protection, in the place of onedl-mmengine's function of these arguments.
+
+    Raises:
+        pickle.UnpicklingError: the file holds a class that is not allowed.
+    """
+    import torch
+
+    return torch.load(file, map_location=map_location, weights_only=weights_only is not False)
 
 
 def find_our_configs() -> None:

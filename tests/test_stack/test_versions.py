@@ -78,6 +78,14 @@ def test_versions_that_fit_pass(changed, torchvision_for):
             {"mmcv-lite": None, "mmcv": "2.2.0"},
             ["mmcv 2.2.0 does not fit", "<2.2", "pip install 'mmcv>=2.0,<2.2'"],
         ),
+        (
+            {"onedl-mmdetection": "3.5.1"},
+            ["mmdet and onedl-mmdetection are both installed", "pip uninstall -y mmdet onedl-mmdetection"],
+        ),
+        (
+            {"mmengine": None, "onedl-mmengine": "1.0.0"},
+            ["onedl-mmengine 1.0.0 does not fit", "pip install 'onedl-mmengine>=0.10.7,<1'"],
+        ),
         ({"mmengine": "0.10.4"}, ["mmengine 0.10.4 does not fit", "pip install mmengine==0.10.7"]),
         ({"mmdet": "2.28.2"}, ["mmdet 2.28.2 does not fit", "pip install mmdet==3.3.0"]),
         ({"torch": "2.1.0"}, ["torch 2.1.0 does not fit", ">=2.6"]),
