@@ -326,6 +326,15 @@ class TAODeformableDETR(DeformableDETR):
         with no_autocast(memory.device):
             return super().pre_decoder(memory, memory_mask, spatial_shapes)
 
+    def get_proposal_pos_embed(
+        self, proposals: Tensor, num_pos_feats: int | None = None, temperature: int = 10000
+    ) -> Tensor:
+        """Sine encoding of two-stage proposals (B, Q, 4), as wide as ``pos_trans_fc`` wants it.
+
+        mmdet's always has 512 values, which fits a transformer of 256 channels only.
+        """
+        return super().get_proposal_pos_embed(proposals, num_pos_feats or self.embed_dims // 2, temperature)
+
     @staged("decoder")
     def forward_decoder(
         self,
