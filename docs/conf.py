@@ -12,6 +12,7 @@ extensions = ["myst_parser"]
 root_doc = "docs/index"
 include_patterns = [
     "docs/*.md",
+    "projects/README.md",
     "projects/*/README.md",
     "benchmarks/records/*.md",
     "CHANGELOG.md",

@@ -34,6 +34,13 @@ TINY = (
     ),
 )
 
+# A hundred steps of eight pictures.
+TWO_EPOCHS_OF_ALL = (
+    "train_cfg.max_epochs=2",
+    "train_cfg.val_interval=2",
+    "default_hooks.checkpoint.interval=2",
+)
+
 
 def draw_shapes(folder: Path, counts: dict[str, int]) -> Path:
     """Draw the pictures of projects/shapes below ``folder`` and convert their labels, as its README does."""
@@ -97,6 +104,13 @@ def losses(work_dir: Path) -> list[float]:
     found = [record["loss"] for record in records(work_dir) if "loss" in record]
     assert all(math.isfinite(loss) and loss > 0 for loss in found)
     return found
+
+
+def assert_loss_falls(work_dir: Path) -> None:
+    """The log's last loss (a mean over up to fifty steps) is a tenth below the first."""
+    found = losses(work_dir)
+    assert len(found) == 10
+    assert found[-1] < 0.9 * found[0]
 
 
 def weights(work_dir: Path, epoch: int = 1) -> dict[str, torch.Tensor]:
