@@ -42,12 +42,12 @@ def test_trains_as_with_mmdets_dataset(few_shapes: Path, tmp_path: Path):
     stock.write_text(STOCK.format(base=str(SHAPES)))
     shard = f"train_dataloader.dataset.ann_file={ONE_SHARD}"
     run_tool("train", few_shapes, tmp_path / "stock", stock, [*TWO_EPOCHS, shard])
-    metrics = train_and_test(SHAPES, few_shapes, tmp_path, *TWO_EPOCHS, shard, epochs=2)
-    ours = losses(tmp_path / "train")
+    run_tool("train", few_shapes, tmp_path / "ours", SHAPES, [*TWO_EPOCHS, shard])
+    ours = losses(tmp_path / "ours")
     assert len(ours) == 2
     assert ours == losses(tmp_path / "stock")
-    last = [record for record in records(tmp_path / "train") if "coco/bbox_mAP" in record]
-    assert len(last) == 1 and metrics.keys() >= {"coco/bbox_mAP_50", "coco/bbox_mAP_75"}
+    scores = [record for record in records(tmp_path / "ours") if "coco/bbox_mAP" in record]
+    assert len(scores) == 1 and -1 <= scores[0]["coco/bbox_mAP_50"] <= 1
 
 
 def test_the_recipe_changes_names_alone(tmp_path: Path):
