@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from mmengine.config import Config
-from project_runs import PROJECTS, TINY, TWO_EPOCHS_OF_ALL, assert_loss_falls, losses, train_and_test, weights
+from project_runs import PROJECTS, TINY, losses, train_and_test, weights
 
 from ddetr_mm.models.gcvit import VARIANTS
 
@@ -27,9 +26,3 @@ def test_the_larger_backbone_fits_the_neck():
     assert model.type == "DINO" and model.backbone.variant == "tiny"
     channels = VARIANTS["tiny"].channels
     assert list(model.neck.in_channels) == [channels[stage] for stage in model.backbone.out_indices]
-
-
-@pytest.mark.slow
-def test_learns_the_shapes(all_shapes: Path, tmp_path: Path):
-    train_and_test(SHAPES, all_shapes, tmp_path, *TWO_EPOCHS_OF_ALL, epochs=2)
-    assert_loss_falls(tmp_path / "train")

@@ -13,8 +13,6 @@ from project_runs import (
     PROJECTS,
     ROOT,
     TINY,
-    TWO_EPOCHS_OF_ALL,
-    assert_loss_falls,
     losses,
     train_and_test,
     weights,
@@ -94,10 +92,3 @@ def test_a_spec_says_the_same():
         for one in (draft.to_dict()["model"], model)
     )
     assert of_spec == of_config
-
-
-@pytest.mark.slow
-@configs
-def test_learns_the_shapes(config: Path, all_shapes: Path, tmp_path: Path):
-    train_and_test(config, all_shapes, tmp_path, *TWO_EPOCHS_OF_ALL, epochs=2)
-    assert_loss_falls(tmp_path / "train")

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from mmengine.config import Config
 from project_runs import (
     PROJECTS,
     TINY,
-    TWO_EPOCHS_OF_ALL,
-    assert_loss_falls,
     losses,
     records,
     run_tool,
-    train_and_test,
 )
 
 FOLDER = PROJECTS / "rtmdet_serialized"
@@ -61,9 +57,3 @@ def test_the_recipe_changes_names_alone(tmp_path: Path):
         assert ours[loader] == stock[loader]
     assert ours.model == stock.model
     assert ours.val_evaluator.ann_file == stock.val_evaluator.ann_file
-
-
-@pytest.mark.slow
-def test_learns_the_shapes(all_shapes: Path, tmp_path: Path):
-    train_and_test(SHAPES, all_shapes, tmp_path, *TWO_EPOCHS_OF_ALL, epochs=2)
-    assert_loss_falls(tmp_path / "train")
