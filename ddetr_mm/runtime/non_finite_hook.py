@@ -136,7 +136,8 @@ class NonFiniteHook(Hook):
             # The ranks' mean for the log, on its way to the host since the forward pass.
             finite = math.isfinite(float(scalars["loss"]))
         if not finite:
-            self._found("the loss is not finite", here=not torch.isfinite(own))
+            alone = get_world_size() == 1
+            self._found("the loss is not finite", here=alone or not torch.isfinite(own))
         return finite
 
     def _gradients_are_finite(self, optimizer: Any) -> bool:
@@ -183,11 +184,10 @@ class NonFiniteHook(Hook):
             ]
         )
         paths = [entry[2] for entry in seen if entry[2]]
-        command = f"the batch is saved; `ddetr-mm reproduce {paths[0]}` repeats the step" if paths else None
+        command = f"the batch is saved; `ddetr-mm reproduce {paths[0]}` repeats the step" if paths else ""
         if self.action == "stop":
-            raise TrainingError(
-                Problem(text, mend=f"{command}; usual causes: a learning rate too high, fp16, broken data")
-            )
+            causes = "usual causes: a learning rate too high, fp16, broken data"
+            raise TrainingError(Problem(text, mend=f"{command}; {causes}" if command else causes))
         self._runner.logger.warning(f"Step skipped: {text}" + (f"; {command}" if command else ""))
 
     def _look_into(self, batch: Any, what: str) -> tuple[Path, str]:
