@@ -16,6 +16,7 @@ from ddetr_mm.data.samplers import ElasticBatchSampler
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.runtime.checkpoint_hook import TAOCheckpointHook, is_updated
 from ddetr_mm.runtime.data_workers import end_data_workers
+from ddetr_mm.runtime.scalar_history import bound_history
 from ddetr_mm.runtime.stop_signals import StoppedBySignalError, StopSignals
 
 VALIDATED_NAME = "last_validation"
@@ -103,6 +104,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     def run_epoch(self) -> None:
         """Train one epoch, or the rest of it."""
         self.runner.call_hook("before_train_epoch")
+        bound_history(self.runner.message_hub, len(self.dataloader))
         self.runner.model.train()
         first = 0
         if self.elastic is not None:
