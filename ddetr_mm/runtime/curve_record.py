@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ def _line(point: Point) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        # One string for the same name in all points: a long run has tens of thousands.
+        return {sys.intern(str(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, (str, int)):
         return value
     number = float(value)
