@@ -43,3 +43,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("full_ops"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def kept_safe_globals():
+    """What ``torch.load`` may build in this process, put back afterwards.
+
+    ``torch.serialization.safe_globals`` takes away what it was given when it ends, also what had been
+    allowed before it began.
+    """
+    import torch
+
+    before = torch.serialization.get_safe_globals()
+    yield
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(before)

@@ -36,12 +36,17 @@ def allow_mmengine_checkpoint_classes() -> None:
 def _protected_torch_load(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
     """``torch.load`` with its protection, in the place of onedl-mmengine's function of these arguments.
 
+    Args:
+        file: as for ``torch.load``.
+        map_location: likewise.
+        weights_only: not looked at: the protection stays on whatever is asked for.
+
     Raises:
         pickle.UnpicklingError: the file holds a class that is not allowed.
     """
     import torch
 
-    return torch.load(file, map_location=map_location, weights_only=weights_only is not False)
+    return torch.load(file, map_location=map_location, weights_only=True)
 
 
 def find_our_configs() -> None:

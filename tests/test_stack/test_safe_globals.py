@@ -8,6 +8,8 @@ from mmengine.logging import HistoryBuffer
 
 from ddetr_mm.stack.safe_globals import safe_globals
 
+pytestmark = pytest.mark.usefixtures("kept_safe_globals")
+
 
 def reload(value, path):
     torch.save(value, path)

@@ -202,6 +202,7 @@ def test_class_lists_loaded_for_one_file_do_not_stay_allowed(tmp_path):
     assert set(map(str, torch.serialization.get_safe_globals())) == before
 
 
+@pytest.mark.usefixtures("kept_safe_globals")
 def test_real_classes_allowed_elsewhere_are_not_built(tmp_path):
     from mmengine.logging import HistoryBuffer
 
