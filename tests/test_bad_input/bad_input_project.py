@@ -113,16 +113,17 @@ class Ended:
     lost: set[str] = field(default_factory=set)
 
 
-def run_here(folder: Path, *arguments: str, timeout: float = 300.0) -> Ended:
+def run_here(folder: Path, *arguments: str, timeout: float = 300.0, fork: bool = True) -> Ended:
     """Run ``ddetr-mm`` with ``folder`` as current folder, in a fork of this process.
 
     A fork has everything loaded already, where a new process needs seconds, and keeps what a command leaves
     in memory (loggers, registries, environment) from the next one. It cannot use CUDA where this process
-    has used it: then a new process does it.
+    has used it: then a new process does it. So it does with ``fork=False``: whatever has threads in this
+    process, such as a writer of TensorBoard's events, has none in a fork, which may wait for them.
     """
     before, records = contents(folder), status_files(folder)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        if torch.cuda.is_initialized():
+        if not fork or torch.cuda.is_initialized():
             command = [sys.executable, "-m", "ddetr_mm", *arguments]
             done = subprocess.run(command, cwd=folder, stdout=out, stderr=err, timeout=timeout, check=False)
             status = done.returncode

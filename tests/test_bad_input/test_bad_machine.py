@@ -99,7 +99,7 @@ LARGE = {
 def test_a_file_that_cannot_be_written_to_its_end(own_project: Path, command: str):
     arguments, name = LARGE[command]
     with files_of_at_most(200_000):
-        ended = run_here(own_project, *arguments)
+        ended = run_here(own_project, *arguments, fork=command != "train")
     assert_told(ended, name)
 
 
