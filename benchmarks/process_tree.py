@@ -17,7 +17,10 @@ class TreeSample:
     Attributes:
         processes: how many there are.
         rss_mb: resident memory summed over the processes, shared pages counted once for each, MB.
-        pss_mb: the same with every shared page divided among those that share it, MB.
+        pss_mb: the same with every shared page divided among those that share it, MB. Other programs that map
+            the same libraries take their part of it, so it moves when they start and end.
+        pss_own_mb: the part of it that no file stands behind, anonymous pages and shared memory, MB. Only the
+            tree itself shares these, so no other program moves it.
         root_rss_mb: resident memory of the first process alone, MB.
         descriptors: open descriptors of all processes.
         shared_memory_mappings: mappings of files in shared memory, unlinked ones included.
@@ -28,6 +31,7 @@ class TreeSample:
     processes: int = 0
     rss_mb: float = 0.0
     pss_mb: float = 0.0
+    pss_own_mb: float = 0.0
     root_rss_mb: float = 0.0
     descriptors: int = 0
     shared_memory_mappings: int = 0
@@ -88,6 +92,7 @@ def _add(sample: TreeSample, pid: int, *, is_root: bool) -> None:
     sample.pids.add(pid)
     sample.rss_mb += kilobytes["Rss:"] / 1024
     sample.pss_mb += kilobytes["Pss:"] / 1024
+    sample.pss_own_mb += (kilobytes["Pss_Anon:"] + kilobytes["Pss_Shmem:"]) / 1024
     if is_root:
         sample.root_rss_mb = kilobytes["Rss:"] / 1024
     sample.descriptors += len(held)

@@ -11,11 +11,15 @@ from scipy import stats
 SERIES = (
     "rss_mb",
     "pss_mb",
+    "pss_own_mb",
     "root_rss_mb",
     "descriptors",
     "shared_memory_mappings",
     "shared_memory_names",
 )
+NOT_JUDGED = ("pss_mb",)
+"""Recorded only: its share of the libraries' pages moves when any other program starts or ends."""
+
 WARM_UP_SHARE = 0.25
 """The first quarter is left out: caches fill, allocators reach their working size."""
 
@@ -65,6 +69,13 @@ def slope(hours: np.ndarray, values: np.ndarray) -> dict[str, Any]:
     )
 
 
+def verdict(series: str, row: dict[str, Any]) -> str:
+    """What the record says of a series' slope."""
+    if series in NOT_JUDGED:
+        return "not judged"
+    return "yes" if row["flat"] else "NO"
+
+
 def record_text(result: dict[str, Any]) -> str:
     """The record in Markdown."""
     lines = ["# Soak", "", "`" + result["environment"]["command"] + "`", ""]
@@ -88,14 +99,16 @@ def record_text(result: dict[str, Any]) -> str:
             lines.append(
                 f"| {series} | {row['level']} | {row['first_block']} | {row['last_block']} | "
                 f"{row['per_hour']:+} | {low:+} … {high:+} | {row['growth_share']:+.2%} | "
-                f"{'yes' if row['flat'] else 'NO'} |"
+                f"{verdict(series, row)} |"
             )
     lines += [
         "",
         f"The first {WARM_UP_SHARE:.0%} of each run is warm-up. The slope is Theil and Sen's, through the",
         f"medians of {BLOCKS} stretches. Flat: the 95 % interval reaches zero or less, or the growth over",
         f"the watched stretch is under {NEGLIGIBLE_GROWTH:.0%} of the level. `root_rss_mb` is the command's",
-        "own process; PSS divides shared pages among those that share them.",
+        "own process; PSS divides shared pages among those that share them. `pss_own_mb` is the part of it",
+        "without the pages of files (libraries), of which other programs take their share and give it back:",
+        "the whole PSS is recorded and not judged.",
         "",
         f"**{'Passed' if result['passed'] else 'Not passed'}.**",
         "",

@@ -54,3 +54,29 @@ def test_the_whole_tree_is_seen():
         assert 0 < sample.pss_mb <= sample.rss_mb and 0 < sample.root_rss_mb < sample.rss_mb
         assert sample.descriptors >= 6
         process.stdin.write(b"\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="reads /proc")
+def test_own_memory_is_what_no_file_stands_behind(tmp_path: Path):
+    sample_tree = runpy.run_path(str(BENCHMARKS / "process_tree.py"))["sample_tree"]
+    (tmp_path / "file").write_bytes(bytes(40 << 20))
+    code = (
+        "import mmap, sys\n"
+        "handle = open(sys.argv[1], 'rb')\n"
+        "view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)\n"
+        "touched = sum(view[::4096])\n"
+        "print('file', flush=True); input()\n"
+        "memory = bytearray(b'x') * (60 << 20)\n"
+        "print('memory', flush=True); input()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        before = sample_tree(process.pid)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        after = sample_tree(process.pid)
+        process.stdin.write(b"\n")
+    assert 0 < before.pss_own_mb < 40  # a bare interpreter's, without the mapped file
+    assert 55 < after.pss_own_mb - before.pss_own_mb < 65
