@@ -1,6 +1,6 @@
 # Blood cells (BCCD), converted from KITTI labels by configs/specs/bccd_convert.yaml: wbc 1, rbc 2,
-# platelets 3, and column 0 for the background. The pipeline is that of coco_detection.py at the size of
-# these images.
+# platelets 3, and column 0 for the background. All else is COCO's, at the size of these images.
+_base_ = "coco_detection.py"
 
 train_sources = [dict(image_dir="data/bccd", json_file="results/bccd/coco/train")]
 val_sources = [dict(image_dir="data/bccd", json_file="results/bccd/coco/val")]
@@ -34,45 +34,15 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=8,
     num_workers=8,
-    persistent_workers=True,
-    pin_memory=True,
-    drop_last=False,
-    worker_init_fn=dict(type="signal_proof_worker_init"),
-    sampler=dict(type="ElasticDistributedSampler", shuffle=True),
-    batch_sampler=dict(type="ElasticBatchSampler"),
-    dataset=dict(
-        type="SerializedCocoDataset",
-        sources=train_sources,
-        label_mode="category_id",
-        num_classes=num_columns,
-        storage="shared",
-        missing_images="error",
-        pipeline=train_pipeline,
-        test_mode=False,
-    ),
+    dataset=dict(sources=train_sources, num_classes=num_columns, pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=8,
     num_workers=8,
-    persistent_workers=True,
-    pin_memory=True,
-    drop_last=False,
-    worker_init_fn=dict(type="signal_proof_worker_init"),
-    sampler=dict(type="WholeBatchSampler", batch_size=8, equal_length=False),
-    dataset=dict(
-        type="SerializedCocoDataset",
-        sources=val_sources,
-        label_mode="category_id",
-        num_classes=num_columns,
-        storage="shared",
-        missing_images="error",
-        pipeline=test_pipeline,
-        test_mode=True,
-    ),
+    sampler=dict(batch_size=8),
+    dataset=dict(sources=val_sources, num_classes=num_columns, pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 
-val_evaluator = dict(
-    type="FastCocoMetric", sources=val_sources, eval_class_ids=None, conf_threshold=0.0, classwise=True
-)
+val_evaluator = dict(sources=val_sources)
 test_evaluator = val_evaluator
