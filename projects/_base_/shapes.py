@@ -36,51 +36,43 @@ shapes_test_pipeline = [
     dict(type="PackDetInputs"),
 ]
 
+shapes_train_data = dict(
+    type="SerializedCocoDataset",
+    ann_file="results/shapes/coco/train",
+    data_prefix=dict(img="results/shapes/data"),
+    pipeline=shapes_train_pipeline,
+)
+shapes_val_data = dict(
+    type="SerializedCocoDataset",
+    ann_file="results/shapes/coco/val",
+    data_prefix=dict(img="results/shapes/data"),
+    test_mode=True,
+    pipeline=shapes_test_pipeline,
+)
+shapes_test_data = dict(shapes_val_data, ann_file="results/shapes/coco/test")
+shapes_loader = dict(batch_size=8, num_workers=1, persistent_workers=True)
+shapes_in_order = dict(drop_last=False, sampler=dict(type="DefaultSampler", shuffle=False))
 
 shapes = dict(
     train_dataloader=dict(
-        batch_size=8,
-        num_workers=1,
-        persistent_workers=True,
-        sampler=dict(type="DefaultSampler", shuffle=True),
-        dataset=dict(
-            type="SerializedCocoDataset",
-            ann_file="results/shapes/coco/train",
-            data_prefix=dict(img="results/shapes/data"),
-            pipeline=shapes_train_pipeline,
-        ),
+        shapes_loader, sampler=dict(type="DefaultSampler", shuffle=True), dataset=shapes_train_data
     ),
-    val_dataloader=dict(
-        batch_size=8,
-        num_workers=1,
-        persistent_workers=True,
-        drop_last=False,
-        sampler=dict(type="DefaultSampler", shuffle=False),
-        dataset=dict(
-            type="SerializedCocoDataset",
-            ann_file="results/shapes/coco/val",
-            data_prefix=dict(img="results/shapes/data"),
-            test_mode=True,
-            pipeline=shapes_test_pipeline,
-        ),
-    ),
-    test_dataloader=dict(
-        batch_size=8,
-        num_workers=1,
-        persistent_workers=True,
-        drop_last=False,
-        sampler=dict(type="DefaultSampler", shuffle=False),
-        dataset=dict(
-            type="SerializedCocoDataset",
-            ann_file="results/shapes/coco/test",
-            data_prefix=dict(img="results/shapes/data"),
-            test_mode=True,
-            pipeline=shapes_test_pipeline,
-        ),
-    ),
+    val_dataloader=dict(shapes_loader, **shapes_in_order, dataset=shapes_val_data),
+    test_dataloader=dict(shapes_loader, **shapes_in_order, dataset=shapes_test_data),
     val_evaluator=dict(type="FastCocoMetric", ann_file="results/shapes/coco/val"),
     test_evaluator=dict(type="FastCocoMetric", ann_file="results/shapes/coco/test"),
 )
+
+# Eight epochs from random weights, in which the backbone learns as fast as the rest.
+shapes_schedule = dict(
+    optim_wrapper=dict(
+        optimizer=dict(lr=4e-4), paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=1.0)))
+    ),
+    train_cfg=dict(max_epochs=8, val_interval=8),
+    param_scheduler=[dict(type="MultiStepLR", begin=0, end=8, by_epoch=True, milestones=[7], gamma=0.1)],
+    default_hooks=dict(logger=dict(interval=10), checkpoint=dict(interval=8)),
+)
+randomness = dict(seed=0)
 
 # Sizes for Deformable DETR; the neck's in_channels depend on the backbone and are left out.
 small_attention = dict(embed_dims=128, num_levels=3)

@@ -20,11 +20,7 @@ test_dataloader = dict(_delete_=True, **_base_.shapes.test_dataloader)
 val_evaluator = dict(_delete_=True, **_base_.shapes.val_evaluator)
 test_evaluator = dict(_delete_=True, **_base_.shapes.test_evaluator)
 
-# From random weights the backbone learns as fast as the rest.
-optim_wrapper = dict(
-    optimizer=dict(lr=4e-4), paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=1.0)))
-)
-train_cfg = dict(max_epochs=8, val_interval=8)
-param_scheduler = [dict(type="MultiStepLR", begin=0, end=8, by_epoch=True, milestones=[7], gamma=0.1)]
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=8))
-randomness = dict(seed=0)
+optim_wrapper = _base_.shapes_schedule.optim_wrapper
+train_cfg = _base_.shapes_schedule.train_cfg
+param_scheduler = _base_.shapes_schedule.param_scheduler
+default_hooks = _base_.shapes_schedule.default_hooks

@@ -69,4 +69,3 @@ custom_hooks = [
     dict(type="PipelineSwitchHook", switch_epoch=6, switch_pipeline=train_pipeline_stage2),
 ]
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=8))
-randomness = dict(seed=0)
