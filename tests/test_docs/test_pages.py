@@ -1,5 +1,6 @@
 """Pages of the documentation: links lead somewhere, commands and code are ones that exist."""
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -103,9 +104,10 @@ def test_other_commands_name_targets_and_files_of_the_repository(page):
 @every_page
 def test_python_and_yaml_blocks_can_be_read(page):
     for text in blocks(page, "python"):
-        compile(text, str(page), "exec")
+        assert ast.parse(text, str(page)).body, text
     for text in blocks(page, "yaml"):
-        list(yaml.safe_load_all(text))
+        documents = list(yaml.safe_load_all(text))
+        assert documents and all(isinstance(document, (dict, list)) for document in documents), text
 
 
 @every_page
