@@ -1,5 +1,22 @@
 """ONNX Runtime, any batch."""
 
-_base_ = "_base_/any_batch.py"
-
+onnx_config = dict(
+    type="onnx",
+    export_params=True,
+    keep_initializers_as_inputs=False,
+    opset_version=17,
+    save_file="end2end.onnx",
+    input_names=["input"],
+    output_names=["dets", "labels"],
+    # (width, height); None: the size in the model config's Resize.
+    input_shape=None,
+    # The batch only: height and width are fixed in the graph.
+    dynamic_axes={"input": {0: "batch"}, "dets": {0: "batch"}, "labels": {0: "batch"}},
+)
+codebase_config = dict(
+    type="mmdet",
+    task="ObjectDetection",
+    model_type="end2end",
+    module=["ddetr_mm.deploy.mmdeploy_rewriters"],
+)
 backend_config = dict(type="onnxruntime")
