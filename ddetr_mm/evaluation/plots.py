@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ddetr_mm.evaluation.coco_eval import IOU_THRESHOLDS, RECALL_THRESHOLDS, UNDEFINED, CocoResult
+from ddetr_mm.evaluation.figures import freed_figures, save_png
 from ddetr_mm.evaluation.matching import LEAST_SCORE, Confusions, Matching
-from ddetr_mm.files import written_whole
 
 MOST_NAMED_CLASSES = 10
 MOST_BARS = 60
 MOST_CONFUSED = 30
 
 
+@freed_figures()
 def draw_precision_recall(path: str | Path, result: CocoResult) -> Path:
     """Precision over recall: over all classes at four overlaps, and by class at an overlap of 0.5.
 
@@ -51,9 +51,10 @@ def draw_precision_recall(path: str | Path, result: CocoResult) -> Path:
         if axes.lines:
             axes.legend(loc="lower left", fontsize=8)
     by_overlap.set_ylabel("precision")
-    return _save(path, figure)
+    return save_png(path, figure)
 
 
+@freed_figures()
 def draw_class_precision(path: str | Path, result: CocoResult) -> Path:
     """AP and AP50 of every class as bars, worst at the bottom.
 
@@ -76,9 +77,10 @@ def draw_class_precision(path: str | Path, result: CocoResult) -> Path:
         axes.set_title(f"the {len(shown)} worst of {len(entries)} classes")
     axes.grid(True, axis="x", alpha=0.3)
     axes.legend(loc="lower right", fontsize=8)
-    return _save(path, figure)
+    return save_png(path, figure)
 
 
+@freed_figures()
 def draw_confusions(
     path: str | Path, mistaken: Confusions, names: Mapping[int, str], threshold: float
 ) -> Path:
@@ -115,9 +117,10 @@ def draw_confusions(
         color = "white" if shares[row, column] > 0.55 else "black"
         text = f"{counts[row, column]:,}"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color=color)
-    return _save(path, figure)
+    return save_png(path, figure)
 
 
+@freed_figures()
 def draw_score_histogram(path: str | Path, matching: Matching) -> Path:
     """How scores of detections that hit an object differ from those that do not; detections on crowds aside.
 
@@ -145,17 +148,10 @@ def draw_score_histogram(path: str | Path, matching: Matching) -> Path:
     axes.set(xlim=(0, 1), xlabel=f"score (from {LEAST_SCORE})", ylabel="detections")
     axes.grid(True, alpha=0.3)
     axes.legend(loc="upper right", fontsize=9)
-    return _save(path, figure)
+    return save_png(path, figure)
 
 
 def _short(name: str, limit: int = 30) -> str:
     """A class name as plain text of bounded length; ``$`` would begin a formula."""
     name = name.replace("$", r"\$")
     return name if len(name) <= limit else name[: limit - 1] + "…"
-
-
-def _save(path: str | Path, figure: Figure) -> Path:
-    canvas = FigureCanvasAgg(figure)
-    with written_whole(path) as temporary:
-        canvas.print_png(temporary)
-    return Path(path)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ddetr_mm.files import written_whole
+from ddetr_mm.evaluation.figures import freed_figures, save_png
 from ddetr_mm.runtime.curve_record import Point
 
 LOSS_PICTURE, RATE_PICTURE, AP_PICTURE = "curve_loss.png", "curve_lr.png", "curve_ap.png"
@@ -100,10 +99,9 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.add.reduceat(x, parts) / counts, np.add.reduceat(y, parts) / counts
 
 
+@freed_figures()
 def _draw(path: Path, series: Series, x_label: str, y_label: str, *, may_be_log: bool) -> None:
-    # A figure of its own with its own canvas: pyplot would keep every one, and pick a display.
     figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, (name, (x, y)) in enumerate(series.items()):
         first = number == 0
@@ -123,8 +121,7 @@ def _draw(path: Path, series: Series, x_label: str, y_label: str, *, may_be_log:
     elif not may_be_log:
         _limit_to_precision(axes, series)
     axes.legend(loc="best", fontsize=8)
-    with written_whole(path) as temporary:
-        canvas.print_png(temporary)
+    save_png(path, figure)
 
 
 def _spans_decades(series: Series) -> bool:
