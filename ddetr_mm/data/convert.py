@@ -36,10 +36,11 @@ from ddetr_mm.data.gc_pause import garbage_collection_paused
 from ddetr_mm.data.kitti_chunk import Chunk, ChunkContent, prepare_process, read_chunk
 from ddetr_mm.data.kitti_sequences import KittiSequence, count_labels, labels_without_image
 from ddetr_mm.data.name_list import NameList
-from ddetr_mm.data.ordered_pool import can_fork, ordered_map, usable_cores
+from ddetr_mm.data.ordered_pool import can_fork, ordered_map
 from ddetr_mm.data.result_folder import ResultFolder
 from ddetr_mm.data.shards import ShardWriter, shard_file
 from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.stack.cores import usable_cores
 
 # Starting a process, forked or spawned, takes about as long as reading so many images.
 _IMAGES_WORTH_A_FORK = 3_000

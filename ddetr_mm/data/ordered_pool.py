@@ -26,11 +26,6 @@ _TASKS_PER_PROCESS = 3
 _SPARE_TASKS = 8
 
 
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
 def can_fork() -> bool:
     """Whether processes may be forked, which start at once; spawned ones first import for half a second.
 

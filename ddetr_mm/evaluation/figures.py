@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ddetr_mm.data.gc_pause import garbage_collection_paused
 from ddetr_mm.files import written_whole
 
 
@@ -22,14 +23,11 @@ def freed_figures() -> Iterator[None]:
     adds to the process. Here nothing is searched while the figures grow, so they are all among the youngest
     objects at the end, and searching those alone takes milliseconds.
     """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.collect(0)
-        if was_enabled:
-            gc.enable()
+    with garbage_collection_paused():
+        try:
+            yield
+        finally:
+            gc.collect(0)
 
 
 def save_png(path: str | Path, figure: Figure) -> Path:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddetr_mm.errors import Problem, StackError
+from ddetr_mm.stack.cores import usable_cores
 from ddetr_mm.stack.ops_target import (
     DEFAULT_ARCHITECTURES,
     MMCV_VERSION,
@@ -143,9 +144,8 @@ def library_headers(site_packages: Path) -> list[Path]:
 
 def default_jobs() -> int:
     """As many compilers as there are cores, but no more than fit into memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return max(1, min(cores, int(memory_gib / _GIB_PER_JOB)))
+    return max(1, min(usable_cores(), int(memory_gib / _GIB_PER_JOB)))
 
 
 def unpack_source(workshop: Workshop, variables: Mapping[str, str]) -> Path:

@@ -31,6 +31,7 @@ from ddetr_mm.runtime.rank_env import (
 )
 from ddetr_mm.runtime.status import FAILURE, StatusLog, failure_message
 from ddetr_mm.spec import LoadedSpec, task_results_dir
+from ddetr_mm.stack.cores import usable_cores
 from ddetr_mm.tasks.session import choose_device, require_gpus
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def run_ranks(plan: NodePlan, command: list[str]) -> None:
 
     # Its own report is a page long and names no reason.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    threads = str(max(1, (os.cpu_count() or 1) // plan.ranks_per_node))
+    threads = str(max(1, usable_cores() // plan.ranks_per_node))
     inherited = _environment(
         {LAUNCHED_VARIABLE: str(os.getpid())}, {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     )

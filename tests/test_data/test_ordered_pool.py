@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ddetr_mm.data.ordered_pool import can_fork, ordered_map, usable_cores
+from ddetr_mm.data.ordered_pool import can_fork, ordered_map
 
 _offset = None
 
@@ -173,7 +173,3 @@ def _is_alive(pid):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def test_usable_cores():
-    assert 1 <= usable_cores() <= os.cpu_count()
