@@ -20,13 +20,9 @@ def run(arguments: Namespace) -> None:
         require_checkpoint(engine or checkpoint, "evaluate.trt_engine" if engine else "evaluate.checkpoint")
         require_gpus(spec)
         with joined_ranks():
-            from ddetr_mm.tasks.runner import build_runner, exported_input, load_to_predict
+            from ddetr_mm.tasks.runner import build_predicting_runner
 
-            exported = exported_input(checkpoint, engine, where="evaluate")
-            runner = build_runner(loaded, "evaluate", session.folder, checkpoint, exported)
-            if exported is None:
-                classes = runner.test_dataloader.dataset.metainfo.get("classes")
-                load_to_predict(runner.model, checkpoint, where="evaluate.checkpoint", class_names=classes)
+            runner = build_predicting_runner(loaded, "evaluate", session.folder)
             session.status.write(f"Loading checkpoint: {engine or checkpoint}")
             metrics = runner.test()
             session.status.write(

@@ -26,12 +26,9 @@ def run(arguments: Namespace) -> None:
         if source is not None and on_first_rank():
             refuse_shared_targets(list_images(source.image_dir), spec.inference.is_internal)
         with joined_ranks():
-            from ddetr_mm.tasks.runner import build_runner, exported_input, load_to_predict
+            from ddetr_mm.tasks.runner import build_predicting_runner
 
-            exported = exported_input(checkpoint, engine, where="inference")
-            runner = build_runner(loaded, "inference", session.folder, checkpoint, exported)
-            if exported is None:
-                load_to_predict(runner.model, checkpoint, where="inference.checkpoint")
+            runner = build_predicting_runner(loaded, "inference", session.folder)
             session.status.write(f"Loading checkpoint: {engine or checkpoint}")
             counts = runner.test()
             if not on_first_rank():

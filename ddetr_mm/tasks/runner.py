@@ -156,6 +156,28 @@ def build_runner(
     return runner
 
 
+def build_predicting_runner(loaded: LoadedSpec, subtask: str, folder: Path) -> QuietRunner:
+    """A Runner with the network that a subtask's ``checkpoint`` or ``trt_engine`` holds, ready to predict.
+
+    Args:
+        loaded: the spec.
+        subtask: ``evaluate`` or ``inference``.
+        folder: the results folder.
+
+    Raises:
+        WeightsError: when the file is not what its name says, or does not fit the spec.
+        StackError: when the runtime of an exported graph is not installed.
+    """
+    given = getattr(loaded.spec, subtask)
+    exported = exported_input(given.checkpoint, given.trt_engine, where=subtask)
+    runner = build_runner(loaded, subtask, folder, given.checkpoint, exported)
+    if exported is None:
+        # Ground truth names the classes that the checkpoint's must be brought to; images alone name none.
+        names = runner.test_dataloader.dataset.metainfo.get("classes") if subtask == "evaluate" else None
+        load_to_predict(runner.model, given.checkpoint, where=f"{subtask}.checkpoint", class_names=names)
+    return runner
+
+
 def build_model(loaded: LoadedSpec, subtask: str, checkpoint: str, *, where: str) -> tuple[nn.Module, Config]:
     """The network of a spec with the weights of a checkpoint, in eval mode, without a Runner.
 
