@@ -173,7 +173,10 @@ class _Writing:
         if wanted is not None:
             return wanted
         worth = _IMAGES_WORTH_A_FORK if can_fork() else _IMAGES_WORTH_A_PROCESS
-        return min(usable_cores() - 1, self.plan.total // worth)
+        # Writing takes this process a quarter of the time that reading takes another, so it needs no core to
+        # itself; on a single core there is nothing to share.
+        cores = usable_cores()
+        return min(cores, self.plan.total // worth) if cores > 1 else 0
 
     def _write(self, step: Step, content: ChunkContent) -> None:
         sequence = self.plan.sequences[step.sequence]
