@@ -15,8 +15,10 @@ from kitti_builder import (
 )
 from pycocotools.coco import COCO
 
+from ddetr_mm.data import convert
 from ddetr_mm.data.convert import convert_kitti
 from ddetr_mm.data.convert_options import ConvertOptions
+from ddetr_mm.data.ordered_pool import ordered_map
 from ddetr_mm.errors import DataError
 
 BCCD = Path(__file__).parents[2] / ".." / "shared" / "data" / "bccd"
@@ -288,6 +290,26 @@ class TestNumberOfProcesses:
             trees.append(tree(tmp_path / "out"))
         assert trees[0] == trees[1] == trees[2]
         assert len(json.loads(trees[0]["warnings.json"])["counts"]) == 6
+
+    @pytest.mark.parametrize(("cores", "images", "expected"), [(1, 40, 0), (2, 40, 2), (8, 40, 4), (8, 9, 0)])
+    def test_every_core_is_used_where_the_task_is_worth_it(
+        self, tmp_path, monkeypatch, cores, images, expected
+    ):
+        folder = KittiFolder(tmp_path / "data")
+        for number in range(images):
+            folder.add("a", f"{number:05d}", label_line(), image_bytes())
+        seen = []
+
+        def spied(function, tasks, num_processes, *rest):
+            seen.append(num_processes)
+            return ordered_map(function, tasks, 0, *rest)
+
+        monkeypatch.setattr(convert, "ordered_map", spied)
+        monkeypatch.setattr(convert, "usable_cores", lambda: cores)
+        for name in ("_IMAGES_WORTH_A_FORK", "_IMAGES_WORTH_A_PROCESS"):
+            monkeypatch.setattr(convert, name, 10)
+        assert convert_kitti(folder.options(num_workers=None)).num_images == images
+        assert seen == [expected]
 
 
 @pytest.mark.skipif(not BCCD.is_dir(), reason="the blood cell images are not beside the project")
