@@ -25,7 +25,7 @@ from typing import Any
 
 from environment import describe
 from process_tree import sample_tree
-from soak_analysis import NOT_JUDGED, record_text, summarise
+from soak_analysis import record_text, summarise, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "configs" / "specs" / "shapes_resnet18.yaml"
@@ -222,7 +222,7 @@ def main() -> int:
     passed = all(
         run["exit_status"] == (130 if run["interrupted"] else 0)
         and not any(run["left_behind"].values())
-        and all(series["flat"] for name, series in run["series"].items() if name not in NOT_JUDGED)
+        and all(verdict(name, row) != "NO" for name, row in run["series"].items())
         for run in runs.values()
     )
     result["passed"] = passed

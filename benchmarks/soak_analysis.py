@@ -70,7 +70,7 @@ def slope(hours: np.ndarray, values: np.ndarray) -> dict[str, Any]:
 
 
 def verdict(series: str, row: dict[str, Any]) -> str:
-    """What the record says of a series' slope."""
+    """What is said of a series' slope: ``yes``, it is flat, ``NO``, or ``not judged``."""
     if series in NOT_JUDGED:
         return "not judged"
     return "yes" if row["flat"] else "NO"

@@ -2,9 +2,8 @@
 
 PyTorch's OpenMP threads spin for milliseconds before they sleep. Alone on a machine that saves the waking;
 where other programs want the cores, or a container has fewer than it sees, the spinning takes the time that
-the working thread needs. A process each trains our ResNet-50 detector with the same two threads or more, with
-OpenMP's own setting, with ours and with others; they take turns, first alone, then beside as many busy
-processes as there are cores.
+the working thread needs. A process for each setting trains our ResNet-50 detector, with a thread for each
+core; they take turns, first alone, then beside as many busy processes as there are cores.
 
 Run: ``python benchmarks/thread_waiting.py`` (``--rounds 2`` for a quick look; ``--record`` writes
 ``benchmarks/records/thread_waiting.{json,md}``).
@@ -15,16 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from environment import describe, heading, load_average, report
-from turns import summary
+from turns import measured, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).parent / "records" / "thread_waiting"
@@ -42,24 +41,24 @@ SIZE_HW, NUM_OBJECTS = (192, 256), 10
 def work() -> None:
     """Of a contestant: for every line on standard input one step, and its time on standard output."""
     import copy
-    import time
 
     from detectors_cpu import batch
-    from scaling import MODELS, build, register_all_modules, torch  # noqa: F401
+    from scaling import build, register_all_modules, torch
 
     register_all_modules()
     torch.manual_seed(0)
     model = build(queries=300, levels=4).train()
     given = batch(SIZE_HW, NUM_OBJECTS)
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        samples = copy.deepcopy(given["samples"])
-        began, cpu_began = time.perf_counter(), time.process_time()
+
+    def train(samples: list) -> None:
         loss, _ = model.parse_losses(model.loss(given["image"], samples))
         loss.backward()
         model.zero_grad()
-        times = (time.perf_counter() - began, time.process_time() - cpu_began)
-        print(json.dumps([1e3 * seconds for seconds in times]), flush=True)
+
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        copied = copy.deepcopy(given["samples"])
+        print(json.dumps(measured(partial(train, copied))), flush=True)
 
 
 @contextmanager
@@ -83,6 +82,7 @@ def contestants() -> Iterator[dict[str, subprocess.Popen]]:
     finally:
         for process in started.values():
             process.kill()
+            process.wait()
 
 
 @contextmanager
@@ -97,27 +97,12 @@ def busy(processes: int) -> Iterator[None]:
             process.wait()
 
 
-def step(process: subprocess.Popen) -> list[float]:
+def step(process: subprocess.Popen) -> tuple[float, float]:
     """One step's wall and processor time in milliseconds."""
     process.stdin.write("\n")
     process.stdin.flush()
-    return json.loads(process.stdout.readline())
-
-
-def take_turns(started: dict[str, subprocess.Popen], rounds: int) -> dict[str, dict[str, float]]:
-    """All settings in turn, in another order every other round, after one round that warms up."""
-    wall: dict[str, list[float]] = {name: [] for name in started}
-    cpu: dict[str, list[float]] = {name: [] for name in started}
-    for number in range(rounds + 1):
-        for name in list(started)[:: 1 if number % 2 else -1]:
-            wall_ms, cpu_ms = step(started[name])
-            if number:
-                wall[name].append(wall_ms)
-                cpu[name].append(cpu_ms)
-    found = summary(wall, OWN)
-    for name, times in cpu.items():
-        found[name]["cpu_median_ms"] = statistics.median(times)
-    return found
+    wall_ms, cpu_ms = json.loads(process.stdout.readline())
+    return wall_ms, cpu_ms
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -148,13 +133,13 @@ def main() -> None:
     if arguments.work:
         return work()
     environment = describe("torch")
-    cores = len(os.sched_getaffinity(0))
+    cores = environment["cores"]
     conditions = {}
     with contestants() as started:
-        conditions["Alone"] = take_turns(started, arguments.rounds)
+        conditions["Alone"] = take_turns(started, arguments.rounds, OWN, step)
         environment["load_between"] = load_average()
         with busy(cores):
-            conditions[f"Beside {cores} busy processes"] = take_turns(started, arguments.rounds)
+            conditions[f"Beside {cores} busy processes"] = take_turns(started, arguments.rounds, OWN, step)
     result = {"environment": environment, "conditions": conditions}
     report(result, markdown(result), RECORD if arguments.record else None)
     return None

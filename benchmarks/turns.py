@@ -7,18 +7,32 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Step = Callable[[], Any]
+Contestant = TypeVar("Contestant")
 
 
-def take_turns(contestants: dict[str, Step], rounds: int, yardstick: str) -> dict[str, dict[str, float]]:
+def measured(step: Step) -> tuple[float, float]:
+    """Wall time of a step, and processor time of all threads of this process meanwhile, milliseconds."""
+    began, cpu_began = time.perf_counter(), time.process_time()
+    step()
+    return 1e3 * (time.perf_counter() - began), 1e3 * (time.process_time() - cpu_began)
+
+
+def take_turns(
+    contestants: dict[str, Contestant],
+    rounds: int,
+    yardstick: str,
+    measure: Callable[[Contestant], tuple[float, float]] = measured,
+) -> dict[str, dict[str, float]]:
     """Run all in turn, in another order every other round, after one round that warms up.
 
     Args:
         contestants: name to what one round runs.
         rounds: rounds that count.
         yardstick: whom the others are compared with.
+        measure: runs one round of a contestant and tells its wall and processor time in milliseconds.
 
     Returns:
         For each: ``median_ms``, ``min_ms``, ``max_ms`` and ``cpu_median_ms`` (processor time of all
@@ -29,11 +43,10 @@ def take_turns(contestants: dict[str, Step], rounds: int, yardstick: str) -> dic
     cpu: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name in list(contestants)[:: 1 if number % 2 else -1]:
-            began, cpu_began = time.perf_counter(), time.process_time()
-            contestants[name]()
+            wall_ms, cpu_ms = measure(contestants[name])
             if number:
-                wall[name].append(1e3 * (time.perf_counter() - began))
-                cpu[name].append(1e3 * (time.process_time() - cpu_began))
+                wall[name].append(wall_ms)
+                cpu[name].append(cpu_ms)
     found = summary(wall, yardstick)
     for name, times in cpu.items():
         found[name]["cpu_median_ms"] = statistics.median(times)
