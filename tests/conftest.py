@@ -1,5 +1,6 @@
 """Settings for the whole suite, and the tests that an environment cannot run."""
 
+import gc
 import os
 import signal
 
@@ -58,3 +59,14 @@ def kept_safe_globals():
     yield
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(before)
+
+
+@pytest.fixture
+def living_figures():
+    """Counts matplotlib's figures in memory, with Python's own search for cycles off."""
+    from matplotlib.figure import Figure
+
+    gc.collect()
+    gc.disable()
+    yield lambda: sum(isinstance(thing, Figure) for thing in gc.get_objects())
+    gc.enable()

@@ -13,26 +13,13 @@ from ddetr_mm.evaluation.figures import freed_figures, save_png
 from ddetr_mm.evaluation.plots import draw_class_precision, draw_precision_recall
 
 
-def living_figures() -> int:
-    return sum(isinstance(thing, Figure) for thing in gc.get_objects())
-
-
-@pytest.fixture
-def no_chance_collection():
-    """Python's own search for cycles, which may come at any moment, is off."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
 def draw(path, size_px: int = 100):
     figure = Figure(figsize=(1, 1), dpi=size_px)
     figure.add_subplot().plot([1, 2], [3, 4])
     return save_png(path, figure)
 
 
-def test_a_figure_is_a_cycle_and_is_freed(tmp_path, no_chance_collection):
+def test_a_figure_is_a_cycle_and_is_freed(tmp_path, living_figures):
     before = living_figures()
     draw(tmp_path / "a.png")
     assert living_figures() == before + 1
@@ -45,7 +32,7 @@ def test_a_figure_is_a_cycle_and_is_freed(tmp_path, no_chance_collection):
 
 
 @pytest.mark.parametrize("function", [draw_precision_recall, draw_class_precision])
-def test_pictures_of_an_evaluation_leave_no_figure(make_scene, tmp_path, function, no_chance_collection):
+def test_pictures_of_an_evaluation_leave_no_figure(make_scene, tmp_path, function, living_figures):
     result = evaluate_boxes(*make_scene(0))
     before = living_figures()
     function(tmp_path / "picture.png", result)

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import gc
 import sys
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from ddetr_mm.runtime.curve_plots import ap_series, draw_curves, loss_series, rate_series
@@ -78,13 +76,8 @@ def test_missing_and_non_finite_values_do_not_break_drawing(tmp_path):
     ]
 
 
-def test_drawing_again_and_again_keeps_no_figure(tmp_path):
-    gc.collect()
-    before = sum(isinstance(thing, Figure) for thing in gc.get_objects())
-    gc.disable()
-    try:
-        for _ in range(3):
-            assert draw_curves(points(), tmp_path)
-        assert sum(isinstance(thing, Figure) for thing in gc.get_objects()) == before
-    finally:
-        gc.enable()
+def test_drawing_again_and_again_keeps_no_figure(tmp_path, living_figures):
+    before = living_figures()
+    for _ in range(3):
+        assert draw_curves(points(), tmp_path)
+    assert living_figures() == before
