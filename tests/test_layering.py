@@ -289,6 +289,16 @@ def tracked_files() -> list[Path]:
 # A picture for the README is worth its bytes; weights, data and models are not kept here.
 PICTURES = {".png", ".jpg", ".svg"}
 MOST_PICTURE_BYTES = 600_000
+# The outputs that fidelity tests compare with.
+GOLDEN = REPO / "tests" / "golden"
+MOST_GOLDEN_BYTES = 2_000_000
+
+
+def is_golden_array(path: Path) -> bool:
+    """Whether a file may be binary since it holds arrays that tests compare with."""
+    return path.parent == GOLDEN and path.suffix == ".npz"
+
+
 # Spelt in parts, so that this file does not hold them.
 FORBIDDEN_TEXT = [
     re.compile(r"(?<![\w./])/(?:work|root|home/\w+)/"),
@@ -303,13 +313,21 @@ def test_tracked_files_are_text_or_small_pictures():
         content = path.read_bytes()
         if path.suffix in PICTURES:
             assert len(content) <= MOST_PICTURE_BYTES, f"{path.name} has {len(content)} bytes"
+        elif is_golden_array(path):
+            assert len(content) <= MOST_GOLDEN_BYTES, f"{path.name} has {len(content)} bytes"
         else:
             assert b"\0" not in content, f"{path.name} is binary"
 
 
+def test_only_arrays_in_the_golden_folder_may_be_binary():
+    assert is_golden_array(GOLDEN / "a.npz")
+    others = [GOLDEN / "a.pth", GOLDEN / "contract" / "a.npz", GOLDEN.parent / "a.npz"]
+    assert not any(is_golden_array(path) for path in others)
+
+
 def test_tracked_files_name_no_machine_and_no_package_index():
     for path in tracked_files():
-        if path.suffix in PICTURES - {".svg"}:
+        if path.suffix in PICTURES - {".svg"} or is_golden_array(path):
             continue
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             for pattern in FORBIDDEN_TEXT:

@@ -9,8 +9,6 @@ from typing import Any
 import cv2
 import numpy as np
 
-SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
-
 
 def image(image_id: int, name: str | None = None, *, width: int = 64, height: int = 48) -> dict[str, Any]:
     return {"id": image_id, "file_name": name or f"{image_id}.jpg", "width": width, "height": height}

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from data_builders import SHARED
+from golden_files import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,13 +17,11 @@ from ddetr_mm.data.geometry import (
     scale_boxes,
 )
 
-SIZES = SHARED / "golden" / "resize_sizes.json"
 side = st.integers(1, 4000)
 
 
-@pytest.mark.skipif(not SIZES.is_file(), reason="the reference's outputs (shared/golden) are not here")
 def test_sizes_equal_the_reference():
-    rows = json.loads(SIZES.read_text())["rows"]
+    rows = json.loads((GOLDEN / "resize_sizes.json").read_text())["rows"]
     assert len(rows) == 300
     for width, height, short, max_size, out_width, out_height in rows:
         assert resize_size_hw(height, width, short, max_size) == (out_height, out_width)

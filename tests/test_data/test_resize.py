@@ -3,17 +3,13 @@
 import cv2
 import numpy as np
 import pytest
-from data_builders import SHARED
+from golden_files import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from ddetr_mm.data.resize import contiguous, resize_like_pillow, resize_plain, split_planes
 
-GOLDEN = SHARED / "golden" / "transforms.npz"
-needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_file(), reason="the reference's outputs (shared/golden) are not here"
-)
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
@@ -30,10 +26,9 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@needs_golden
 @pytest.mark.parametrize("index", [0, 1])
 def test_pixels_equal_the_reference_to_one_grey_level(index):
-    data = np.load(GOLDEN)
+    data = np.load(GOLDEN / "transforms.npz")
     expected = data[f"{index}/plain"].transpose(1, 2, 0) * STD + MEAN  # back to 0..1
     resized = resize_like_pillow(data[f"{index}/image_rgb_u8"], tuple(data[f"{index}/size_hw"].tolist()))
     assert np.abs(resized / 255 - expected).max() <= 1 / 255 + 1e-6

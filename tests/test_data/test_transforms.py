@@ -6,7 +6,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from data_builders import SHARED, random_image
+from data_builders import random_image
+from golden_files import GOLDEN
 from mmcv.transforms import Compose
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
@@ -15,10 +16,6 @@ from mmengine.registry import init_default_scope
 
 import ddetr_mm.data.transforms  # noqa: F401  (registers)
 
-GOLDEN = SHARED / "golden" / "transforms.npz"
-needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_file(), reason="the reference's outputs (shared/golden) are not here"
-)
 BOXES = [[4.0, 6, 30, 40], [20, 10, 64, 48], [0, 0, 3, 3]]
 
 
@@ -51,10 +48,9 @@ def mmdet_scope():
     init_default_scope("mmdet")
 
 
-@needs_golden
 @pytest.mark.parametrize("index", [0, 1])
 def test_validation_transform_equals_the_reference(index):
-    data = np.load(GOLDEN)
+    data = np.load(GOLDEN / "transforms.npz")
     image_bgr = data[f"{index}/image_rgb_u8"][:, :, ::-1]
     results = {
         "img": np.ascontiguousarray(image_bgr),

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
+from golden_files import GOLDEN
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
-
 
 def golden(name: str) -> Path:
-    """A file of reference outputs; the test is skipped where it is absent."""
-    path = GOLDEN / name
-    if not path.is_file():
-        pytest.skip(f"reference outputs are absent: ../shared/golden/{name}")
-    return path
-
-
-def golden_state_dict(name: str) -> dict[str, Tensor]:
-    """The reference's seeded weights of a golden model, under the reference's keys."""
-    module_spec = importlib.util.spec_from_file_location("seeded_weights", golden("seeded_weights.py"))
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    description = json.loads(golden(f"{name}.json").read_text())
-    aliases = description["aliases"]
-    return {
-        key: torch.from_numpy(np.ascontiguousarray(module.seeded(aliases.get(key, key), shape)))
-        for key, shape in description["state_dict"].items()
-    }
+    """A file of golden outputs."""
+    return GOLDEN / name
 
 
 def detector_config(

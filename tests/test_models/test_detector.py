@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from detr_builders import detector_config, golden, golden_state_dict, instances, padded_batch, sample
+from detr_builders import detector_config, golden, instances, padded_batch, sample
+from golden_files import golden_state_dict
 from mmdet.registry import MODELS
 from torch import Tensor
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from detr_builders import detector_config, golden, golden_state_dict, sample
+from detr_builders import detector_config, golden, sample
+from golden_files import golden_state_dict
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_files import GOLDEN, golden_state_dict
 
 import ddetr_mm.register  # noqa: F401 - before mmdet
 from ddetr_mm.cli import main
-
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
 
 SPEC = """
 results_dir: {folder}
@@ -26,18 +24,8 @@ train: {{activation_checkpoint: False}}
 
 def reference_checkpoint(name: str, path: Path) -> dict:
     """Write the reference's checkpoint with its seeded weights; returns its description."""
-    if not (GOLDEN / f"{name}.json").is_file():
-        pytest.skip(f"reference outputs are absent: ../shared/golden/{name}.json")
-    module_spec = importlib.util.spec_from_file_location("seeded_weights", GOLDEN / "seeded_weights.py")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    description = json.loads((GOLDEN / f"{name}.json").read_text())
-    weights = {
-        key: torch.from_numpy(
-            np.ascontiguousarray(module.seeded(description["aliases"].get(key, key), shape))
-        )
-        for key, shape in description["state_dict"].items()
-    }
+    description = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+    weights = golden_state_dict(name)
     bookkeeping = {
         "epoch": 9,
         "global_step": 100,

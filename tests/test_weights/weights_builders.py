@@ -4,45 +4,24 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
+import golden_files
 import torch
 from torch import Tensor
 
 import ddetr_mm  # noqa: F401  first: it answers for mmcv's compiled ops
 from ddetr_mm.weights.architecture import Architecture, expected_keys
 
-GOLDEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "golden"
+# Built once a test run; no test changes the tensors.
+golden_state_dict = functools.cache(golden_files.golden_state_dict)
 
 
 def golden_file(name: str) -> Path:
-    """A file of reference outputs; the test is skipped where it is absent."""
-    path = GOLDEN / name
-    if not path.is_file():
-        pytest.skip(f"reference outputs are absent: ../shared/golden/{name}")
-    return path
-
-
-@functools.cache
-def golden_state_dict(name: str) -> dict[str, Tensor]:
-    """Seeded weights under the reference's keys; aliases are the same tensor as what they repeat."""
-    module_spec = importlib.util.spec_from_file_location("seeded_weights", golden_file("seeded_weights.py"))
-    seeded = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(seeded)
-    description = json.loads(golden_file(f"{name}.json").read_text())
-    aliases = description["aliases"]
-    tensors = {
-        key: torch.from_numpy(np.ascontiguousarray(seeded.seeded(key, shape)))
-        for key, shape in description["state_dict"].items()
-        if key not in aliases
-    }
-    return {key: tensors[aliases.get(key, key)] for key in description["state_dict"]}
+    """A file of golden outputs."""
+    return golden_files.GOLDEN / name
 
 
 def write_golden(name: str, folder: Path) -> Path:
