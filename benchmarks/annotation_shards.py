@@ -64,7 +64,7 @@ def memory_kb(name: str) -> int:
 
 def read(folder: Path) -> dict[str, Any]:
     """Read all shards; call it in a fresh process."""
-    from ddetr_mm.data.sources import read_coco_sources
+    from ddetr_mm.datasets.sources import read_coco_sources
 
     before = memory_kb("VmRSS")
     wall, processor = time.perf_counter(), time.process_time()

@@ -32,9 +32,8 @@ import torch  # noqa: E402
 from environment import describe, heading, report  # noqa: E402
 
 import ddetr_mm.register  # noqa: E402, F401
-from ddetr_mm.evaluation import backends  # noqa: E402
-from ddetr_mm.evaluation.coco_eval import METRIC_NAMES, evaluate_boxes  # noqa: E402
-from ddetr_mm.evaluation.columns import DetectionColumns, GroundTruthColumns  # noqa: E402
+from ddetr_mm.evaluation import coco_eval  # noqa: E402
+from ddetr_mm.evaluation.coco_eval import METRIC_NAMES, DetectionColumns, GroundTruthColumns, evaluate_boxes  # noqa: E402  # noqa: E402
 from ddetr_mm.evaluation.metric import FastCocoMetric  # noqa: E402
 
 BOXES_AN_IMAGE, DETECTIONS_AN_IMAGE, CLASSES = 7, 100, 80
@@ -98,7 +97,7 @@ def faster_coco_eval(truth: GroundTruthColumns, found: DetectionColumns) -> dict
         annotations = COCO(document)
         evaluator = COCOeval_faster(
             annotations,
-            annotations.loadRes(backends._result_table(found)),
+            annotations.loadRes(coco_eval._result_table(found)),
             "bbox",
             print_function=lambda *_: None,
         )

@@ -48,7 +48,7 @@ def run_one(arguments: argparse.Namespace) -> None:
     from convert_contestants import convert_ours, convert_simply
 
     if kind == "ours":
-        from ddetr_mm.data import convert  # noqa: F401  (imported before the clock starts)
+        from ddetr_mm.convert import convert  # noqa: F401  (imported before the clock starts)
 
         workers = None if number == "auto" else int(number)
         work: Callable[[], int] = lambda: convert_ours(arguments.folder, output, workers)  # noqa: E731
@@ -138,9 +138,10 @@ def stages(folder: Path, num_images: int = 4096) -> dict[str, float]:
     from convert_contestants import lean_size, parse_simply
     from PIL import Image
 
-    from ddetr_mm.data import image_size, kitti, kitti_chunk, shards
-    from ddetr_mm.data.class_mapping import DEFAULT_CLASS_MAPPING, category_ids
-    from ddetr_mm.data.gc_pause import garbage_collection_paused
+    from ddetr_mm.convert import kitti, plan, reader
+    from ddetr_mm.convert.kitti import DEFAULT_CLASS_MAPPING, category_ids
+    from ddetr_mm.datasets import image_size
+    from ddetr_mm.files import garbage_collection_paused
 
     image_dir, label_dir = folder / "seq" / "images", folder / "seq" / "labels"
     names = sorted(os.listdir(image_dir))[:num_images]
@@ -148,14 +149,12 @@ def stages(folder: Path, num_images: int = 4096) -> dict[str, float]:
     labels = [f"{label_dir}/{name[:-4]}.txt" for name in names]
     ids = category_ids(DEFAULT_CLASS_MAPPING.values())
     class_ids = {name: ids[category] for name, category in DEFAULT_CLASS_MAPPING.items()}
-    reader = kitti_chunk.ChunkReader(kitti_chunk.ReadingRules(class_ids))
+    reader = reader.ChunkReader(reader.ReadingRules(class_ids))
     lookup = kitti.ClassLookup(class_ids)
     texts = [Path(path).read_bytes() for path in labels]
     pieces = [texts[start : start + 256] for start in range(0, len(texts), 256)]
     chunks = [
-        kitti_chunk.Chunk(
-            str(image_dir), str(label_dir), "seq/images/", "seq/labels/", names[start : start + 256]
-        )
+        reader.Chunk(str(image_dir), str(label_dir), "seq/images/", "seq/labels/", names[start : start + 256])
         for start in range(0, len(names), 256)
     ]
     contents = [reader.read(chunk) for chunk in chunks]
@@ -165,7 +164,7 @@ def stages(folder: Path, num_images: int = 4096) -> dict[str, float]:
             image.size  # noqa: B018
 
     def write() -> None:
-        writer = shards.ShardWriter(folder / "stage.json", "", [], 0, 0)
+        writer = plan.ShardWriter(folder / "stage.json", "", [], 0, 0)
         for chunk, content in zip(chunks, contents, strict=True):
             writer.add(
                 chunk.names, content.sizes_wh, content.boxes_xywh, content.category_ids, content.image_index
@@ -178,7 +177,7 @@ def stages(folder: Path, num_images: int = 4096) -> dict[str, float]:
 
     work: dict[str, Callable[[], Any]] = {
         "list a folder": lambda: sorted(os.listdir(image_dir)),
-        "read a label file": lambda: _drain(map(kitti_chunk._read_file, labels)),
+        "read a label file": lambda: _drain(map(reader._read_file, labels)),
         "size: ours, header seen before": lambda: _drain(map(image_size.read_image_size, images)),
         "size: ours, header new": lambda: _drain(map(known_headers_forgotten, images)),
         "size: imagesize alone": lambda: _drain(map(imagesize.get, images)),

@@ -86,7 +86,7 @@ def memory_mb(pid: int | str = "self") -> dict[str, float]:
 
 
 def build_ours(ann_file: Path) -> Any:
-    import ddetr_mm.data.dataset as module
+    import ddetr_mm.datasets.coco as module
 
     return module.SerializedCocoDataset(ann_file=str(ann_file), data_prefix={"img": "images"})
 

@@ -32,9 +32,9 @@ from torch import Tensor, nn  # noqa: E402
 from turns import peak_growth_mb, take_turns  # noqa: E402
 
 import ddetr_mm.register  # noqa: E402, F401
-from ddetr_mm.models.fused_norms import fuse_norms  # noqa: E402
+from ddetr_mm.engine.time_ledger import TimeLedger  # noqa: E402
+from ddetr_mm.models.backbones import fuse_norms  # noqa: E402
 from ddetr_mm.models.stages import listening  # noqa: E402
-from ddetr_mm.runtime.time_ledger import TimeLedger  # noqa: E402
 from ddetr_mm.weights import convert_checkpoint  # noqa: E402
 
 from mmdet.registry import MODELS  # isort: skip  # noqa: E402

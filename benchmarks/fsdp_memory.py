@@ -20,7 +20,7 @@ from typing import Any
 from environment import describe, heading, report
 
 import ddetr_mm.register  # noqa: F401 - before mmdet
-from ddetr_mm.runtime.rank_env import NodePlan
+from ddetr_mm.engine.distributed import NodePlan
 from ddetr_mm.tasks.launch import run_ranks
 
 RECORD = Path(__file__).parent / "records" / "fsdp_memory.md"
@@ -45,7 +45,7 @@ def build_model() -> Any:
 
 def one_rank(folder: Path) -> None:
     """Make one training step with each strategy and write what this rank holds."""
-    from ddetr_mm.runtime.process_group import process_group
+    from ddetr_mm.engine.distributed import process_group
 
     with process_group():
         held = {strategy: held_after_a_step(strategy) for strategy in STRATEGIES}
@@ -57,7 +57,7 @@ def held_after_a_step(strategy: str) -> dict[str, int]:
     import torch
     from torch import nn
 
-    from ddetr_mm.runtime.sharding import blocks, shard
+    from ddetr_mm.engine.fsdp import blocks, shard
 
     torch.manual_seed(0)
     model = build_model()

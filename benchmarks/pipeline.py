@@ -34,16 +34,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 RECORD = Path(__file__).parent / "records" / "pipeline.md"
 
-import ddetr_mm  # noqa: E402, I001  (before mmdet: answers for mmcv's compiled ops)
 
 from mmcv.transforms import Compose  # noqa: E402
 from mmdet.registry import TRANSFORMS  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
-import ddetr_mm.data.load  # noqa: E402
-import ddetr_mm.data.pack  # noqa: E402
-import ddetr_mm.data.transforms  # noqa: E402, F401
-from ddetr_mm.data.geometry import resize_size_hw  # noqa: E402
+from ddetr_mm.datasets.geometry import resize_size_hw  # noqa: E402
 
 SCALES = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
 SIZES_HW = {"640x480": (480, 640), "1920x1080": (1080, 1920), "3840x2160": (2160, 3840)}

@@ -20,8 +20,14 @@ from typing import Any
 import numpy as np
 from environment import describe, heading, report
 
-from ddetr_mm.data.sample_order import epoch_order, shard_sizes, shards_of_rank, turns_of_rank
-from ddetr_mm.data.samplers import ElasticBatchSampler, ElasticDistributedSampler
+from ddetr_mm.datasets.samplers import (
+    ElasticBatchSampler,
+    ElasticDistributedSampler,
+    epoch_order,
+    shard_sizes,
+    shards_of_rank,
+    turns_of_rank,
+)
 
 RECORD = Path(__file__).resolve().parent / "records" / "sampler_scale.md"
 BATCH_SIZE = 4

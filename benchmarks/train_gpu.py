@@ -34,9 +34,9 @@ from gpu_detectors import (
 )
 from gpu_turns import megabytes, peak_mb, take_turns_on, told
 
+from ddetr_mm.engine.host_reads import counted_host_reads
+from ddetr_mm.engine.time_ledger import TimeLedger, ledger_table
 from ddetr_mm.models.stages import listening
-from ddetr_mm.runtime.host_reads import counted_host_reads
-from ddetr_mm.runtime.time_ledger import TimeLedger, ledger_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).parent / "records" / "train_gpu"

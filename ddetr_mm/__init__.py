@@ -7,15 +7,15 @@ mmdet there). Torch and mmdet are imported only by the parts that use them.
 To register every class with mmdet, import :mod:`ddetr_mm.register`.
 
 Raises:
-    ddetr_mm.stack.versions.StackImportError: a required package is missing or does not fit.
+    ddetr_mm.compat.versions.StackImportError: a required package is missing or does not fit.
 """
 
-from ddetr_mm.stack.image_limit import limit_decoded_images
-from ddetr_mm.stack.mmcv_ops import install_stand_in
-from ddetr_mm.stack.versions import check_on_import
+from ddetr_mm.compat.mmcv_ops import install_stand_in
+from ddetr_mm.compat.patches import AT_IMPORT, apply_patches
+from ddetr_mm.compat.versions import check_on_import
 
 __version__ = "0.1.0"
 
 check_on_import()
-limit_decoded_images()
+apply_patches(AT_IMPORT)
 install_stand_in()

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ddetr_mm import __version__
+from ddetr_mm.compat.versions import raise_deferred
 from ddetr_mm.errors import InputError, RankFailure
-from ddetr_mm.stack.versions import raise_deferred
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ WITHOUT_STACK = ("install-ops", "spec")
 """Commands that work where mmcv or mmdet is missing or does not fit: one of them mends that."""
 
 LAUNCHED_VARIABLE = (
-    "DDETR_MM_LAUNCHER_PID"  # as in ddetr_mm.runtime.rank_env, which this module may not import
+    "DDETR_MM_LAUNCHER_PID"  # as in ddetr_mm.engine.distributed, which this module may not import
 )
 
 CONFIG_SUBTASKS = ("train", "evaluate", "inference", "export")
@@ -247,7 +247,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.command not in WITHOUT_STACK:
             raise_deferred()
         task = importlib.import_module(arguments.task_module)
-        failures = importlib.import_module("ddetr_mm.tasks.failures")
+        failures = importlib.import_module("ddetr_mm.tasks.session")
         with failures.failures_told():
             task.run(arguments)
     except RankFailure as failure:

@@ -33,7 +33,7 @@ class Problem:
     where: str | None = None
     value: Any = _UNSET
     allowed: Any = None
-    mend: str | None = None
+    hint: str | None = None
 
     def __str__(self) -> str:
         place = ": ".join(str(part) for part in (self.file, self.where) if part)
@@ -45,8 +45,8 @@ class Problem:
             if not isinstance(allowed, str):
                 allowed = ", ".join(str(option) for option in allowed)
             text += f"; allowed: {allowed}"
-        if self.mend:
-            text += f"; {self.mend}"
+        if self.hint:
+            text += f"; {self.hint}"
         return text
 
 

@@ -1,11 +1,14 @@
-"""Writing files so that a name never stands for half a file."""
+"""Files and processes: names that appear only when complete, usable cores, pauses of the garbage collector."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# --- Writing files so that a name never stands for half a file ---
 
 
 @contextmanager
@@ -41,3 +44,32 @@ def write_text_whole(path: str | Path, text: str) -> Path:
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+# --- The processor cores a process may use ---
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: fewer than the machine has where a scheduler or ``taskset`` says so."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # no affinity on macOS and Windows
+
+
+# --- Keeping the garbage collector away from code that makes many objects and no cycles ---
+
+
+@contextmanager
+def garbage_collection_paused() -> Iterator[None]:
+    """Pause cyclic garbage collection inside the block.
+
+    Every few hundred new lists the collector walks over young objects. Where hundreds of thousands of
+    short-lived lists are made, that is a third of the time, for nothing.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

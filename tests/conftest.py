@@ -11,7 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 from hypothesis import HealthCheck, settings
 
-from ddetr_mm.stack.mmcv_ops import has_compiled_ops
+from ddetr_mm.compat.mmcv_ops import has_compiled_ops
 
 # Two busy cores: a slow example says nothing about the code. The same examples in every run.
 settings.register_profile(

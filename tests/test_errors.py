@@ -15,7 +15,7 @@ def test_a_problem_names_everything_it_knows():
         where="model.backbone, line 3",
         value="resnet",
         allowed=["resnet_50", "gc_vit_tiny"],
-        mend="did you mean resnet_50?",
+        hint="did you mean resnet_50?",
     )
     assert str(problem) == (
         "a.yaml: model.backbone, line 3: is not an option (got 'resnet'); "

@@ -1,12 +1,17 @@
-"""Files appear whole or not at all."""
+"""The cores a process may use."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from ddetr_mm.files import write_text_whole, written_whole
+from ddetr_mm.files import usable_cores, write_text_whole, written_whole
+
+# --- Files appear whole or not at all ---
 
 
 def test_a_file_appears_when_the_block_succeeds(tmp_path: Path):
@@ -28,3 +33,26 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path):
     with pytest.raises(RuntimeError, match="stop"):
         fail()
     assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+# --- The cores a process may use ---
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_those_the_process_may_run_on():
+    one = min(os.sched_getaffinity(0))
+    code = (
+        f"import os; os.sched_setaffinity(0, {{{one}}}); "
+        "from ddetr_mm.files import usable_cores; print(usable_cores())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 1
+    assert usable_cores() == len(os.sched_getaffinity(0))
+
+
+def test_those_of_the_machine_where_a_system_has_no_affinity(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert usable_cores() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cores() == 1

@@ -70,9 +70,9 @@ def report(audited: Sequence[dict]) -> tuple[int, list[str]]:
     lines, mendable = [], 0
     for item in audited:
         for vulnerability in item["vulns"]:
-            mends = ", ".join(vulnerability["fix_versions"])
-            mendable += bool(mends)
-            mend = f"mended in {mends}" if mends else "no version mends it yet"
+            hints = ", ".join(vulnerability["fix_versions"])
+            mendable += bool(hints)
+            hint = f"mended in {mends}" if hints else "no version mends it yet"
             lines.append(f"{item['name']} {item['version']}: {vulnerability['id']}, {mend}")
     lines.append(
         f"{len(audited)} packages audited, {len(lines)} known vulnerabilities, {mendable} with a mend"

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ddetr_mm.deploy.images import Normalisation, read_rgb, stretched
+from ddetr_mm.deploy.onnx_file import Normalisation, read_rgb, stretched
 from ddetr_mm.errors import ExportError, InputError, Problem
 from ddetr_mm.files import write_text_whole
 

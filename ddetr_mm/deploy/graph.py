@@ -53,7 +53,7 @@ class ExportGraph(nn.Module):
         if detector.as_two_stage:
             raise ExportError(
                 Problem(
-                    "a two-stage Deformable DETR cannot be exported", mend="train with as_two_stage=False"
+                    "a two-stage Deformable DETR cannot be exported", hint="train with as_two_stage=False"
                 )
             )
         self.detector = detector
@@ -200,7 +200,7 @@ def extract_features(
         "cannot be used by the backbone",
         where="export.input_height, export.input_width",
         value=input_size_hw,
-        mend="choose a larger size, multiples of 32",
+        hint="choose a larger size, multiples of 32",
     )
     try:
         features = detector.extract_feat(torch.zeros(1, 3, *input_size_hw, device=device))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ddetr_mm.deploy.graph import ExportGraph
 from ddetr_mm.errors import ExportError, Problem
-from ddetr_mm.models.postprocess import top_detections
+from ddetr_mm.models.head import top_detections
 
 ATTENTIONS = {"standard": None, "nvidia": "nvidia", "mmdeploy": "mmdeploy"}
 
@@ -46,7 +46,7 @@ class DeployedDetector(nn.Module):
                     "needs a fixed height and width",
                     where="onnx_config.input_shape",
                     value=shape_wh,
-                    mend="give input_shape=(width, height) and dynamic_axes for axis 0 only",
+                    hint="give input_shape=(width, height) and dynamic_axes for axis 0 only",
                 )
             )
         attention = get_codebase_config(cfg).get("attention", "standard")

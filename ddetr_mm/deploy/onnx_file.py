@@ -1,18 +1,88 @@
-"""An exported ONNX file from outside: what it takes and gives, what it says of itself, how to run it."""
+"""An ONNX file: its signature, and the images that go into it."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cv2
 import numpy as np
 
-from ddetr_mm.errors import ExportError, Problem, StackError, WeightsError
+from ddetr_mm.compat.patches import MAX_IMAGE_PIXELS
+from ddetr_mm.errors import DataError, ExportError, Problem, StackError, WeightsError
+
+# --- Image files as the normalised arrays that an exported graph takes ---
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation of the colours red, green, blue, counted in 0..255."""
+
+    mean_rgb: tuple[float, float, float]
+    std_rgb: tuple[float, float, float]
+
+    def apply(self, image_rgb: np.ndarray) -> np.ndarray:
+        """An image (H, W, 3) of 0..255 as (3, H, W) float32."""
+        mean, std = np.float32(self.mean_rgb), np.float32(self.std_rgb)
+        return np.ascontiguousarray(((image_rgb.astype(np.float32) - mean) / std).transpose(2, 0, 1))
+
+
+def read_rgb(path: str | Path) -> np.ndarray:
+    """An image file as (H, W, 3) RGB, uint8, turned as its EXIF tag says.
+
+    Raises:
+        DataError: when it cannot be read.
+    """
+    try:
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    except cv2.error:  # an image of absurd size
+        image = None
+    if image is None:
+        allowed = f"images of at most {MAX_IMAGE_PIXELS:,} pixels"
+        hint = "copy the file again, or leave it out"
+        raise DataError(Problem("cannot be read as an image", path, allowed=allowed, hint=hint))
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def stretched(image_rgb: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Resize to exactly this height and width, as the reference's deployment does (OpenCV, bilinear)."""
+    return cv2.resize(image_rgb, size_hw[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def load_batch(
+    paths: Sequence[str | Path], size_hw: tuple[int, int], normalisation: Normalisation
+) -> np.ndarray:
+    """Image files as one array (B, 3, H, W), float32.
+
+    Raises:
+        DataError: when a file cannot be read.
+    """
+    return np.stack([normalisation.apply(stretched(read_rgb(path), size_hw)) for path in paths])
+
+
+def cycling_source(
+    paths: Sequence[str | Path], size_hw: tuple[int, int], normalisation: Normalisation
+) -> Callable[[int], np.ndarray]:
+    """A source of batches of any size: the files in order, again from the start when they run out."""
+
+    def take(count: int) -> np.ndarray:
+        return load_batch([paths[index % len(paths)] for index in range(count)], size_hw, normalisation)
+
+    return take
+
+
+def batches_of(paths: Sequence[Path], batch_size: int, batches: int) -> Iterator[list[Path]]:
+    """The first ``batches`` groups of ``batch_size`` files."""
+    for start in range(0, batches * batch_size, batch_size):
+        yield list(paths[start : start + batch_size])
+
+
+# --- An exported ONNX file from outside: what it takes and gives, what it says of itself, how to run it ---
 
 OUTPUT_NAMES = ("pred_logits", "pred_boxes")
 META_KEY = "ddetr_mm"
@@ -56,7 +126,7 @@ def require(package: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise StackError(
-            Problem(f"this needs the package {package}", mend=f"pip install {package}")
+            Problem(f"this needs the package {package}", hint=f"pip install {package}")
         ) from error
 
 
@@ -140,8 +210,8 @@ def ort_session(path: str | Path, providers: Sequence[str] | None = None) -> Any
         return onnxruntime.InferenceSession(str(path), providers=list(providers))
     except Exception as error:  # onnxruntime's errors share no public base class
         reason = str(error)
-        mend = "export it with export.on_cpu=true" if "Plugin_TRT" in reason else None
-        raise WeightsError(Problem(f"onnxruntime refuses it: {reason}", file=path, mend=mend)) from error
+        hint = "export it with export.on_cpu=true" if "Plugin_TRT" in reason else None
+        raise WeightsError(Problem(f"onnxruntime refuses it: {reason}", file=path, hint=hint)) from error
 
 
 def ort_forward(

@@ -110,7 +110,7 @@ class ParityReport:
                     f"boxes by {self.max_abs_diff_boxes:.3g}, best 100 agree to {self.top_agreement:.0%}",
                     allowed=f"{self.tolerance_logits:g}, {self.tolerance_boxes:g}, "
                     f"at least {self.least_agreement:.0%}",
-                    mend="nothing was written; please report this with the spec",
+                    hint="nothing was written; please report this with the spec",
                 )
             )
 

@@ -1,28 +1,288 @@
-"""Box detections scored by COCO's rules, from columns of numbers to the twelve figures.
-
-Legend: I images, N ground-truth boxes, D detections, K classes, T = 10 overlap thresholds
-(0.50, 0.55 … 0.95), R = 101 recall thresholds (0.00, 0.01 … 1.00), A = 4 area ranges
-(all, small < 32², medium, large > 96² pixels), M = 3 limits of detections an image and class (1, 10, 100).
-
-Two backends do the matching (:mod:`ddetr_mm.evaluation.backends`). ``fast`` is hotcoco, which takes and
-gives arrays; ``pycocotools`` is the reference, and what ``auto`` falls back to where hotcoco is missing.
-Both return the same precision, recall and score arrays, so everything here is shared.
-"""
+"""COCO's twelve metrics from columns of boxes."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddetr_mm.errors import DataError, Problem
-from ddetr_mm.evaluation.backends import choose_backend
-from ddetr_mm.evaluation.columns import DetectionColumns, GroundTruthColumns
+from ddetr_mm.errors import DataError, Problem, StackError
 from ddetr_mm.files import write_text_whole
+
+# --- Ground truth and detections as columns: what evaluation is computed from ---
+# Legend: I images, N ground-truth boxes, D detections. Boxes are (x, y, width, height) in pixels of the
+# original image, x and y being the top left corner.
+
+
+def _column(values: object, dtype: type, shape: tuple[int, ...], name: str) -> np.ndarray:
+    array: np.ndarray = np.asarray(values, dtype=dtype)
+    if array.size == 0 and len(array) == 0:
+        array = array.reshape(0, *shape[1:])
+    if array.ndim != len(shape) or array.shape[1:] != shape[1:]:
+        raise ValueError(f"{name} must have shape {('n', *shape[1:])}, not {array.shape}")
+    return array
+
+
+@dataclass(frozen=True)
+class GroundTruthColumns:
+    """What is really in the images.
+
+    Attributes:
+        image_ids: (I,) every image, those without boxes too.
+        box_image_ids: (N,) the image a box is in.
+        boxes_xywh: (N, 4) float64.
+        category_ids: (N,) COCO category ids.
+        iscrowd: (N,) bool; detections on a crowd region count neither for nor against.
+        areas: (N,) float64 square pixels, by which COCO tells small from large.
+        category_names: category id → name, for every category, those without boxes too.
+    """
+
+    image_ids: np.ndarray
+    box_image_ids: np.ndarray
+    boxes_xywh: np.ndarray
+    category_ids: np.ndarray
+    iscrowd: np.ndarray
+    areas: np.ndarray
+    category_names: Mapping[int, str]
+
+    def __post_init__(self) -> None:
+        columns: dict[str, tuple[type, tuple[int, ...]]] = {
+            "image_ids": (np.int64, (0,)),
+            "box_image_ids": (np.int64, (0,)),
+            "boxes_xywh": (np.float64, (0, 4)),
+            "category_ids": (np.int64, (0,)),
+            "iscrowd": (np.bool_, (0,)),
+            "areas": (np.float64, (0,)),
+        }
+        for name, (dtype, shape) in columns.items():
+            object.__setattr__(self, name, _column(getattr(self, name), dtype, shape, name))
+        _check_lengths(self, [name for name in columns if name != "image_ids"])
+
+    def __len__(self) -> int:
+        return len(self.box_image_ids)
+
+    def select(self, image_ids: np.ndarray, category_ids: np.ndarray) -> GroundTruthColumns:
+        """The part within some images and classes; category names are kept whole."""
+        keep = np.isin(self.box_image_ids, image_ids) & np.isin(self.category_ids, category_ids)
+        return GroundTruthColumns(
+            image_ids=self.image_ids[np.isin(self.image_ids, image_ids)],
+            box_image_ids=self.box_image_ids[keep],
+            boxes_xywh=self.boxes_xywh[keep],
+            category_ids=self.category_ids[keep],
+            iscrowd=self.iscrowd[keep],
+            areas=self.areas[keep],
+            category_names=self.category_names,
+        )
+
+
+@dataclass(frozen=True)
+class DetectionColumns:
+    """What a detector found.
+
+    Attributes:
+        image_ids: (D,) the image a detection is in.
+        boxes_xywh: (D, 4) float64.
+        scores: (D,) float64; of equal scores in one image the first given ranks first.
+        category_ids: (D,) COCO category ids.
+    """
+
+    image_ids: np.ndarray
+    boxes_xywh: np.ndarray
+    scores: np.ndarray
+    category_ids: np.ndarray
+
+    def __post_init__(self) -> None:
+        columns: dict[str, tuple[type, tuple[int, ...]]] = {
+            "image_ids": (np.int64, (0,)),
+            "boxes_xywh": (np.float64, (0, 4)),
+            "scores": (np.float64, (0,)),
+            "category_ids": (np.int64, (0,)),
+        }
+        for name, (dtype, shape) in columns.items():
+            object.__setattr__(self, name, _column(getattr(self, name), dtype, shape, name))
+        _check_lengths(self, list(columns))
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @classmethod
+    def empty(cls) -> DetectionColumns:
+        """No detections at all."""
+        return cls(*(np.zeros(0) for _ in fields(cls)))
+
+    def rows(self, keep: np.ndarray) -> DetectionColumns:
+        """The rows of a boolean mask or of indices."""
+        return DetectionColumns(*(getattr(self, column.name)[keep] for column in fields(self)))
+
+    def finite_rows(self) -> np.ndarray:
+        """(D,) bool: whether box and score are ordinary numbers."""
+        return np.isfinite(self.boxes_xywh).all(axis=1) & np.isfinite(self.scores)
+
+    def select(self, image_ids: np.ndarray, category_ids: np.ndarray) -> DetectionColumns:
+        """The part within some images and classes."""
+        return self.rows(np.isin(self.image_ids, image_ids) & np.isin(self.category_ids, category_ids))
+
+
+def xyxy_to_xywh(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """(n, 4) corners x1, y1, x2, y2 → x, y, width, height, as float64."""
+    boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
+    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+
+
+def _check_lengths(columns: object, names: Sequence[str]) -> None:
+    lengths = {name: len(getattr(columns, name)) for name in names}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns differ in length: {lengths}")
+
+
+# --- The two evaluators that match detections to ground truth and give COCO's precision and recall arrays ---
+# Legend: T overlap thresholds, R recall thresholds, K classes, A area ranges, M limits of detections.
+#
+# Boxes get their own running ids, from 1. pycocotools takes the annotation id 0 for "no match", so files
+# numbered from 0 would otherwise lose one box.
+
+BACKENDS = ("auto", "fast", "pycocotools")
+
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Precision (T, R, K, A, M), recall (T, K, A, M), scores (T, R, K, A, M)."""
+
+Runner = Callable[[GroundTruthColumns, DetectionColumns, np.ndarray, np.ndarray], Arrays]
+
+
+def choose_backend(name: str) -> tuple[str, Runner]:
+    """The name and the function of the evaluator that one of :data:`BACKENDS` stands for.
+
+    A fork of a process that has used hotcoco gets pycocotools whatever the name: hotcoco's threads are not
+    in the fork, which would wait for them for ever.
+
+    Raises:
+        StackError: ``fast`` is asked for and hotcoco is not installed.
+        ValueError: an unknown name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, not {name!r}")
+    if name == "pycocotools":
+        return "pycocotools", _run_pycocotools
+    if importlib.util.find_spec("hotcoco") is None:
+        if name == "fast":
+            raise StackError(
+                Problem(
+                    "the fast COCO evaluator is not installed", value="hotcoco", hint="pip install hotcoco"
+                )
+            )
+        return "pycocotools", _run_pycocotools
+    if _hotcoco_processes - {os.getpid()}:
+        return "pycocotools", _run_pycocotools
+    return "hotcoco", _run_hotcoco
+
+
+_hotcoco_processes: set[int] = set()
+"""The processes, this one or those it was forked from, that have started hotcoco's threads."""
+
+
+def _run_hotcoco(
+    truth: GroundTruthColumns, found: DetectionColumns, images: np.ndarray, categories: np.ndarray
+) -> Arrays:
+    import hotcoco
+
+    _hotcoco_processes.add(os.getpid())
+    annotations = hotcoco.COCO.from_arrays(
+        _image_records(images),
+        _category_records(truth, categories),
+        truth.box_image_ids,
+        truth.category_ids,
+        truth.boxes_xywh,
+        ids=np.arange(1, len(truth) + 1),
+        area=truth.areas,
+        iscrowd=truth.iscrowd.astype(np.int64),
+    )
+    evaluator = hotcoco.COCOeval(annotations, annotations.load_res(_result_table(found)), "bbox")
+    return _run_evaluator(evaluator)
+
+
+def _run_pycocotools(
+    truth: GroundTruthColumns, found: DetectionColumns, images: np.ndarray, categories: np.ndarray
+) -> Arrays:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    boxes = zip(
+        truth.box_image_ids.tolist(),
+        truth.category_ids.tolist(),
+        truth.boxes_xywh.tolist(),
+        truth.areas.tolist(),
+        truth.iscrowd.tolist(),
+        strict=True,
+    )
+    records = [
+        {
+            "id": number,
+            "image_id": image,
+            "category_id": category,
+            "bbox": box,
+            "area": area,
+            "iscrowd": int(crowd),
+        }
+        for number, (image, category, box, area, crowd) in enumerate(boxes, start=1)
+    ]
+    # pycocotools reports its progress by print; the log already says what is going on.
+    with contextlib.redirect_stdout(io.StringIO()):
+        annotations = COCO()
+        annotations.dataset = {
+            "info": {},
+            "images": _image_records(images),
+            "categories": _category_records(truth, categories),
+            "annotations": records,
+        }
+        annotations.createIndex()
+        if len(found):
+            results = annotations.loadRes(_result_table(found))
+        else:
+            # loadRes looks at the first detection to learn what kind it is.
+            results = COCO()
+            results.dataset = {**annotations.dataset, "annotations": []}
+            results.createIndex()
+        return _run_evaluator(COCOeval(annotations, results, "bbox"))
+
+
+def _run_evaluator(evaluator: Any) -> Arrays:
+    evaluator.evaluate()
+    evaluator.accumulate()
+    arrays = evaluator.eval
+    return np.asarray(arrays["precision"]), np.asarray(arrays["recall"]), np.asarray(arrays["scores"])
+
+
+def _image_records(images: np.ndarray) -> list[dict[str, Any]]:
+    # Box evaluation never looks at sizes or names.
+    return [{"id": number, "width": 1, "height": 1, "file_name": ""} for number in images.tolist()]
+
+
+def _category_records(truth: GroundTruthColumns, categories: np.ndarray) -> list[dict[str, Any]]:
+    return [{"id": number, "name": truth.category_names[number]} for number in categories.tolist()]
+
+
+def _result_table(found: DetectionColumns) -> np.ndarray:
+    """(D, 7): image id, x, y, width, height, score, category id, as ``loadRes`` of both backends takes."""
+    columns = (found.image_ids[:, None], found.boxes_xywh, found.scores[:, None], found.category_ids[:, None])
+    return np.concatenate([column.astype(np.float64) for column in columns], axis=1)
+
+
+# --- Box detections scored by COCO's rules, from columns of numbers to the twelve figures ---
+# Legend: I images, N ground-truth boxes, D detections, K classes, T = 10 overlap thresholds
+# (0.50, 0.55 … 0.95), R = 101 recall thresholds (0.00, 0.01 … 1.00), A = 4 area ranges
+# (all, small < 32², medium, large > 96² pixels), M = 3 limits of detections an image and class (1, 10, 100).
+#
+# Two backends do the matching (:mod:`ddetr_mm.evaluation.coco_eval`). ``fast`` is hotcoco, which takes and
+# gives arrays; ``pycocotools`` is the reference, and what ``auto`` falls back to where hotcoco is missing.
+# Both return the same precision, recall and score arrays, so everything here is shared.
 
 METRIC_NAMES = (
     "AP", "AP50", "AP75", "APs", "APm", "APl",
@@ -113,7 +373,7 @@ def evaluate_boxes(
             non-finite numbers too, which is noted.
         category_ids: classes to score; all of the ground truth's categories when None.
         image_ids: images to score; all of the ground truth's images when None.
-        backend: one of :data:`ddetr_mm.evaluation.backends.BACKENDS`.
+        backend: one of :data:`ddetr_mm.evaluation.coco_eval.BACKENDS`.
 
     Raises:
         DataError: a class or image is asked for that the ground truth does not have.

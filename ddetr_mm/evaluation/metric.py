@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,208 @@ from mmdet.registry import METRICS
 from mmengine.dist import broadcast_object_list, gather_object, is_main_process
 from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from ddetr_mm.data.coco_table import CocoTable
-from ddetr_mm.data.sources import read_coco_sources
+from ddetr_mm.datasets.coco_table import CocoTable
+from ddetr_mm.datasets.sources import read_coco_sources
 from ddetr_mm.errors import DataError, Problem
-from ddetr_mm.evaluation.coco_eval import CocoResult, evaluate_boxes
-from ddetr_mm.evaluation.columns import DetectionColumns, GroundTruthColumns, xyxy_to_xywh
-from ddetr_mm.evaluation.gather import ImageResult, merge_ranks, pack
-from ddetr_mm.evaluation.predictions import write_predictions_json
-from ddetr_mm.evaluation.tables import class_table, source_table
+from ddetr_mm.evaluation.coco_eval import (
+    METRIC_NAMES,
+    UNDEFINED,
+    CocoResult,
+    DetectionColumns,
+    GroundTruthColumns,
+    evaluate_boxes,
+    xyxy_to_xywh,
+)
+from ddetr_mm.files import written_whole
+
+# --- Detections as a COCO result file ---
+
+
+def write_predictions_json(path: str | Path, detections: DetectionColumns, table: CocoTable | None) -> Path:
+    """Write detections in COCO's result format: a list of image_id, category_id, bbox (xywh), score.
+
+    Image ids are those of the annotation files. Where several sources were read, ids may occur in more
+    than one of them, so each entry also says ``source`` (position in the list of sources, from 0) and
+    ``file_name``; readers of the format pass over both. Detections with non-finite numbers are left out,
+    for JSON has none.
+
+    Args:
+        path: the file, written whole or not at all.
+        detections: with the table's unique image ids.
+        table: the sources read; None when the ids already are the original ones.
+    """
+    detections = detections.rows(detections.finite_rows())
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write("[")
+        for number, record in enumerate(_records(detections, table)):
+            file.write(",\n" if number else "\n")
+            file.write(json.dumps(record, ensure_ascii=False))
+        file.write("\n]\n")
+    return Path(path)
+
+
+def _records(detections: DetectionColumns, table: CocoTable | None) -> Iterator[dict[str, Any]]:
+    columns = zip(
+        detections.image_ids.tolist(),
+        detections.category_ids.tolist(),
+        detections.boxes_xywh.tolist(),
+        detections.scores.tolist(),
+        strict=True,
+    )
+    if table is None:
+        for image, category, box, score in columns:
+            yield {"image_id": image, "category_id": category, "bbox": box, "score": score}
+        return
+    rows = dict(zip(table.image_ids.tolist(), range(table.num_images), strict=True))
+    original = table.original_image_ids.tolist()
+    several = bool(np.any(table.source_indices != table.source_indices[0])) if table.num_images else False
+    for image, category, box, score in columns:
+        row = rows[image]
+        record = {"image_id": original[row], "category_id": category, "bbox": box, "score": score}
+        if several:
+            record |= {"source": int(table.source_indices[row]), "file_name": table.file_name(row)}
+        yield record
+
+
+# --- Evaluation results as plain-text tables for a log ---
+
+_PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def class_table(result: CocoResult) -> str:
+    """One line a class: id, name, ground-truth boxes, detections, and its precisions and recall.
+
+    A figure that is undefined is shown as ``-``. The last line holds the figures over all classes.
+    """
+    rows: list[Sequence[str]] = [
+        (
+            str(entry.category_id),
+            entry.name,
+            str(entry.num_boxes),
+            str(entry.num_detections),
+            *(_figure(getattr(entry, name)) for name in _PRECISIONS),
+            _figure(entry.AR),
+        )
+        for entry in result.per_class
+    ]
+    totals = [_figure(result[name]) for name in (*_PRECISIONS, "ARmax100")]
+    rows.append(("", "all", str(result.num_boxes), str(result.num_detections), *totals))
+    return _render(("id", "class", "boxes", "found", *_PRECISIONS, "AR"), rows)
+
+
+def source_table(results: Mapping[str, CocoResult]) -> str:
+    """One line a source, with its twelve figures."""
+    rows = [
+        (name, str(result.num_images), *(_figure(result[metric]) for metric in METRIC_NAMES))
+        for name, result in results.items()
+    ]
+    return _render(("source", "images", *METRIC_NAMES), rows)
+
+
+def _figure(value: float) -> str:
+    return "-" if value == UNDEFINED else f"{value:.3f}"
+
+
+def _render(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The table as text, as wide as its content: a log has no width."""
+    table = Table(box=box.ASCII)
+    for header in headers:
+        is_text = header in ("class", "source")
+        table.add_column(header, justify="left" if is_text else "right")
+    lines = list(rows)
+    for row in lines:
+        # A class may be called "[bold]": it is text, not markup.
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    width = 10 + sum(
+        3 + max(len(header), *(len(row[column]) for row in lines)) for column, header in enumerate(headers)
+    )
+    console = Console(
+        file=io.StringIO(), width=width, color_system=None, force_terminal=False, highlight=False
+    )
+    console.print(table)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+
+
+# --- Results of many ranks brought together: packed into few arrays to travel, one entry an image after ---
+
+
+@dataclass
+class ImageResult:
+    """Detections of one image, best first as the model gave them.
+
+    Attributes:
+        image_id: the dataset's id.
+        boxes_xyxy: (n, 4) float32 pixels of the original image.
+        scores: (n,) float32.
+        labels: (n,) class numbers of the model.
+        instances: the image's ground truth as mmdet's data samples carry it, where that is used.
+        image_path: the image file, where pictures will be drawn.
+    """
+
+    image_id: int
+    boxes_xyxy: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    instances: list[dict[str, Any]] | None = None
+    image_path: str | None = None
+
+
+@dataclass
+class PackedResults:
+    """Results of one rank as seven objects, however many images there are."""
+
+    image_ids: np.ndarray
+    counts: np.ndarray
+    boxes_xyxy: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    instances: list[list[dict[str, Any]] | None]
+    image_paths: list[str | None]
+
+
+def pack(results: Sequence[ImageResult]) -> PackedResults:
+    """Join the arrays of many images."""
+    return PackedResults(
+        image_ids=np.array([result.image_id for result in results], dtype=np.int64),
+        counts=np.array([len(result.scores) for result in results], dtype=np.int64),
+        boxes_xyxy=np.concatenate([np.zeros((0, 4), np.float32), *(result.boxes_xyxy for result in results)]),
+        scores=np.concatenate([np.zeros(0, np.float32), *(result.scores for result in results)]),
+        labels=np.concatenate([np.zeros(0, np.int64), *(result.labels for result in results)]),
+        instances=[result.instances for result in results],
+        image_paths=[result.image_path for result in results],
+    )
+
+
+def merge_ranks(parts: Sequence[PackedResults]) -> list[ImageResult]:
+    """All ranks' images, each once, ordered by id.
+
+    A distributed sampler gives some images to two ranks to make their shares equal; both find the same.
+    """
+    merged: dict[int, ImageResult] = {}
+    for part in parts:
+        ends = np.cumsum(part.counts)
+        for row, (image_id, start, end) in enumerate(
+            zip(part.image_ids.tolist(), ends - part.counts, ends, strict=True)
+        ):
+            merged.setdefault(
+                image_id,
+                ImageResult(
+                    image_id,
+                    part.boxes_xyxy[start:end],
+                    part.scores[start:end],
+                    part.labels[start:end],
+                    part.instances[row],
+                    part.image_paths[row],
+                ),
+            )
+    return [merged[image_id] for image_id in sorted(merged)]
+
+
+# --- The COCO box metric for mmdet configs: collects detections, scores them fast, writes result files ---
 
 MMDET_NAMES = {
     "bbox_mAP": "AP",
@@ -217,7 +413,7 @@ class FastCocoMetric(BaseMetric):
                     "a sample's image id is not in the annotations that it is evaluated with",
                     where="val_evaluator",
                     value=stray,
-                    mend="give the evaluator the same ann_file or sources as the dataset",
+                    hint="give the evaluator the same ann_file or sources as the dataset",
                 )
             )
         if not results:
@@ -231,7 +427,7 @@ class FastCocoMetric(BaseMetric):
                     "the model gives labels that the dataset has no class for",
                     value=int(labels.max() if labels.max() >= len(label_ids) else labels.min()),
                     allowed=f"0 to {len(label_ids) - 1}",
-                    mend="make the model's number of classes fit the dataset's",
+                    hint="make the model's number of classes fit the dataset's",
                 )
             )
         category_ids = label_ids[labels]
@@ -321,7 +517,7 @@ def _truth_of_samples(
                 Problem(
                     "has nothing to compare detections with",
                     where="val_evaluator",
-                    mend="give it ann_file or sources, or let PackDetInputs pass on 'instances'",
+                    hint="give it ann_file or sources, or let PackDetInputs pass on 'instances'",
                 )
             )
         rows += [

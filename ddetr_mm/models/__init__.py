@@ -1,11 +1,10 @@
 """The network and what belongs to it; importing this package registers its classes with mmdet."""
 
-from .detector import TAODeformableDETR
-from .feature_channels import FeatureInfo, feature_channels, feature_info
-from .gcvit import GCViT
-from .head import TAODeformableDETRHead
-from .preprocessor import FixedPadDetDataPreprocessor
-from .resnet import TorchvisionDilatedResNet
+from ddetr_mm.models.backbones import FeatureInfo, TorchvisionDilatedResNet, feature_channels, feature_info
+from ddetr_mm.models.data_preprocessor import FixedPadDetDataPreprocessor
+from ddetr_mm.models.detector import TAODeformableDETR
+from ddetr_mm.models.gcvit import GCViT
+from ddetr_mm.models.head import TAODeformableDETRHead
 
 __all__ = [
     "FeatureInfo",

@@ -22,9 +22,8 @@ from mmcv.ops.multi_scale_deform_attn import (
 )
 from torch import Tensor
 
-from ddetr_mm.models.bag_sampling import sample_values_by_bags
-from ddetr_mm.models.gpu_sampling import deformable_sampling
-from ddetr_mm.models.sampling_choice import GPU_HAS_ITS_OWN, IMPLEMENTATIONS
+from ddetr_mm.models.cpu_sampling import sample_values_by_bags
+from ddetr_mm.models.triton_attention import GPU_HAS_ITS_OWN, IMPLEMENTATIONS, deformable_sampling
 
 SizesHW = Sequence[tuple[int, int]]
 
@@ -71,8 +70,8 @@ def sample_values(
 ) -> Tensor:
     """Sample values bilinearly and add them up by weight: the one place that picks an implementation.
 
-    On a GPU mmcv's compiled op or the Triton kernels, see :mod:`ddetr_mm.models.sampling_choice`; on a CPU,
-    for as many queries as an encoder has, :func:`~ddetr_mm.models.bag_sampling.sample_values_by_bags`; else,
+    On a GPU mmcv's compiled op or the Triton kernels, see :mod:`ddetr_mm.models.triton_attention`; on a CPU,
+    for as many queries as an encoder has, :func:`~ddetr_mm.models.cpu_sampling.sample_values_by_bags`; else,
     and while a graph is traced, mmcv's PyTorch form, which runs everywhere and is the reference. All add up
     in float32 and none lets autocast touch the locations: in bfloat16 they are off by up to 1/256 of the
     image.
@@ -137,7 +136,7 @@ class DeformableAttention(MultiScaleDeformableAttention):
 
     Args:
         implementation: what a GPU samples with, one of
-            :data:`~ddetr_mm.models.sampling_choice.IMPLEMENTATIONS`.
+            :data:`~ddetr_mm.models.triton_attention.IMPLEMENTATIONS`.
         **kwargs: mmcv's.
 
     Raises:

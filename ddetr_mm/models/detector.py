@@ -8,21 +8,126 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from mmdet.models.detectors import DeformableDETR
 from mmdet.models.layers import SinePositionalEncoding
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmdet.utils import reduce_mean
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from .deformable_attention import DeformableAttention, SizesHW, level_layout, no_autocast
-from .host_scalars import HostScalars
-from .padding import feature_sizes_hw, level_padding
-from .stages import staged
-from .transformer import DeformableDecoder, DeformableEncoder
+from ddetr_mm.models.deformable_attention import (
+    DeformableAttention,
+    SizesHW,
+    host_to_device,
+    level_layout,
+    no_autocast,
+)
+from ddetr_mm.models.stages import staged
+from ddetr_mm.models.transformer import DeformableDecoder, DeformableEncoder
+
+# --- Numbers that go from a GPU to the host together, and while the GPU is at work on other things ---
+
+
+class HostScalars(Mapping[str, Tensor]):
+    """Scalars of a device under names; they come to the host in one transfer.
+
+    The transfer starts at once, behind what the device has been given to do so far; whoever reads a scalar
+    first waits for the transfer, and for nothing that was given to the device later. (Reading each
+    tensor with ``.item()`` would wait once a tensor, and for all the device's work.)
+
+    Args:
+        scalars: tensors of one element on one device.
+        mean_over_ranks: whether they become the mean of all ranks of a job, as one process with the whole
+            batch would have them; all ranks must call this then.
+    """
+
+    def __init__(self, scalars: Mapping[str, Tensor], mean_over_ranks: bool = False) -> None:
+        self._names = tuple(scalars)
+        self._event: torch.cuda.Event | None = None
+        stacked = torch.stack([scalar.detach().reshape(()).float() for scalar in scalars.values()])
+        if mean_over_ranks:
+            stacked = reduce_mean(stacked)
+        if stacked.is_cuda:
+            host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            host.copy_(stacked, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(stacked.device))
+        else:
+            host = stacked.cpu()
+        self._values = dict(zip(self._names, host.unbind(), strict=True))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The scalar as a float32 tensor of no dimension on the CPU."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+# --- What is image and what is padding, at every feature level (pure functions) ---
+# Shapes: B batch, H, W the padded input, h, w a feature level.
+
+
+def level_padding(
+    valid_sizes_hw: SizesHW,
+    input_size_hw: tuple[int, int],
+    level_sizes_hw: SizesHW,
+    device: torch.device | str,
+) -> tuple[list[Tensor | None], Tensor]:
+    """Padding masks and valid ratios of every level, for images padded at the right and the bottom.
+
+    A level's mask is the input's mask at the nearest pixels (``F.interpolate``'s rule), as in the
+    reference. Nothing is read back from ``device``.
+
+    Args:
+        valid_sizes_hw: unpadded height and width of each of the B images, in pixels, at least 1.
+        input_size_hw: (H, W) of the padded batch.
+        level_sizes_hw: (h, w) of every level.
+        device: where the result goes.
+
+    Returns:
+        One mask (B, h, w) a level, True in the padding, or None for all levels when nothing is
+        padded; and the valid share of each level (B, L, 2) as (x, y), 0..1, float32 (1, L, 2 when
+        nothing is padded).
+    """
+    if all(tuple(size) == tuple(input_size_hw) for size in valid_sizes_hw):
+        return [None] * len(level_sizes_hw), torch.ones(1, len(level_sizes_hw), 2, device=device)
+    valid = host_to_device([tuple(size) for size in valid_sizes_hw], device, torch.int64)
+    rows = _inside(valid[:, 0], input_size_hw[0])
+    columns = _inside(valid[:, 1], input_size_hw[1])
+    masks: list[Tensor | None] = []
+    ratios: list[Tensor] = []
+    for height, width in level_sizes_hw:
+        level_rows = F.interpolate(rows, size=height)[:, 0]
+        level_columns = F.interpolate(columns, size=width)[:, 0]
+        masks.append((level_rows[:, :, None] * level_columns[:, None, :]) == 0)
+        ratios.append(torch.stack([level_columns.mean(1), level_rows.mean(1)], -1))
+    return masks, torch.stack(ratios, 1)
+
+
+def _inside(valid: Tensor, size: int) -> Tensor:
+    """(B, 1, size) float32: 1 at positions below ``valid`` (B,), else 0."""
+    positions = torch.arange(size, device=valid.device)
+    return (positions < valid[:, None]).float()[:, None]
+
+
+def feature_sizes_hw(features: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Height and width of every feature map as Python integers."""
+    return tuple((int(feature.shape[-2]), int(feature.shape[-1])) for feature in features)
+
+
+# --- Deformable DETR as NVIDIA TAO trains it, assembled from mmdet's detector ---
 
 
 @MODELS.register_module()

@@ -22,19 +22,390 @@ Deliberate differences from the classifier of the paper:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from mmdet.registry import MODELS
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddetr_mm.errors import Problem, SpecError
+from ddetr_mm.weights.gcvit import BackboneLoadReport, convert_backbone_state_dict
 
-from .gcvit_blocks import Stage, Stem, WindowAttention, query_pyramid
-from .gcvit_weights import BackboneLoadReport, convert_backbone_state_dict
+# --- The parts of GCViT as plain PyTorch modules: convolutional blocks, window attention, one stage ---
+# Source: A. Hatamizadeh et al., "Global Context Vision Transformers", arXiv 2206.09959. Written from
+# the paper and checked against numbers only; nobody's code was used. See ``gcvit.py`` for the
+# licences of code and weights. Module names follow the paper's module tree, which published and TAO
+# checkpoints share, so that their keys fit by prefix alone.
+#
+# Shapes: B images, H x W tokens, C channels, w window side, N = w * w tokens a window, L windows an
+# image, h heads, d channels a head. Maps travel channels-last (B, H, W, C); a convolution sees the
+# same memory as a channels-last (B, C, H, W) view, so nothing is copied in between.
+
+
+def query_pyramid(side_tokens: int, window: int, stage: int) -> tuple[int, bool]:
+    """How a stage's map is brought down to the global query, a window of tokens.
+
+    Args:
+        side_tokens: side of the stage's map at the resolution the model is designed for.
+        window: side of the window in tokens.
+        stage: 0..3.
+
+    Returns:
+        The number of convolutional blocks (at least 1) and whether each is followed by a pooling
+        that halves the map. As in the reference, stage 2 (index) pools once unless its map is
+        exactly one window, even where its map is smaller than the window.
+    """
+    halvings = max(0, math.ceil(math.log2(side_tokens / window)))
+    if stage == 2 and side_tokens != window:
+        halvings = max(1, halvings)
+    return max(1, halvings), halvings > 0
+
+
+def relative_position_index(window: int) -> Tensor:
+    """Row of the bias table for each pair of tokens of a window, (N, N) int64, as in Swin.
+
+    The row is ``(dy + w - 1) * (2w - 1) + dx + w - 1`` for query minus key coordinates.
+    """
+    axis = torch.arange(window)
+    y, x = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
+    dy = y[:, None] - y[None, :] + window - 1
+    dx = x[:, None] - x[None, :] + window - 1
+    return dy * (2 * window - 1) + dx
+
+
+def partition_windows(x_bhwc: Tensor, window: int) -> tuple[Tensor, Tensor | None]:
+    """Cut a map into windows, zero-padded right and bottom to a multiple of the window.
+
+    Args:
+        x_bhwc: (B, H, W, C).
+        window: side of the window in tokens.
+
+    Returns:
+        (B, L, N, C), windows in row-major order, and a bool mask (L, N, 1) that is true on the
+        padding, or None where nothing was padded.
+    """
+    height, width = x_bhwc.shape[1:3]
+    rows, columns = _windows_along(height, window), _windows_along(width, window)
+    pad_bottom, pad_right = rows * window - height, columns * window - width
+    if pad_bottom == 0 and pad_right == 0:
+        return _to_windows(x_bhwc, window), None
+    inside = x_bhwc.new_zeros((1, height, width, 1), dtype=torch.bool)
+    padded = F.pad(inside, (0, 0, 0, pad_right, 0, pad_bottom), value=True)
+    x_bhwc = F.pad(x_bhwc, (0, 0, 0, pad_right, 0, pad_bottom))
+    return _to_windows(x_bhwc, window), _to_windows(padded, window)[0]
+
+
+def _windows_along(tokens: int, window: int) -> int:
+    # Not -(-tokens // window): while an ONNX graph is traced, // rounds towards zero.
+    return (tokens + window - 1) // window
+
+
+def _to_windows(x_bhwc: Tensor, window: int) -> Tensor:
+    rows, columns, channels = x_bhwc.shape[1] // window, x_bhwc.shape[2] // window, x_bhwc.shape[3]
+    x = x_bhwc.reshape(-1, rows, window, columns, window, channels).transpose(2, 3)
+    return x.reshape(-1, rows * columns, window * window, channels)
+
+
+def merge_windows(x_blnc: Tensor, window: int, height: int, width: int) -> Tensor:
+    """Undo :func:`partition_windows`: (B, L, N, C) back to (B, H, W, C), the padding cut off."""
+    rows, columns = _windows_along(height, window), _windows_along(width, window)
+    channels = x_blnc.shape[-1]
+    x = x_blnc.reshape(-1, rows, columns, window, window, channels).transpose(2, 3)
+    x = x.reshape(-1, rows * window, columns * window, channels)
+    return x[:, :height, :width].contiguous()
+
+
+class SqueezeExcitation(nn.Module):
+    """Rescales channels by a gate computed from their global means. No biases."""
+
+    def __init__(self, channels: int, reduction: int = 4) -> None:
+        super().__init__()
+        hidden = channels // reduction
+        self.fc = nn.Sequential(
+            nn.Linear(channels, hidden, bias=False),
+            nn.GELU(),
+            nn.Linear(hidden, channels, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        gate_bc = self.fc(x_bchw.mean((2, 3)))
+        return x_bchw * gate_bc[:, :, None, None]
+
+
+class ResidualConv(nn.Module):
+    """x + pointwise(squeeze-excitation(GELU(depthwise(x)))), optionally halved by max pooling.
+
+    One step of the global-query pyramid, and the front of :class:`Reduction`.
+    """
+
+    def __init__(self, channels: int, pool: bool = False) -> None:
+        super().__init__()
+        self.pool = pool
+        self.conv = _conv_branch(channels)
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape, or with ``pool`` to (B, C, ceil(H/2), ceil(W/2))."""
+        x_bchw = x_bchw + self.conv(x_bchw)
+        return F.max_pool2d(x_bchw, 3, stride=2, padding=1) if self.pool else x_bchw
+
+
+def _conv_branch(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False),
+        nn.GELU(),
+        SqueezeExcitation(channels),
+        nn.Conv2d(channels, channels, 1, bias=False),
+    )
+
+
+class Reduction(nn.Module):
+    """Halves a map: norm, residual convolutions, 3x3 convolution of stride 2, norm."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = _conv_branch(channels)
+        self.reduction = nn.Conv2d(channels, out_channels, 3, stride=2, padding=1, bias=False)
+        self.norm2 = nn.LayerNorm(out_channels)
+        self.norm1 = nn.LayerNorm(channels)
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, ceil(H/2), ceil(W/2), out_channels)."""
+        x_bchw = self.norm1(x_bhwc).permute(0, 3, 1, 2)
+        x_bchw = self.reduction(x_bchw + self.conv(x_bchw))
+        return self.norm2(x_bchw.permute(0, 2, 3, 1))
+
+
+class Stem(nn.Module):
+    """The image to tokens of stride 4: a 3x3 convolution of stride 2 and a :class:`Reduction`."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)
+        self.conv_down = Reduction(channels, channels)
+
+    def forward(self, images_bchw: Tensor) -> Tensor:
+        """(B, 3, height, width) to (B, ceil(height/4), ceil(width/4), C)."""
+        images_bchw = images_bchw.contiguous(memory_format=torch.channels_last)
+        return self.conv_down(self.proj(images_bchw).permute(0, 2, 3, 1))
+
+
+class GlobalQuery(nn.Module):
+    """A stage's global query: its input map brought down to one window of tokens.
+
+    Args:
+        channels: C.
+        num_heads: h.
+        window: side of the window in tokens.
+        num_blocks: convolutional blocks.
+        pool: whether each block halves the map.
+    """
+
+    def __init__(self, channels: int, num_heads: int, window: int, num_blocks: int, pool: bool) -> None:
+        super().__init__()
+        self.num_heads, self.window = num_heads, window
+        self.to_q_global = nn.Sequential(*(ResidualConv(channels, pool) for _ in range(num_blocks)))
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        """(B, H, W, C) to the query of every window of the image, (B, h, N, d)."""
+        q = self.to_q_global(x_bhwc.permute(0, 3, 1, 2))
+        if q.shape[2] != self.window or q.shape[3] != self.window:
+            q = F.interpolate(q, size=(self.window, self.window), mode="bicubic", align_corners=False)
+        q = q.permute(0, 2, 3, 1).reshape(-1, self.window**2, self.num_heads, q.shape[1] // self.num_heads)
+        return q.transpose(1, 2)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows with a relative position bias.
+
+    Args:
+        channels: C.
+        num_heads: h.
+        window: side of the window in tokens.
+        use_global_query: queries come from outside, shared by all windows of an image; the
+            layer then projects keys and values only.
+    """
+
+    def __init__(self, channels: int, num_heads: int, window: int, use_global_query: bool) -> None:
+        super().__init__()
+        self.num_heads, self.window, self.use_global_query = num_heads, window, use_global_query
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, num_heads))
+        self.register_buffer("relative_position_index", relative_position_index(window), persistent=False)
+        self.qkv = nn.Linear(channels, channels * (2 if use_global_query else 3))
+        self.proj = nn.Linear(channels, channels)
+        self.register_load_state_dict_pre_hook(_drop_index)
+
+    def forward(self, x_blnc: Tensor, q_global_bhnd: Tensor | None = None) -> Tensor:
+        """(B, L, N, C), and (B, h, N, d) where queries are global, to (B, L, N, C)."""
+        num_windows, num_tokens, channels = x_blnc.shape[1:]
+        # Windows of all images in one axis, heads before tokens: (2 or 3, B * L, h, N, d).
+        split = self.qkv(x_blnc).reshape(
+            -1, num_tokens, 2 if self.use_global_query else 3, self.num_heads, channels // self.num_heads
+        )
+        parts = split.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        if self.use_global_query:
+            q = q_global_bhnd.unsqueeze(1).expand(-1, num_windows, -1, -1, -1).flatten(0, 1)
+            parts = (q, *parts)
+        out = attend(*parts, self.position_bias())
+        return self.proj(out.transpose(1, 2).reshape(-1, num_windows, num_tokens, channels))
+
+    def position_bias(self) -> Tensor:
+        """The bias added to the attention logits, (h, N, N)."""
+        num_tokens = self.window**2
+        # index_select along rows of a transposed copy: several times faster than indexing.
+        table = self.relative_position_bias_table.t().contiguous()
+        bias = table.index_select(1, self.relative_position_index.flatten())
+        return bias.reshape(self.num_heads, num_tokens, num_tokens)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias_hnn: Tensor) -> Tensor:
+    """Softmax attention with a bias; everything else (windows, h, N, d)."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_hnn.unsqueeze(0))
+    # On a CPU the fused kernel loses to two matrix products at 49 or 196 tokens, and with a bias
+    # that is trained it is not used at all. The plain form is also what an ONNX graph should hold.
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    logits += bias_hnn
+    return logits.softmax(-1) @ v
+
+
+def _drop_index(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Checkpoints of others store the index, which follows from the window: not a weight."""
+    state_dict.pop(prefix + "relative_position_index", None)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, on the last axis."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same shape."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm window attention and MLP, each on a residual with layer scale and drop path.
+
+    Args:
+        channels: C.
+        num_heads: h.
+        window: side of the window in tokens.
+        mlp_ratio: hidden channels of the MLP over C.
+        use_global_query: see :class:`WindowAttention`.
+        drop_path_rate: probability that an image skips a residual branch in training, 0..1.
+        layer_scale: initial value of the factors on the branches; None for no factors.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        window: int,
+        mlp_ratio: float,
+        use_global_query: bool,
+        drop_path_rate: float,
+        layer_scale: float | None,
+    ) -> None:
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn = WindowAttention(channels, num_heads, window, use_global_query)
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio))
+        scaled = layer_scale is not None
+        self.gamma1 = nn.Parameter(torch.full((channels,), layer_scale)) if scaled else None
+        self.gamma2 = nn.Parameter(torch.full((channels,), layer_scale)) if scaled else None
+
+    def forward(self, x_blnc: Tensor, padding_ln1: Tensor | None, q_global_bhnd: Tensor | None) -> Tensor:
+        """(B, L, N, C) to the same shape.
+
+        Args:
+            x_blnc: windows of tokens.
+            padding_ln1: (L, N, 1) bool, true on padding, which enters attention as zeros.
+            q_global_bhnd: (B, h, N, d) where queries are global.
+        """
+        tokens = self.norm1(x_blnc)
+        if padding_ln1 is not None:
+            tokens = tokens.masked_fill(padding_ln1, 0.0)
+        x_blnc = self._add(x_blnc, self.attn(tokens, q_global_bhnd), self.gamma1)
+        return self._add(x_blnc, self.mlp(self.norm2(x_blnc)), self.gamma2)
+
+    def _add(self, x_blnc: Tensor, branch_blnc: Tensor, gamma_c: Tensor | None) -> Tensor:
+        """x + drop_path(gamma * branch), with the factors multiplied before they meet the map."""
+        factor = gamma_c
+        if self.training and self.drop_path_rate > 0:
+            keep = 1 - self.drop_path_rate
+            kept_b = x_blnc.new_empty((x_blnc.shape[0], 1, 1, 1)).bernoulli_(keep).div_(keep)
+            factor = kept_b if gamma_c is None else kept_b * gamma_c
+        return x_blnc + branch_blnc if factor is None else torch.addcmul(x_blnc, branch_blnc, factor)
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution, local and global attention in turn, then the reduction.
+
+    The map is cut into windows once and put together once: the blocks in between work on
+    windows only, and padding is held at zero where attention reads it.
+
+    Args:
+        channels: C.
+        num_heads: h.
+        window: side of the window in tokens.
+        mlp_ratio: hidden channels of the MLPs over C.
+        drop_path_rates: one for each block; their number is the depth.
+        layer_scale: see :class:`Block`.
+        pyramid: blocks and pooling of the global query, see :func:`query_pyramid`.
+        reduce: whether a reduction to twice the channels follows.
+        with_cp: recompute each block in the backward pass to save memory.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        window: int,
+        mlp_ratio: float,
+        drop_path_rates: list[float],
+        layer_scale: float | None,
+        pyramid: tuple[int, bool],
+        reduce: bool,
+        with_cp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.window, self.with_cp = window, with_cp
+        self.blocks = nn.ModuleList(
+            Block(channels, num_heads, window, mlp_ratio, index % 2 == 1, rate, layer_scale)
+            for index, rate in enumerate(drop_path_rates)
+        )
+        self.downsample = Reduction(channels, 2 * channels) if reduce else None
+        self.q_global_gen = GlobalQuery(channels, num_heads, window, *pyramid)
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        """(B, H, W, C) to the stage's feature, (B, H, W, C); the reduction is not applied."""
+        height, width = x_bhwc.shape[1:3]
+        q_global = self.q_global_gen(x_bhwc)
+        windows, padding = partition_windows(x_bhwc, self.window)
+        for block in self.blocks:
+            query = q_global if block.attn.use_global_query else None
+            if self.with_cp and self.training:
+                windows = checkpoint(block, windows, padding, query, use_reentrant=False)
+            else:
+                windows = block(windows, padding, query)
+        return merge_windows(windows, self.window, height, width)
+
+
+# --- GCViT, the Global Context Vision Transformer, as a backbone for any mmdet detector ---
 
 NUM_STAGES = 4
 
@@ -220,7 +591,7 @@ class GCViT(BaseModule):
 
 def _read(location: str) -> Mapping[str, Any]:
     """A checkpoint at a path or URL, of any format we read, without running code from it."""
-    from ddetr_mm.weights.fetch import local_file  # the package of weights builds on models
+    from ddetr_mm.weights.read import local_file  # the package of weights builds on models
     from ddetr_mm.weights.safe_read import read_raw
 
     return read_raw(local_file(location)).payload

@@ -11,17 +11,64 @@ import torch
 from mmdet.models.dense_heads import DeformableDETRHead
 from mmdet.models.losses import FocalLoss
 from mmdet.registry import MODELS
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmengine.structures import InstanceData
 from torch import Tensor
 
 from ddetr_mm.errors import InputError, Problem
+from ddetr_mm.models.deformable_attention import host_to_device, no_autocast
+from ddetr_mm.models.losses import (
+    MatchingCost,
+    NonFiniteCostError,
+    Objects,
+    assign_all_layers,
+    box_divisor,
+    matching_costs,
+    set_losses,
+)
+from ddetr_mm.models.stages import stage, staged
+from ddetr_mm.models.transformer import place_boxes
 
-from .criterion import box_divisor, set_losses
-from .deformable_attention import host_to_device, no_autocast
-from .matching import MatchingCost, NonFiniteCostError, Objects, assign_all_layers, matching_costs
-from .postprocess import top_detections
-from .stages import stage, staged
-from .transformer import place_boxes
+# --- From logits and relative boxes to detections (pure function) ---
+# Shapes: B images, Q queries, C class columns, k detections of an image.
+
+
+def top_detections(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    sizes_hw: Tensor,
+    max_per_image: int,
+    background_column: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The most probable (query, class) pairs of every image: sigmoid, then top-k over Q x C.
+
+    One query may appear with several classes. Boxes may reach beyond the image, as the reference's
+    do.
+
+    Args:
+        logits: (B, Q, C).
+        boxes_cxcywh: (B, Q, 4), 0..1 over the unpadded image.
+        sizes_hw: (B, 2) height and width that boxes are scaled to, in pixels.
+        max_per_image: k; fewer when Q x C is smaller.
+        background_column: whether column 0 stands for the background. Then it is left out before
+            the choice, so it takes no detection's place and is never a label.
+
+    Returns:
+        scores (B, k) in 0..1 falling, labels (B, k) = class columns, boxes_xyxy (B, k, 4) in pixels.
+    """
+    first = int(background_column)
+    logits = logits.float()[..., first:]
+    num_columns = logits.shape[-1]
+    flat = logits.flatten(1)
+    scores, picked = flat.sigmoid().topk(min(max_per_image, flat.shape[1]), dim=1)
+    labels = picked % num_columns + first
+    query = picked // num_columns
+    boxes = boxes_cxcywh.float().gather(1, query[..., None].expand(-1, -1, 4))
+    sizes_whwh = sizes_hw.to(boxes).flip(-1).repeat(1, 2)
+    return scores, labels, bbox_cxcywh_to_xyxy(boxes) * sizes_whwh[:, None]
+
+
+# --- Prediction head of Deformable DETR with the reference's loss, matching and post-processing ---
 
 
 @MODELS.register_module()
@@ -238,7 +285,7 @@ def detection_size_hw(img_meta: dict, rescale: bool) -> tuple[float, float]:
             Problem(
                 "boxes cannot be scaled back to the original image: the sample has no scale_factor",
                 file=img_meta.get("img_path"),
-                mend="add 'scale_factor' to the meta_keys of PackDetInputs, or predict with rescale=False",
+                hint="add 'scale_factor' to the meta_keys of PackDetInputs, or predict with rescale=False",
             )
         )
     return height / float(scale_factor[1]), width / float(scale_factor[0])

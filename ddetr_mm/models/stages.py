@@ -1,7 +1,7 @@
 """Where a training step is: named stretches of the model's work, for whoever keeps time.
 
 The detector and its head mark their parts by :func:`stage` and :func:`staged`. Without a listener that
-costs next to nothing; :class:`ddetr_mm.runtime.time_ledger_hook.TimeLedgerHook` is one.
+costs next to nothing; :class:`ddetr_mm.engine.time_ledger.TimeLedgerHook` is one.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from mmengine.model import ModuleList
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .deformable_attention import DeformableAttention, SizesHW, no_autocast
+from ddetr_mm.models.deformable_attention import DeformableAttention, SizesHW, no_autocast
 
 
 class _Checkpointed(nn.Module):

@@ -1,6 +1,6 @@
 """Triton kernels of multi-scale deformable attention: sampling forward and backward.
 
-Imports Triton at once, so only :mod:`ddetr_mm.models.triton_sampling` loads this module, when it runs.
+Imports Triton at once, so only :mod:`ddetr_mm.models.triton_attention` loads this module, when it runs.
 
 One program works on one head of one image. Its tiles are (queries or points, channels), so that
 consecutive lanes read consecutive channels of one cell; consecutive queries look at neighbouring cells,

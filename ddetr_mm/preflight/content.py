@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ddetr_mm.preflight.findings import Section, suspicion
-from ddetr_mm.preflight.split import Split
-from ddetr_mm.preflight.thumbnails import Thumbnail
+from ddetr_mm.preflight.pictures import Thumbnail
+from ddetr_mm.preflight.report import Section, Split, suspicion
 
 LEAST_IMAGES = 20
 """Fewer images with boxes say nothing."""
@@ -47,7 +46,7 @@ def check_content(split: Split, images: Sequence[Thumbnail]) -> Section:
                 f"nothing shows that the boxes belong to these pictures: over {len(with_boxes)} pictures "
                 f"they fit no better than boxes of other pictures ({errors:+.1f} standard errors)",
                 where=split.where,
-                mend="look at the pictures with their boxes: image ids may be exchanged, the annotations "
+                hint="look at the pictures with their boxes: image ids may be exchanged, the annotations "
                 "stale, or the folder holds other pictures of the same names",
             )
         )

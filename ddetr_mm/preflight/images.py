@@ -2,17 +2,91 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ddetr_mm.data.image_size import IMAGE_EXTENSIONS, UnreadableImage, read_image_size
-from ddetr_mm.preflight.findings import Finding, Section, fault, note
-from ddetr_mm.preflight.split import Split
+from ddetr_mm.datasets.image_size import IMAGE_EXTENSIONS, UnreadableImage, read_image_size
+from ddetr_mm.preflight.report import Finding, Section, Split, fault, note
+
+# --- Images that stand in two splits, by content: a validation on them says nothing ---
+
+MOST_HASHED = 4000
+"""Files of equal size that are read at most, where not all are asked for."""
+
+
+def check_overlap(splits: Sequence[Split], *, full: bool = False) -> Section:
+    """Compare the images of every two splits.
+
+    Only files of equal size can be equal, so sizes are compared first and few files are read.
+    """
+    section = Section("images in two splits")
+    sizes = {split.name: files_by_size(split) for split in splits}
+    for first, second in combinations(splits, 2):
+        shared_sizes = set(sizes[first.name]) & set(sizes[second.name])
+        one = [path for size in sorted(shared_sizes) for path in sizes[first.name][size]]
+        other = [path for size in sorted(shared_sizes) for path in sizes[second.name][size]]
+        complete = full or len(one) + len(other) <= MOST_HASHED
+        if not complete:
+            one, other = one[: MOST_HASHED // 2], other[: MOST_HASHED // 2]
+        digests = digests_of(one)
+        equal = [(digests[digest], path) for path in other if (digest := digest_of(path)) in digests]
+        section.lines.append(
+            f"{first.name} and {second.name}: {len(equal)} equal images"
+            + ("" if complete else f" among {len(one) + len(other):,} files read (--full reads all)")
+        )
+        section.data[f"{first.name}-{second.name}"] = len(equal)
+        if not equal:
+            continue
+        share = len(equal) / max(second.table.num_images, 1)
+        # One frame too many is a slip; a large share means that the validation measures memory.
+        build = fault if share > 0.5 and first.name == "train" else note
+        section.findings.append(
+            build(
+                "splits-overlap",
+                f"{len(equal)} images of {second.name} ({share:.0%}) are in {first.name} too, the first: "
+                f"{equal[0][1]} is {equal[0][0]}",
+                where=f"{first.where} and {second.where}",
+                hint="`ddetr-mm coco split` divides one file into parts without common images",
+            )
+        )
+    return section
+
+
+def files_by_size(split: Split) -> dict[int, list[Path]]:
+    """Size in bytes → the image files of that size; missing files are left out."""
+    found: dict[int, list[Path]] = defaultdict(list)
+    for row in range(split.table.num_images):
+        path = split.path(row)
+        try:
+            found[path.stat().st_size].append(path)
+        except OSError:
+            continue  # told by the check of the images
+    return found
+
+
+def digests_of(paths: Iterable[Path]) -> dict[bytes, Path]:
+    """Digest of the content → the file."""
+    return {digest_of(path): path for path in paths}
+
+
+def digest_of(path: Path) -> bytes:
+    """Digest of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
+
+
+# --- Image files against what the annotations say of them: present, whole, of the recorded size ---
 
 SAMPLE = 200
 """How many images of a split are looked at where not all are; evenly spread."""
@@ -113,7 +187,7 @@ def _judged(split: Split, source: int, look: Looks) -> Iterator[Finding]:
             f"{len(look.broken)} of {look.seen} image files cannot be read, the first: "
             f"{split.path(row)}: {reason}",
             where=where,
-            mend="write or copy them again, or leave them out of the annotations",
+            hint="write or copy them again, or leave them out of the annotations",
         )
     yield from _transposed(split, where, look)
     if look.other_size:
@@ -128,7 +202,7 @@ def _judged(split: Split, source: int, look: Looks) -> Iterator[Finding]:
             file=split.sources[source].json_file,
             where=where,
             value=folder,
-            mend="the images were changed after they were annotated: annotate or convert anew",
+            hint="the images were changed after they were annotated: annotate or convert anew",
         )
 
 
@@ -146,14 +220,14 @@ def _transposed(split: Split, where: str, look: Looks) -> Iterator[Finding]:
             "sizes-before-exif",
             text + "; an EXIF tag turns these images when they are shown",
             where=where,
-            mend="make sure that the boxes belong to the image as it is shown",
+            hint="make sure that the boxes belong to the image as it is shown",
         )
     else:
         yield fault(
             "sizes-transposed",
             text,
             where=where,
-            mend="write the width into 'width' and the height into 'height'",
+            hint="write the width into 'width' and the height into 'height'",
         )
 
 
@@ -171,7 +245,7 @@ def _wrong_folder(split: Split, source: int, look: Looks) -> Finding:
         ),
         where=f"{split.where}[{source}].image_dir",
         value=folder,
-        mend=f"the images seem to lie below {elsewhere}: give that as image_dir"
+        hint=f"the images seem to lie below {elsewhere}: give that as image_dir"
         if elsewhere
         else "file_name in the annotations must be relative to image_dir",
     )
@@ -203,13 +277,13 @@ def _some_missing(split: Split, source: int, look: Looks) -> Finding:
             f"the folder are not listed, the first: {unlisted[0]}",
             file=split.sources[source].json_file,
             where=where,
-            mend="annotate or convert anew",
+            hint="annotate or convert anew",
         )
     return fault(
         "images-missing",
         text,
         where=where,
-        mend="put the files there, or leave the images out of the annotations",
+        hint="put the files there, or leave the images out of the annotations",
     )
 
 

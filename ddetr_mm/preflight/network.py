@@ -1,32 +1,208 @@
-"""The part of a check that needs the network: built from the translated config, on real batches."""
+"""Build the network and run one real step."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mmdet.registry import MODELS
+from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
-from torch import nn
+from torch import Tensor, nn
 
-from ddetr_mm.preflight import real_step, round_trip
-from ddetr_mm.preflight.contact_sheet import MOST_TILES, Tile, draw_contact_sheet, tiles_of_batch
-from ddetr_mm.preflight.findings import Section, note
-from ddetr_mm.preflight.fit import largest_padded_hw
+from ddetr_mm.preflight import round_trip
+from ddetr_mm.preflight.annotations import largest_padded_hw
+from ddetr_mm.preflight.pictures import MOST_TILES, Tile, draw_contact_sheet, tiles_of_batch
+from ddetr_mm.preflight.report import Section, Split, fault, note
 from ddetr_mm.preflight.resources import (
     MemoryNeed,
+    ModelSize,
     available_host_memory,
     check_disk,
     check_memory,
     num_checkpoints,
 )
-from ddetr_mm.preflight.split import Split
 from ddetr_mm.spec import ExperimentSpec
 from ddetr_mm.weights import load_backbone, load_for_model
+
+# --- One real forward and backward step: losses, gradients, and the memory that it takes ---
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step gave.
+
+    Attributes:
+        losses: name → value, the total under ``"loss"``.
+        without_gradient: trained parameters that got none.
+        bad_gradient: trained parameters with a gradient that is not finite.
+        moved_though_frozen: frozen parameters that got a gradient.
+        num_trained, num_frozen: how many parameters of each kind there are.
+        kept_bytes: what the forward pass kept for the backward pass.
+        batch_hw: padded height and width of the batch.
+        num_images: images in it.
+    """
+
+    losses: dict[str, float]
+    without_gradient: list[str]
+    bad_gradient: list[str]
+    moved_though_frozen: list[str]
+    num_trained: int
+    num_frozen: int
+    kept_bytes: int
+    batch_hw: tuple[int, int]
+    num_images: int
+
+
+def take_step(model: Any, optim_wrapper_cfg: Mapping[str, Any], batch: Mapping[str, Any]) -> Step:
+    """Forward and backward on one batch in training mode; the optimizer does not step.
+
+    Args:
+        model: a detector of mmdet, on the device that it is to run on.
+        optim_wrapper_cfg: of the config; decides about mixed precision.
+        batch: as the training dataloader gives it.
+    """
+    model.train()
+    wrapper = build_optim_wrapper(model, dict(optim_wrapper_cfg))
+    on_gpu = next(model.parameters()).is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    kept = KeptBytes({parameter.data_ptr() for parameter in model.parameters()})
+    with kept.counting(), wrapper.optim_context(model):
+        prepared = model.data_preprocessor(batch, True)
+        losses = model(**prepared, mode="loss")
+        total, logged = model.parse_losses(losses)
+    kept_bytes = kept.total
+    kept.forget()
+    # Not through the wrapper: the first scaled losses of fp16 overflow by design.
+    total.backward()
+    if on_gpu:
+        torch.cuda.synchronize()
+        kept_bytes = max(kept_bytes, torch.cuda.max_memory_allocated() - before)
+    step = _read(
+        model, {name: float(value.detach()) for name, value in logged.items()}, kept_bytes, prepared["inputs"]
+    )
+    model.zero_grad(set_to_none=True)
+    return step
+
+
+class KeptBytes:
+    """Counts the bytes that autograd keeps between forward and backward, each storage once.
+
+    Args:
+        known: addresses of storages that are there anyway: the parameters.
+    """
+
+    def __init__(self, known: set[int]) -> None:
+        self._seen = set(known)
+        self._alive: list[Tensor] = []
+        self.total = 0
+
+    def counting(self) -> Any:
+        """A context in which what is kept gets counted."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, _unchanged)
+
+    def forget(self) -> None:
+        """Let go of what was counted."""
+        self._alive.clear()
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            # Freed storages would give their address to the next one.
+            self._alive.append(tensor.detach())
+            self.total += storage.nbytes()
+        return tensor
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _read(model: Any, losses: dict[str, float], kept_bytes: int, inputs: Tensor) -> Step:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    return Step(
+        losses=losses,
+        without_gradient=[name for name, p in trained.items() if p.grad is None],
+        bad_gradient=[
+            name
+            for name, p in trained.items()
+            if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+        ],
+        moved_though_frozen=[name for name, p in frozen.items() if p.grad is not None],
+        num_trained=len(trained),
+        num_frozen=len(frozen),
+        kept_bytes=kept_bytes,
+        batch_hw=(int(inputs.shape[-2]), int(inputs.shape[-1])),
+        num_images=len(inputs),
+    )
+
+
+def model_size(model: Any, optimizer: str) -> ModelSize:
+    """Bytes of a network's weights, trained parameters and optimizer state.
+
+    Args:
+        model: the network.
+        optimizer: ``AdamW`` or ``SGD``.
+    """
+
+    def total(tensors: Any, wanted: Callable[[Tensor], bool]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if wanted(tensor))
+
+    weights = total(model.parameters(), lambda _: True) + total(model.buffers(), lambda _: True)
+    trained = total(model.parameters(), lambda parameter: parameter.requires_grad)
+    return ModelSize(weights, trained, optimizer_copies=1 if optimizer == "SGD" else 2)
+
+
+def judge(step: Step, should_be_frozen: list[str]) -> Section:
+    """The step in words.
+
+    Args:
+        step: what it gave.
+        should_be_frozen: parameters that the spec freezes and that would move all the same.
+    """
+    section = Section("one training step")
+    height, width = step.batch_hw
+    # Those of the inner decoder layers (d0.loss_cls …) are in the file.
+    shown = {name: value for name, value in step.losses.items() if "." not in name}
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+    section.lines += [
+        f"{step.num_images} images at {width}x{height} (width x height): {parts}",
+        f"{step.num_trained} parameters train, {step.num_frozen} are frozen",
+    ]
+    section.data = dict(losses=step.losses, num_trained=step.num_trained, num_frozen=step.num_frozen)
+    broken = [name for name, value in step.losses.items() if value != value or abs(value) == float("inf")]
+    if broken:
+        section.findings.append(
+            fault("loss-not-finite", f"not finite in the first step: {', '.join(broken)}", where="train")
+        )
+    for kind, names, text in (
+        ("gradient-not-finite", step.bad_gradient, "get a gradient that is not finite"),
+        ("gradient-missing", step.without_gradient, "should move and get no gradient"),
+        ("frozen-moves", step.moved_though_frozen, "are frozen and get a gradient"),
+        ("freeze-without-effect", should_be_frozen, "should be frozen by the spec and would train"),
+    ):
+        if names:
+            shown_names = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+            section.findings.append(
+                fault(kind, f"{len(names)} parameters {text}: {shown_names}", where=_KEYS.get(kind, "train"))
+            )
+    return section
+
+
+_KEYS = {"frozen-moves": "train.freeze", "freeze-without-effect": "train.freeze, model.train_backbone"}
+
+
+# --- The part of a check that needs the network: built from the translated config, on real batches ---
 
 ROUND_TRIP_SAMPLE = 64
 """Images of a split that the ground truth is sent through the pipeline for, where not all are."""
@@ -121,10 +297,10 @@ def check_training_step(
         prepared = model.data_preprocessor(copy.deepcopy(batch), True)
         tiles += tiles_of_batch(prepared["inputs"], prepared["data_samples"], model.data_preprocessor, names)
     yield sheet_section(folder / "check_batches_training.png", tiles, "training", names)
-    step = real_step.take_step(model, config.optim_wrapper, batches[0])
-    yield real_step.judge(step, would_train(model, config, spec))
+    step = take_step(model, config.optim_wrapper, batches[0])
+    yield judge(step, would_train(model, config, spec))
     yield memory_section(model, step, spec, train, device)
-    size = real_step.model_size(model, spec.train.optim.optimizer)
+    size = model_size(model, spec.train.optim.optimizer)
     steps = -(-len(loader.dataset) // spec.dataset.batch_size)
     kept = num_checkpoints(
         spec.train.num_epochs, spec.train.checkpoint_interval, spec.train.checkpoint_interval_unit, steps
@@ -164,14 +340,14 @@ def would_train(model: Any, config: Any, spec: ExperimentSpec) -> list[str]:
 
 
 def memory_section(
-    model: Any, step: real_step.Step, spec: ExperimentSpec, train: Split, device: torch.device
+    model: Any, step: Step, spec: ExperimentSpec, train: Split, device: torch.device
 ) -> Section:
     """Memory of a step at the largest padded batch, from what the real step kept."""
     divisor = spec.dataset.augmentation.pad_size_divisor or 1
     largest_hw = largest_padded_hw(train.table.sizes_hw, spec.dataset.augmentation, divisor)
     pixels = step.batch_hw[0] * step.batch_hw[1] * step.num_images
     per_image = int(step.kept_bytes * largest_hw[0] * largest_hw[1] / pixels)
-    size = real_step.model_size(model, spec.train.optim.optimizer)
+    size = model_size(model, spec.train.optim.optimizer)
     need = MemoryNeed(size, per_image, spec.dataset.batch_size, largest_hw)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

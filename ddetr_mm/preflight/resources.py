@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddetr_mm.preflight.findings import Finding, Section, fault, note
+from ddetr_mm.preflight.report import Finding, Section, fault, note
 
 GIB = 1 << 30
 RESERVE = 0.05
@@ -107,7 +107,7 @@ def check_disk(folder: Path, num_files: int, bytes_each: int) -> Section:
                 f"{num_files} checkpoints need {size_text(need)}, and {size_text(free)} are free",
                 file=existing_parent(folder),
                 where="results_dir",
-                mend=f"free space, choose another results_dir, or keep at most {fitting}: raise "
+                hint=f"free space, choose another results_dir, or keep at most {fitting}: raise "
                 f"train.checkpoint_interval {math.ceil(num_files / fitting)} times",
             )
         )
@@ -132,7 +132,7 @@ def check_disk_writable(folder: Path) -> list[Finding]:
                 "the results folder cannot be written to",
                 file=parent,
                 where="results_dir",
-                mend="name a folder you may write to: results_dir=…",
+                hint="name a folder you may write to: results_dir=…",
             )
         ]
     return []
@@ -172,7 +172,7 @@ def check_memory(need: MemoryNeed, available: int, device: str, options: dict[st
                 f"a step needs about {size_text(need.total)}, and {device} has {size_text(available)}",
                 where="dataset.batch_size",
                 value=need.batch_size,
-                mend="any of these: " + "; ".join(ways_to_fit(need, usable, options)),
+                hint="any of these: " + "; ".join(ways_to_fit(need, usable, options)),
             )
         )
     elif need.total > 0.85 * usable:

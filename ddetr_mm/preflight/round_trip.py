@@ -20,13 +20,12 @@ from mmengine.evaluator import Evaluator
 from mmengine.runner import Runner
 from torch import Tensor
 
-from ddetr_mm.data.dataset import SerializedCocoDataset
-from ddetr_mm.evaluation.coco_eval import evaluate_boxes
-from ddetr_mm.evaluation.columns import DetectionColumns
+from ddetr_mm.datasets.coco import SerializedCocoDataset
+from ddetr_mm.engine.progress import track
+from ddetr_mm.evaluation.coco_eval import DetectionColumns, evaluate_boxes
 from ddetr_mm.evaluation.metric import truth_of_table
-from ddetr_mm.preflight.contact_sheet import MOST_TILES, Tile, tiles_of_batch
-from ddetr_mm.preflight.findings import Section, fault, note, suspicion
-from ddetr_mm.runtime.progress import track
+from ddetr_mm.preflight.pictures import MOST_TILES, Tile, tiles_of_batch
+from ddetr_mm.preflight.report import Section, fault, note, suspicion
 
 CONFIDENT = 10.0
 """The logit of an object's class; every other class has its negative."""
@@ -200,7 +199,7 @@ def judge(split_name: str, trip: RoundTrip, limit: int) -> Section:
                 "and score moves, drops or renames boxes",
                 where=where,
                 allowed="1.0",
-                mend="look at the contact sheet; evaluation would count good predictions as wrong",
+                hint="look at the contact sheet; evaluation would count good predictions as wrong",
             )
         )
     if trip.reachable_AP < EXACT:

@@ -13,12 +13,11 @@ from omegaconf import BooleanNode, FloatNode, IntegerNode, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from ddetr_mm.errors import Problem
-
-from .aliases import canonical
-from .interpolation import Steps, has_interpolation, is_reference
-from .source import Branch, Leaf, Listing, Tree
-from .suggest import suggest_key
-from .walk import FieldType, Kind, SchemaField, fields_of
+from ddetr_mm.spec.aliases import canonical
+from ddetr_mm.spec.interpolation import Steps, has_interpolation, is_reference
+from ddetr_mm.spec.source import Branch, Leaf, Listing, Tree
+from ddetr_mm.spec.suggest import suggest_key
+from ddetr_mm.spec.walk import FieldType, Kind, SchemaField, fields_of
 
 MISSING = "???"
 MAX_INTEGER = 2**63 - 1
@@ -82,10 +81,10 @@ class Binder:
             name = canonical(dotted(path), key)
             if name not in known:
                 prefix = dotted(path) + "." if path else ""
-                mend = None
+                hint = None
                 if len(self.problems) < MAX_SUGGESTIONS:
-                    mend = suggest_key(self.root, prefix, key, known)
-                self.fault((*path, key), item.where, "is not a key of the spec", mend=mend)
+                    hint = suggest_key(self.root, prefix, key, known)
+                self.fault((*path, key), item.where, "is not a key of the spec", hint=hint)
                 continue
             if name != key and not self.accept_alias((*path, key), name, item, tree):
                 continue
@@ -96,7 +95,7 @@ class Binder:
         """Note the use of a field's second name; refuse it beside the first."""
         if name in parent.items:
             other = dotted((*path[:-1], name))
-            self.fault(path, item.where, f"is another name of {other}, which is given too", mend="keep one")
+            self.fault(path, item.where, f"is another name of {other}, which is given too", hint="keep one")
             return False
         self.note(path, item, f"is read as {dotted((*path[:-1], name))}")
         return True
@@ -108,7 +107,7 @@ class Binder:
         if isinstance(tree, Leaf):
             if tree.value == MISSING:
                 if not one.meta.placeholder:
-                    self.fault(path, tree.where, "still holds the placeholder ???", mend="give a value")
+                    self.fault(path, tree.where, "still holds the placeholder ???", hint="give a value")
                 return
             plain_section = kind is Kind.SECTION and not optional
             if tree.value is None and not plain_section:
@@ -172,7 +171,7 @@ class Binder:
             # The text as it stands in the file: no, 1_000 and 007 are names like any other.
             value = leaf.text
             if "\0" in value:
-                self.fault(path, leaf.where, "holds a null character", value=value, mend="leave it out")
+                self.fault(path, leaf.where, "holds a null character", value=value, hint="leave it out")
                 return False, None
         shown: Any = "<hidden>" if one.meta.secret else leaf.value
         if base is bool and isinstance(value, int) and value not in (0, 1):
@@ -185,10 +184,10 @@ class Binder:
                 raise ValueError(value)  # OmegaConf's nodes would take it for an interpolation
             value = _NODES[base](value)._value()
         except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
-            mend = None
+            hint = None
             if base is not str and isinstance(value, str) and value.strip() == "":
-                mend = "give a value or leave the key out"
-            self.fault(path, leaf.where, "is of the wrong type", value=shown, allowed=allowed, mend=mend)
+                hint = "give a value or leave the key out"
+            self.fault(path, leaf.where, "is of the wrong type", value=shown, allowed=allowed, hint=hint)
             return False, None
         if base is int and abs(value) > MAX_INTEGER:
             self.fault(path, leaf.where, "is too large a number", allowed="integers of 64 bits")
@@ -204,10 +203,10 @@ class Binder:
             tree = Listing([tree], tree.where)
         if not isinstance(tree, Listing):
             shown = tree.text if isinstance(tree, Leaf) else "a mapping"
-            mend = None
+            hint = None
             if isinstance(tree, Leaf):
-                mend = f"write [{tree.text}]"
-            self.fault(path, tree.where, "is not a list", value=shown, allowed=one.type.words(), mend=mend)
+                hint = f"write [{tree.text}]"
+            self.fault(path, tree.where, "is not a list", value=shown, allowed=one.type.words(), hint=hint)
             return
         items = []
         for index, item in enumerate(tree.items):
@@ -263,7 +262,7 @@ class Binder:
         if isinstance(tree, Listing):
             return [self.anything(item, (*path, index)) for index, item in enumerate(tree.items)]
         if tree.value == MISSING:
-            self.fault(path, tree.where, "still holds the placeholder ???", mend="give a value")
+            self.fault(path, tree.where, "still holds the placeholder ???", hint="give a value")
             return None
         self.is_interpolation(tree, path, _ANY)
         return tree.value

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .suggest import nearest
-from .walk import Kind, SchemaField, fields_of
+from ddetr_mm.spec.suggest import nearest
+from ddetr_mm.spec.walk import Kind, SchemaField, fields_of
 
 Report = Callable[..., None]
 
@@ -27,8 +27,8 @@ def _check_value(value: Any, one: SchemaField, path: str, report: Report) -> Non
         report(path, "is not a finite number", value=value, allowed=meta.bounds() or "finite numbers")
     elif meta.options is not None and value not in meta.options:
         close = nearest(str(value), meta.options)
-        mend = f"did you mean {close}?" if close else None
-        report(path, "is not an option", value=value, allowed=meta.options, mend=mend)
+        hint = f"did you mean {close}?" if close else None
+        report(path, "is not an option", value=value, allowed=meta.options, hint=hint)
     elif isinstance(value, (int, float)) and not isinstance(value, bool) and not meta.in_bounds(value):
         report(path, "is out of range", value=value, allowed=meta.bounds())
     elif meta.pattern is not None and re.fullmatch(meta.pattern, str(value)) is None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from .bind import MISSING
-from .effects import NO_EFFECT
-from .mandatory import Requirement, requirements_of
-from .schema.fields import REFERENCE, REFERENCE_5_1
-from .source import SpecDumper
-from .walk import Kind, SchemaField, fields_of, root_of
+from ddetr_mm.spec.bind import MISSING
+from ddetr_mm.spec.effects import NO_EFFECT
+from ddetr_mm.spec.mandatory import Requirement, requirements_of
+from ddetr_mm.spec.schema.fields import REFERENCE, REFERENCE_5_1
+from ddetr_mm.spec.source import SpecDumper
+from ddetr_mm.spec.walk import Kind, SchemaField, fields_of, root_of
 
 _WIDTH = 100
 _STEP = "  "

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from .bind import MISSING
-from .schema import ConvertSpec, ExperimentSpec
-from .source import SpecDumper
-from .walk import Kind, fields_of
+from ddetr_mm.spec.bind import MISSING
+from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
+from ddetr_mm.spec.source import SpecDumper
+from ddetr_mm.spec.walk import Kind, fields_of
 
 _DOLLAR = re.compile(r"(?<!\\)(\\*)\$\{")
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from .fieldpath import get_field
-from .schema import ConvertSpec, ExperimentSpec
-from .schema.common import WandbConfig
-from .walk import fields_of
+from ddetr_mm.spec.fieldpath import get_field
+from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
+from ddetr_mm.spec.schema.common import WandbConfig
+from ddetr_mm.spec.walk import fields_of
 
 _AUGMENTED = "the size comes from dataset.augmentation"
 _QUANTIZE = "there is no quantize subtask"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .overrides import OVERRIDE
-from .schema import DistributedTask, ExperimentSpec
-from .source import Branch
+from ddetr_mm.spec.overrides import OVERRIDE
+from ddetr_mm.spec.schema import DistributedTask, ExperimentSpec
+from ddetr_mm.spec.source import Branch
 
 GPU_SECTIONS = ("train", "evaluate", "inference")
 _PAIR = ("num_gpus", "gpu_ids")

@@ -11,19 +11,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from ddetr_mm.errors import Problem, SpecError
-
-from .bind import Binder, dotted
-from .bounds import check_values
-from .effects import notes_of_doubt, notes_without_effect
-from .gpus import agree_on_gpus, drop_overruled_gpus
-from .interpolation import Steps, unbounded_interpolations, unresolved_interpolations
-from .mandatory import incomplete_sources, missing_fields
-from .overrides import apply_overrides
-from .rules import violations
-from .schema import ConvertSpec, ExperimentSpec
-from .source import Branch, parse_yaml, read_text
-from .suggest import nearest
-from .walk import SUBTASKS, fields_of, root_of
+from ddetr_mm.spec.bind import Binder, dotted
+from ddetr_mm.spec.bounds import check_values
+from ddetr_mm.spec.effects import notes_of_doubt, notes_without_effect
+from ddetr_mm.spec.gpus import agree_on_gpus, drop_overruled_gpus
+from ddetr_mm.spec.interpolation import Steps, unbounded_interpolations, unresolved_interpolations
+from ddetr_mm.spec.mandatory import incomplete_sources, missing_fields
+from ddetr_mm.spec.overrides import apply_overrides
+from ddetr_mm.spec.rules import violations
+from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
+from ddetr_mm.spec.source import Branch, parse_yaml, read_text
+from ddetr_mm.spec.suggest import nearest
+from ddetr_mm.spec.walk import SUBTASKS, fields_of, root_of
 
 MAX_PROBLEMS = 100
 
@@ -117,8 +116,8 @@ def load_spec(
     """
     if subtask is not None and subtask not in SUBTASKS:
         close = nearest(subtask, SUBTASKS)
-        mend = f"did you mean {close}?" if close else None
-        raise SpecError(Problem("is not a subtask", value=subtask, allowed=SUBTASKS, mend=mend))
+        hint = f"did you mean {close}?" if close else None
+        raise SpecError(Problem("is not a subtask", value=subtask, allowed=SUBTASKS, hint=hint))
     file = Path(path)
     tree, problems = parse_yaml(read_text(file), file)
     if tree is None and problems:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .fieldpath import get_field
-from .results import results_dir_setting
-from .rules import Fault
-from .schema import ConvertSpec, ExperimentSpec
-from .walk import root_of
+from ddetr_mm.spec.fieldpath import get_field
+from ddetr_mm.spec.results import results_dir_setting
+from ddetr_mm.spec.rules import Fault
+from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
+from ddetr_mm.spec.walk import root_of
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Requirement:
     subtask: str
     path: str
     unless: str | None = None
-    mend: str | None = None
+    hint: str | None = None
     only_with: tuple[str, Any] | None = None
 
 
@@ -43,12 +43,12 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     Requirement("convert", "results_dir"),
     Requirement("convert", "image_dir_name"),
     Requirement("convert", "label_dir_name"),
-    Requirement("train", "dataset.train_data_sources", mend=_SOURCES),
-    Requirement("train", "dataset.val_data_sources", mend=_SOURCES),
+    Requirement("train", "dataset.train_data_sources", hint=_SOURCES),
+    Requirement("train", "dataset.val_data_sources", hint=_SOURCES),
     Requirement("evaluate", "evaluate.checkpoint", unless="evaluate.trt_engine"),
-    Requirement("evaluate", "dataset.test_data_sources", mend=_ONE_SOURCE),
+    Requirement("evaluate", "dataset.test_data_sources", hint=_ONE_SOURCE),
     Requirement("inference", "inference.checkpoint", unless="inference.trt_engine"),
-    Requirement("inference", "dataset.infer_data_sources", mend=_IMAGES),
+    Requirement("inference", "dataset.infer_data_sources", hint=_IMAGES),
     Requirement("export", "export.checkpoint"),
     Requirement("export", "export.onnx_file"),
     Requirement("gen_trt_engine", "gen_trt_engine.onnx_file"),
@@ -73,15 +73,15 @@ def missing_fields(spec: ExperimentSpec | ConvertSpec, subtask: str) -> Iterator
             continue
         if one.only_with is not None and get_field(spec, one.only_with[0]) != one.only_with[1]:
             continue
-        mend = one.mend or f"set it in the spec, or on the command line: {one.path}=..."
+        hint = one.hint or f"set it in the spec, or on the command line: {one.path}=..."
         if one.unless is not None:
-            mend += f" (or {one.unless})"
-        yield Fault(one.path, f"is needed for {subtask} and not given", mend=mend)
+            hint += f" (or {one.unless})"
+        yield Fault(one.path, f"is needed for {subtask} and not given", hint=hint)
     if isinstance(spec, ExperimentSpec) and not results_dir_setting(spec, subtask):
         yield Fault(
             "results_dir",
             f"is empty, and so is {subtask}.results_dir",
-            mend="name a folder for the results: results_dir=/path/to/results",
+            hint="name a folder for the results: results_dir=/path/to/results",
         )
 
 
@@ -100,7 +100,7 @@ def incomplete_sources(spec: ExperimentSpec) -> Iterator[Fault]:
     for path, source, parts in sources:
         for part in parts:
             if not _is_set(getattr(source, part)):
-                yield Fault(f"{path}.{part}", "is not given", mend=f"add {part}: to the source")
+                yield Fault(f"{path}.{part}", "is not given", hint=f"add {part}: to the source")
 
 
 def _is_set(value: Any) -> bool:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ddetr_mm.errors import Problem
-
-from .aliases import canonical
-from .source import Branch, Leaf, Listing, Tree, parse_yaml, plain_leaf
-from .suggest import suggest_key
-from .walk import Kind, SchemaField, fields_of
+from ddetr_mm.spec.aliases import canonical
+from ddetr_mm.spec.source import Branch, Leaf, Listing, Tree, parse_yaml, plain_leaf
+from ddetr_mm.spec.suggest import suggest_key
+from ddetr_mm.spec.walk import Kind, SchemaField, fields_of
 
 OVERRIDE = "override"
 FORM = "key=value with a dotted key, as in train.num_epochs=20 or 'train.optim.lr_steps=[10, 20]'"
@@ -67,8 +66,8 @@ def read_value(text: str, file: Path | None, key: str) -> Tree:
     tree, problems = parse_yaml(stripped, file, where=f"{key}, {OVERRIDE}")
     if tree is None or problems:
         what = problems[0].what.replace("is not valid YAML", "the value is not valid YAML")
-        mend = "quote text that contains brackets, commas or quotes"
-        raise _Fault(Problem(what, file=file, where=f"{key}, {OVERRIDE}", mend=mend))
+        hint = "quote text that contains brackets, commas or quotes"
+        raise _Fault(Problem(what, file=file, where=f"{key}, {OVERRIDE}", hint=hint))
     return _as_override(tree, file, key)
 
 
@@ -121,8 +120,8 @@ class _Applier:
         known = fields_of(cls)
         name = canonical(section_path, token.text)
         if name not in known:
-            mend = suggest_key(self.root, prefix, token.text, known)
-            raise self.fault(prefix + token.text, "is not a key of the spec", mend=mend)
+            hint = suggest_key(self.root, prefix, token.text, known)
+            raise self.fault(prefix + token.text, "is not a key of the spec", hint=hint)
         one = known[name]
         if at + 1 == len(tokens):
             self.set_field(branch, one, value)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ddetr_mm.errors import Problem, SpecError
-
-from .schema import ConvertSpec, ExperimentSpec
+from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
 
 
 def results_dir_setting(spec: ExperimentSpec | ConvertSpec, subtask: str) -> str | None:
@@ -32,6 +31,6 @@ def task_results_dir(spec: ExperimentSpec | ConvertSpec, subtask: str) -> Path:
     setting = results_dir_setting(spec, subtask)
     if not setting:
         where = "results_dir" if isinstance(spec, ConvertSpec) else f"{subtask}.results_dir and results_dir"
-        mend = "name a folder for the results: results_dir=/path/to/results"
-        raise SpecError(Problem("is empty: there is no place for the results", where=where, mend=mend))
+        hint = "name a folder for the results: results_dir=/path/to/results"
+        raise SpecError(Problem("is empty: there is no place for the results", where=where, hint=hint))
     return Path(setting)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from .schema import ConvertSpec, ExperimentSpec
-from .type_names import TYPE_NAMES, unfit_type_names
+from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
+from ddetr_mm.spec.type_names import TYPE_NAMES, unfit_type_names
 
 Check = Callable[[Any], Iterator["Fault"]]
 
@@ -31,11 +31,11 @@ class Fault:
     what: str
     value: Any = NOT_SHOWN
     allowed: str | None = None
-    mend: str | None = None
+    hint: str | None = None
 
     def words(self) -> dict[str, Any]:
         """The arguments of a problem beyond its place and what is wrong."""
-        words: dict[str, Any] = {"allowed": self.allowed, "mend": self.mend}
+        words: dict[str, Any] = {"allowed": self.allowed, "mend": self.hint}
         if self.value is not NOT_SHOWN:
             words["value"] = self.value
         return words
@@ -106,7 +106,7 @@ def levels_match_indices(spec: ExperimentSpec) -> Iterator[Fault]:
             f"has {len(indices)} entries, but model.num_feature_levels is {levels}",
             indices,
             allowed=f"{levels} entries",
-            mend=f"set model.num_feature_levels to {len(indices)} or list {levels} indices",
+            hint=f"set model.num_feature_levels to {len(indices)} or list {levels} indices",
         )
 
 
@@ -126,7 +126,7 @@ def indices_ascend(spec: ExperimentSpec) -> Iterator[Fault]:
             "model.return_interm_indices",
             "has level 4 without level 3, which it is made from",
             indices,
-            mend="add 3 or drop 4",
+            hint="add 3 or drop 4",
         )
 
 
@@ -150,7 +150,7 @@ def width_fits_groups(spec: ExperimentSpec) -> Iterator[Fault]:
             "model.hidden_dim",
             f"is not a multiple of {GROUP_NORM_GROUPS} (group normalisation has {GROUP_NORM_GROUPS} groups)",
             width,
-            mend=f"use {below} or {below + GROUP_NORM_GROUPS}",
+            hint=f"use {below} or {below + GROUP_NORM_GROUPS}",
         )
 
 
@@ -184,7 +184,7 @@ def backbone_has_type(spec: ExperimentSpec) -> Iterator[Fault]:
             "ddetr_mm.backbone",
             "has no type",
             backbone,
-            mend="name an mmdet backbone, as in {type: ResNet, depth: 18}",
+            hint="name an mmdet backbone, as in {type: ResNet, depth: 18}",
         )
     for path, name in unfit_type_names(backbone or {}):
         yield Fault(f"ddetr_mm.backbone{path}", "is no registered class", name, TYPE_NAMES)
@@ -219,7 +219,7 @@ def jitter_size_fits(spec: ExperimentSpec) -> Iterator[Fault]:
             "dataset.augmentation.fixed_random_crop",
             f"is not divisible by {SIDE_MULTIPLE}",
             side,
-            mend=f"use {below} or {below + SIDE_MULTIPLE}",
+            hint=f"use {below} or {below + SIDE_MULTIPLE}",
         )
 
 
@@ -250,7 +250,7 @@ def evaluated_classes_exist(spec: ExperimentSpec) -> Iterator[Fault]:
     if ids is None:
         return
     if not ids:
-        yield Fault("dataset.eval_class_ids", "is empty", ids, mend="list category ids, or use null for all")
+        yield Fault("dataset.eval_class_ids", "is empty", ids, hint="list category ids, or use null for all")
     beyond = [one for one in ids if one > most]
     if beyond:
         yield Fault(
@@ -301,7 +301,7 @@ def decay_steps_ascend(spec: ExperimentSpec) -> Iterator[Fault]:
             "train.optim.lr_steps",
             "must ascend without repeats",
             steps,
-            mend=f"write {sorted(set(steps))}",
+            hint=f"write {sorted(set(steps))}",
         )
 
 
@@ -326,7 +326,7 @@ def both_sides_given(spec: ExperimentSpec) -> Iterator[Fault]:
         yield Fault(
             f"inference.input_{missing}",
             f"is not given, but inference.input_{given} is",
-            mend="give both or neither",
+            hint="give both or neither",
         )
 
 
@@ -382,7 +382,7 @@ def partitions_fit_mode(spec: ConvertSpec) -> Iterator[Fault]:
             "needs a partition_mode when it is more than 1",
             count,
             allowed="1 without a mode",
-            mend="add partition_mode: sequence, or partition_mode: random with num_partitions: 2",
+            hint="add partition_mode: sequence, or partition_mode: random with num_partitions: 2",
         )
     if mode == "random" and count != 2:
         yield Fault(

@@ -165,7 +165,7 @@ class _TreeBuilder:
         self.count += 1
         if self.count > MAX_NODES:
             what = f"expands to more than {MAX_NODES} values"
-            raise Faults(self.fault(what, node, mend="use fewer aliases"))
+            raise Faults(self.fault(what, node, hint="use fewer aliases"))
         if any(node is parent for parent in self.active):
             raise Faults(self.fault("an alias refers to a value that contains it", node))
         if len(self.active) >= MAX_DEPTH:
@@ -190,7 +190,7 @@ class _TreeBuilder:
                     node,
                     value=node.tag.replace(_TAG, "!!"),
                     allowed="plain mappings, lists, text, numbers, true/false and null",
-                    mend="remove the tag",
+                    hint="remove the tag",
                 )
             )
 
@@ -226,7 +226,7 @@ class _TreeBuilder:
                     self.fault(
                         f"the key {key!r} is given twice, first on {lines[key]}",
                         key_node,
-                        mend="keep one of the two",
+                        hint="keep one of the two",
                     )
                 )
             lines.setdefault(key, self.where(key_node))
@@ -252,14 +252,14 @@ def _yaml_problem(error: yaml.YAMLError, text: str, file: str | Path | None) -> 
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
     where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else None
-    mend = None
+    hint = None
     if mark is None and isinstance(getattr(error, "position", None), int):
         where = f"line {text.count(chr(10), 0, error.position) + 1}"  # type: ignore[attr-defined]
     if mark is not None:
         lines = text.splitlines()
         if mark.line < len(lines) and "\t" in lines[mark.line]:
-            mend = "indent with spaces; YAML does not allow tabs"
-    return Problem(f"is not valid YAML: {what}", file=file, where=where, mend=mend)
+            hint = "indent with spaces; YAML does not allow tabs"
+    return Problem(f"is not valid YAML: {what}", file=file, where=where, hint=hint)
 
 
 def _check_size(text: str, file: str | Path | None) -> None:
@@ -313,11 +313,11 @@ def read_text(path: Path) -> str:
     """
     try:
         if path.is_dir():
-            raise SpecError(Problem("is a folder, not a spec file", file=path, mend="name the .yaml file"))
+            raise SpecError(Problem("is a folder, not a spec file", file=path, hint="name the .yaml file"))
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise SpecError(Problem("does not exist", file=path, mend="check the path after -e")) from None
+        raise SpecError(Problem("does not exist", file=path, hint="check the path after -e")) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise SpecError(Problem(f"cannot be read: {reason}", file=str(path))) from error
@@ -333,6 +333,6 @@ def read_text(path: Path) -> str:
                 file=path,
                 where=f"line {line}",
                 value=data[error.start : error.start + 1],
-                mend="save the file as UTF-8",
+                hint="save the file as UTF-8",
             )
         ) from None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from .schema import ConvertSpec, ExperimentSpec
-from .walk import all_paths
+from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
+from ddetr_mm.spec.walk import all_paths
 
 
 def nearest(word: str, choices: Iterable[object]) -> str | None:

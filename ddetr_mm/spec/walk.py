@@ -9,8 +9,8 @@ from enum import Enum
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .schema import ConvertSpec, ExperimentSpec
-from .schema.fields import FieldMeta, meta_of
+from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
+from ddetr_mm.spec.schema.fields import FieldMeta, meta_of
 
 SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine")
 

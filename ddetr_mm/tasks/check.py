@@ -17,9 +17,7 @@ from ddetr_mm.tasks.session import choose_device, require_gpus, say_notes
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ddetr_mm.preflight.findings import Section
-    from ddetr_mm.preflight.report import Report
-    from ddetr_mm.preflight.split import Split
+    from ddetr_mm.preflight.report import Report, Section, Split
 
 # The heavy parts are imported where they are needed: a spec that is wrong is told in a second.
 
@@ -52,9 +50,8 @@ def run(arguments: Namespace) -> None:
 def _report(loaded: LoadedSpec, arguments: Namespace, console: Console) -> tuple[Report, list[Split], Path]:
     """Look at everything, cheap things first; what depends on something broken is left out."""
     from ddetr_mm.preflight.annotations import read_splits, thorough_sections
-    from ddetr_mm.preflight.colors import check_normalisation
-    from ddetr_mm.preflight.findings import Finding, Section
-    from ddetr_mm.preflight.report import Report, overview
+    from ddetr_mm.preflight.pictures import check_normalisation
+    from ddetr_mm.preflight.report import Finding, Report, Section, overview
     from ddetr_mm.preflight.resources import check_disk_writable
 
     spec, subtask = loaded.spec, arguments.subtask
@@ -94,7 +91,7 @@ def _look_at_network(
     console: Console,
 ) -> None:
     """Build the network and send real batches through; input errors become findings."""
-    from ddetr_mm.preflight.findings import Finding, Section
+    from ddetr_mm.preflight.report import Finding, Section
 
     spec, subtask = loaded.spec, arguments.subtask
     task = getattr(spec, subtask)
@@ -162,7 +159,7 @@ def check_inputs(spec: ExperimentSpec, subtask: str) -> list[Problem]:
     """Files beside annotations that a subtask needs."""
     problems = []
     if subtask == "inference":
-        from ddetr_mm.data.sources import list_images
+        from ddetr_mm.datasets.sources import list_images
 
         try:
             list_images(spec.dataset.infer_data_sources.image_dir)
@@ -179,13 +176,13 @@ def check_inputs(spec: ExperimentSpec, subtask: str) -> list[Problem]:
         paths.append(spec.model.pretrained_backbone_path)
     for key, path in zip(keys, paths, strict=True):
         if path and not Path(path).exists():
-            problems.append(Problem("does not exist", file=path, where=key, mend="correct the path"))
+            problems.append(Problem("does not exist", file=path, where=key, hint="correct the path"))
     return problems
 
 
 def allowed_kinds(spec: ExperimentSpec) -> tuple[str, ...]:
     """Kinds of findings that a spec allows: images that cannot be read, where they may be replaced."""
-    from ddetr_mm.preflight.findings import MISSING_IMAGE_KINDS
+    from ddetr_mm.preflight.report import MISSING_IMAGE_KINDS
 
     return MISSING_IMAGE_KINDS if spec.ddetr_mm.missing_images == "replace" else ()
 
@@ -198,10 +195,10 @@ def quick_check(loaded: LoadedSpec) -> None:
     Raises:
         DataError: with every fault.
     """
+    from ddetr_mm.engine.status import on_first_rank
     from ddetr_mm.preflight.annotations import quick_sections, read_splits
-    from ddetr_mm.preflight.colors import check_normalisation
-    from ddetr_mm.preflight.findings import FAULT, SUSPICION, tolerated
-    from ddetr_mm.runtime.status import on_first_rank
+    from ddetr_mm.preflight.pictures import check_normalisation
+    from ddetr_mm.preflight.report import FAULT, SUSPICION, tolerated
 
     spec = loaded.spec
     if not spec.ddetr_mm.quick_check:
@@ -238,7 +235,7 @@ def check_convert(spec: ConvertSpec) -> list[Problem]:
     if not source.is_file():
         return [
             Problem(
-                "does not exist", file=source, where="input_source", mend="list one sequence folder a line"
+                "does not exist", file=source, where="input_source", hint="list one sequence folder a line"
             )
         ]
     problems = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from ddetr_mm.data.coco_tools import coco_to_kitti, merge_coco, split_coco
+from ddetr_mm.datasets.coco_tools import coco_to_kitti, merge_coco, split_coco
 from ddetr_mm.errors import DataError, Problem
 
 

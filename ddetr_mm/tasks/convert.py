@@ -6,9 +6,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from ddetr_mm.data.convert import convert_kitti
-from ddetr_mm.data.convert_options import ConvertOptions
-from ddetr_mm.runtime.progress import Progress
+from ddetr_mm.convert.convert import convert_kitti
+from ddetr_mm.convert.plan import ConvertOptions
+from ddetr_mm.engine.progress import Progress
 from ddetr_mm.spec import ConvertSpec, load_spec
 from ddetr_mm.tasks.session import open_session
 

@@ -13,8 +13,8 @@ from ddetr_mm.spec import ExperimentSpec, LoadedSpec, load_spec
 from ddetr_mm.tasks.session import Session, choose_device, open_session, require_checkpoint
 
 if TYPE_CHECKING:
-    from ddetr_mm.deploy.images import Normalisation
     from ddetr_mm.deploy.onnx_export import ExportOptions, ImageSource
+    from ddetr_mm.deploy.onnx_file import Normalisation
 
 MOST_TEST_IMAGES = 7
 
@@ -33,8 +33,7 @@ def run(arguments: Namespace) -> None:
 def export(loaded: LoadedSpec, session: Session) -> None:
     """The steps after all that can be refused at once has been."""
     from ddetr_mm.deploy.deepstream import full_class_names, write_deepstream_files
-    from ddetr_mm.deploy.half import export_half
-    from ddetr_mm.deploy.onnx_export import export_onnx, usable_opset
+    from ddetr_mm.deploy.onnx_export import export_half, export_onnx, usable_opset
     from ddetr_mm.tasks.runner import build_model
     from ddetr_mm.weights import inspect_checkpoint, names_by_category_id
 
@@ -86,8 +85,8 @@ def export_options(spec: ExperimentSpec, class_names: list[str]) -> ExportOption
 
 def spec_normalisation(spec: ExperimentSpec) -> Normalisation:
     """The spec's mean and standard deviation, in 0..255."""
-    from ddetr_mm.deploy.images import Normalisation
-    from ddetr_mm.translate.model_section import three
+    from ddetr_mm.deploy.onnx_file import Normalisation
+    from ddetr_mm.translate.model import three
 
     augmentation = spec.dataset.augmentation
     mean, std = (
@@ -101,7 +100,7 @@ def test_images(
     spec: ExperimentSpec, size_hw: tuple[int, int], normalisation: Normalisation
 ) -> tuple[ImageSource | None, str]:
     """Validation images for the comparison with PyTorch where the spec's are there, else None."""
-    from ddetr_mm.deploy.images import cycling_source
+    from ddetr_mm.deploy.onnx_file import cycling_source
 
     paths = validation_images(spec)
     if not paths:
@@ -111,7 +110,7 @@ def test_images(
 
 def validation_images(spec: ExperimentSpec) -> list[str]:
     """Up to :data:`MOST_TEST_IMAGES` files of ``dataset.val_data_sources``; none where they are not there."""
-    from ddetr_mm.data.sources import CocoSource, join_location, read_coco_sources
+    from ddetr_mm.datasets.sources import CocoSource, join_location, read_coco_sources
 
     sources = [CocoSource(one.image_dir, one.json_file) for one in spec.dataset.val_data_sources or []]
     if not sources:
@@ -147,11 +146,11 @@ def check_target(target: Path, suffix: str, where: str, *, force: bool) -> None:
     """
     if target.suffix == ".etlt":
         raise ExportError(
-            Problem("encrypted files are not written", file=target, where=where, mend=f"name it *{suffix}")
+            Problem("encrypted files are not written", file=target, where=where, hint=f"name it *{suffix}")
         )
     if target.is_dir():
         raise ExportError(
-            Problem("is a folder", file=target, where=where, mend=f"name a {suffix} file in it")
+            Problem("is a folder", file=target, where=where, hint=f"name a {suffix} file in it")
         )
     if target.exists() and not force:
         raise ExportError(
@@ -159,7 +158,7 @@ def check_target(target: Path, suffix: str, where: str, *, force: bool) -> None:
                 "exists already",
                 file=target,
                 where=where,
-                mend="give --force to replace it, or name another file",
+                hint="give --force to replace it, or name another file",
             )
         )
     folder = target.absolute().parent
@@ -167,5 +166,5 @@ def check_target(target: Path, suffix: str, where: str, *, force: bool) -> None:
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ExportError(
-            Problem("cannot be written to", file=folder, where=where, mend="name a folder you may write to")
+            Problem("cannot be written to", file=folder, where=where, hint="name a folder you may write to")
         )

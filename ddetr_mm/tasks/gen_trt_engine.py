@@ -16,9 +16,8 @@ from ddetr_mm.tasks.export import check_target, say, spec_normalisation, test_im
 from ddetr_mm.tasks.session import Session, choose_device, open_session
 
 if TYPE_CHECKING:
-    from ddetr_mm.deploy.calibration import Calibration
     from ddetr_mm.deploy.onnx_file import OnnxSignature
-    from ddetr_mm.deploy.tensorrt_settings import BuilderSettings
+    from ddetr_mm.deploy.tensorrt import BuilderSettings, Calibration
 
 
 def run(arguments: Namespace) -> None:
@@ -39,7 +38,7 @@ def run(arguments: Namespace) -> None:
                 "does not exist",
                 file=spec.gen_trt_engine.onnx_file,
                 where=where,
-                mend="run `ddetr-mm export`",
+                hint="run `ddetr-mm export`",
             )
         )
     choose_device(spec, [spec.gen_trt_engine.gpu_id])
@@ -54,8 +53,7 @@ def generate(loaded: LoadedSpec, session: Session) -> None:
         StackError: TensorRT is not installed here; the message has the ``trtexec`` command.
     """
     from ddetr_mm.deploy.onnx_file import read_signature
-    from ddetr_mm.deploy.tensorrt_engine import require_tensorrt
-    from ddetr_mm.deploy.tensorrt_settings import trtexec_command
+    from ddetr_mm.deploy.tensorrt import require_tensorrt, trtexec_command
 
     spec, options = loaded.spec, loaded.spec.gen_trt_engine
     signature = read_signature(options.onnx_file, where="gen_trt_engine.onnx_file")
@@ -72,8 +70,8 @@ def generate(loaded: LoadedSpec, session: Session) -> None:
         require_tensorrt()
     except StackError as error:
         problem = error.problems[0]
-        mend = f"{problem.mend}; or run the trtexec command above where TensorRT is"
-        raise StackError(Problem(problem.what, mend=mend)) from error
+        hint = f"{problem.hint}; or run the trtexec command above where TensorRT is"
+        raise StackError(Problem(problem.what, hint=hint)) from error
     with ExitStack() as stack:
         if options.trt_engine:
             target = Path(options.trt_engine)
@@ -99,8 +97,7 @@ def build_and_verify(
     from ddetr_mm.deploy.onnx_export import graph_forward
     from ddetr_mm.deploy.parity import generated_images
     from ddetr_mm.deploy.plugin import plugin_nodes
-    from ddetr_mm.deploy.tensorrt_build import build_engine, verify_engine
-    from ddetr_mm.deploy.tensorrt_engine import meta_file
+    from ddetr_mm.deploy.tensorrt import build_engine, meta_file, verify_engine
 
     build_engine(signature.path, temporary, settings, calibration)
     graph = onnx.load(str(signature.path))
@@ -126,7 +123,7 @@ def build_and_verify(
 
 def engine_settings(spec: ExperimentSpec, signature: OnnxSignature) -> BuilderSettings:
     """The spec's ``gen_trt_engine`` section in the builder's words."""
-    from ddetr_mm.deploy.tensorrt_settings import builder_settings
+    from ddetr_mm.deploy.tensorrt import builder_settings
 
     options = spec.gen_trt_engine
     tensorrt = options.tensorrt
@@ -143,7 +140,7 @@ def engine_settings(spec: ExperimentSpec, signature: OnnxSignature) -> BuilderSe
 
 def engine_calibration(spec: ExperimentSpec, signature: OnnxSignature) -> Calibration:
     """The spec's calibration section, checked against the image folders."""
-    from ddetr_mm.deploy.calibration import plan_calibration
+    from ddetr_mm.deploy.tensorrt import plan_calibration
 
     settings = spec.gen_trt_engine.tensorrt.calibration
     return plan_calibration(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from ddetr_mm.data.sources import list_images
-from ddetr_mm.runtime.results import refuse_shared_targets
-from ddetr_mm.runtime.status import on_first_rank
+from ddetr_mm.datasets.sources import list_images
+from ddetr_mm.engine.detections import refuse_shared_targets
+from ddetr_mm.engine.status import on_first_rank
 from ddetr_mm.spec import load_spec
 from ddetr_mm.tasks.launch import joined_ranks, launched
 from ddetr_mm.tasks.session import open_session, require_checkpoint, require_gpus

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from ddetr_mm.stack.build_ops import install_ops
+from ddetr_mm.compat.install_ops import install_ops
 
 
 def run(arguments: Namespace) -> None:

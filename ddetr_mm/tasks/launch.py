@@ -20,8 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddetr_mm.errors import InputError, RankFailure
-from ddetr_mm.runtime.rank_env import (
+from ddetr_mm.engine.distributed import (
     LAUNCHED_VARIABLE,
     NodePlan,
     adopt_slurm,
@@ -29,9 +28,10 @@ from ddetr_mm.runtime.rank_env import (
     is_rank,
     plan_launch,
 )
-from ddetr_mm.runtime.status import FAILURE, StatusLog, failure_message
+from ddetr_mm.engine.status import FAILURE, StatusLog, failure_message
+from ddetr_mm.errors import InputError, RankFailure
+from ddetr_mm.files import usable_cores
 from ddetr_mm.spec import LoadedSpec, task_results_dir
-from ddetr_mm.stack.cores import usable_cores
 from ddetr_mm.tasks.session import choose_device, require_gpus
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def joined_ranks() -> Iterator[None]:
     if not is_rank():
         yield
         return
-    from ddetr_mm.runtime.process_group import process_group
+    from ddetr_mm.engine.distributed import process_group
 
     with process_group():
         yield

@@ -1,22 +1,213 @@
-"""``tools/deploy.py``: mmdeploy's conversion with its own signature, on torch of today, in plain operators.
-
-What mmdeploy's own tool does not do: a spec may stand for the model config, a checkpoint of another format is
-converted, the graph is trimmed and run by plain onnxruntime against PyTorch before it is left there.
-"""
+"""`tools/deploy.py`: mmdeploy's conversion, with patches for today's torch, calibration data and a parity check."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import importlib.util
+import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ddetr_mm.errors import ExportError, InputError, Problem, StackError
+from ddetr_mm.files import written_whole
 from ddetr_mm.tasks.mmdet_tools import SPEC_SUFFIXES, mmdet_checkpoint
+
+# --- What mmdeploy 1.3.1 needs on a new torch, mended for the time of a block ---
+# Three things, none of which does anything on the torch that mmdeploy was written for:
+#
+# 1. ``torch.onnx.export`` uses a new exporter by default since torch 2.9, which mmdeploy's rewriters do not
+#    fit. It gets ``dynamo=False``.
+# 2. mmdeploy treats torch's table of fx-wrapped functions as the list that it once was and takes the last entry
+#    off it; today it is a dict and that fails with ``KeyError: -1``. mmdeploy gets a list of its own: tracing
+#    does not use it.
+# 3. mmdeploy exports ``grid_sampler`` as an operator of its own runtime library. From opset 16 on ONNX has
+#    GridSample, so its record is taken out and torch's own export comes through.
+
+FIRST_OPSET_WITH_GRID_SAMPLE = 16
+
+
+@contextmanager
+def mended_mmdeploy(opset: int) -> Iterator[None]:
+    """Keep mmdeploy working inside the block.
+
+    Args:
+        opset: the opset that will be written; below 16 mmdeploy's own ``grid_sampler`` stays.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_old_exporter())
+        stack.enter_context(_list_of_wrapped_functions())
+        if opset >= FIRST_OPSET_WITH_GRID_SAMPLE:
+            stack.enter_context(_standard_grid_sample())
+        yield
+
+
+@contextmanager
+def _old_exporter() -> Iterator[None]:
+    import torch
+
+    original = torch.onnx.export
+    if "dynamo" not in inspect.signature(original).parameters:
+        yield
+        return
+
+    @functools.wraps(original)
+    def export(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{"dynamo": False, **kwargs})
+
+    torch.onnx.export = export
+    try:
+        yield
+    finally:
+        torch.onnx.export = original
+
+
+@contextmanager
+def _list_of_wrapped_functions() -> Iterator[None]:
+    from mmdeploy.core.rewriters import function_rewriter
+
+    original = function_rewriter._wrapped_fns_to_patch
+    if isinstance(original, list):
+        yield
+        return
+    function_rewriter._wrapped_fns_to_patch = []
+    try:
+        yield
+    finally:
+        function_rewriter._wrapped_fns_to_patch = original
+
+
+@contextmanager
+def _standard_grid_sample() -> Iterator[None]:
+    import mmdeploy.pytorch  # noqa: F401 - registers the record
+    from mmdeploy.core import SYMBOLIC_REWRITER
+
+    records = SYMBOLIC_REWRITER._registry._rewrite_records
+    taken = records.pop("grid_sampler", None)
+    try:
+        yield
+    finally:
+        if taken is not None:
+            records["grid_sampler"] = taken
+
+
+# --- Calibration images for mmdeploy's int8 engines, written as mmdeploy writes them. No TensorRT is needed ---
+# The file is HDF5: under ``calib_data/end2end/input`` one array (1, 3, H, W) an image, named from ``0`` on.
+# They are what the graph gets: loaded and resized as the graph's input demands, and normalised.
+
+LOADERS = ("val_dataloader", "test_dataloader")
+
+
+def write_calibration_data(
+    deploy_cfg: Any, model_cfg: Any, checkpoint: Path, dataset_cfg: str | None, folder: Path
+) -> Path | None:
+    """Write the file that ``calib_config`` of the deploy config names; nothing where it names none.
+
+    Args:
+        deploy_cfg: the deploy config, its input size filled in and its backend one that knows the CPU.
+        model_cfg: the model config.
+        checkpoint: the model's weights.
+        dataset_cfg: a config or spec whose validation (else test) images are used; None for those of the
+            model config.
+        folder: where the file goes.
+
+    Returns:
+        The file, or None.
+
+    Raises:
+        ExportError: when images are named and the deploy config does no calibration, or the other way round.
+        StackError: without h5py.
+    """
+    from mmdeploy.apis import create_calib_input_data
+    from mmdeploy.utils import get_calib_filename
+
+    name = get_calib_filename(deploy_cfg)
+    if name is None:
+        if dataset_cfg is None:
+            return None
+        raise ExportError(
+            Problem(
+                "has no effect: the deploy config does no calibration",
+                where="--calib-dataset-cfg",
+                value=dataset_cfg,
+                hint="leave it out, or use configs/deploy/tensorrt_int8.py",
+            )
+        )
+    if importlib.util.find_spec("h5py") is None:
+        raise StackError(Problem("mmdeploy keeps calibration images in HDF5", hint="pip install h5py"))
+    images = images_config(model_cfg, dataset_cfg, checkpoint, deploy_cfg.onnx_config.input_shape)
+    with written_whole(folder / name) as temporary:
+        create_calib_input_data(
+            str(temporary),
+            deploy_cfg,
+            model_cfg,
+            str(checkpoint),
+            dataset_cfg=images,
+            dataset_type="val",
+            device="cpu",
+        )
+    return folder / name
+
+
+def images_config(
+    model_cfg: Any, dataset_cfg: str | None, checkpoint: Path, input_shape: tuple[int, int]
+) -> Any:
+    """A config whose ``val_dataloader`` gives the calibration images at the graph's size.
+
+    Args:
+        model_cfg: the model config; its test pipeline is the one that is used.
+        dataset_cfg: see :func:`write_calibration_data`.
+        checkpoint: the weights that a spec is translated for.
+        input_shape: width and height of the graph's input.
+
+    Raises:
+        ExportError: when no data loader is there.
+    """
+    from mmengine.config import Config
+
+    if dataset_cfg is None:
+        named, source = "model_cfg", model_cfg
+    elif Path(dataset_cfg).suffix.lower() in SPEC_SUFFIXES:
+        named, source = dataset_cfg, Config.fromstring(spec_source(dataset_cfg, checkpoint), ".py")
+    else:
+        named, source = dataset_cfg, Config.fromfile(dataset_cfg)
+    loader = next((source[key] for key in LOADERS if source.get(key)), None)
+    if loader is None:
+        raise ExportError(
+            Problem(
+                "names no images for the calibration",
+                file=named,
+                allowed=" or ".join(LOADERS),
+                hint="give --calib-dataset-cfg",
+            )
+        )
+    steps = [step.to_dict() for step in model_cfg.test_pipeline]
+    for step in steps:
+        if step["type"] == "Resize":
+            step.update(scale=tuple(input_shape), keep_ratio=False)
+    loader.dataset.pipeline = steps
+    loader.num_workers, loader.persistent_workers = 0, False
+    return Config(dict(val_dataloader=loader.to_dict()))
+
+
+def spec_source(spec: str, checkpoint: Path) -> str:
+    """A spec's evaluation as config text."""
+    from ddetr_mm.spec import load_spec
+    from ddetr_mm.tasks.runner import config_source
+
+    loaded = load_spec(spec, [f"evaluate.checkpoint={checkpoint}"], "evaluate")
+    return config_source(loaded, "evaluate", str(checkpoint))
+
+
+# --- ``tools/deploy.py``: mmdeploy's conversion with its own signature, on torch of today, in plain operators ---
+# What mmdeploy's own tool does not do: a spec may stand for the model config, a checkpoint of another format is
+# converted, the graph is trimmed and run by plain onnxruntime against PyTorch before it is left there.
 
 TOLERANCE_BOXES_PIXELS = 0.05
 TOLERANCE_SCORES = 1e-3
@@ -71,8 +262,6 @@ def deploy(arguments: argparse.Namespace) -> None:
     from mmdeploy.utils import get_ir_config, get_root_logger
 
     import ddetr_mm.register  # noqa: F401 - puts our components into the registries
-    from ddetr_mm.stack.mmdeploy_mends import mended_mmdeploy
-    from ddetr_mm.tasks.mmdeploy_calibration import write_calibration_data
 
     get_root_logger(log_level=logging.getLevelName(arguments.log_level))
     folder = writable_folder(arguments.work_dir)
@@ -109,8 +298,8 @@ def require_mmdeploy() -> None:
     try:
         import mmdeploy.apis  # noqa: F401
     except ImportError as error:
-        mend = "pip install --no-deps mmdeploy==1.3.1, then pip install ddetr_mm[deploy]"
-        raise StackError(Problem(f"mmdeploy cannot be imported: {error}", mend=mend)) from error
+        hint = "pip install --no-deps mmdeploy==1.3.1, then pip install ddetr_mm[deploy]"
+        raise StackError(Problem(f"mmdeploy cannot be imported: {error}", hint=hint)) from error
 
 
 def model_config(path: str, checkpoint: str, folder: Path) -> Any:
@@ -133,7 +322,7 @@ def model_config(path: str, checkpoint: str, folder: Path) -> Any:
         path = str(write_text_whole(folder / f"{Path(path).stem}.py", text))
     config = Config.fromfile(path)
     if not config.get("test_pipeline"):
-        raise ExportError(Problem("has no test_pipeline", file=path, mend="translate it --for export"))
+        raise ExportError(Problem("has no test_pipeline", file=path, hint="translate it --for export"))
     # The image fills the graph's input: there is nothing to pad.
     if config.model.data_preprocessor.get("pad_short_long") is not None:
         config.model.data_preprocessor.pad_short_long = None
@@ -164,7 +353,7 @@ def deploy_config(path: str, model_cfg: Any) -> Any:
                     "no input size is named",
                     file=path,
                     where="onnx_config.input_shape",
-                    mend="give (width, height)",
+                    hint="give (width, height)",
                 )
             )
         config.onnx_config.input_shape = shape
@@ -191,8 +380,8 @@ def writable_folder(path: str) -> Path:
     except OSError:
         writable = False
     if not writable:
-        mend = "name a folder you may write to"
-        raise ExportError(Problem("cannot be written to", file=folder, where="--work-dir", mend=mend))
+        hint = "name a folder you may write to"
+        raise ExportError(Problem("cannot be written to", file=folder, where="--work-dir", hint=hint))
     return folder
 
 
@@ -320,14 +509,14 @@ def backend_files(deploy_cfg: Any, target: Path, arguments: argparse.Namespace) 
     """
     if not is_tensorrt(deploy_cfg):
         return [str(target)]
-    from ddetr_mm.deploy.tensorrt_engine import require_tensorrt
+    from ddetr_mm.deploy.tensorrt import require_tensorrt
 
     try:
         require_tensorrt()
     except StackError as error:
         problem = error.problems[0]
         raise StackError(
-            Problem(f"{target} is written, its engine is not: {problem.what}", mend=problem.mend)
+            Problem(f"{target} is written, its engine is not: {problem.what}", hint=problem.hint)
         ) from error
     from mmdeploy.apis.utils import to_backend
 

@@ -31,7 +31,7 @@ def main(tool: str) -> int:
     """
     try:
         script = mmdet_tool(tool)
-        from ddetr_mm.stack.mends import find_our_configs
+        from ddetr_mm.compat.patches import find_our_configs
 
         find_our_configs()  # before the tool reads a config with `_base_ = "ddetr_mm::…"`
         sys.argv = [str(script), *prepare_arguments(tool, sys.argv[1:])]
@@ -70,7 +70,7 @@ def mmdet_tool(tool: str) -> Path:
         for script in (folder / ".mim" / "tools" / f"{tool}.py", folder.parent / "tools" / f"{tool}.py"):
             if script.is_file():
                 return script
-    raise StackError(Problem(f"mmdet's tools/{tool}.py was not found", mend="pip install mmdet==3.3.0"))
+    raise StackError(Problem(f"mmdet's tools/{tool}.py was not found", hint="pip install mmdet==3.3.0"))
 
 
 def prepare_arguments(tool: str, arguments: list[str]) -> list[str]:
@@ -137,7 +137,7 @@ def mmdet_checkpoint(path: str, folder: Path, spec_config: Path | None = None) -
         WeightsError: when the file is no checkpoint, or none of the spec's network.
     """
     from ddetr_mm.weights import convert_checkpoint, inspect_checkpoint
-    from ddetr_mm.weights.fetch import local_file
+    from ddetr_mm.weights.read import local_file
     from ddetr_mm.weights.safe_read import read_raw
 
     path = str(local_file(path))
@@ -167,7 +167,7 @@ def fitted_checkpoint(path: str, spec_config: Path, converted: Path) -> Path:
     import ddetr_mm.register  # noqa: F401 - before mmdet
     from ddetr_mm.tasks.runner import load_checkpoint, register_scope
     from ddetr_mm.weights import inspect_checkpoint
-    from ddetr_mm.weights.write import write_checkpoint
+    from ddetr_mm.weights.convert import write_checkpoint
 
     config = Config.fromfile(str(spec_config))
     register_scope(config)

@@ -22,14 +22,14 @@ def run(arguments: Namespace) -> None:
     config_file = Path(arguments.config or batch_file.with_name("config.py"))
     if not config_file.is_file():
         raise SpecError(
-            Problem("the run's config does not exist", file=config_file, mend="name it: --config CONFIG")
+            Problem("the run's config does not exist", file=config_file, hint="name it: --config CONFIG")
         )
     import torch
     from mmdet.registry import MODELS
     from mmengine.config import Config
 
     import ddetr_mm.register  # noqa: F401 - what the config names
-    from ddetr_mm.runtime.non_finite_batch import find_first_non_finite, load_batch
+    from ddetr_mm.engine.non_finite import find_first_non_finite, load_batch
     from ddetr_mm.tasks.runner import register_scope
 
     with encryption_key_of(spec):

@@ -13,16 +13,16 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from torch import nn
 
-from ddetr_mm.stack.light_import import without_language_models
+from ddetr_mm.compat.patches import without_language_models
 
 with without_language_models():
     import ddetr_mm.register  # noqa: F401 - puts our components into the registries
 
+from ddetr_mm.engine.distributed import is_rank
+from ddetr_mm.engine.runner import QuietRunner
+from ddetr_mm.engine.status import on_first_rank
 from ddetr_mm.files import write_text_whole
-from ddetr_mm.models.fused_norms import fuse_norms
-from ddetr_mm.runtime.quiet import QuietRunner
-from ddetr_mm.runtime.rank_env import is_rank
-from ddetr_mm.runtime.status import on_first_rank
+from ddetr_mm.models.backbones import fuse_norms
 from ddetr_mm.spec import LoadedSpec
 from ddetr_mm.translate import spec_config_text, to_config
 from ddetr_mm.translate.to_config import ExportedModel
@@ -42,7 +42,7 @@ EXPORTED_SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
 
 def look_up_channels(backbone_cfg: dict[str, Any]) -> list[int]:
     """Output channels of a backbone that the spec brings, by building it."""
-    from ddetr_mm.models.feature_channels import feature_channels
+    from ddetr_mm.models.backbones import feature_channels
 
     return feature_channels(backbone_cfg)
 
@@ -77,7 +77,7 @@ def exported_input(
     if not trt_engine and onnx_file and Path(onnx_file).suffix in ENGINE_SUFFIXES:
         trt_engine = onnx_file
     if trt_engine:
-        from ddetr_mm.deploy.tensorrt_engine import read_engine_signature
+        from ddetr_mm.deploy.tensorrt import read_engine_signature
 
         engine = read_engine_signature(trt_engine, where=f"{where}.trt_engine")
         model = dict(type="TensorrtDetector", engine_file=str(trt_engine))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from ddetr_mm.engine.status import on_first_rank
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.runtime.status import on_first_rank
 from ddetr_mm.spec import ExperimentSpec, load_spec
 from ddetr_mm.tasks.check import quick_check
 from ddetr_mm.tasks.launch import joined_ranks, launched
@@ -26,9 +26,9 @@ def run(arguments: Namespace) -> None:
         if on_first_rank():
             quick_check(loaded)
         with joined_ranks():
-            from ddetr_mm.runtime.process_group import decided_by_first_rank
+            from ddetr_mm.engine.distributed import decided_by_first_rank
             from ddetr_mm.tasks.runner import build_runner
-            from ddetr_mm.weights.resume import require_same_network
+            from ddetr_mm.weights.load import require_same_network
 
             start = decided_by_first_rank(checkpoint_to_resume(spec, session.folder))
             runner = build_runner(
@@ -53,8 +53,8 @@ def checkpoint_to_resume(spec: ExperimentSpec, folder: Path) -> Path | None:
     Raises:
         WeightsError: when the spec names a checkpoint that is not there or that holds weights alone.
     """
-    from ddetr_mm.runtime.checkpoint_hook import find_latest_checkpoint
-    from ddetr_mm.weights.resume import require_resumable
+    from ddetr_mm.engine.checkpoint import find_latest_checkpoint
+    from ddetr_mm.weights.load import require_resumable
 
     if spec.train.is_dry_run:
         return None
@@ -66,7 +66,7 @@ def checkpoint_to_resume(spec: ExperimentSpec, folder: Path) -> Path | None:
                     "does not exist",
                     file=named,
                     where=RESUME_KEY,
-                    mend="name a checkpoint of this training, or remove the key to go on from the latest",
+                    hint="name a checkpoint of this training, or remove the key to go on from the latest",
                 )
             )
         require_resumable(named, where=RESUME_KEY)

@@ -14,9 +14,8 @@ from typing import Any
 from ddetr_mm.errors import Problem, SpecError
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec, get_field, task_results_dir
 from ddetr_mm.spec.schema import DataSource, InferSource
-from ddetr_mm.translate import data_section, model_section, runtime_section, schedule_section
-from ddetr_mm.translate.draft import ConfigDraft, Reference
-from ddetr_mm.translate.write import config_text
+from ddetr_mm.translate import data, model, run
+from ddetr_mm.translate.write import ConfigDraft, Reference, config_text
 
 SUBTASKS = ("train", "evaluate", "inference", "export")
 
@@ -77,19 +76,19 @@ def to_config(
     draft.add(
         "custom_imports",
         dict(
-            imports=["ddetr_mm.register", *(["ddetr_mm.deploy.register"] if exported else [])],
+            imports=["ddetr_mm.register", *(["ddetr_mm.deploy.detectors"] if exported else [])],
             allow_failed_imports=False,
         ),
         remark="Puts the components of ddetr_mm into mmdet's registries.",
     )
     draft.add(
         "model",
-        model_section.exported_detector(spec, exported.model)
+        model.exported_detector(spec, exported.model)
         if exported
-        else model_section.detector(
+        else model.detector(
             spec, zero_padded_values=zeroed, channels=channels, for_export=subtask == "export"
         ),
-        model_section.EXPORTED_KEYS if exported else model_section.SOURCE_KEYS,
+        model.EXPORTED_KEYS if exported else model.SOURCE_KEYS,
         remark="The network.",
     )
     if subtask == "inference":
@@ -103,63 +102,61 @@ def to_config(
 
 
 def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
-    train_sources = data_section.plain_sources(spec.dataset.train_data_sources or [])
-    val_sources = data_section.plain_sources(spec.dataset.val_data_sources or [])
+    train_sources = data.plain_sources(spec.dataset.train_data_sources or [])
+    val_sources = data.plain_sources(spec.dataset.val_data_sources or [])
     draft.add(
         "train_pipeline",
-        data_section.train_pipeline(spec),
-        data_section.AUGMENTATION_KEYS,
+        data.train_pipeline(spec),
+        data.AUGMENTATION_KEYS,
         "What happens to a training image.",
     )
     draft.add(
         "test_pipeline",
-        data_section.test_pipeline(spec),
-        data_section.TEST_PIPELINE_KEYS,
+        data.test_pipeline(spec),
+        data.TEST_PIPELINE_KEYS,
         "What happens to a validation image.",
     )
-    train_data = data_section.coco_dataset(spec, train_sources, Reference("train_pipeline"), test_mode=False)
-    val_data = data_section.coco_dataset(spec, val_sources, Reference("test_pipeline"), test_mode=True)
+    train_data = data.coco_dataset(spec, train_sources, Reference("train_pipeline"), test_mode=False)
+    val_data = data.coco_dataset(spec, val_sources, Reference("test_pipeline"), test_mode=True)
     if spec.train.is_dry_run:
-        train_data = data_section.one_step_of(spec, train_data)
-        val_data = data_section.one_step_of(spec, val_data)
+        train_data = data.one_step_of(spec, train_data)
+        val_data = data.one_step_of(spec, val_data)
     draft.add(
         "train_dataloader",
-        data_section.dataloader(spec, train_data, train=True),
-        ("dataset.train_data_sources", *data_section.LOADER_KEYS),
+        data.dataloader(spec, train_data, train=True),
+        ("dataset.train_data_sources", *data.LOADER_KEYS),
         "The data; labels are category ids, so class column 0 stays for the background.",
     )
-    draft.add(
-        "val_dataloader", data_section.dataloader(spec, val_data, train=False), ("dataset.val_data_sources",)
-    )
+    draft.add("val_dataloader", data.dataloader(spec, val_data, train=False), ("dataset.val_data_sources",))
     draft.add("test_dataloader", Reference("val_dataloader"))
     draft.add(
         "val_evaluator",
-        data_section.evaluator(spec, val_sources, spec.evaluate.conf_threshold),
+        data.evaluator(spec, val_sources, spec.evaluate.conf_threshold),
         ("dataset.eval_class_ids", "evaluate.conf_threshold"),
         "COCO's metrics.",
     )
     draft.add("test_evaluator", Reference("val_evaluator"))
     draft.add(
         "optim_wrapper",
-        schedule_section.optim_wrapper(spec),
-        schedule_section.OPTIM_KEYS,
+        run.optim_wrapper(spec),
+        run.OPTIM_KEYS,
         "The optimizer; learning rates are multiplied for parameters with these parts in their names.",
     )
     if spec.train.distributed_strategy == "fsdp":
         name, value = "runner_type", "ShardedRunner"
     else:
-        name, value = "model_wrapper_cfg", schedule_section.model_wrapper(spec)
+        name, value = "model_wrapper_cfg", run.model_wrapper(spec)
     remark = "On several ranks the network is copied to each (ddp), or sharded (fsdp)."
     draft.add(name, value, ("train.distributed_strategy",), remark)
     draft.add(
         "param_scheduler",
-        schedule_section.param_scheduler(spec),
-        schedule_section.SCHEDULER_KEYS,
+        run.param_scheduler(spec),
+        run.SCHEDULER_KEYS,
         "The schedule, in epochs.",
     )
     draft.add(
         "train_cfg",
-        schedule_section.train_loop(spec),
+        run.train_loop(spec),
         ("train.num_epochs", "train.validation_interval", "train.is_dry_run"),
     )
     draft.add("val_cfg", dict(type="ValLoop"))
@@ -167,23 +164,23 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
 
 
 def _add_evaluate(draft: ConfigDraft, spec: ExperimentSpec, exported: ExportedModel | None) -> None:
-    sources = data_section.plain_sources(_test_sources(spec))
+    sources = data.plain_sources(_test_sources(spec))
     stretch = exported.input_size_wh if exported else None
     draft.add(
         "test_pipeline",
-        data_section.test_pipeline(spec, stretch_wh=stretch, stretch_backend="cv2"),
-        data_section.TEST_PIPELINE_KEYS,
+        data.test_pipeline(spec, stretch_wh=stretch, stretch_backend="cv2"),
+        data.TEST_PIPELINE_KEYS,
         "What happens to an image.",
     )
-    dataset = data_section.coco_dataset(spec, sources, Reference("test_pipeline"), test_mode=True)
+    dataset = data.coco_dataset(spec, sources, Reference("test_pipeline"), test_mode=True)
     draft.add(
         "test_dataloader",
-        data_section.dataloader(spec, dataset, train=False, batch_size=spec.evaluate.batch_size),
-        ("dataset.test_data_sources", "evaluate.batch_size", *data_section.LOADER_KEYS),
+        data.dataloader(spec, dataset, train=False, batch_size=spec.evaluate.batch_size),
+        ("dataset.test_data_sources", "evaluate.batch_size", *data.LOADER_KEYS),
         "The data; labels are category ids, so class column 0 stays for the background.",
     )
     folder = str(task_results_dir(spec, "evaluate"))
-    metric = data_section.evaluator(spec, sources, spec.evaluate.conf_threshold, results_dir=folder)
+    metric = data.evaluator(spec, sources, spec.evaluate.conf_threshold, results_dir=folder)
     draft.add(
         "test_evaluator", metric, ("dataset.eval_class_ids", "evaluate.conf_threshold"), "COCO's metrics."
     )
@@ -210,10 +207,8 @@ def _add_inference(
     elif settings.input_width and settings.input_height:
         stretch = (settings.input_width, settings.input_height)
     backend = "cv2" if exported else "pillow"
-    steps = data_section.test_pipeline(
-        spec, stretch_wh=stretch, with_annotations=False, stretch_backend=backend
-    )
-    keys = (*data_section.TEST_PIPELINE_KEYS, "inference.input_width", "inference.input_height")
+    steps = data.test_pipeline(spec, stretch_wh=stretch, with_annotations=False, stretch_backend=backend)
+    keys = (*data.TEST_PIPELINE_KEYS, "inference.input_width", "inference.input_height")
     draft.add("test_pipeline", steps, keys, "What happens to an image.")
     infer_source = spec.dataset.infer_data_sources or InferSource()
     dataset = dict(
@@ -224,7 +219,7 @@ def _add_inference(
     )
     draft.add(
         "test_dataloader",
-        data_section.dataloader(spec, dataset, train=False, batch_size=settings.batch_size),
+        data.dataloader(spec, dataset, train=False, batch_size=settings.batch_size),
         ("dataset.infer_data_sources", "inference.batch_size", "dataset.batch_size", "dataset.workers"),
     )
     draft.add(
@@ -249,7 +244,7 @@ def _add_inference(
 def _add_export(draft: ConfigDraft, spec: ExperimentSpec) -> None:
     settings = spec.export
     stretch = (settings.input_width, settings.input_height)
-    steps = data_section.test_pipeline(spec, stretch_wh=stretch, with_annotations=False)
+    steps = data.test_pipeline(spec, stretch_wh=stretch, with_annotations=False)
     draft.add(
         "test_pipeline", steps, ("export.input_width", "export.input_height"), "What happens to an image."
     )
@@ -260,22 +255,22 @@ def _add_run(draft: ConfigDraft, spec: ExperimentSpec, subtask: str, zeroed: boo
     folder = task_results_dir(spec, subtask)
     draft.add(
         "default_hooks",
-        runtime_section.default_hooks(spec, train=train, zero_padded_values=zeroed),
-        runtime_section.CHECKPOINT_KEYS if train else (),
+        run.default_hooks(spec, train=train, zero_padded_values=zeroed),
+        run.CHECKPOINT_KEYS if train else (),
         "The run.",
     )
     draft.add(
         "custom_hooks",
-        runtime_section.custom_hooks(spec, train=train),
-        runtime_section.HOOK_KEYS if train else (),
+        run.custom_hooks(spec, train=train),
+        run.HOOK_KEYS if train else (),
     )
     draft.add(
         "visualizer",
-        runtime_section.visualizer(spec, train=train),
-        runtime_section.WANDB_KEYS if train else (),
+        run.visualizer(spec, train=train),
+        run.WANDB_KEYS if train else (),
     )
-    draft.add("randomness", runtime_section.randomness(spec), runtime_section.SEED_KEYS)
-    draft.add("env_cfg", runtime_section.environment(spec))
+    draft.add("randomness", run.randomness(spec), run.SEED_KEYS)
+    draft.add("env_cfg", run.environment(spec))
     draft.add("log_processor", dict(type="LogProcessor", window_size=50, by_epoch=True))
     draft.add("log_level", "INFO")
     draft.add("work_dir", str(folder), ("results_dir",))

@@ -1,11 +1,16 @@
 """Checkpoints that travel between TAO, the original authors' release, Hugging Face and mmdet."""
 
-from ddetr_mm.weights.architecture import Architecture, infer_architecture
-from ddetr_mm.weights.backbone import load_backbone
-from ddetr_mm.weights.checkpoint import FORMATS, Checkpoint, CheckpointInfo, CheckpointMeta
+from ddetr_mm.weights.checkpoint import (
+    FORMATS,
+    Architecture,
+    Checkpoint,
+    CheckpointInfo,
+    CheckpointMeta,
+    infer_architecture,
+)
 from ddetr_mm.weights.class_columns import names_by_category_id, numbered_by_position, to_category_ids
 from ddetr_mm.weights.convert import convert_checkpoint
-from ddetr_mm.weights.load import fill_model, load_for_model
+from ddetr_mm.weights.load import fill_model, load_backbone, load_for_model
 from ddetr_mm.weights.read import inspect_checkpoint, read_checkpoint
 from ddetr_mm.weights.report import LoadReport
 

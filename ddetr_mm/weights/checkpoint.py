@@ -1,17 +1,18 @@
-"""A checkpoint in memory: canonical weights and all that its file says about them."""
+"""What is known about a checkpoint: metadata and network architecture."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from ddetr_mm.weights.architecture import Architecture
-from ddetr_mm.weights.key_engine import KeyTrace
-from ddetr_mm.weights.key_maps import CheckpointFormat
+from ddetr_mm.weights.formats import CheckpointFormat, KeyTrace, same_values
+
+# --- A checkpoint in memory: canonical weights and all that its file says about them ---
 
 LabelMode = Literal["category_id", "contiguous"]
 FORMATS: tuple[CheckpointFormat, ...] = ("mmdet", "tao", "official", "hf")
@@ -167,3 +168,261 @@ def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> Checkp
     if isinstance(values.get("spec"), Mapping):
         changes["spec"] = dict(values["spec"])
     return replace(default, **changes)
+
+
+# --- What a network looks like, told from the names and shapes of its weights ---
+
+_BOTTLENECKS: dict[tuple[int, ...], str] = {
+    (3, 4, 6, 3): "resnet_50",
+    (3, 4, 23, 3): "resnet_101",
+    (3, 8, 36, 3): "resnet_152",
+}
+_BASIC_BLOCKS: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet_18", (3, 4, 6, 3): "resnet_34"}
+_GCVIT: dict[tuple[tuple[int, ...], int, int], str] = {
+    # (depths, width of the first stage, window of the third stage) → name
+    ((2, 2, 6, 2), 64, 14): "gc_vit_xxtiny",
+    ((3, 4, 6, 5), 64, 14): "gc_vit_xtiny",
+    ((3, 4, 19, 5), 64, 14): "gc_vit_tiny",
+    ((3, 4, 19, 5), 96, 14): "gc_vit_small",
+    ((3, 4, 19, 5), 128, 14): "gc_vit_base",
+    ((3, 4, 19, 5), 192, 14): "gc_vit_large",
+    ((3, 4, 19, 5), 192, 24): "gc_vit_large_384",
+}
+DEFAULT_NUM_HEADS = 8
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A Deformable DETR's structure.
+
+    Heads and points cannot be told apart by shapes (only their product shows): ``num_heads`` is 8, the
+    value of every published model, unless the file itself says otherwise, and the points follow from it.
+
+    Attributes:
+        backbone: ``resnet_18/34/50/101/152``, ``gc_vit_<variant>`` or ``unknown``.
+        backbone_stage_channels: channels of the backbone's stages, empty for an unknown backbone.
+        return_interm_indices: the reference's feature level indices (0..3 a stage, 4 the extra level);
+            None where the backbone's channels do not tell them.
+        neck_in_channels: channels of the stages that feed the neck.
+        num_extra_levels: levels made by further stride-2 convolutions.
+        num_feature_levels: all levels.
+        neck_bias: whether the neck's convolutions have a bias.
+        hidden_dim: width of the transformer.
+        num_queries: object queries; None in two-stage models, whose weights do not tell it.
+        enc_layers, dec_layers: number of layers.
+        enc_feedforward, dec_feedforward: hidden width of their feed-forward networks.
+        num_heads: attention heads (see above).
+        enc_points, dec_points: sampling points of one head on one level; None when 8 heads do not divide.
+        num_classes: columns of the class head; None without a head.
+        with_box_refine: whether boxes are refined from layer to layer.
+        two_stage: whether the encoder proposes the boxes.
+    """
+
+    backbone: str = "unknown"
+    backbone_stage_channels: tuple[int, ...] = ()
+    return_interm_indices: tuple[int, ...] | None = None
+    neck_in_channels: tuple[int, ...] = ()
+    num_extra_levels: int = 0
+    num_feature_levels: int = 0
+    neck_bias: bool = True
+    hidden_dim: int = 0
+    num_queries: int | None = None
+    enc_layers: int = 0
+    dec_layers: int = 0
+    enc_feedforward: int = 0
+    dec_feedforward: int = 0
+    num_heads: int = DEFAULT_NUM_HEADS
+    enc_points: int | None = None
+    dec_points: int | None = None
+    num_classes: int | None = None
+    with_box_refine: bool = False
+    two_stage: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; the notes stay out."""
+        values = asdict(self)
+        values.pop("notes")
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def infer_architecture(
+    canonical: Mapping[str, Tensor],
+    *,
+    with_box_refine: bool | None = None,
+    num_heads: int | None = None,
+) -> Architecture:
+    """Read the structure off a canonical state dict.
+
+    Args:
+        canonical: canonical key → tensor; only names, shapes and, for the refinement, the equality of the
+            prediction branches are looked at.
+        with_box_refine: what the file's format or metadata says; None = told from the branches, which are
+            copies of one another exactly when boxes are not refined.
+        num_heads: attention heads if known.
+    """
+    shapes = {key: tuple(value.shape) for key, value in canonical.items()}
+    notes: list[str] = []
+    heads = num_heads or DEFAULT_NUM_HEADS
+    levels, extra = _numbered(shapes, "neck.convs"), _numbered(shapes, "neck.extra_convs")
+    in_channels = tuple(shapes[f"neck.convs.{index}.conv.weight"][1] for index in range(levels))
+    num_levels = shapes.get("level_embed", (levels + extra,))[0]
+    backbone, stage_channels = backbone_kind(shapes)
+    queries = shapes.get("query_embedding.weight")
+    enc_points = _num_points(shapes, "encoder.layers.0.self_attn", heads, num_levels, notes)
+    dec_points = _num_points(shapes, "decoder.layers.0.cross_attn", heads, num_levels, notes)
+    head = shapes.get("bbox_head.cls_branches.0.weight")
+    two_stage = "memory_trans_fc.weight" in shapes
+    if with_box_refine is None:
+        with_box_refine = two_stage or branches_differ(canonical)
+    return Architecture(
+        backbone=backbone,
+        backbone_stage_channels=stage_channels,
+        return_interm_indices=_interm_indices(in_channels, stage_channels, extra),
+        neck_in_channels=in_channels,
+        num_extra_levels=extra,
+        num_feature_levels=num_levels,
+        neck_bias="neck.convs.0.conv.bias" in shapes,
+        hidden_dim=shapes.get("level_embed", (0, 0))[-1],
+        num_queries=queries[0] if queries else None,
+        enc_layers=_numbered(shapes, "encoder.layers"),
+        dec_layers=_numbered(shapes, "decoder.layers"),
+        enc_feedforward=shapes.get("encoder.layers.0.ffn.layers.0.0.weight", (0,))[0],
+        dec_feedforward=shapes.get("decoder.layers.0.ffn.layers.0.0.weight", (0,))[0],
+        num_heads=heads,
+        enc_points=enc_points,
+        dec_points=dec_points,
+        num_classes=head[0] if head else None,
+        with_box_refine=with_box_refine,
+        two_stage=two_stage,
+        notes=tuple(notes),
+    )
+
+
+def branches_differ(canonical: Mapping[str, Tensor]) -> bool:
+    """Whether the prediction branches of the decoder layers hold different values.
+
+    Without refinement all layers share one branch; with it each has its own.
+    """
+    for key, value in canonical.items():
+        match = re.fullmatch(r"(bbox_head\.(?:cls|reg)_branches)\.(\d+)\.(.+)", key)
+        if match is None or match[2] == "0":
+            continue
+        first = canonical.get(f"{match[1]}.0.{match[3]}")
+        if first is not None and not same_values(first, value):
+            return True
+    return False
+
+
+def backbone_kind(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+    """Name and stage channels of the backbone under the prefix ``backbone.``.
+
+    Args:
+        shapes: canonical key → shape.
+
+    Returns:
+        For example ``("resnet_50", (256, 512, 1024, 2048))``; ``("unknown", ())`` for another backbone.
+    """
+    if shapes.get("backbone.conv1.weight", ())[1:] == (3, 7, 7):
+        blocks = tuple(_numbered(shapes, f"backbone.layer{stage}") for stage in (1, 2, 3, 4))
+        bottleneck = "backbone.layer1.0.conv3.weight" in shapes
+        last = "conv3" if bottleneck else "conv2"
+        name = (_BOTTLENECKS if bottleneck else _BASIC_BLOCKS).get(blocks, "unknown")
+        usual_width = 64 * (4 if bottleneck else 1)
+        channels = tuple(shapes.get(f"backbone.layer{s}.0.{last}.weight", (0,))[0] for s in (1, 2, 3, 4))
+        # ResNeXt and wide ResNets have the same names but other widths inside the blocks.
+        plain = shapes.get("backbone.layer1.0.conv2.weight") == (64, 64, 3, 3)
+        if name != "unknown" and plain and channels[0] == usual_width:
+            return name, channels
+    if "backbone.levels.0.blocks.0.attn.qkv.weight" in shapes:
+        return _gcvit_kind(shapes)
+    return "unknown", ()
+
+
+def _gcvit_kind(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+    stages = _numbered(shapes, "backbone.levels")
+    depths = tuple(_numbered(shapes, f"backbone.levels.{stage}.blocks") for stage in range(stages))
+    width = shapes["backbone.levels.0.blocks.0.attn.qkv.weight"][1]
+    table = shapes.get("backbone.levels.2.blocks.0.attn.relative_position_bias_table", (0,))
+    window = (round(table[0] ** 0.5) + 1) // 2
+    name = _GCVIT.get((depths, width, window), "unknown")
+    return name, tuple(width * 2**stage for stage in range(stages))
+
+
+def describe_backbone(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The backbone in words, for messages: its name, or the first of its keys."""
+    name, _channels = backbone_kind(shapes)
+    if name != "unknown":
+        return name
+    keys = [key for key in shapes if key.startswith("backbone.")]
+    return f"an unknown backbone ({keys[0]}, …, {keys[-1]})" if keys else "no backbone"
+
+
+def _numbered(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+    """How many different numbers follow a prefix, counted from 0 without a gap."""
+    start = prefix + "."
+    found = {key[len(start) :].split(".", 1)[0] for key in shapes if key.startswith(start)}
+    count = 0
+    while str(count) in found:
+        count += 1
+    return count
+
+
+def _num_points(
+    shapes: Mapping[str, tuple[int, ...]], prefix: str, heads: int, levels: int, notes: list[str]
+) -> int | None:
+    shape = shapes.get(f"{prefix}.attention_weights.weight")
+    if shape is None or levels == 0:
+        return None
+    points, rest = divmod(shape[0], heads * levels)
+    if rest:
+        notes.append(f"{prefix}: {shape[0]} is not {heads} heads x {levels} levels x points")
+        return None
+    return points
+
+
+def _interm_indices(
+    in_channels: tuple[int, ...], stage_channels: tuple[int, ...], extra: int
+) -> tuple[int, ...] | None:
+    if not stage_channels or any(channels not in stage_channels for channels in in_channels):
+        return None
+    # Further extra levels than one have no index in the reference.
+    if extra > 1:
+        return None
+    return tuple(stage_channels.index(channels) for channels in in_channels) + (4,) * extra
+
+
+def expected_keys(architecture: Architecture) -> list[str]:
+    """Canonical keys of neck, transformer and head that a network of this structure must have."""
+    affine = ("weight", "bias")
+    names = [f"neck.convs.{i}" for i in range(len(architecture.neck_in_channels))]
+    names += [f"neck.extra_convs.{i}" for i in range(architecture.num_extra_levels)]
+    keys = ["level_embed"]
+    conv_leaves = affine if architecture.neck_bias else affine[:1]
+    keys += [f"{name}.conv.{leaf}" for name in names for leaf in conv_leaves]
+    keys += [f"{name}.gn.{leaf}" for name in names for leaf in affine]
+    if architecture.two_stage:
+        modules = ["memory_trans_fc", "memory_trans_norm", "pos_trans_fc", "pos_trans_norm"]
+    else:
+        keys.append("query_embedding.weight")
+        modules = ["reference_points_fc"]
+    for i in range(architecture.enc_layers):
+        modules += _layer_modules(f"encoder.layers.{i}", "self_attn", norms=2)
+    for i in range(architecture.dec_layers):
+        modules += _layer_modules(f"decoder.layers.{i}", "cross_attn", norms=3)
+        modules.append(f"decoder.layers.{i}.self_attn.attn.out_proj")
+        keys += [f"decoder.layers.{i}.self_attn.attn.in_proj_{leaf}" for leaf in affine]
+    for i in range(architecture.dec_layers + architecture.two_stage):
+        modules.append(f"bbox_head.cls_branches.{i}")
+        modules += [f"bbox_head.reg_branches.{i}.{j}" for j in (0, 2, 4)]
+    return keys + [f"{module}.{leaf}" for module in modules for leaf in affine]
+
+
+def _layer_modules(layer: str, attention: str, norms: int) -> list[str]:
+    parts = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+    return [
+        *(f"{layer}.{attention}.{part}" for part in parts),
+        *(f"{layer}.norms.{i}" for i in range(norms)),
+        f"{layer}.ffn.layers.0.0",
+        f"{layer}.ffn.layers.1",
+    ]

@@ -1,23 +1,127 @@
-"""Class heads of the two conventions: column = position in a list of classes, or column = category id.
-
-mmdet and Hugging Face number classes by position, from 0. Specs, TAO and the original release number them by
-category id, so that column 0 is the background. A head of the first kind is brought into a model of the
-second by moving its columns; columns that no class of the file belongs to are set so that they never win.
-"""
+"""Columns of a class head: which class each one scores, and moving them by name."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.weights.checkpoint import Checkpoint, CheckpointMeta, column_ids
-from ddetr_mm.weights.coco_names import NUM_COLUMNS, coco_column_names
-from ddetr_mm.weights.surgery import ColumnPlan, plan_columns
+from ddetr_mm.weights.checkpoint import Checkpoint, CheckpointMeta, column_ids, is_filler
+
+# --- Names of the 91 columns of detectors trained on COCO with column = category id ---
+
+_BY_CATEGORY_ID = """
+1 person 2 bicycle 3 car 4 motorcycle 5 airplane 6 bus 7 train 8 truck 9 boat 10 traffic_light
+11 fire_hydrant 13 stop_sign 14 parking_meter 15 bench 16 bird 17 cat 18 dog 19 horse 20 sheep 21 cow
+22 elephant 23 bear 24 zebra 25 giraffe 27 backpack 28 umbrella 31 handbag 32 tie 33 suitcase 34 frisbee
+35 skis 36 snowboard 37 sports_ball 38 kite 39 baseball_bat 40 baseball_glove 41 skateboard 42 surfboard
+43 tennis_racket 44 bottle 46 wine_glass 47 cup 48 fork 49 knife 50 spoon 51 bowl 52 banana 53 apple
+54 sandwich 55 orange 56 broccoli 57 carrot 58 hot_dog 59 pizza 60 donut 61 cake 62 chair 63 couch
+64 potted_plant 65 bed 67 dining_table 70 toilet 72 tv 73 laptop 74 mouse 75 remote 76 keyboard
+77 cell_phone 78 microwave 79 oven 80 toaster 81 sink 82 refrigerator 84 book 85 clock 86 vase
+87 scissors 88 teddy_bear 89 hair_drier 90 toothbrush
+"""
+
+NUM_COLUMNS = 91
+
+
+def coco_column_names() -> tuple[str, ...]:
+    """One name a column: ``background`` for column 0, ``unknown`` for the ids COCO leaves out."""
+    words = _BY_CATEGORY_ID.split()
+    pairs = zip(words[::2], words[1::2], strict=True)
+    names = {int(number): name.replace("_", " ") for number, name in pairs}
+    return tuple(names.get(column, "unknown" if column else "background") for column in range(NUM_COLUMNS))
+
+
+# --- Carrying a class head over to another list of classes, by name ---
+
+
+@dataclass(frozen=True)
+class ColumnPlan:
+    """Which column of a class head goes where.
+
+    Attributes:
+        pairs: (column in the file, column in the model) for every class found in both.
+        carried: names of these classes as the model has them.
+        fresh: names of the model's classes that the file does not know.
+        unused: names of the file's classes that the model does not have.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    carried: tuple[str, ...]
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def describe(self) -> str:
+        """The plan in one sentence, for the report."""
+        text = f"{len(self.carried)} classes by name"
+        if self.carried:
+            text += f" ({_some(self.carried)})"
+        if self.fresh:
+            text += f", initial values for {len(self.fresh)} new ({_some(self.fresh)})"
+        if self.unused:
+            text += f", {len(self.unused)} of the file not needed"
+        return text
+
+
+def plan_columns(file_names: Sequence[str], model_names: Sequence[str]) -> ColumnPlan:
+    """Match the columns of two class heads by their names.
+
+    Case, blanks, hyphens and underscores do not count. Columns that stand for no class (``background``,
+    ``N/A`` …) are matched only where both have one in the first place.
+
+    Args:
+        file_names: one name a column of the file's class head.
+        model_names: one name a column of the model's.
+    """
+    where: dict[str, int] = {}
+    for column, name in enumerate(file_names):
+        if not is_filler(name):
+            where.setdefault(_essence(name), column)
+    pairs: list[tuple[int, int]] = []
+    carried: list[str] = []
+    fresh: list[str] = []
+    if file_names and model_names and is_filler(file_names[0]) and is_filler(model_names[0]):
+        pairs.append((0, 0))
+    for column, name in enumerate(model_names):
+        if is_filler(name):
+            continue
+        source = where.get(_essence(name))
+        if source is None:
+            fresh.append(name)
+        else:
+            pairs.append((source, column))
+            carried.append(name)
+    used = {_essence(name) for name in carried}
+    unused = [name for name in file_names if not is_filler(name) and _essence(name) not in used]
+    return ColumnPlan(tuple(pairs), tuple(carried), tuple(fresh), tuple(unused))
+
+
+def same_classes(file_names: Sequence[str], model_names: Sequence[str]) -> bool:
+    """Whether two lists name the same classes in the same columns (fillers of any name being equal)."""
+    return [_column(name) for name in file_names] == [_column(name) for name in model_names]
+
+
+def _column(name: str) -> str:
+    return "" if is_filler(name) else _essence(name)
+
+
+def _essence(name: str) -> str:
+    return re.sub(r"[\s_\-]+", "", name).lower()
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    return ", ".join(names[:shown]) + (" …" if len(names) > shown else "")
+
+
+# --- Class heads of the two conventions: column = position in a list of classes, or column = category id ---
+# mmdet and Hugging Face number classes by position, from 0. Specs, TAO and the original release number them by
+# category id, so that column 0 is the background. A head of the first kind is brought into a model of the
+# second by moving its columns; columns that no class of the file belongs to are set so that they never win.
 
 NEVER_LOGIT = -50.0
 """Bias of a column that must not be predicted: a probability of 2e-22, finite in half precision."""
@@ -104,7 +208,7 @@ def to_category_ids(
                 file=checkpoint.path,
                 value=", ".join(names[:20]),
                 allowed=", ".join(plan.fresh[:20]),
-                mend="use the data the weights were trained for, or give its classes the file's names",
+                hint="use the data the weights were trained for, or give its classes the file's names",
             )
         )
     state_dict = {

@@ -109,7 +109,7 @@ def decrypt_file(source: str | Path, destination: BinaryIO, key: str | None) -> 
         StackError: the library is not installed.
     """
     if not key:
-        raise WeightsError(Problem("is encrypted", file=source, mend="give its key: encryption_key=…"))
+        raise WeightsError(Problem("is encrypted", file=source, hint="give its key: encryption_key=…"))
     with Path(source).open("rb") as file:
         head, check = file.read(_HEAD.size), file.read(_TAG_BYTES)
         if not is_whole_encrypted(source):
@@ -125,7 +125,7 @@ def decrypt_file(source: str | Path, destination: BinaryIO, key: str | None) -> 
                     "cannot be decrypted with this key",
                     file=source,
                     where="encryption_key",
-                    mend="give the key it was encrypted with",
+                    hint="give the key it was encrypted with",
                 )
             ) from None
         count = _num_segments(_HEAD.unpack(head)[3])
@@ -177,8 +177,8 @@ def _cipher(key: str, head: bytes) -> AESGCM:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
         from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
     except ImportError as error:
-        mend = "run: pip install 'cryptography>=42'"
-        raise StackError(Problem("encryption needs the package cryptography", mend=mend)) from error
+        hint = "run: pip install 'cryptography>=42'"
+        raise StackError(Problem("encryption needs the package cryptography", hint=hint)) from error
     salt = _HEAD.unpack(head)[1]
     return AESGCM(Scrypt(salt=salt, length=32, n=2**15, r=8, p=1).derive(key.encode()))
 
@@ -194,5 +194,5 @@ def _num_segments(length: int) -> int:
 
 def _damaged(path: str | Path) -> WeightsError:
     return WeightsError(
-        Problem("is encrypted, and truncated or changed since", file=path, mend="copy it again")
+        Problem("is encrypted, and truncated or changed since", file=path, hint="copy it again")
     )

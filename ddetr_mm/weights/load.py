@@ -1,22 +1,315 @@
-"""Filling a model from a checkpoint of any format, by name, with an account of every key."""
+"""Load a checkpoint into a model, a backbone, or a resumed run."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.weights.architecture import backbone_kind, describe_backbone
-from ddetr_mm.weights.backbone import fill_backbone
-from ddetr_mm.weights.checkpoint import Checkpoint
-from ddetr_mm.weights.class_columns import numbered_by_position
-from ddetr_mm.weights.read import read_checkpoint
+from ddetr_mm.weights.checkpoint import Checkpoint, backbone_kind, describe_backbone
+from ddetr_mm.weights.class_columns import ColumnPlan, numbered_by_position, plan_columns, same_classes
+from ddetr_mm.weights.formats import to_canonical
+from ddetr_mm.weights.read import (
+    find_weights,
+    is_backbone_alone,
+    plain_state_dict,
+    read_checkpoint,
+    refuse_non_finite,
+    strip_wrappers,
+)
 from ddetr_mm.weights.report import LoadReport
-from ddetr_mm.weights.surgery import ColumnPlan, plan_columns, same_classes
+from ddetr_mm.weights.safe_read import read_raw, short_names
+
+# --- Whether a training can go on from a file: told before anything of it is taken over ---
+# Resuming takes over weights, optimizer and schedules as they are: unlike with starting weights nothing can be
+# left out or carried over.
+
+NEEDED = ("state_dict", "optimizer", "meta")
+COUNTS = ("epoch", "iter")
+LIGHTNING = "optimizer_states"
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_START_WITH = "start a new training from its weights with train.pretrained_model_path"
+_CLASS_HEAD = "bbox_head.cls_branches.0.weight"
+
+
+def require_resumable(path: str | Path, *, where: str) -> None:
+    """Check, before anything is built, that mmengine can resume from a file.
+
+    Args:
+        path: the checkpoint.
+        where: the spec key that named it, for messages.
+
+    Raises:
+        WeightsError: when it cannot be read, asks for code to be run, or holds weights alone.
+    """
+    content = read_raw(path).payload
+    found = content if isinstance(content, Mapping) else {}
+    missing = [name for name in NEEDED if not isinstance(found.get(name), Mapping)]
+    if not missing:
+        missing = [f"meta.{name}" for name in COUNTS if not isinstance(found["meta"].get(name), int)]
+    if missing:
+        whose = (
+            " (it is the reference's, whose schedules are PyTorch Lightning's)" if LIGHTNING in found else ""
+        )
+        raise WeightsError(
+            Problem(
+                f"holds no training to go on with: {', '.join(missing)} is missing{whose}",
+                file=path,
+                where=where,
+                allowed="a checkpoint written by `ddetr-mm train`",
+                hint="to start anew from its weights, name it as train.pretrained_model_path",
+            )
+        )
+
+
+def require_same_network(path: str | Path, model: nn.Module, *, where: str) -> None:
+    """Check that a checkpoint to resume from holds the very network of the run.
+
+    Args:
+        path: the checkpoint, see :func:`require_resumable`.
+        model: the network of the run, possibly wrapped for parallel training.
+        where: what named the file, for messages.
+
+    Raises:
+        WeightsError: when it holds the weights of another network; told is what differs and what to do.
+    """
+    raw = read_raw(path)
+    theirs = _shapes(raw.payload["state_dict"])
+    ours = _shapes(unwrapped(model).state_dict())
+    if theirs == ours:
+        return
+    difference, key = _difference(theirs, ours)
+    raise WeightsError(
+        Problem(
+            f"cannot be resumed: {difference}",
+            file=raw.path,
+            where=where,
+            hint=f"resume with the spec that the run was started with ({key}), name an empty results_dir, or"
+            f" {_START_WITH}",
+        )
+    )
+
+
+def _shapes(state_dict: Mapping[str, Any]) -> Shapes:
+    return {
+        key.removeprefix("module."): tuple(value.shape)
+        for key, value in state_dict.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _difference(theirs: Shapes, ours: Shapes) -> tuple[str, str]:
+    """What differs between file and model in words, and the spec field to look at."""
+    backbones = describe_backbone(theirs), describe_backbone(ours)
+    parts = [{key: shape for key, shape in one.items() if "backbone." in key} for one in (theirs, ours)]
+    if parts[0] != parts[1]:
+        fitting = sum(parts[1].get(key) == shape for key, shape in parts[0].items())
+        detail = f"{backbones[0]} in the file, {backbones[1]} in the model ({fitting} of {len(parts[1])} fit)"
+        return f"it holds another backbone than the model: {detail}", "model.backbone"
+    columns = theirs.get(_CLASS_HEAD, (0,))[0], ours.get(_CLASS_HEAD, (0,))[0]
+    if columns[0] != columns[1]:
+        text = f"its class head has {columns[0]} columns, the model's {columns[1]}"
+        return text, "dataset.num_classes"
+    reshaped = [key for key in theirs if key in ours and theirs[key] != ours[key]]
+    lists = [
+        ("missing in the file", [key for key in ours if key not in theirs]),
+        ("not in the model", [key for key in theirs if key not in ours]),
+        (
+            "of another size",
+            [f"{key} {list(theirs[key])} in the file, {list(ours[key])} in the model" for key in reshaped],
+        ),
+    ]
+    told = [f"{len(keys)} keys {how} ({short_names(keys, 2)})" for how, keys in lists if keys]
+    return "it is of another network: " + "; ".join(told), "the section model"
+
+
+# --- Filling a backbone from a classifier's weights or from the backbone of a whole detector ---
+
+_CLASSIFIER = re.compile(r"(fc|head|classifier|last_linear)\..+")
+_PREFIXES = ("", "backbone.", "model.", "encoder.", "model.backbone.", "backbone.0.body.", "body.")
+
+
+def load_backbone(backbone: nn.Module, path: str | Path) -> LoadReport:
+    """Fill a backbone by name.
+
+    Args:
+        backbone: mmdet's ResNet, our ``GCViT``, or any module whose names the file has.
+        path: torchvision's or timm's ResNet or GCViT, a published GCViT classifier, a state dict of the
+            backbone itself, or a whole detector of any format, whose backbone is used.
+
+    Returns:
+        The account; keys of the model are those of ``backbone``.
+
+    Raises:
+        WeightsError: when the file cannot be read safely, holds another backbone, or nothing that fits.
+    """
+    raw = read_raw(path)
+    state_dict, _extras = plain_state_dict(raw)
+    report = LoadReport(str(raw.path), type(backbone).__name__, target_format="backbone")
+    tensors, file_keys = _backbone_part(raw, state_dict, report)
+    refuse_non_finite(raw.path, tensors)
+    fill_backbone(backbone, tensors, report, file_keys=file_keys)
+    return report
+
+
+def _backbone_part(
+    raw: Any, state_dict: Mapping[str, Tensor], report: LoadReport
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The backbone's tensors under its own names, and the file's key of each."""
+    stripped, original = strip_wrappers(state_dict)
+    in_detector = any(key.startswith(("transformer.", "bbox_head.")) for key in stripped)
+    for prefix in _PREFIXES:
+        part = {key[len(prefix) :]: value for key, value in stripped.items() if key.startswith(prefix)}
+        if is_backbone_alone(part) and not in_detector:
+            report.source_format = "backbone"
+            return part, {key: original.get(prefix + key, prefix + key) for key in part}
+    try:
+        found = find_weights(raw)
+    except WeightsError:
+        # No detector of a known format: any module's state dict, used by name as it stands.
+        report.source_format = "state dict"
+        names = {key: key.removeprefix("backbone.") for key in stripped}
+        return (
+            {names[key]: value for key, value in stripped.items()},
+            {names[key]: original.get(key, key) for key in stripped},
+        )
+    canonical, trace = to_canonical(found.state_dict, found.table)
+    report.source_format = found.table.name
+    sources = {ours: key for key, targets in trace.mapped.items() for ours in targets}
+    part = {
+        key.removeprefix("backbone."): value
+        for key, value in canonical.items()
+        if key.startswith("backbone.")
+    }
+    unwrapped_keys = {key: sources[f"backbone.{key}"] for key in part}
+    names = {key: found.original_keys.get(source, source) for key, source in unwrapped_keys.items()}
+    used = set(names.values())
+    for key in state_dict:
+        if key not in used:
+            report.dropped[key] = "not part of the backbone"
+    return part, names
+
+
+def fill_backbone(
+    backbone: nn.Module,
+    tensors: Mapping[str, Tensor],
+    report: LoadReport,
+    *,
+    prefix: str = "",
+    file_keys: Mapping[str, str] | None = None,
+) -> None:
+    """Copy tensors into a backbone and add every key to a report.
+
+    A backbone with a method ``load_backbone_state_dict(state_dict)`` (our GCViT, which also adapts position
+    tables) is asked to do it itself.
+
+    Args:
+        backbone: filled in place.
+        tensors: key → tensor; keys begin with ``prefix``.
+        report: gets every key.
+        prefix: what the report's model keys and ``tensors`` put before the backbone's own names.
+        file_keys: key in ``tensors`` → key in the file.
+
+    Raises:
+        WeightsError: when the backbones differ or nothing fits.
+    """
+    names = file_keys or {}
+    own = {key: value for key, value in backbone.state_dict().items() if isinstance(value, Tensor)}
+    part = {key[len(prefix) :]: value for key, value in tensors.items()}
+    if hasattr(backbone, "load_backbone_state_dict"):
+        _fill_by_itself(backbone, part, own, report, prefix, names)
+        return
+    _refuse_other(part, own, report)
+    fits = {key: value for key, value in part.items() if key in own and own[key].shape == value.shape}
+    for key, value in part.items():
+        file_key = names.get(prefix + key, prefix + key)
+        if key in fits:
+            report.mapped.setdefault(file_key, []).append(prefix + key)
+        elif key in own:
+            report.reshaped[prefix + key] = (tuple(value.shape), tuple(own[key].shape))
+        elif _CLASSIFIER.fullmatch(key):
+            report.dropped[file_key] = "the classifier's head"
+        else:
+            report.unexpected.append(file_key)
+    for key in own:
+        if key not in part:
+            if key.endswith("num_batches_tracked"):
+                report.filled[prefix + key] = "left as the model made it"
+            else:
+                report.missing.append(prefix + key)
+    with torch.no_grad():
+        for key, value in fits.items():
+            own[key].copy_(value)
+
+
+def _refuse_other(part: Mapping[str, Tensor], own: Mapping[str, Tensor], report: LoadReport) -> None:
+    theirs = {f"backbone.{key}": tuple(value.shape) for key, value in part.items()}
+    ours = {f"backbone.{key}": tuple(value.shape) for key, value in own.items()}
+    kinds = backbone_kind(theirs)[0], backbone_kind(ours)[0]
+    fitting = sum(ours.get(key) == shape for key, shape in theirs.items())
+    if ("unknown" not in kinds and kinds[0] != kinds[1]) or fitting * 2 < len(ours):
+        raise WeightsError(
+            Problem(
+                f"holds another backbone than the model: {describe_backbone(theirs)} in the file,"
+                f" {describe_backbone(ours)} in the model ({fitting} of {len(ours)} keys fit)",
+                file=report.source,
+                hint="give the weights of this backbone, or choose the file's backbone in the spec",
+            )
+        )
+
+
+def _fill_by_itself(
+    backbone: Any,
+    part: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    report: LoadReport,
+    prefix: str,
+    names: Mapping[str, str],
+) -> None:
+    before = {key: tuple(value.shape) for key, value in part.items()}
+    theirs = {f"backbone.{key}": shape for key, shape in before.items()}
+    ours = {f"backbone.{key}": tuple(value.shape) for key, value in own.items()}
+    kinds = backbone_kind(theirs)[0], backbone_kind(ours)[0]
+    if "unknown" not in kinds and kinds[0] != kinds[1]:
+        _refuse_other(part, own, report)
+    try:
+        result = backbone.load_backbone_state_dict(dict(part))
+    except WeightsError as error:
+        found = f"{describe_backbone(theirs)} in the file, {describe_backbone(ours)} in the model"
+        raise WeightsError(
+            Problem(f"holds another backbone than the model: {found}", file=report.source), *error.problems
+        ) from error
+
+    def in_file(key: str) -> str:
+        return names.get(prefix + key, prefix + key)
+
+    for source, key in result.mapped.items():
+        if key in result.reshaped:
+            continue
+        report.mapped.setdefault(in_file(source), []).append(prefix + key)
+    for key in result.unexpected:
+        if _CLASSIFIER.fullmatch(key):
+            report.dropped[in_file(key)] = "the classifier's head"
+        else:
+            report.unexpected.append(in_file(key))
+    report.missing += [prefix + key for key in result.missing]
+    for key, (there, here) in result.skipped.items():
+        report.reshaped[prefix + key] = (tuple(there), tuple(here))
+    for key, (there, here) in result.reshaped.items():
+        report.carried_over[prefix + key] = f"position table resized from {list(there)} to {list(here)}"
+    for key in before:
+        if key.endswith("relative_position_index"):
+            report.dropped[in_file(key)] = "a buffer the model makes itself"
+
+
+# --- Filling a model from a checkpoint of any format, by name, with an account of every key ---
 
 _CLASS_KEY = re.compile(r"bbox_head\.cls_branches\.\d+\.(weight|bias)")
 _COUNTERS = (".num_batches_tracked", ".relative_position_index")
@@ -103,7 +396,7 @@ def fill_model(
                 f"has nothing that fits the model (hidden width {checkpoint.architecture.hidden_dim})",
                 file=checkpoint.path,
                 value=f"{len(report.reshaped)} keys of other sizes",
-                mend="use the spec it was trained with (model.hidden_dim, model.dim_feedforward …)",
+                hint="use the spec it was trained with (model.hidden_dim, model.dim_feedforward …)",
             )
         )
     _scheme_notes(network, checkpoint, report)
@@ -135,7 +428,7 @@ def _refuse_other_backbone(checkpoint: Checkpoint, target: Mapping[str, Tensor])
                 f" {describe_backbone(ours)} in the model",
                 file=checkpoint.path,
                 where="model.backbone",
-                mend="set model.backbone to the checkpoint's, or give a checkpoint of this backbone",
+                hint="set model.backbone to the checkpoint's, or give a checkpoint of this backbone",
             )
         )
 
@@ -144,11 +437,11 @@ def _refuse_other_scheme(checkpoint: Checkpoint, network: nn.Module) -> None:
     two_stage = getattr(network, "as_two_stage", None)
     if isinstance(two_stage, bool) and two_stage != checkpoint.architecture.two_stage:
         if two_stage:
-            what, mend = "is no two-stage model, but the network is", "use a model without as_two_stage"
+            what, hint = "is no two-stage model, but the network is", "use a model without as_two_stage"
         else:
             what = "is a two-stage model (the encoder proposes the boxes), which a spec has no words for"
-            mend = "convert it with `ddetr-mm weights … --to mmdet` and use it in an mmdet config"
-        raise WeightsError(Problem(what, file=checkpoint.path, mend=mend))
+            hint = "convert it with `ddetr-mm weights … --to mmdet` and use it in an mmdet config"
+        raise WeightsError(Problem(what, file=checkpoint.path, hint=hint))
 
 
 def _column_plan(
@@ -166,7 +459,7 @@ def _column_plan(
         raise WeightsError(
             Problem(
                 f"{len(class_names)} class names were given for a class head of {columns} columns",
-                mend="give one name a column, the background's included",
+                hint="give one name a column, the background's included",
             )
         )
     names = checkpoint.meta.class_names

@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ddetr_mm.data.image_check import unreadable_told
-from ddetr_mm.data.image_size import UnreadableImage, read_image_size
-from ddetr_mm.data.load import TAOLoadImageFromFile
-from ddetr_mm.data.sources import read_coco_sources
+from ddetr_mm.datasets.image_size import UnreadableImage, read_image_size
+from ddetr_mm.datasets.images import TAOLoadImageFromFile, unreadable_told
+from ddetr_mm.datasets.sources import read_coco_sources
+from ddetr_mm.engine.detections import load_upright_rgb
 from ddetr_mm.errors import DataError
-from ddetr_mm.runtime.results import load_upright_rgb
 
 # --- annotations ---
 

@@ -19,8 +19,8 @@ from safetensors.torch import save
 from ddetr_mm.deploy.onnx_file import ort_session, read_signature
 from ddetr_mm.errors import WeightsError
 from ddetr_mm.weights import inspect_checkpoint
+from ddetr_mm.weights.load import require_resumable
 from ddetr_mm.weights.read import read_checkpoint
-from ddetr_mm.weights.resume import require_resumable
 
 STATE = {
     "transformer.level_embed": torch.zeros(2, 4),

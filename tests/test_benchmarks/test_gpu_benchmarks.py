@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ddetr_mm.models.triton_sampling import LAUNCHES, has_triton
+from ddetr_mm.models.triton_attention import LAUNCHES, has_triton
 
 REPO = Path(__file__).resolve().parents[2]
 

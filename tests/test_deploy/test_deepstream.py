@@ -24,7 +24,7 @@ from ddetr_mm.deploy.deepstream import (
     replay_parser,
     write_deepstream_files,
 )
-from ddetr_mm.deploy.images import Normalisation
+from ddetr_mm.deploy.onnx_file import Normalisation
 from ddetr_mm.errors import ExportError
 
 IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))

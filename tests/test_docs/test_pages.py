@@ -112,7 +112,7 @@ def test_python_and_yaml_blocks_can_be_read(page):
 
 @every_page
 def test_fields_in_the_text_are_fields(page):
-    """`train.optim.lr` and the like; `ddetr_mm.data` may also be a module, `model.onnx` a file."""
+    """`train.optim.lr` and the like; `ddetr_mm.datasets` may also be a module, `model.onnx` a file."""
     if page.name == "fields.md":
         pytest.skip(
             "has names of the mmengine config too; tests/test_fields_table.py compares it with the schema"

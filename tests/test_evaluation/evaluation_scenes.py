@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddetr_mm.evaluation.columns import DetectionColumns, GroundTruthColumns
+from ddetr_mm.evaluation.coco_eval import DetectionColumns, GroundTruthColumns
 
 Scene = tuple[GroundTruthColumns, DetectionColumns]
 

@@ -16,8 +16,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ddetr_mm.errors import DataError, StackError
-from ddetr_mm.evaluation.coco_eval import METRIC_NAMES, evaluate_boxes, write_results_json
-from ddetr_mm.evaluation.columns import DetectionColumns, GroundTruthColumns
+from ddetr_mm.evaluation.coco_eval import (
+    METRIC_NAMES,
+    DetectionColumns,
+    GroundTruthColumns,
+    evaluate_boxes,
+    write_results_json,
+)
 
 
 def pycocotools_stats(truth, detections, category_ids=None, image_ids=None):

@@ -1,3 +1,5 @@
+""""""
+
 from __future__ import annotations
 
 import json
@@ -7,13 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from evaluation_scenes import data_samples, random_scene, write_coco
-from mmdet.registry import METRICS
+from mmdet.registry import DATASETS, METRICS
+from mmengine.registry import init_default_scope
+from PIL import Image
 
+import ddetr_mm.datasets.coco  # noqa: F401
 from ddetr_mm.errors import DataError
-from ddetr_mm.evaluation.coco_eval import METRIC_NAMES, evaluate_boxes
-from ddetr_mm.evaluation.columns import DetectionColumns
-from ddetr_mm.evaluation.metric import MMDET_NAMES, FastCocoMetric
+from ddetr_mm.evaluation.coco_eval import METRIC_NAMES, DetectionColumns, GroundTruthColumns, evaluate_boxes
+from ddetr_mm.evaluation.metric import MMDET_NAMES, FastCocoMetric, class_table, source_table
+
+# ---  ---
 
 LABELS = {3: 0, 6: 1, 9: 2, 12: 3}
 META = {"classes": tuple(f"class {number}" for number in LABELS), "category_ids": tuple(LABELS)}
@@ -297,3 +304,98 @@ def test_two_ranks_give_what_one_gives(scene_file, tmp_path):
         assert found == pytest.approx(alone, abs=1e-12)
     assert "ERROR0 DataError" in answers[0][0]
     assert "ERROR1 RuntimeError: evaluation failed on the first rank: DataError" in answers[1][0]
+
+
+# --- Dataset and metric read the same sources: ground truth, fed through both, must score perfectly ---
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Two sources whose image ids collide and whose category ids have gaps; one image is empty."""
+    rng = np.random.default_rng(0)
+    found = []
+    for name, category_ids in (("a", (2, 5)), ("b", (5, 9))):
+        images, annotations = [], []
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            Image.new("RGB", (80, 60), (10, 20, 30)).save(tmp_path / name / f"{number}.png")
+            images.append({"id": number, "file_name": f"{number}.png", "width": 80, "height": 60})
+            for _ in range(0 if number == 2 else 3):
+                box = [*rng.integers(0, 30, 2).tolist(), *rng.integers(5, 30, 2).tolist()]
+                category = int(rng.choice(category_ids))
+                annotations.append(
+                    {
+                        "id": len(annotations),
+                        "image_id": number,
+                        "category_id": category,
+                        "bbox": box,
+                        "area": box[2] * box[3],
+                        "iscrowd": 0,
+                    }
+                )
+        categories = [{"id": number, "name": f"class {number}"} for number in (2, 5, 9)]
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+        found.append({"image_dir": str(tmp_path / name), "json_file": str(path)})
+    return found
+
+
+@pytest.mark.parametrize("label_mode", ["category_id", "contiguous"])
+def test_ground_truth_scores_one(sources, label_mode):
+    init_default_scope("mmdet")
+    dataset = DATASETS.build(
+        {
+            "type": "SerializedCocoDataset",
+            "sources": sources,
+            "label_mode": label_mode,
+            "pipeline": [{"type": "LoadImageFromFile"}, {"type": "PackDetInputs", "meta_keys": ("img_id",)}],
+            "test_mode": True,
+            "storage": "process",
+        }
+    )
+    metric = FastCocoMetric(sources=sources)
+    metric.dataset_meta = dataset.metainfo
+    for index in range(len(dataset)):
+        sample = dataset[index]["data_samples"]
+        instances = dataset.get_data_info(index)["instances"]
+        found = {
+            "bboxes": torch.tensor([item["bbox"] for item in instances]).float().reshape(-1, 4),
+            "labels": torch.tensor([item["bbox_label"] for item in instances]).long(),
+            "scores": torch.linspace(0.9, 0.5, len(instances)),
+        }
+        metric.process({}, [{"img_id": sample.img_id, "pred_instances": found}])
+    metrics = metric.evaluate(len(dataset))
+    assert metrics["coco/bbox_mAP"] == pytest.approx(1.0)
+    assert metric.result.num_images == 8
+    assert {entry.category_id for entry in metric.result.per_class} == {2, 5, 9}
+    assert all(part["AP"] == pytest.approx(1.0) for part in metric.source_results.values())
+
+
+# ---  ---
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_class_table_shows_every_class_and_the_total():
+    names = {1: "car", 2: "a very long name of a class that no terminal would hold " * 2, 7: "[bold]person"}
+    truth = GroundTruthColumns(
+        [1], [1, 1], [[0, 0, 50, 50], [60, 60, 9, 9]], [1, 7], [0, 0], [2500, 81], names
+    )
+    found = DetectionColumns([1, 1], [[0, 0, 50, 50], [200, 200, 5, 5]], [0.9, 0.8], [1, 7])
+    lines = class_table(evaluate_boxes(truth, found)).splitlines()
+    body = [cells(line) for line in lines if line.startswith("| ")]
+    assert body[0] == ["id", "class", "boxes", "found", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR"]
+    assert body[1] == ["1", "car", "1", "1", "1.000", "1.000", "1.000", "-", "1.000", "-", "1.000"]
+    assert body[2][1:4] == [names[2].strip(), "0", "0"]
+    assert body[3][1:6] == ["[bold]person", "1", "1", "0.000", "0.000"]
+    assert body[4][1:5] == ["all", "2", "2", "0.500"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_source_table_has_the_twelve_figures(make_scene):
+    text = source_table({"0: val/*.json": evaluate_boxes(*make_scene(0))})
+    rows = [cells(line) for line in text.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["source", "images", *METRIC_NAMES]
+    assert rows[1][:2] == ["0: val/*.json", "12"]

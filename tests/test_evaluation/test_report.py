@@ -1,8 +1,9 @@
-"""The page of an evaluation: complete, self-contained, harmless whatever names it shows."""
+"""Figures are written and freed at once: a run that draws for days must not carry what it has drawn."""
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import re
 import shutil
@@ -13,11 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from evaluation_scenes import random_scene
+from matplotlib.figure import Figure
 from PIL import Image
 
-from ddetr_mm.evaluation.coco_eval import evaluate_boxes
-from ddetr_mm.evaluation.columns import DetectionColumns, GroundTruthColumns
-from ddetr_mm.evaluation.report import write_report
+from ddetr_mm.evaluation.coco_eval import DetectionColumns, GroundTruthColumns, evaluate_boxes
+from ddetr_mm.evaluation.report import (
+    draw_class_precision,
+    draw_precision_recall,
+    freed_figures,
+    save_png,
+    write_report,
+)
+
+# --- The page of an evaluation: complete, self-contained, harmless whatever names it shows ---
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>$\\frac{1}'
 
@@ -147,3 +156,78 @@ def test_a_real_browser_shows_it(folder, tmp_path):
     # The plots' own colours are on the screen, so the browser has decoded them.
     for color in ((33, 113, 181), (198, 219, 239)):
         assert (np.abs(pixels.astype(int) - color).max(axis=1) <= 3).sum() > 200
+
+
+# ---  ---
+
+
+def num_colors(path):
+    with Image.open(path) as image:
+        return len(image.convert("RGB").getcolors(1 << 22))
+
+
+@pytest.mark.parametrize("draw", [draw_precision_recall, draw_class_precision])
+def test_pictures_follow_the_result(make_scene, tmp_path, draw):
+    truth, detections = make_scene(0)
+    good = draw(tmp_path / "deep" / "good.png", evaluate_boxes(truth, detections))
+    none = draw(tmp_path / "none.png", evaluate_boxes(truth, DetectionColumns.empty()))
+    assert num_colors(good) > 20
+    assert not np.array_equal(np.asarray(Image.open(good)), np.asarray(Image.open(none)))
+
+
+@pytest.mark.parametrize("draw", [draw_precision_recall, draw_class_precision])
+def test_nothing_to_draw_is_still_a_picture(tmp_path, draw):
+    nothing = GroundTruthColumns([1], [], [], [], [], [], {1: "a"})
+    path = draw(tmp_path / "empty.png", evaluate_boxes(nothing, DetectionColumns.empty()))
+    assert num_colors(path) > 1
+
+
+def test_many_classes_and_odd_names(make_scene, tmp_path):
+    truth, detections = make_scene(1, num_images=60, num_classes=100)
+    names = {number: f"$x_{number}$ <b>[odd]" * 3 for number in truth.category_names}
+    result = evaluate_boxes(dataclasses.replace(truth, category_names=names), detections)
+    draw_class_precision(tmp_path / "a.png", result)
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size[1] == pytest.approx(110 * (1.5 + 0.25 * 60), abs=2)
+    assert num_colors(draw_precision_recall(tmp_path / "b.png", result)) > 20
+
+
+# --- Figures are written and freed at once: a run that draws for days must not carry what it has drawn ---
+
+
+def draw(path, size_px: int = 100):
+    figure = Figure(figsize=(1, 1), dpi=size_px)
+    figure.add_subplot().plot([1, 2], [3, 4])
+    return save_png(path, figure)
+
+
+def test_a_figure_is_a_cycle_and_is_freed(tmp_path, living_figures):
+    before = living_figures()
+    draw(tmp_path / "a.png")
+    assert living_figures() == before + 1
+    gc.collect()
+    for _ in range(3):
+        freed_figures()(draw)(tmp_path / "b.png")
+        assert living_figures() == before
+    with Image.open(tmp_path / "b.png") as image:
+        assert image.size == (100, 100)
+
+
+@pytest.mark.parametrize("function", [draw_precision_recall, draw_class_precision])
+def test_pictures_of_an_evaluation_leave_no_figure(make_scene, tmp_path, function, living_figures):
+    result = evaluate_boxes(*make_scene(0))
+    before = living_figures()
+    function(tmp_path / "picture.png", result)
+    assert (tmp_path / "picture.png").is_file() and living_figures() == before
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_search_for_cycles_is_left_as_it_was(enabled):
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(ValueError, match="odd"), freed_figures():
+            assert not gc.isenabled()
+            raise ValueError("odd")
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()

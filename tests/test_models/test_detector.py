@@ -1,3 +1,5 @@
+"""Options that make the detector faster change nothing but rounding."""
+
 from __future__ import annotations
 
 import copy
@@ -6,14 +8,21 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from detr_builders import detector_config, golden, instances, padded_batch, sample
 from golden_files import golden_state_dict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mmdet.registry import MODELS
 from torch import Tensor
 
+import ddetr_mm.register  # noqa: F401
 from ddetr_mm.models import TAODeformableDETR
-from ddetr_mm.weights.key_engine import to_canonical
-from ddetr_mm.weights.key_maps import OFFICIAL, TAO
+from ddetr_mm.models.deformable_attention import DeformableAttention
+from ddetr_mm.models.detector import feature_sizes_hw, level_padding
+from ddetr_mm.weights.formats import OFFICIAL, TAO, to_canonical
+
+# ---  ---
 
 R50 = {
     "type": "ResNet",
@@ -338,3 +347,148 @@ def test_runs_through_the_preprocessor() -> None:
     images = [torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8) for _ in range(2)]
     results = model.test_step({"inputs": images, "data_samples": [sample((64, 96), (64, 96))] * 2})
     assert [len(result.pred_instances) for result in results] == [3, 3]
+
+
+# ---  ---
+
+SIDES = st.integers(1, 70)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    input_hw=st.tuples(SIDES, SIDES),
+    shares=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=3),
+    strides=st.lists(st.sampled_from([1, 4, 7, 8, 32]), min_size=1, max_size=3),
+)
+def test_equals_the_interpolated_mask(input_hw, shares, strides) -> None:
+    """The reference's way: draw the mask at full size, then take the nearest pixel of each cell."""
+    valid = [(max(1, round(a * input_hw[0])), max(1, round(b * input_hw[1]))) for a, b in shares]
+    levels = [(-(-input_hw[0] // stride), -(-input_hw[1] // stride)) for stride in strides]
+    masks, ratios = level_padding(valid, input_hw, levels, "cpu")
+    drawn = torch.ones(len(valid), *input_hw)
+    for image, (height, width) in enumerate(valid):
+        drawn[image, :height, :width] = 0
+    for level, size in enumerate(levels):
+        expected = F.interpolate(drawn[None], size=size)[0].bool()
+        if masks[level] is None:
+            assert not expected.any()
+            torch.testing.assert_close(ratios[:, level], torch.ones(1, 2))
+            continue
+        assert torch.equal(masks[level], expected)
+        share_y = (~expected[:, :, 0]).float().mean(1)
+        share_x = (~expected[:, 0]).float().mean(1)
+        torch.testing.assert_close(ratios[:, level], torch.stack([share_x, share_y], -1))
+
+
+def test_no_mask_without_padding() -> None:
+    masks, ratios = level_padding([(8, 12), (8, 12)], (8, 12), [(4, 6), (2, 3)], "cpu")
+    assert masks == [None, None]
+    assert ratios.tolist() == [[[1, 1], [1, 1]]]
+
+
+def test_feature_sizes() -> None:
+    assert feature_sizes_hw([torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 2, 3)]) == ((4, 5), (2, 3))
+
+
+# --- Options that make the detector faster change nothing but rounding ---
+
+
+def build_for_speed(**options):
+    torch.manual_seed(0)
+    model = MODELS.build(detector_config(**options))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def step(model) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Losses and gradients of one batch."""
+    images, samples = padded_batch()
+    losses = model.train().loss(images, copy.deepcopy(samples))
+    sum(losses.values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {name: loss.detach() for name, loss in losses.items()}, gradients
+
+
+def test_only_the_parts_asked_for_are_compiled_and_names_stay() -> None:
+    plain = build_for_speed()
+    for compiled, parts in (
+        ("none", set()),
+        ("backbone", {"backbone"}),
+        ("all", {"backbone", "neck", "encoder", "decoder"}),
+    ):
+        model = build_for_speed(compiled=compiled)
+        assert model.state_dict().keys() == plain.state_dict().keys()
+        found = {name for name, module in model.named_modules() if module._compiled_call_impl is not None}
+        assert found == parts
+    with pytest.raises(ValueError, match="compiled must be one of"):
+        build_for_speed(compiled="head")
+
+
+SHALLOW = {
+    "backbone": {
+        "type": "ResNet",
+        "depth": 18,
+        "base_channels": 8,
+        "num_stages": 1,
+        "strides": (1,),
+        "dilations": (1,),
+        "out_indices": (0,),
+        "norm_cfg": {"type": "BN", "requires_grad": True},
+        "norm_eval": False,
+    },
+    "in_channels": (8,),
+}
+"""One stage of a ResNet, and the second level from the neck: of every kind of layer one is compiled."""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)  # a C++ compiler runs some fifty times
+@pytest.mark.parametrize(
+    ("backend", "options"), [("aot_eager", {}), ("inductor", SHALLOW)], ids=["aot_eager", "inductor"]
+)
+def test_a_compiled_detector_has_the_same_losses_and_gradients(backend: str, options: dict) -> None:
+    torch._dynamo.reset()
+    expected_losses, expected = step(build_for_speed(**options))
+    losses, gradients = step(build_for_speed(compiled="all", compile_options={"backend": backend}, **options))
+    for name, loss in expected_losses.items():
+        torch.testing.assert_close(losses[name], loss, rtol=1e-4, atol=1e-5)
+    assert gradients.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-4 * largest, msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_predictions_in_half_precision_are_close_and_float32(dtype: str) -> None:
+    images, samples = padded_batch()
+    plain, half = build_for_speed().eval(), build_for_speed(predict_dtype=dtype).eval()
+    seen = []
+    half.encoder.layers[0].ffn.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    with torch.no_grad():
+        expected = plain.predict(images, copy.deepcopy(samples))
+        found = half.predict(images, copy.deepcopy(samples))
+    assert set(seen) <= {getattr(torch, dtype), torch.float32} and seen
+    for one, other in zip(found, expected, strict=True):
+        assert one.pred_instances.scores.dtype == one.pred_instances.bboxes.dtype == torch.float32
+        torch.testing.assert_close(
+            one.pred_instances.scores, other.pred_instances.scores, rtol=0.05, atol=0.02
+        )
+    with pytest.raises(ValueError, match="predict_dtype must be"):
+        build_for_speed(predict_dtype="int8")
+
+
+def test_the_attention_reaches_every_module() -> None:
+    model = build_for_speed(attention="torch")
+    found = {module.implementation for module in model.modules() if isinstance(module, DeformableAttention)}
+    assert found == {"torch"}
+    images, samples = padded_batch()
+    ours, reference = build_for_speed().eval(), model.eval()
+    with torch.no_grad():
+        for one, other in zip(
+            ours._forward(images, samples), reference._forward(images, samples), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="attention must be one of"):
+        build_for_speed(attention="flash")

@@ -1,29 +1,45 @@
-"""GCViT's arithmetic: against reference outputs, timm, and a plain transcription of the paper."""
+"""GCViT as a graph: torch.compile without breaks, ONNX of standard operators."""
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from detr_builders import detector_config, golden, sample
 from golden_files import golden_state_dict
 from mmdet.registry import MODELS
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from ddetr_mm.errors import SpecError
-from ddetr_mm.models import GCViT, feature_channels
-from ddetr_mm.models.gcvit import VARIANTS, GCViTVariant
-from ddetr_mm.models.gcvit_blocks import (
+from ddetr_mm.models import GCViT, backbones
+from ddetr_mm.models.gcvit import (
+    VARIANTS,
     Block,
+    GCViTVariant,
     attend,
     merge_windows,
     partition_windows,
     query_pyramid,
     relative_position_index,
 )
-from ddetr_mm.weights.key_engine import to_canonical
-from ddetr_mm.weights.key_maps import TAO
+from ddetr_mm.weights.formats import TAO, to_canonical
+from ddetr_mm.weights.safe_read import read_raw
+
+# --- GCViT's arithmetic: against reference outputs, timm, and a plain transcription of the paper ---
 
 
 def shake(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -259,7 +275,7 @@ def test_any_subset_of_stages(out_indices) -> None:
         got = part(x)
     assert len(got) == len(out_indices)
     assert all(torch.equal(feature, expected[stage]) for feature, stage in zip(got, out_indices, strict=True))
-    assert feature_channels({"type": "GCViT", "variant": "thin", "out_indices": out_indices}) == list(
+    assert backbones({"type": "GCViT", "variant": "thin", "out_indices": out_indices}) == list(
         part.out_channels
     )
 
@@ -413,3 +429,236 @@ def test_every_variant_has_its_published_size() -> None:
         classifier = model.out_channels[-1] * 1000 + 1000
         count = sum(parameter.numel() for parameter in model.parameters()) + classifier
         assert count / 1e6 == pytest.approx(expected, rel=0.01), variant
+
+
+# --- A mixed config: mmdet's Faster R-CNN on GCViT, trained and tested by mmdet's tools ---
+# DINO on GCViT: tests/test_projects/test_gcvit_dino.py.
+
+PROJECT = Path(__file__).resolve().parents[2]
+FASTER_RCNN = PROJECT / "configs" / "gcvit" / "faster-rcnn_gcvit-xxtiny_fpn_1x_coco.py"
+CLASSES = ("square", "disc")
+NUM_IMAGES, STEPS, HEIGHT, WIDTH = 6, 3, 64, 96
+
+# What makes a run short: small pictures, few steps, no worker processes.
+SHORT_RUN = """
+_base_ = {base!r}
+
+_classes = {classes!r}
+_dataset = dict(data_root={root!r}, ann_file="boxes.json", data_prefix=dict(img=""),
+                metainfo=dict(classes=_classes))
+_load = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations", with_bbox=True),
+         dict(type="Resize", scale=({width}, {height}), keep_ratio=True)]
+_meta = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
+_test_set = dict(pipeline=_load + [dict(type="PackDetInputs", meta_keys=_meta)], **_dataset)
+train_dataloader = dict(
+    batch_size=2, num_workers=0, persistent_workers=False,
+    dataset=dict(filter_cfg=dict(min_size=1), **_dataset,
+                 pipeline=_load + [dict(type="RandomFlip", prob=0.5), dict(type="PackDetInputs")]))
+val_cfg = val_dataloader = val_evaluator = None
+test_dataloader = dict(num_workers=0, persistent_workers=False, dataset=_test_set)
+test_evaluator = dict(ann_file={annotations!r})
+train_cfg = dict(max_epochs=1)
+default_hooks = dict(logger=dict(interval=1))
+randomness = dict(seed=0)
+model = {model}
+"""
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    """A folder with a few pictures of squares and discs and their boxes in COCO format."""
+    root = tmp_path_factory.mktemp("shapes")
+    random = np.random.default_rng(0)
+    images, annotations = [], []
+    for image_id in range(NUM_IMAGES):
+        picture = Image.fromarray(random.integers(90, 140, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+        draw = ImageDraw.Draw(picture)
+        for label in range(len(CLASSES)):
+            side = int(random.integers(16, 28))
+            x, y = int(random.integers(0, 20)) + 48 * label, int(random.integers(0, HEIGHT - 28))
+            box_xyxy = [x, y, x + side, y + side]
+            (draw.ellipse if label else draw.rectangle)(box_xyxy, fill=(250, 40 + 180 * label, 30))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": label + 1,
+                    "iscrowd": 0,
+                    "bbox": [x, y, side, side],
+                    "area": side * side,
+                }
+            )
+        picture.save(root / f"{image_id}.png")
+        images.append({"id": image_id, "file_name": f"{image_id}.png", "height": HEIGHT, "width": WIDTH})
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
+    text = json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    (root / "boxes.json").write_text(text)
+    return root
+
+
+# mmdet's tools import mmdet first, which beside mmcv-lite needs ddetr_mm before it. One process for both
+# tools: importing everything takes longer than the training.
+LAUNCHER = """
+import json, runpy, sys
+import ddetr_mm
+for sys.argv in json.loads(sys.argv[1]):
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_tools(*calls: list[object]) -> None:
+    """Run mmdet's own tools, as its wheel carries them, one after the other in a process of their own."""
+    tools = Path(importlib.util.find_spec("mmdet").origin).parent / ".mim" / "tools"
+    if not tools.is_dir():
+        pytest.skip("this mmdet was not installed as a wheel: it carries no tools")
+    arguments = [[str(tools / f"{tool}.py"), *map(str, rest)] for tool, *rest in calls]
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, json.dumps(arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def records(work_dir: Path) -> list[dict]:
+    """What mmengine logged as numbers, step by step."""
+    files = sorted(work_dir.glob("*/vis_data/scalars.json"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+SMALL_FASTER_RCNN = """dict(
+    roi_head=dict(bbox_head=dict(num_classes=2, fc_out_channels=64)),
+    train_cfg=dict(rpn_proposal=dict(max_per_img=50)),
+    test_cfg=dict(rpn=dict(max_per_img=50), rcnn=dict(score_thr=0.0)))"""
+
+
+def test_trains_and_runs_the_test_tool(shapes, tmp_path) -> None:
+    config = tmp_path / "short.py"
+    config.write_text(
+        SHORT_RUN.format(
+            base=str(FASTER_RCNN),
+            classes=CLASSES,
+            root=str(shapes),
+            width=WIDTH,
+            height=HEIGHT,
+            annotations=str(shapes / "boxes.json"),
+            model=SMALL_FASTER_RCNN,
+        )
+    )
+    checkpoint, found = tmp_path / "train" / "epoch_1.pth", tmp_path / "found.pkl"
+    run_tools(
+        ["train", config, "--work-dir", tmp_path / "train"],
+        ["test", config, checkpoint, "--work-dir", tmp_path / "test", "--out", found],
+    )
+    logged = records(tmp_path / "train")
+    losses = [record["loss"] for record in logged if "loss" in record]
+    assert len(losses) == STEPS
+    assert all(math.isfinite(loss) and loss > 0 for loss in losses)
+
+    weights = read_raw(checkpoint).payload["state_dict"]
+    backbone = {key: value for key, value in weights.items() if key.startswith("backbone.")}
+    assert "backbone.levels.3.blocks.1.attn.relative_position_bias_table" in backbone
+    # Biases start at zero: training moved the backbone's in every stage.
+    assert all(backbone[f"backbone.levels.{i}.blocks.1.attn.qkv.bias"].abs().max() > 0 for i in range(4))
+
+    with found.open("rb") as file:
+        detections = pickle.load(file)
+    assert len(detections) == NUM_IMAGES
+    assert all(detection["pred_instances"]["bboxes"].shape[1] == 4 for detection in detections)
+    metrics = json.loads(next((tmp_path / "test").glob("*/*.json")).read_text())
+    assert -1 <= metrics["coco/bbox_mAP"] <= 1
+
+
+# --- GCViT as a graph: torch.compile without breaks, ONNX of standard operators ---
+
+
+@pytest.fixture(autouse=True)
+def thin_graph_variant(monkeypatch) -> None:
+    """Local and global attention and layer scale, at a size that traces fast; nothing traced before."""
+    thin = GCViTVariant((2, 2, 2, 2), (1, 2, 4, 8), (7, 7, 14, 7), 32, 2.0, 0.5)
+    monkeypatch.setitem(VARIANTS, "thin", thin)
+    torch.compiler.reset()
+
+
+def thin(**kwargs) -> GCViT:
+    """The thin variant with tables that matter, in evaluation mode."""
+    torch.manual_seed(0)
+    model = GCViT("thin", **kwargs).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def images(batch: int, height: int, width: int) -> Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def test_compiles_to_one_graph() -> None:
+    model = thin()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = images(1, 61, 90)  # padded in every stage, every global query resized
+    with torch.no_grad():
+        for got, expected in zip(compiled(x), model(x), strict=True):
+            assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_compiles_forward_and_backward_with_checkpointing() -> None:
+    model = thin(out_indices=(1,), with_cp=True, drop_path_rate=0.0).train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = images(1, 32, 48)
+    gradients = []
+    for forward in (model, compiled):
+        model.zero_grad()
+        forward(x)[0].square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for plain, traced in zip(*gradients, strict=True):
+        assert torch.allclose(plain, traced, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_sizes_that_change_compile_to_one_dynamic_graph() -> None:
+    model = thin(drop_path_rate=0.1)
+    compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size_hw in ((64, 96), (100, 76)):
+            x = images(2, *size_hw)
+            for got, expected in zip(compiled(x), model(x), strict=True):
+                assert torch.allclose(got, expected, atol=1e-5)
+    model.train()
+    features = torch.compile(model, backend="eager", fullgraph=True)(images(1, 61, 90))  # drop path too
+    assert all(feature.isfinite().all() for feature in features)
+
+
+@pytest.mark.parametrize("size_hw", [(224, 224), (75, 130)])
+def test_exports_to_standard_onnx_with_any_batch(size_hw) -> None:
+    model = thin()
+    buffer = io.BytesIO()
+    names = [f"stage{index}" for index in range(4)]
+    torch.onnx.export(
+        model,
+        (images(1, *size_hw),),
+        buffer,
+        dynamo=False,
+        opset_version=17,
+        input_names=["images"],
+        output_names=names,
+        dynamic_axes={name: {0: "batch"} for name in ["images", *names]},
+    )
+    graph = onnx.load_from_string(buffer.getvalue())
+    onnx.checker.check_model(graph)
+    assert {node.domain for node in graph.graph.node} == {""}
+    assert {opset.domain for opset in graph.opset_import} == {""}
+    # At 224 x 224 every global query comes out as one window: nothing to resize.
+    resizes = sum(node.op_type == "Resize" for node in graph.graph.node)
+    assert resizes == (0 if size_hw == (224, 224) else 4)
+    session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        x = images(batch, *size_hw)
+        with torch.no_grad():
+            expected = model(x)
+        for got, feature in zip(session.run(None, {"images": x.numpy()}), expected, strict=True):
+            assert torch.allclose(torch.from_numpy(got), feature, atol=1e-4)

@@ -9,8 +9,8 @@ import torch
 from mmengine.logging import MMLogger
 
 from ddetr_mm.errors import StackError
-from ddetr_mm.models import sampling_choice
-from ddetr_mm.models.sampling_choice import (
+from ddetr_mm.models import triton_attention
+from ddetr_mm.models.triton_attention import (
     Candidate,
     agree,
     backward_candidates,
@@ -138,17 +138,17 @@ def test_candidates_of_a_cpu_without_interpreter_are_none(monkeypatch) -> None:
 
 
 def test_mmcvs_op_comes_first_and_is_not_deterministic_backward(monkeypatch) -> None:
-    monkeypatch.setattr(sampling_choice, "has_compiled_cuda_op", lambda: True)
-    monkeypatch.setattr(sampling_choice, "runs_on", lambda device: True)
+    monkeypatch.setattr(triton_attention, "has_compiled_cuda_op", lambda: True)
+    monkeypatch.setattr(triton_attention, "runs_on", lambda device: True)
     gpu = torch.device("cuda")
     names = [candidate.name for candidate in backward_candidates(gpu)]
     assert names[0] == "mmcv" and any(name.startswith("triton gather") for name in names)
     steady = {candidate.name for candidate in backward_candidates(gpu) if candidate.deterministic}
     assert steady and all(name.startswith("triton gather") for name in steady)
-    assert [candidate.name for candidate in sampling_choice.forward_candidates(gpu, "mmcv")] == ["mmcv"]
+    assert [candidate.name for candidate in triton_attention.forward_candidates(gpu, "mmcv")] == ["mmcv"]
 
 
 def test_an_op_that_is_not_installed_says_what_to_do(monkeypatch) -> None:
-    monkeypatch.setattr(sampling_choice, "has_compiled_cuda_op", lambda: False)
+    monkeypatch.setattr(triton_attention, "has_compiled_cuda_op", lambda: False)
     with pytest.raises(StackError, match="install-ops"):
         check_available("mmcv", torch.device("cuda"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ddetr_mm.models.triton_sampling import has_triton
+from ddetr_mm.models.triton_attention import has_triton
 
 pytestmark = [
     pytest.mark.slow,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from triton_cases import CASES
 
-from ddetr_mm.models.triton_sampling import has_triton, sample_forward
+from ddetr_mm.models.triton_attention import has_triton, sample_forward
 
 pytestmark = pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 REPO = Path(__file__).resolve().parents[2]

@@ -18,10 +18,9 @@ import ddetr_mm  # noqa: F401  (before mmcv's ops: answers for the compiled ones
 
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # isort: skip
 
-from ddetr_mm.models.bag_sampling import sample_values_by_bags
+from ddetr_mm.models.cpu_sampling import sample_values_by_bags
 from ddetr_mm.models.deformable_attention import level_layout
-from ddetr_mm.models.gpu_sampling import deformable_sampling
-from ddetr_mm.models.triton_sampling import Launch, sample_backward, sample_forward
+from ddetr_mm.models.triton_attention import Launch, deformable_sampling, sample_backward, sample_forward
 
 SMALL = Launch(queries=4, warps=1)
 CASES: dict[str, dict[str, Any]] = {

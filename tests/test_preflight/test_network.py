@@ -13,8 +13,8 @@ from torch import nn
 
 import ddetr_mm.register  # noqa: F401 - before mmdet
 from ddetr_mm.cli import main
-from ddetr_mm.preflight import network, real_step, round_trip
-from ddetr_mm.preflight.split import Split
+from ddetr_mm.preflight import network, round_trip
+from ddetr_mm.preflight.report import Split
 from ddetr_mm.spec import load_spec
 from ddetr_mm.tasks.runner import config_source, register_scope
 
@@ -126,11 +126,11 @@ def first_batch(config):
 
 def test_gradients_of_a_real_step(data_set):
     config, spec, model, _ = network_of(data_set, "train.freeze=[transformer.encoder]")
-    step = real_step.take_step(model, config.optim_wrapper, first_batch(config))
+    step = network.take_step(model, config.optim_wrapper, first_batch(config))
     assert step.bad_gradient == step.without_gradient == step.moved_though_frozen == []
     assert step.num_trained > 50 and step.num_frozen > 10 and step.kept_bytes > 1 << 20
     assert network.would_train(model, config, spec) == []
-    assert real_step.judge(step, []).findings == []
+    assert network.judge(step, []).findings == []
 
 
 def test_planted_gradient_faults_are_named(data_set):
@@ -138,8 +138,8 @@ def test_planted_gradient_faults_are_named(data_set):
     model.neck.extra = nn.Parameter(torch.zeros(3))  # used by nothing
     model.encoder.layers[0].self_attn.value_proj.weight.requires_grad_(True)  # frozen by the spec
     model.query_embedding.weight.register_hook(lambda gradient: gradient * float("nan"))
-    step = real_step.take_step(model, config.optim_wrapper, first_batch(config))
-    section = real_step.judge(step, network.would_train(model, config, spec))
+    step = network.take_step(model, config.optim_wrapper, first_batch(config))
+    section = network.judge(step, network.would_train(model, config, spec))
     told = {finding.kind: str(finding.problem) for finding in section.findings}
     assert set(told) == {"gradient-missing", "gradient-not-finite", "freeze-without-effect"}
     assert "neck.extra" in told["gradient-missing"]
@@ -159,15 +159,15 @@ def enlarged(batch, times: int):
 def test_kept_memory_grows_with_the_pixels(data_set):
     config, _, model, _ = network_of(data_set)
     batch = first_batch(config)
-    small = real_step.take_step(model, config.optim_wrapper, enlarged(batch, 3))
-    large = real_step.take_step(model, config.optim_wrapper, enlarged(batch, 6))
+    small = network.take_step(model, config.optim_wrapper, enlarged(batch, 3))
+    large = network.take_step(model, config.optim_wrapper, enlarged(batch, 6))
     pixels = np.prod(large.batch_hw) / np.prod(small.batch_hw)
     assert pixels >= 3.5
     assert large.kept_bytes == pytest.approx(small.kept_bytes * pixels, rel=0.15)
 
 
 def test_the_contact_sheet_undoes_the_normalisation(data_set, tmp_path):
-    from ddetr_mm.preflight.contact_sheet import tiles_of_batch
+    from ddetr_mm.preflight.pictures import tiles_of_batch
 
     config, _, model, _ = network_of(data_set)
     batch = first_batch(config)

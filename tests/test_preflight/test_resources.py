@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ddetr_mm.preflight.fit import largest_padded_hw
+from ddetr_mm.preflight.annotations import largest_padded_hw
 from ddetr_mm.preflight.resources import (
     GIB,
     MemoryNeed,

@@ -18,7 +18,7 @@ from project_runs import (
     weights,
 )
 
-from ddetr_mm.models import feature_channels, feature_info
+from ddetr_mm.models import backbones, feature_info
 from ddetr_mm.spec import load_spec
 from ddetr_mm.translate import to_config
 
@@ -72,7 +72,7 @@ def test_the_convnext_config_reads_without_mmpretrain():
     assert "mmpretrain.models" in config.custom_imports.imports
     assert config.model.backbone.type == "mmpretrain.ConvNeXt"
     stand_in = dict(type="SwinTransformer", embed_dims=40, num_heads=(1, 2, 4, 8), out_indices=(1, 2, 3))
-    assert feature_channels(stand_in) == config.model.neck.in_channels
+    assert backbones(stand_in) == config.model.neck.in_channels
     config.model.backbone = stand_in
     assert MODELS.build(config.model).bbox_head.num_classes == 4
 
@@ -82,7 +82,7 @@ def test_a_spec_says_the_same():
     model = Config.fromfile(str(SWIN)).model
     backbone = f"ddetr_mm.backbone={json.dumps(model.backbone.to_dict())}"
     loaded = load_spec(str(SPEC), [backbone], "train")
-    draft = to_config(loaded, "train", look_up_channels=feature_channels)
+    draft = to_config(loaded, "train", look_up_channels=backbones)
     of_spec, of_config = (
         {
             key: tuple(value.shape)

@@ -11,8 +11,8 @@ from readme_runs import ROOT, ddetr_mm, follow, prepared
 from test_tasks.conftest import TINY, make_project
 
 from ddetr_mm.spec import load_spec
-from ddetr_mm.weights import key_maps
-from ddetr_mm.weights.detect import find_weights
+from ddetr_mm.weights import formats
+from ddetr_mm.weights.read import find_weights
 from ddetr_mm.weights.safe_read import read_raw
 
 SPEC = ROOT / "projects" / "tao_migration" / "spec.yaml"
@@ -36,7 +36,7 @@ def test_the_readme_leads_to_deepstreams_files(tmp_path: Path, capsys: pytest.Ca
     ]  # fmt: skip
     results = folder / "results" / "tao_migration"
     raw = read_raw(results / "tao_model.pth")
-    assert find_weights(raw).table is key_maps.TAO
+    assert find_weights(raw).table is formats.TAO
     assert "model.model.query_embed.weight" in raw.payload["state_dict"]
     log = next((results / "train").glob("*/*.log")).read_text()
     assert "tao_model.pth (tao)" in log

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from golden_files import BCCD
 
-from .conftest import ROOT, Project
+from tests.test_tasks.conftest import ROOT, Project
 
 
 @pytest.mark.parametrize("spec", ["bccd_resnet18_cpu", pytest.param("bccd_resnet50", marks=pytest.mark.slow)])

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from .conftest import TINY, Project
+from tests.test_tasks.conftest import TINY, Project
 
 LATEST = "results/shapes/train/dd_model_latest.pth"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from contract import check_contract, lines
 
-from .conftest import Project
+from tests.test_tasks.conftest import Project
 
 LATEST = Path("results/shapes/train/dd_model_latest.pth")
 

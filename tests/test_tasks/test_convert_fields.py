@@ -142,7 +142,7 @@ def test_strict_stops_at_a_bad_label(convert, tmp_path: Path):
 
 
 def test_num_workers_are_processes(convert, monkeypatch):
-    from ddetr_mm.data import convert as converter
+    from ddetr_mm.convert import convert as converter
 
     seen: list[Any] = []
     original = converter.convert_kitti

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ddetr_mm.deploy.onnx_file import OnnxSignature
-from ddetr_mm.deploy.tensorrt_settings import trtexec_command
+from ddetr_mm.deploy.tensorrt import trtexec_command
 from ddetr_mm.errors import SpecError, StackError
 from ddetr_mm.spec import ExperimentSpec, load_spec
 from ddetr_mm.tasks.export import export_options

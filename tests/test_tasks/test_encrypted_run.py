@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from ddetr_mm.cli import main
-from ddetr_mm.runtime.checkpoints import find_latest_checkpoint
+from ddetr_mm.engine.checkpoint import find_latest_checkpoint
 from ddetr_mm.weights.encryption import encryption_key, is_encrypted
-
-from .conftest import TINY, Project
+from tests.test_tasks.conftest import TINY, Project
 
 KEY = "battery-horse-9731"
 

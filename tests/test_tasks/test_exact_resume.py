@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from ddetr_mm.cli import main
-from ddetr_mm.runtime.checkpoints import find_latest_checkpoint, is_whole, list_checkpoints
-
-from .conftest import TINY, Project
+from ddetr_mm.engine.checkpoint import find_latest_checkpoint, is_whole, list_checkpoints
+from tests.test_tasks.conftest import TINY, Project
 
 EXACT = (
     *TINY,
@@ -37,7 +36,7 @@ class Session:
         self.seen: dict[int, tuple] = {}
 
     def train(self, *overrides: str, sigterm_in_step: int | None = None) -> int:
-        from ddetr_mm.runtime.progress_hook import ProgressHook
+        from ddetr_mm.engine.progress import ProgressHook
 
         def write_down(hook, runner, batch_idx, data_batch=None, outputs=None):
             samples = data_batch["data_samples"]

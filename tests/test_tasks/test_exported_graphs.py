@@ -20,9 +20,8 @@ from mmengine.registry import init_default_scope
 
 import ddetr_mm.register  # noqa: F401 - registers the detector
 from ddetr_mm.cli import build_parser, main
-from ddetr_mm.deploy.images import Normalisation, load_batch
-from ddetr_mm.deploy.onnx_file import ort_forward
-from ddetr_mm.runtime.quiet import QuietRunner
+from ddetr_mm.deploy.onnx_file import Normalisation, load_batch, ort_forward
+from ddetr_mm.engine.runner import QuietRunner
 from ddetr_mm.spec import load_spec
 from ddetr_mm.tasks.runner import config_source, exported_input, load_checkpoint
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddetr_mm.errors import DataError, RunError
-from ddetr_mm.tasks.failures import as_told, failures_told
+from ddetr_mm.tasks.session import as_told, failures_told
 
 
 @pytest.mark.parametrize(

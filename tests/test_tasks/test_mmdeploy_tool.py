@@ -262,7 +262,7 @@ def test_the_mends_are_undone():
     from mmdeploy.core import SYMBOLIC_REWRITER
     from mmdeploy.core.rewriters import function_rewriter
 
-    from ddetr_mm.stack.mmdeploy_mends import mended_mmdeploy
+    from ddetr_mm.tasks.mmdeploy_tool import mended_mmdeploy
 
     before = (torch.onnx.export, function_rewriter._wrapped_fns_to_patch)
     with mended_mmdeploy(17):
@@ -277,7 +277,7 @@ def test_the_mends_are_undone():
 def test_on_an_old_torch_the_mends_do_nothing(monkeypatch):
     from mmdeploy.core.rewriters import function_rewriter
 
-    from ddetr_mm.stack.mmdeploy_mends import mended_mmdeploy
+    from ddetr_mm.tasks.mmdeploy_tool import mended_mmdeploy
 
     def old_export(model, args, f):  # as before torch 2.5: no `dynamo`
         return None

@@ -8,8 +8,7 @@ from __future__ import annotations
 import pytest
 
 from ddetr_mm.tasks.mmdet_tools import mmdet_tool
-
-from .conftest import TINY, Project
+from tests.test_tasks.conftest import TINY, Project
 
 pytestmark = pytest.mark.full_ops
 
@@ -34,7 +33,7 @@ def test_train_and_test(data_project: Project):
 def test_mmcvs_attention_is_the_one_in_use(data_project: Project):
     code = (
         "import ddetr_mm, mmcv.ops\n"
-        "from ddetr_mm.stack.mmcv_ops import has_compiled_ops\n"
+        "from ddetr_mm.compat.mmcv_ops import has_compiled_ops\n"
         "assert has_compiled_ops()\n"
         "import mmcv._ext\n"
         "assert mmcv._ext.__file__.endswith('.so'), mmcv._ext\n"

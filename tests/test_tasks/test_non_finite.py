@@ -10,8 +10,7 @@ import torch
 from mmengine.model import BaseModel
 
 from ddetr_mm.cli import main
-
-from .conftest import TINY, Project
+from tests.test_tasks.conftest import TINY, Project
 
 LAYER = "encoder.layers.0.ffn.layers.0.0"
 
@@ -19,7 +18,7 @@ LAYER = "encoder.layers.0.ffn.layers.0.0"
 @pytest.fixture
 def train(data_project: Project, tmp_path: Path, monkeypatch):
     """``train(after_step)``: train in this process; ``after_step(runner)`` is called after every step."""
-    from ddetr_mm.runtime.progress_hook import ProgressHook
+    from ddetr_mm.engine.progress import ProgressHook
 
     def run(after_step, *overrides: str) -> int:
         def after_train_iter(hook, runner, batch_idx, data_batch=None, outputs=None):
@@ -99,7 +98,7 @@ def test_gradients_are_watched_too(train, tmp_path: Path, capsys):
 
 
 def test_a_run_that_only_skips_ends(train, monkeypatch, capsys):
-    monkeypatch.setattr("ddetr_mm.runtime.non_finite_hook.MOST_SKIPPED_IN_A_ROW", 2)
+    monkeypatch.setattr("ddetr_mm.engine.non_finite.MOST_SKIPPED_IN_A_ROW", 2)
 
     def overflow(runner):
         if runner.iter == 0:
@@ -125,7 +124,7 @@ def test_another_file_is_no_saved_batch(tmp_path: Path, capsys):
 )
 def test_a_step_of_a_run_reads_at_most_three_times(train, monkeypatch, overrides, most):
     """The matching's costs, the gradient's norm and the losses, whatever watches them; else one more."""
-    from ddetr_mm.runtime.host_reads import counted_host_reads
+    from ddetr_mm.engine.host_reads import counted_host_reads
 
     model, counts = BaseModel.train_step, []
 

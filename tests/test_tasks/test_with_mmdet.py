@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from ddetr_mm.tasks import mmdet_tools
-
-from .conftest import ROOT, Project
+from tests.test_tasks.conftest import ROOT, Project
 
 # One process for all of them: importing mmdet takes longer than each.
 TOOLS = """

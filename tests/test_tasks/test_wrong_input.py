@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .conftest import TINY, Project
+from tests.test_tasks.conftest import TINY, Project
 
 
 def test_unknown_key_names_file_line_and_nearest_key(data_project: Project, tmp_path: Path):
@@ -76,7 +76,7 @@ def test_a_stack_that_does_not_fit_is_one_message():
         "    return real(name)\n"
         "metadata.version = version\n"
         "sys.argv[0] = 'ddetr-mm'\n"
-        "from ddetr_mm.stack import versions\n"
+        "from ddetr_mm.compat import versions\n"
         "try:\n    versions.check_versions(version)\nexcept versions.StackImportError as error:\n"
         "    versions._deferred = error\n"
         "from ddetr_mm.cli import main\n"

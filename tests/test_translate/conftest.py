@@ -23,7 +23,7 @@ def tiny_config(scene: Scene, tmp_path: Path) -> Callable[..., Any]:
     from mmengine.registry import init_default_scope
 
     import ddetr_mm.register  # noqa: F401 - registers what the configs name
-    from ddetr_mm.models.feature_channels import feature_channels
+    from ddetr_mm.models.backbones import feature_channels
     from ddetr_mm.translate import to_config
 
     init_default_scope("mmdet")

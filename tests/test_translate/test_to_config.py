@@ -178,7 +178,7 @@ def test_a_backbone_of_the_specs_own_can_be_frozen(translate):
 
 
 def test_module_names():
-    from ddetr_mm.translate.module_names import our_module_names
+    from ddetr_mm.translate.model import our_module_names
 
     assert our_module_names(["model.model.transformer.decoder.layers.0", "class_embed"]) == [
         "decoder.layers.0",

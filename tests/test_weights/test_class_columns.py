@@ -16,10 +16,8 @@ from ddetr_mm.weights import (
     read_checkpoint,
     to_category_ids,
 )
-from ddetr_mm.weights.class_columns import NEVER_LOGIT
-from ddetr_mm.weights.coco_names import coco_column_names
-from ddetr_mm.weights.key_engine import from_canonical
-from ddetr_mm.weights.key_maps import TAO
+from ddetr_mm.weights.class_columns import NEVER_LOGIT, coco_column_names
+from ddetr_mm.weights.formats import TAO, from_canonical
 
 WEIGHT, BIAS = "bbox_head.cls_branches.1.weight", "bbox_head.cls_branches.1.bias"
 

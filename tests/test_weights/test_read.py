@@ -1,7 +1,10 @@
-"""What a checkpoint says about itself, format by format."""
+"""Settings out of config text, which is never run."""
 
 import argparse
+import functools
+import http.server
 import json
+import threading
 
 import pytest
 import torch
@@ -9,9 +12,14 @@ from safetensors.torch import save_file
 from weights_builders import small_canonical, write_golden, write_mmdet
 
 from ddetr_mm.errors import WeightsError
+from ddetr_mm.models import GCViT
+from ddetr_mm.tasks.mmdet_tools import mmdet_checkpoint
 from ddetr_mm.weights import inspect_checkpoint, read_checkpoint
-from ddetr_mm.weights.key_engine import from_canonical
-from ddetr_mm.weights.key_maps import HF, MMDET_2, OFFICIAL, TAO
+from ddetr_mm.weights.formats import HF, MMDET_2, OFFICIAL, TAO, from_canonical
+from ddetr_mm.weights.read import local_file, model_settings
+from ddetr_mm.weights.safe_read import read_raw
+
+# --- What a checkpoint says about itself, format by format ---
 
 
 def foreign(table, **options):
@@ -243,3 +251,87 @@ def test_dilation_is_told_by_every_world_that_notes_it(tmp_path):
     meta = {"cfg": "model = dict(backbone=dict(type='ResNet'))"}
     assert told("mmdet.pth", state_dict=small_canonical(), meta=meta) is False
     assert told("bare.pth", state_dict=small_canonical()) is None
+
+
+# --- Weights at a URL are files first: downloaded once, and never executed ---
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("code from a file ran",)
+
+
+@pytest.fixture
+def url(tmp_path, monkeypatch):
+    """A folder served over HTTP, and an empty cache."""
+    served = tmp_path / "served"
+    served.mkdir()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", served
+        server.shutdown()
+        thread.join()
+
+
+def test_a_file_is_downloaded_once(url):
+    address, served = url
+    torch.save({"a": torch.ones(2)}, served / "a b.pth")
+    path = local_file(f"{address}/a%20b.pth?download=1")
+    assert path.name.endswith("-a b.pth")
+    assert torch.equal(read_raw(path).payload["a"], torch.ones(2))
+    (served / "a b.pth").unlink()
+    assert local_file(f"{address}/a%20b.pth?download=1") == path
+    with pytest.raises(WeightsError, match="cannot be downloaded: .*404"):
+        local_file(f"{address}/other.pth")
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_paths_stay_and_other_schemes_are_refused(tmp_path):
+    assert local_file(tmp_path / "x.pth") == tmp_path / "x.pth"
+    with pytest.raises(WeightsError, match=r"s3://.*an http\(s\) URL"):
+        local_file("s3://bucket/x.pth")
+
+
+def test_code_behind_a_url_does_not_run(url, capsys, tmp_path):
+    address, served = url
+    torch.save({"state_dict": {}, "extra": Harmful()}, served / "x.pth")
+    backbone = GCViT(init_cfg={"type": "Pretrained", "checkpoint": f"{address}/x.pth"})
+    with pytest.raises(WeightsError, match="print"):
+        backbone.init_weights()
+    with pytest.raises(WeightsError, match="print"):
+        mmdet_checkpoint(f"{address}/x.pth", tmp_path)
+    assert "code from a file ran" not in capsys.readouterr().out
+
+
+# --- Settings out of config text, which is never run ---
+
+
+def test_literals_and_dict_calls_are_read():
+    text = """
+lr = 0.1
+model = dict(
+    type='TAODeformableDETR', with_box_refine=True, num_queries=300, offset=-0.5,
+    neck=dict(in_channels=[512, 1024], norm_cfg={'type': 'GN'}), sizes=(1, 2))
+"""
+    settings = model_settings(text)
+    assert settings["type"] == "TAODeformableDETR" and settings["with_box_refine"] is True
+    assert settings["neck"] == {"in_channels": [512, 1024], "norm_cfg": {"type": "GN"}}
+    assert settings["offset"] == -0.5 and settings["sizes"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "model = (", "x = 1", "model = 3", None, 7, "model = dict(" * 5000, "model: dict = {}"]
+)
+def test_anything_else_gives_nothing(text):
+    assert model_settings(text) == {}
+
+
+def test_nothing_is_executed(tmp_path):
+    target = tmp_path / "made"
+    text = f"import os\nos.system('touch {target}')\nmodel = dict(a=open({str(target)!r}, 'w'), b=1)\n"
+    assert model_settings(text) == {"a": None, "b": 1}
+    assert not target.exists()

@@ -288,7 +288,7 @@ def test_every_broken_file_has_a_clear_message(tmp_path):
             read_checkpoint(path)
         problem = caught.value.problems[0]
         assert str(problem.file) == str(path), name
-        assert problem.mend, f"{name}: no mend in {problem}"
+        assert problem.hint, f"{name}: no mend in {problem}"
 
 
 def test_missing_file_and_folders_of_other_kinds(tmp_path):

@@ -11,8 +11,7 @@ from weights_builders import detector, golden_state_dict, small_canonical, write
 
 from ddetr_mm.errors import WeightsError
 from ddetr_mm.weights import FORMATS, convert_checkpoint, inspect_checkpoint, read_checkpoint
-from ddetr_mm.weights.key_engine import from_canonical
-from ddetr_mm.weights.key_maps import OFFICIAL, TAO
+from ddetr_mm.weights.formats import OFFICIAL, TAO, from_canonical
 
 NAMES = ("background", "cat", "dog", "cow", "hen", "ox", "fox", "owl")
 

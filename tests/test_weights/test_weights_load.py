@@ -1,12 +1,22 @@
-"""Filling models: by name, with head surgery, and clear refusals."""
+"""What a training can go on from, and what is told where it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
+import timm
 import torch
-from weights_builders import detector, write_mmdet
+import torchvision
+from torch import nn
+from weights_builders import detector, resnet, write_golden, write_mmdet
 
 from ddetr_mm.errors import WeightsError
-from ddetr_mm.weights import convert_checkpoint, load_for_model
-from ddetr_mm.weights.surgery import plan_columns, same_classes
+from ddetr_mm.weights import convert_checkpoint, load_backbone, load_for_model
+from ddetr_mm.weights.class_columns import plan_columns, same_classes
+from ddetr_mm.weights.load import require_resumable, require_same_network
+
+# --- Filling models: by name, with head surgery, and clear refusals ---
 
 CLASSES = ("background", "cat", "dog", "traffic light", "unknown")
 
@@ -208,3 +218,261 @@ def test_column_plans():
     assert plan_columns(("a", "b"), ("b", "a")).pairs == ((1, 0), (0, 1))
     assert same_classes(("N/A", "a"), ("background", "A"))
     assert not same_classes(("a", "b"), ("b", "a"))
+
+
+# --- Backbones alone: torchvision, timm, detectors' backbones, and wrong files ---
+
+
+def mmdet_resnet(depth=50):
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+
+    import ddetr_mm.models  # noqa: F401
+
+    register_all_modules()
+    torch.manual_seed(0)
+    return MODELS.build(resnet(depth, (0, 1, 2, 3)))
+
+
+def save(path, content):
+    torch.save(content, path)
+    return path
+
+
+def without_init(make, *arguments, **options):
+    """A module with its memory unset: initialising tens of millions of weights takes seconds."""
+    with torch.device("meta"):
+        model = make(*arguments, **options)
+    return model.to_empty(device="cpu")
+
+
+def randomised(model, seed=0):
+    """Random values in every buffer and parameter, variances positive."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator)
+            value.copy_(noise.abs() + 0.5 if key.endswith("running_var") else noise * 0.05)
+    model.eval()
+    return model
+
+
+@pytest.mark.parametrize("origin", ["torchvision", "timm"])
+def test_resnet_50_gives_its_origins_features(origin, tmp_path):
+    images = torch.randn(1, 3, 64, 96)
+    if origin == "torchvision":
+        model = randomised(without_init(torchvision.models.resnet50))
+        x = model.maxpool(model.relu(model.bn1(model.conv1(images))))
+        expected = model.layer4(model.layer3(model.layer2(model.layer1(x))))
+    else:
+        model = randomised(without_init(timm.create_model, "resnet50", pretrained=False))
+        expected = model.forward_features(images)
+    backbone = mmdet_resnet()
+    backbone.eval()
+    report = load_backbone(backbone, save(tmp_path / "r50.pth", model.state_dict()))
+    assert report.complete and set(report.dropped) == {"fc.weight", "fc.bias"}
+    with torch.no_grad():
+        features = backbone(images)[-1]
+    assert torch.allclose(features, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_backbone_of_a_whole_detector(tmp_path):
+    path = write_golden("resnet50_4lvl", tmp_path)
+    backbone = mmdet_resnet()
+    report = load_backbone(backbone, path)
+    content = torch.load(path, weights_only=True)["state_dict"]
+    assert torch.equal(backbone.conv1.weight, content["model.model.backbone.0.body.conv1.weight"])
+    assert report.complete and report.source_format == "tao"
+    assert set(report.mapped) | set(report.dropped) == set(content)
+    assert report.mapped["model.model.backbone.0.body.conv1.weight"] == ["conv1.weight"]
+
+
+@pytest.mark.parametrize("to", ["mmdet", "tao", "official", "hf"])
+def test_backbone_of_a_detector_of_each_format(to, tmp_path):
+    model = detector(backbone="resnet_18", seed=1)
+    write_mmdet(tmp_path / "source.pth", model.state_dict())
+    path = tmp_path / (to if to == "hf" else f"{to}.pth")
+    convert_checkpoint(tmp_path / "source.pth", path, to)
+    backbone = mmdet_resnet(18)
+    report = load_backbone(backbone, path)
+    assert report.missing == [] and report.source_format == to
+    expected = model.backbone.state_dict()
+    for key, value in backbone.state_dict().items():
+        assert key.endswith("num_batches_tracked") or torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda s: {"state_dict": s}, lambda s: {f"backbone.{k}": v for k, v in s.items()}]
+)
+def test_wrapped_backbone_state_dicts(wrap, tmp_path):
+    source = randomised(mmdet_resnet(18))
+    backbone = mmdet_resnet(18)
+    assert load_backbone(backbone, save(tmp_path / "x.pth", wrap(source.state_dict()))).complete
+    assert torch.equal(backbone.layer4[1].conv2.weight, source.layer4[1].conv2.weight)
+
+
+def test_other_depths_are_refused_with_both_names(tmp_path):
+    path = save(tmp_path / "r34.pth", mmdet_resnet(34).state_dict())
+    with pytest.raises(WeightsError, match="resnet_34 in the file, resnet_18 in the model"):
+        load_backbone(mmdet_resnet(18), path)
+    with pytest.raises(WeightsError, match="another backbone"):
+        load_backbone(torch.nn.Conv2d(3, 3, 1), path)
+
+
+def test_timm_gcvit_and_the_papers_layout(tmp_path):
+    from ddetr_mm.models import GCViT
+
+    model = timm.create_model("gcvit_xxtiny", pretrained=False).eval()
+    backbone = GCViT(variant="xxtiny", out_indices=(3,)).eval()
+    report = load_backbone(backbone, save(tmp_path / "timm.pth", model.state_dict()))
+    assert report.missing == [] and report.reshaped == {}
+    assert {key.split(".")[0] for key in report.dropped} == {"head"}
+    weight = model.state_dict()["stages.0.blocks.0.attn.qkv.weight"]
+    assert torch.equal(backbone.state_dict()["levels.0.blocks.0.attn.qkv.weight"], weight)
+
+    other = GCViT(variant="xxtiny", out_indices=(3,))
+    own = load_backbone(other, save(tmp_path / "own.pth", {"model": backbone.state_dict()}))
+    assert own.complete
+    assert torch.equal(other.state_dict()["norm3.weight"], backbone.state_dict()["norm3.weight"])
+
+
+def test_gcvit_from_a_reference_checkpoint(tmp_path):
+    from ddetr_mm.models import GCViT
+
+    backbone = GCViT(variant="xxtiny", out_indices=(1, 2, 3))
+    path = write_golden("gc_vit_xxtiny_4lvl", tmp_path)
+    report = load_backbone(backbone, path)
+    content = torch.load(path, weights_only=True)["state_dict"]
+    assert report.complete, report.summary()
+    key = "levels.2.blocks.1.attn.relative_position_bias_table"
+    assert torch.equal(backbone.state_dict()[key], content[f"model.model.backbone.0.body.{key}"])
+
+
+def test_wrong_backbones_for_a_gcvit(tmp_path):
+    from ddetr_mm.models import GCViT
+
+    backbone = GCViT(variant="xxtiny")
+    resnet18 = save(tmp_path / "r18.pth", mmdet_resnet(18).state_dict())
+    with pytest.raises(WeightsError, match="resnet_18 in the file, gc_vit_xxtiny in the model"):
+        load_backbone(backbone, resnet18)
+    strange = save(tmp_path / "x.pth", {"a.weight": torch.zeros(1)})
+    with pytest.raises(WeightsError, match="another backbone"):
+        load_backbone(backbone, strange)
+    other = save(tmp_path / "tiny.pth", GCViT(variant="xtiny").state_dict())
+    with pytest.raises(WeightsError, match="gc_vit_xtiny in the file, gc_vit_xxtiny in the model"):
+        load_backbone(backbone, other)
+
+
+def test_broken_weights_are_refused(tmp_path):
+    state_dict = mmdet_resnet(18).state_dict()
+    state_dict["conv1.weight"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(WeightsError, match=r"NaN.*conv1\.weight"):
+        load_backbone(mmdet_resnet(18), save(tmp_path / "x.pth", state_dict))
+
+
+def test_any_other_mmdet_backbone_by_name(tmp_path):
+    swin = dict(
+        type="SwinTransformer",
+        embed_dims=24,
+        depths=(2, 2, 2, 2),
+        num_heads=(2, 2, 2, 2),
+        out_indices=(1, 2, 3),
+    )
+    model = detector(backbone=swin, in_channels=(48, 96, 192), seed=1)
+    path = save(tmp_path / "x.pth", {"state_dict": model.state_dict()})
+    other = detector(backbone=swin, in_channels=(48, 96, 192), seed=2)
+    report = load_backbone(other.backbone, path)
+    assert report.missing == []
+    assert all(
+        torch.equal(value, model.backbone.state_dict()[key])
+        for key, value in other.backbone.state_dict().items()
+    )
+
+
+# --- What a training can go on from, and what is told where it cannot ---
+
+WHERE = "train.resume_training_checkpoint_path"
+WHOLE = dict(state_dict={"a": torch.zeros(1)}, optimizer={"state": {}}, meta={"epoch": 1, "iter": 5})
+
+
+def test_a_whole_checkpoint_passes(tmp_path):
+    torch.save(WHOLE, tmp_path / "whole.pth")
+    require_resumable(tmp_path / "whole.pth", where="here")
+
+
+@pytest.mark.parametrize(
+    ("content", "missing"),
+    [
+        ({key: value for key, value in WHOLE.items() if key != "optimizer"}, "optimizer is missing"),
+        ({**WHOLE, "meta": {"epoch": 1}}, "meta.iter is missing"),
+        ({"a": torch.zeros(1)}, "state_dict, optimizer, meta is missing"),
+        ([1], "state_dict"),
+    ],
+)
+def test_weights_alone_are_refused(tmp_path, content, missing):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match=missing) as caught:
+        require_resumable(tmp_path / "weights.pth", where="here")
+    assert "train.pretrained_model_path" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """The network of the run that is resumed."""
+    return detector(kind="TAODeformableDETR", seed=None)
+
+
+def training_file(path: Path, network: nn.Module) -> Path:
+    """A checkpoint of a training, as far as resuming looks at it."""
+    torch.save({**WHOLE, "state_dict": network.state_dict()}, path)
+    return path
+
+
+def refusal(path: Path, model: nn.Module) -> str:
+    with pytest.raises(WeightsError) as caught:
+        require_same_network(path, model, where=WHERE)
+    text = str(caught.value)
+    assert path.name in text and WHERE in text
+    return text
+
+
+def test_a_checkpoint_of_the_same_network_passes(model: nn.Module, tmp_path: Path):
+    path = training_file(tmp_path / "a.pth", model)
+    require_same_network(path, model, where=WHERE)
+    wrapped = nn.Module()
+    wrapped.module = model
+    require_same_network(path, wrapped, where=WHERE)
+
+
+def test_another_number_of_classes(model: nn.Module, tmp_path: Path):
+    other = detector(kind="TAODeformableDETR", seed=None, num_classes=7)
+    text = refusal(training_file(tmp_path / "a.pth", other), model)
+    assert "7 columns" in text and "5" in text and "dataset.num_classes" in text
+    assert "train.pretrained_model_path" in text
+
+
+def test_another_backbone(model: nn.Module, tmp_path: Path):
+    other = detector(kind="TAODeformableDETR", seed=None, backbone="resnet_18")
+    text = refusal(training_file(tmp_path / "a.pth", other), model)
+    assert "another backbone" in text and "resnet_18" in text and "model.backbone" in text
+
+
+def test_another_structure(model: nn.Module, tmp_path: Path):
+    other = detector(kind="TAODeformableDETR", seed=None, layers=3, num_queries=9)
+    text = refusal(training_file(tmp_path / "a.pth", other), model)
+    assert "keys not in the model" in text and "the section model" in text
+    assert "query_embedding.weight [9, 128] in the file, [12, 128] in the model" in text
+
+
+def test_a_checkpoint_of_the_reference(tmp_path: Path):
+    with pytest.raises(WeightsError, match="PyTorch Lightning") as caught:
+        require_resumable(write_golden("resnet50_4lvl", tmp_path), where=WHERE)
+    assert "train.pretrained_model_path" in str(caught.value) and WHERE in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"a text file", b"\x89PNG\r\n\x1a\n" + 100 * b"x"])
+def test_files_of_other_kinds(tmp_path: Path, content: bytes):
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"x\.pth"):
+        require_resumable(path, where=WHERE)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import ddetr_mm  # noqa: F401  first: it answers for mmcv's compiled ops
-from ddetr_mm.weights.architecture import Architecture, expected_keys
+from ddetr_mm.weights.checkpoint import Architecture, expected_keys
 
 # Built once a test run; no test changes the tensors.
 golden_state_dict = functools.cache(golden_files.golden_state_dict)

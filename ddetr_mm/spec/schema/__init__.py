@@ -1,16 +1,16 @@
 """The schema of TAO's Deformable DETR specs as documented dataclasses, one module per section."""
 
-from .common import DistributedTask, WandbConfig
-from .convert import ConvertSpec
-from .dataset import AugmentationConfig, DatasetConfig, DataSource, InferSource
-from .deploy import CalibrationConfig, GenTrtEngineConfig, TensorrtConfig
-from .experiment import ExperimentSpec
-from .fields import FieldMeta, section, spec_field
-from .model import ModelConfig
-from .own import OwnConvertSection, OwnSection
-from .quantize import LayerQuantizationConfig, QuantizeConfig, TensorQuantizationConfig
-from .tasks import EvaluateConfig, ExportConfig, InferenceConfig
-from .train import CheckpointerConfig, CudnnConfig, OptimConfig, TrainConfig
+from ddetr_mm.spec.schema.common import DistributedTask, WandbConfig
+from ddetr_mm.spec.schema.convert import ConvertSpec
+from ddetr_mm.spec.schema.dataset import AugmentationConfig, DatasetConfig, DataSource, InferSource
+from ddetr_mm.spec.schema.deploy import CalibrationConfig, GenTrtEngineConfig, TensorrtConfig
+from ddetr_mm.spec.schema.experiment import ExperimentSpec
+from ddetr_mm.spec.schema.fields import FieldMeta, section, spec_field
+from ddetr_mm.spec.schema.model import ModelConfig
+from ddetr_mm.spec.schema.own import OwnConvertSection, OwnSection
+from ddetr_mm.spec.schema.quantize import LayerQuantizationConfig, QuantizeConfig, TensorQuantizationConfig
+from ddetr_mm.spec.schema.tasks import EvaluateConfig, ExportConfig, InferenceConfig
+from ddetr_mm.spec.schema.train import CheckpointerConfig, CudnnConfig, OptimConfig, TrainConfig
 
 __all__ = [
     "AugmentationConfig",

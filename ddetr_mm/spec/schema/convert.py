@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .fields import OURS, section, spec_field
-from .own import OwnConvertSection
+from ddetr_mm.spec.schema.fields import OURS, section, spec_field
+from ddetr_mm.spec.schema.own import OwnConvertSection
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .fields import REFERENCE_7_3, section, spec_field
+from ddetr_mm.spec.schema.fields import REFERENCE_7_3, section, spec_field
 
 
 @dataclass

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .common import WandbConfig
-from .dataset import DatasetConfig
-from .deploy import GenTrtEngineConfig
-from .fields import OURS, section, spec_field
-from .model import ModelConfig
-from .own import OwnSection
-from .quantize import QuantizeConfig
-from .tasks import EvaluateConfig, ExportConfig, InferenceConfig
-from .train import TrainConfig
+from ddetr_mm.spec.schema.common import WandbConfig
+from ddetr_mm.spec.schema.dataset import DatasetConfig
+from ddetr_mm.spec.schema.deploy import GenTrtEngineConfig
+from ddetr_mm.spec.schema.fields import OURS, section, spec_field
+from ddetr_mm.spec.schema.model import ModelConfig
+from ddetr_mm.spec.schema.own import OwnSection
+from ddetr_mm.spec.schema.quantize import QuantizeConfig
+from ddetr_mm.spec.schema.tasks import EvaluateConfig, ExportConfig, InferenceConfig
+from ddetr_mm.spec.schema.train import TrainConfig
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import OURS, spec_field
+from ddetr_mm.spec.schema.fields import OURS, spec_field
 
 
 @dataclass

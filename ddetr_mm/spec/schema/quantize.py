@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .fields import spec_field
+from ddetr_mm.spec.schema.fields import spec_field
 
 
 @dataclass

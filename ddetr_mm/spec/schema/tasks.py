@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .common import DistributedTask
-from .fields import spec_field
+from ddetr_mm.spec.schema.common import DistributedTask
+from ddetr_mm.spec.schema.fields import spec_field
 
 
 @dataclass

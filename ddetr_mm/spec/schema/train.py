@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .common import DistributedTask
-from .fields import REFERENCE_7_3, section, spec_field
+from ddetr_mm.spec.schema.common import DistributedTask
+from ddetr_mm.spec.schema.fields import REFERENCE_7_3, section, spec_field
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Living with several versions of torch, mmengine, mmcv and mmdet."""

@@ -1,0 +1,1 @@
+"""KITTI folders to sharded COCO JSON."""

@@ -1,1 +1,0 @@
-"""Images and annotations: reading COCO JSON, datasets, transforms and conversion."""

@@ -1,0 +1,491 @@
+"""`SerializedCocoDataset`, the labels it trains on, and folders of images without annotations."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from mmdet.datasets.base_det_dataset import BaseDetDataset
+from mmdet.registry import DATASETS
+from mmengine.logging import print_log
+
+from ddetr_mm.datasets.coco_table import CocoTable
+from ddetr_mm.datasets.images import unreadable_image, unreadable_told
+from ddetr_mm.datasets.samplers import SampleIndex, sample_randomness
+from ddetr_mm.datasets.sources import STORAGES, CocoSource, join_location, list_images, read_coco_sources
+from ddetr_mm.errors import DataError, Problem
+
+# --- Which class label a COCO category becomes, and the class names that go with the labels ---
+
+LABEL_MODES = ("contiguous", "category_id")
+BACKGROUND, UNKNOWN = "background", "unknown"
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """Labels of a dataset.
+
+    Attributes:
+        classes: class name of every label.
+        category_ids: COCO category id of every label; None for labels that no category has (background
+            and gaps).
+        notes: what a user should know.
+    """
+
+    classes: tuple[str, ...]
+    category_ids: tuple[int | None, ...]
+    notes: tuple[str, ...] = ()
+
+    def lookup(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Sorted category ids and the label of each, for :func:`labels_of`."""
+        pairs = sorted(
+            (category, label) for label, category in enumerate(self.category_ids) if category is not None
+        )
+        table = np.array(pairs, np.int64).reshape(-1, 2)
+        return table[:, 0].copy(), table[:, 1].copy()
+
+
+def labels_of(
+    category_ids: npt.NDArray[np.int32], lookup: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+) -> npt.NDArray[np.int64]:
+    """(M,) the label of every category id; -1 where it has none.
+
+    Args:
+        category_ids: (M,) any ids.
+        lookup: from :meth:`LabelMap.lookup`.
+    """
+    known, labels = lookup
+    if not len(known):
+        return np.full(len(category_ids), -1, np.int64)
+    places = np.minimum(np.searchsorted(known, category_ids), len(known) - 1)
+    return np.where(known[places] == category_ids, labels[places], -1)
+
+
+def build_label_map(
+    table: CocoTable, label_mode: str, classes: Sequence[str] | None = None, num_classes: int | None = None
+) -> LabelMap:
+    """The labels of a dataset.
+
+    Args:
+        table: the annotations.
+        label_mode: ``'contiguous'``: categories in the order of the files, numbered from 0, as mmdet does;
+            ``'category_id'``: the label is the category id, label 0 is background.
+        classes: names to use: with ``'contiguous'`` only categories of these names take part; with
+            ``'category_id'`` they replace the files' names.
+        num_classes: number of labels that the model has. With ``'category_id'`` it defaults to the
+            largest category id plus one.
+
+    Raises:
+        DataError: a class is in no file, names repeat, or annotated categories do not fit in
+            ``num_classes``.
+        ValueError: no such label mode.
+    """
+    if label_mode == "category_id":
+        return _by_category_id(table, classes, num_classes)
+    if label_mode == "contiguous":
+        return _contiguous(table.category_names, classes, num_classes)
+    raise ValueError(f"label_mode must be one of {', '.join(LABEL_MODES)}, not {label_mode!r}")
+
+
+def _contiguous(names: Mapping[int, str], classes: Sequence[str] | None, num_classes: int | None) -> LabelMap:
+    wanted = set(names.values()) if classes is None else set(classes)
+    chosen = {category: name for category, name in names.items() if name in wanted}
+    found = tuple(chosen.values())
+    notes: tuple[str, ...] = ()
+    if len(set(found)) < len(found):
+        repeated = sorted({name for name in found if found.count(name) > 1})
+        raise DataError(Problem("several categories have one name", value=repeated, hint="rename them"))
+    missing = sorted(wanted - set(found))
+    if missing:
+        raise DataError(
+            Problem("classes that no annotation file has", value=missing, allowed=sorted(set(names.values())))
+        )
+    if num_classes is not None and len(found) > num_classes:
+        raise DataError(
+            Problem(
+                f"{len(found)} classes, but num_classes is {num_classes}",
+                hint=f"set num_classes to {len(found)}",
+            )
+        )
+    if classes is not None and tuple(classes) != found:
+        # mmdet labels in the order of the file whatever the order of `classes`; names must follow
+        notes = (f"classes are put in the order of the annotation file: {', '.join(found)}",)
+    return LabelMap(found, tuple(chosen), notes)
+
+
+def _by_category_id(table: CocoTable, classes: Sequence[str] | None, num_classes: int | None) -> LabelMap:
+    names = table.category_names
+    size = num_classes if num_classes is not None else max(names, default=0) + 1
+    annotated = set(np.unique(table.category_ids).tolist())
+    too_large = sorted(category for category in annotated if category >= size)
+    if too_large:
+        hint = f"set num_classes to the largest category id plus one ({max(too_large) + 1})"
+        what = f"annotated category ids do not fit in num_classes {size}"
+        raise DataError(Problem(what, value=_named(too_large, names), allowed=f"1 to {size - 1}", hint=hint))
+    if 0 in annotated:
+        what = f"category id 0 ({names.get(0)!r}) is annotated, but label 0 is the background"
+        raise DataError(Problem(what, allowed=f"1 to {size - 1}", hint="number the categories from 1"))
+    unused = [category for category in names if category == 0 or category >= size]
+    notes = (f"categories without annotations are left out: {_named(unused, names)}",) if unused else ()
+    if classes is not None:
+        if len(classes) != size:
+            raise DataError(
+                Problem(
+                    f"{len(classes)} class names for {size} labels", hint="give one name a label, 0 included"
+                )
+            )
+        shown = tuple(classes)
+    else:
+        fallback = {0: BACKGROUND}
+        shown = tuple(names[i] if i in names and i else fallback.get(i, UNKNOWN) for i in range(size))
+    ids = tuple(label if label and label in names else None for label in range(size))
+    return LabelMap(shown, ids, notes)
+
+
+def _named(categories: Sequence[int], names: Mapping[int, str]) -> str:
+    return ", ".join(f"{category} ({names.get(category)})" for category in categories)
+
+
+# --- COCO datasets whose annotations lie in columns, not in one Python object per image ---
+# :class:`SerializedCocoDataset` takes the place of mmdet's ``CocoDataset``: same arguments, same samples.
+
+
+@DATASETS.register_module()
+class SerializedCocoDataset(BaseDetDataset):
+    """Images of one or several COCO sources.
+
+    Args:
+        ann_file: an annotation file, pattern or folder of shards, relative to ``data_root``. For a single
+            source, as in mmdet; exclusive with ``sources``.
+        sources: several ``dict(image_dir=..., json_file=...)``, both relative to ``data_root``.
+        label_mode: ``'contiguous'``, labels from 0 in the order of the file's categories as in mmdet, or
+            ``'category_id'``, the label is the category id and label 0 the background.
+        num_classes: number of labels that the model has, for the check; with ``'category_id'`` also the
+            number of class names.
+        storage: ``'shared'``, one parse and one copy of the columns a machine, in a mapped file that all
+            ranks and workers read; ``'process'``, one copy a process, nothing is written.
+        missing_images: ``'error'``, or ``'replace'`` in training: an image that cannot be read is
+            reported, counted in :attr:`num_replaced` and another one taken.
+        with_masks: keep segmentations; instances get ``mask``.
+        metainfo, data_root, data_prefix, filter_cfg, indices, pipeline, test_mode, lazy_init,
+            max_refetch, backend_args: as in mmdet. Classes that ``metainfo`` does not name are read from
+            the annotation files. ``filter_cfg`` knows ``filter_empty_gt`` and ``min_size``; without it
+            images without objects are kept.
+
+    Differences to ``CocoDataset``: boxes thinner than one pixel are kept (as in the reference) while
+    boxes without area inside the image are dropped; bad files raise
+    :class:`~ddetr_mm.errors.DataError` with the place of the fault.
+
+    ``metainfo`` has ``classes`` and ``category_ids`` (label to category id, None for the background and
+    gaps).
+
+    Each data info: ``img_path``, ``img_id`` (unique over all sources), ``source_id``, ``original_img_id``,
+    ``height``, ``width`` (as recorded; the decoded image decides), ``seg_map_path`` (None), ``sample_idx``
+    and ``instances``, each with ``bbox`` (x1, y1, x2, y2 in pixels, unclipped), ``bbox_label`` and
+    ``ignore_flag`` (1 for crowds).
+    """
+
+    _fully_initialized: bool
+    METAINFO: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self,
+        ann_file: str = "",
+        *args: Any,
+        sources: Sequence[Mapping[str, Any]] | None = None,
+        label_mode: str = "contiguous",
+        num_classes: int | None = None,
+        storage: str = "shared",
+        missing_images: str = "error",
+        with_masks: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if bool(ann_file) == bool(sources):
+            raise ValueError("give ann_file or sources, and not both")
+        if kwargs.get("proposal_file") is not None:
+            raise ValueError("SerializedCocoDataset reads no proposals; use CocoDataset")
+        if storage not in STORAGES:
+            raise ValueError(f"storage must be one of {', '.join(STORAGES)}, not {storage!r}")
+        if missing_images not in ("error", "replace"):
+            raise ValueError(f"missing_images must be 'error' or 'replace', not {missing_images!r}")
+        self._given_sources = sources
+        self.label_mode = label_mode
+        self.num_classes = num_classes
+        self.storage = storage
+        self.missing_images = missing_images
+        self.with_masks = with_masks
+        self.table: CocoTable
+        self._rows: npt.NDArray[np.int32] | None = None
+        # in shared memory, so that workers count into one number
+        self.num_replaced_shared = (
+            torch.zeros((), dtype=torch.int64).share_memory_() if missing_images == "replace" else None
+        )
+        kwargs.setdefault("data_prefix", {"img": ""})
+        super().__init__(ann_file, *args, **kwargs)
+
+    def full_init(self) -> None:
+        """Read the annotations (once), name the classes, filter, take the subset."""
+        if self._fully_initialized:
+            return
+        self.sources = self._resolve_sources()
+        self.table = read_coco_sources(
+            self.sources,
+            annotations_required=not self.test_mode,
+            with_masks=self.with_masks,
+            storage=self.storage,
+        )
+        label_map = build_label_map(
+            self.table, self.label_mode, self._metainfo.get("classes"), self.num_classes
+        )
+        self._set_labels(label_map)
+        self._rows = self._filtered_rows()
+        if self._indices is not None:
+            self._rows = self._subset_rows(self._indices)
+        # mmengine's __len__ and get_data_info would look here; both are overridden
+        self.serialize_data = False
+        self._fully_initialized = True
+
+    def __len__(self) -> int:
+        """Number of images after filtering."""
+        if not self._fully_initialized:
+            self.full_init()
+        return self.table.num_images if self._rows is None else len(self._rows)
+
+    def get_data_info(self, idx: int) -> dict[str, Any]:
+        """The annotations of sample ``idx``, built anew from the columns; see the class.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        length = len(self)
+        if not -length <= idx < length:
+            raise IndexError(f"sample {idx} of {length}")
+        idx = int(idx + length if idx < 0 else idx)
+        info = self._data_info(self._row(idx))
+        info["sample_idx"] = idx
+        return info
+
+    def get_cat_ids(self, idx: int) -> list[int]:
+        """Labels of the objects of sample ``idx``, for class-balancing samplers and wrappers."""
+        boxes = self.table.boxes_of(self._row(idx))
+        return self._usable_labels(boxes)[1].tolist()
+
+    def get_subset_(self, indices: int | Sequence[int]) -> None:
+        """Reduce this dataset to a subset, as mmengine's ``BaseDataset`` defines it.
+
+        Args:
+            indices: the first (or, negative, the last) so many samples, or the samples themselves.
+        """
+        self.full_init()
+        self._rows = self._subset_rows(indices)
+
+    def get_subset(self, indices: int | Sequence[int]) -> SerializedCocoDataset:
+        """A new dataset with a subset of the samples; the columns are shared, not copied."""
+        self.full_init()
+        subset = copy.copy(self)
+        subset._metainfo = copy.deepcopy(self._metainfo)
+        subset._rows = self._subset_rows(indices)
+        return subset
+
+    def __getitem__(self, idx: int) -> Any:
+        """Sample ``idx`` after the pipeline, as mmengine's ``BaseDataset`` gives it.
+
+        Args:
+            idx: a :class:`~ddetr_mm.datasets.samplers.SampleIndex` makes all randomness of the pipeline
+                depend on the run's seed, the epoch and this index alone, in whichever process; with a plain
+                integer it comes from the process's generators.
+        """
+        with sample_randomness(idx):
+            sample = super().__getitem__(idx)
+        return as_filler(sample) if isinstance(idx, SampleIndex) and idx.is_filler else sample
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Every sample's data info as a list, for tools that want one: it costs what this class saves."""
+        return [self.get_data_info(index) for index in range(len(self))]
+
+    def prepare_data(self, idx: int) -> Any:
+        """Run the pipeline on sample ``idx``.
+
+        Returns:
+            What the pipeline gives, or None where the image cannot be read and is to be replaced.
+
+        Raises:
+            DataError: the image file is missing or cannot be decoded.
+        """
+        info = self.get_data_info(idx)
+        path = info["img_path"]
+        try:
+            return self.pipeline(info)
+        except (OSError, AssertionError, cv2.error) as error:
+            problem = unreadable_image(path, self.backend_args)
+            if problem is None:
+                raise
+            if self.num_replaced_shared is None or self.test_mode:
+                raise DataError(problem) from error
+            self.num_replaced_shared += 1
+            print_log(f"{problem}; another image takes its place", logger="current", level=logging.WARNING)
+            return None
+
+    @property
+    def shard_indices(self) -> npt.NDArray[np.int32]:
+        """(number of samples,) which annotation file each sample comes from, for rank-wise sampling."""
+        return self.table.shard_indices if self._rows is None else self.table.shard_indices[self._rows]
+
+    @property
+    def num_replaced(self) -> int:
+        """How many unreadable images were replaced so far, in all workers of this process."""
+        return 0 if self.num_replaced_shared is None else int(self.num_replaced_shared)
+
+    def _resolve_sources(self) -> list[CocoSource]:
+        """The sources with their paths below ``data_root``."""
+        if self._given_sources is None:
+            folder = self.data_prefix.get("img", self.data_prefix.get("img_path", ""))
+            return [CocoSource(image_dir=folder, json_file=self.ann_file)]
+        root = self.data_root or ""
+        return [CocoSource.of(source).below(root) for source in self._given_sources]
+
+    def _set_labels(self, label_map: LabelMap) -> None:
+        self._metainfo["classes"] = label_map.classes
+        self._metainfo["category_ids"] = label_map.category_ids
+        self._lookup = label_map.lookup()
+        # names that tools for mmdet's CocoDataset use
+        self.cat_ids = [category for category in label_map.category_ids if category is not None]
+        self.cat2label = dict(zip(*(part.tolist() for part in self._lookup), strict=True))
+        for note in (*self.table.notes, *label_map.notes):
+            print_log(note, logger="current", level=logging.WARNING)
+
+    def _filtered_rows(self) -> npt.NDArray[np.int32] | None:
+        """The image rows that ``filter_cfg`` leaves; None for all."""
+        settings = {} if self.test_mode or self.filter_cfg is None else self.filter_cfg
+        keep = np.ones(self.table.num_images, bool)
+        if settings.get("filter_empty_gt", False):
+            labels = labels_of(self.table.category_ids, self._lookup)
+            usable = self.table.visible & (labels >= 0)  # crowds and ignored boxes count, as in mmdet
+            before = np.concatenate([[0], np.cumsum(usable)])
+            keep &= before[self.table.box_starts[1:]] > before[self.table.box_starts[:-1]]
+        if settings.get("min_size", 0) > 0:
+            keep &= self.table.sizes_hw.min(axis=1) >= settings["min_size"]
+        if not keep.any():
+            what = "no image is left" if len(keep) else "there is no image"
+            raise DataError(Problem(what, self.sources[0].json_file, hint="check the file and filter_cfg"))
+        return None if keep.all() else np.flatnonzero(keep).astype(np.int32)
+
+    def _subset_rows(self, indices: int | Sequence[int]) -> npt.NDArray[np.int32]:
+        rows = np.arange(self.table.num_images, dtype=np.int32) if self._rows is None else self._rows
+        if isinstance(indices, int):
+            return rows[:indices] if indices >= 0 else rows[indices:]
+        return rows[np.asarray(indices, dtype=np.int64)]
+
+    def _row(self, idx: int) -> int:
+        return idx if self._rows is None else int(self._rows[idx])
+
+    def _usable_labels(self, boxes: slice) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Which boxes of a slice are training targets, and the labels of those."""
+        labels = labels_of(self.table.category_ids[boxes], self._lookup)
+        usable = self.table.visible[boxes] & ~self.table.ignored[boxes] & (labels >= 0)
+        return usable, labels[usable]
+
+    def _data_info(self, row: int) -> dict[str, Any]:
+        table = self.table
+        source = int(table.source_indices[row])
+        height, width = table.sizes_hw[row].tolist()
+        info: dict[str, Any] = {
+            "img_path": self.sources[source].image_path(table.file_name(row)),
+            "img_id": int(table.image_ids[row]),
+            "source_id": source,
+            "original_img_id": int(table.original_image_ids[row]),
+            "seg_map_path": None,
+            "height": height,
+            "width": width,
+            "instances": self._instances(table.boxes_of(row)),
+        }
+        if self.return_classes:
+            info.update(
+                text=self._metainfo["classes"], caption_prompt=self.caption_prompt, custom_entities=True
+            )
+        return info
+
+    def _instances(self, boxes: slice) -> list[dict[str, Any]]:
+        usable, labels = self._usable_labels(boxes)
+        corners = self.table.boxes_xywh[boxes][usable]
+        corners[:, 2:] += corners[:, :2]
+        crowds = self.table.crowd[boxes][usable].astype(np.int64)
+        instances = [
+            {"bbox": box, "bbox_label": label, "ignore_flag": crowd}
+            for box, label, crowd in zip(corners.tolist(), labels.tolist(), crowds.tolist(), strict=True)
+        ]
+        if self.with_masks:
+            for instance, box in zip(instances, boxes.start + np.flatnonzero(usable), strict=True):
+                segmentation = self.table.segmentation(int(box))
+                if segmentation:
+                    instance["mask"] = segmentation
+        return instances
+
+
+def as_filler(sample: Any) -> Any:
+    """A packed sample that must not count: without objects, and marked ``is_filler`` in its metainfo."""
+    packed = sample["data_samples"]
+    packed.gt_instances = packed.gt_instances[:0]
+    packed.ignored_instances = packed.ignored_instances[:0]
+    packed.set_metainfo({"is_filler": True})
+    return sample
+
+
+# --- Folders of images without annotations, as a dataset for inference ---
+
+
+@DATASETS.register_module()
+class ImageFolderDataset(BaseDetDataset):
+    """All images of some folders, in the folders' order, sorted by name within each.
+
+    Takes any test pipeline; one with ``LoadAnnotations`` gets empty annotations.
+
+    Args:
+        folders: a folder, or several, relative to ``data_root``; single image files count too.
+        recursive: search subfolders too.
+        metainfo, data_root, indices, pipeline, lazy_init: as in mmengine's ``BaseDataset``.
+
+    Each data info: ``img_path``, ``img_id`` (the position in the whole list), ``source_id`` (position of
+    the folder), ``instances`` (empty), ``sample_idx``.
+
+    Raises:
+        DataError: a folder does not exist, or there is no image.
+    """
+
+    def __init__(
+        self, folders: str | os.PathLike[str] | Sequence[str], *, recursive: bool = False, **kwargs: Any
+    ) -> None:
+        self.folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
+        self.recursive = recursive
+        kwargs.setdefault("data_prefix", {})
+        kwargs.setdefault("test_mode", True)
+        super().__init__(**kwargs)
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """The samples; called once by mmengine."""
+        root = self.data_root or ""
+        folders = [Path(join_location(root, os.fspath(folder))) for folder in self.folders]
+        samples = []
+        for image_id, path in enumerate(list_images(folders, recursive=self.recursive)):
+            source = next(index for index, folder in enumerate(folders) if path.is_relative_to(folder))
+            samples.append({"img_path": str(path), "img_id": image_id, "source_id": source, "instances": []})
+        return samples
+
+    def prepare_data(self, idx: int) -> Any:
+        """Run the pipeline on sample ``idx``.
+
+        Raises:
+            DataError: the image file cannot be read.
+        """
+        info = self.get_data_info(idx)
+        with unreadable_told(info["img_path"], self.backend_args):
+            return self.pipeline(info)

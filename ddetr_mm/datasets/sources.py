@@ -1,0 +1,205 @@
+"""Where data lies: sources of images with annotation files, and folders of images without.
+
+A source is an image folder with a COCO annotation file, a pattern of files, or a folder of shards.
+"""
+
+from __future__ import annotations
+
+import glob
+import mmap
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddetr_mm.datasets.annotation_cache import cached_table
+from ddetr_mm.datasets.coco_json import JsonColumns, parse_coco_json
+from ddetr_mm.datasets.coco_table import CocoTable, ParsedSource, build_table
+from ddetr_mm.datasets.image_size import IMAGE_EXTENSIONS
+from ddetr_mm.errors import DataError, Problem
+
+STORAGES = ("shared", "process")
+
+
+@dataclass(frozen=True)
+class CocoSource:
+    """Images with their COCO annotations.
+
+    Attributes:
+        image_dir: the folder that the files' ``file_name`` are relative to; empty for none, which
+            allows absolute names.
+        json_file: an annotation file, a pattern (``shards/*.json``, ``**`` for any depth), or a folder
+            of ``.json`` shards.
+    """
+
+    image_dir: str
+    json_file: str
+
+    @classmethod
+    def of(cls, source: CocoSource | Mapping[str, Any]) -> CocoSource:
+        """A source from its mapping form ``{image_dir, json_file}``.
+
+        Raises:
+            DataError: a key is missing, unknown, or no path.
+        """
+        if isinstance(source, cls):
+            return source
+        allowed = ("image_dir", "json_file")
+        if not isinstance(source, Mapping):
+            raise DataError(
+                Problem("is no data source", value=source, allowed="a mapping of " + ", ".join(allowed))
+            )
+        problems = [
+            Problem("unknown key in a data source", value=key, allowed=allowed)
+            for key in source
+            if key not in allowed
+        ]
+        for key in allowed:
+            if not isinstance(source.get(key), (str, os.PathLike)):
+                problems.append(
+                    Problem(f"a data source needs {key}", value=source.get(key), allowed="a path")
+                )
+        DataError.collect(problems)
+        return cls(image_dir=os.fspath(source["image_dir"]), json_file=os.fspath(source["json_file"]))
+
+    def image_path(self, file_name: str) -> str:
+        """Where an image of this source lies (a path, or a URL where ``image_dir`` is one)."""
+        return join_location(self.image_dir, file_name)
+
+    def below(self, root: str) -> CocoSource:
+        """The same source with relative paths taken relative to ``root``."""
+        return CocoSource(join_location(root, self.image_dir), join_location(root, self.json_file))
+
+    def files(self) -> list[Path]:
+        """The annotation files, sorted by name.
+
+        Raises:
+            DataError: the file does not exist, or nothing matches the pattern, or the folder holds no
+                ``.json`` file.
+        """
+        path = Path(self.json_file)
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            found = sorted(item for item in path.rglob("*.json") if item.is_file())
+            searched = path / "**" / "*.json"
+        elif glob.has_magic(self.json_file):
+            matches = map(Path, glob.glob(self.json_file, recursive=True))
+            found = sorted(item for item in matches if item.is_file())
+            searched = path
+        else:
+            raise DataError(Problem("annotation file does not exist", path, hint="correct json_file"))
+        if not found:
+            what = "no annotation file is there"
+            raise DataError(Problem(what, searched, hint="correct the pattern or folder in json_file"))
+        return found
+
+
+def join_location(folder: str, name: str) -> str:
+    """``name`` below ``folder``; ``name`` itself where it is absolute, a URL, or there is no folder."""
+    if not folder or name.startswith("/") or "://" in name:
+        return name
+    if not name:
+        return folder
+    return folder + name if folder.endswith("/") else f"{folder}/{name}"
+
+
+def read_coco_sources(
+    sources: Sequence[CocoSource | Mapping[str, Any]],
+    *,
+    annotations_required: bool = True,
+    with_masks: bool = False,
+    storage: str = "process",
+) -> CocoTable:
+    """Read and merge all sources.
+
+    Args:
+        sources: in order; mappings with ``image_dir`` and ``json_file`` are accepted.
+        annotations_required: whether a file without ``annotations`` (a test set) is an error.
+        with_masks: keep segmentations too.
+        storage: ``'process'``: parse, and keep the columns in this process; ``'shared'``: one parse and
+            one copy a machine, see :mod:`ddetr_mm.datasets.annotation_cache`.
+
+    Raises:
+        DataError: anything that is wrong with the files, see
+            :func:`~ddetr_mm.datasets.coco_json.parse_coco_json` and
+            :func:`~ddetr_mm.datasets.coco_table.build_table`.
+        ValueError: no such storage.
+    """
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be one of {', '.join(STORAGES)}, not {storage!r}")
+    wanted = [CocoSource.of(source) for source in sources]
+    if not wanted:
+        raise DataError(Problem("no data source is given", hint="give image_dir and json_file"))
+    files = [source.files() for source in wanted]
+    check_folders = [bool(source.image_dir) for source in wanted]
+
+    def build() -> CocoTable:
+        parsed = [
+            ParsedSource(tuple(paths), tuple(_parse_file(path, with_masks) for path in paths))
+            for paths in files
+        ]
+        return build_table(parsed, check_folders=check_folders)
+
+    table = cached_table(files, [check_folders, with_masks], build) if storage == "shared" else build()
+    if annotations_required and not table.annotated_shards.all():
+        path = [path for paths in files for path in paths][int(np.argmin(table.annotated_shards))]
+        hint = "add the list, empty if there are none"
+        raise DataError(Problem("has no annotations", path, "annotations", hint=hint))
+    return table
+
+
+def _parse_file(path: Path, with_masks: bool) -> JsonColumns:
+    with _mapped(path) as content:
+        return parse_coco_json(content, path, with_masks=with_masks)
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    """The content of a file without a copy on the heap."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                yield memoryview(b"")
+                return
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+                yield view
+    except OSError as error:
+        raise DataError(Problem(f"cannot be read: {error.strerror}", path)) from error
+
+
+def list_images(
+    folders: Sequence[str | os.PathLike[str]],
+    *,
+    recursive: bool = False,
+    suffixes: Sequence[str] = IMAGE_EXTENSIONS,
+) -> list[Path]:
+    """The image files of some folders: folders in the given order, files sorted by name.
+
+    Args:
+        folders: folders, or single image files.
+        recursive: search subfolders too.
+        suffixes: lower-case endings that count as images; the case in the file name does not matter.
+
+    Raises:
+        DataError: a folder does not exist, or none holds an image.
+    """
+    problems: list[Problem] = []
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        if folder.is_file():
+            found.append(folder)
+        elif folder.is_dir():
+            items = folder.rglob("*") if recursive else folder.iterdir()
+            found += sorted(item for item in items if item.suffix.lower() in suffixes and item.is_file())
+        else:
+            problems.append(Problem("image folder does not exist", folder, hint="correct image_dir"))
+    DataError.collect(problems)
+    if not found:
+        names = ", ".join(str(folder) for folder in folders) or "nothing"
+        raise DataError(Problem("no image was found", names, allowed=suffixes))
+    return list(dict.fromkeys(found))

@@ -1,0 +1,671 @@
+"""TensorRT engines: settings, calibration, building, running."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import random
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, Normalisation, OnnxSignature, batches_of, load_batch
+from ddetr_mm.deploy.parity import Forward, ParityReport, compare_batches
+from ddetr_mm.errors import DataError, ExportError, Problem, StackError, WeightsError
+from ddetr_mm.files import written_whole
+
+# --- What a TensorRT build is told, worked out without TensorRT, and the same as a command line ---
+
+MIB = 1 << 20
+PRECISIONS = ("fp32", "fp16", "int8")
+TOLERANCES = {"fp32": (0.05, 0.005), "fp16": (0.5, 0.03), "int8": (4.0, 0.5)}
+"""Accepted differences of logits and boxes from the ONNX graph. fp32 leaves room for TF32."""
+LEAST_AGREEMENT = {"fp32": 0.95, "fp16": 0.8, "int8": 0.5}
+"""Least share of the best 100 detections that engine and graph must have in common."""
+
+
+@dataclass(frozen=True)
+class BatchProfile:
+    """Smallest, tuned-for and largest batch of an engine."""
+
+    smallest: int
+    tuned: int
+    largest: int
+
+    def shapes(self, size_hw: tuple[int, int]) -> tuple[tuple[int, int, int, int], ...]:
+        """The three input shapes (B, 3, H, W)."""
+        smallest, tuned, largest = (
+            (batch, 3, *size_hw) for batch in (self.smallest, self.tuned, self.largest)
+        )
+        return smallest, tuned, largest
+
+
+@dataclass(frozen=True)
+class LayerPrecision:
+    """A precision for the layers whose names match a pattern (``*`` stands for anything)."""
+
+    pattern: str
+    precision: str
+
+    def matches(self, layer_name: str) -> bool:
+        """Whether a layer's name matches."""
+        return fnmatch.fnmatchcase(layer_name, self.pattern)
+
+
+@dataclass(frozen=True)
+class BuilderSettings:
+    """Everything a build is told.
+
+    Attributes:
+        precision: ``fp32``, ``fp16`` or ``int8``; int8 allows fp16 too, as the reference does.
+        input_size_hw: the graph's input.
+        profile: the batches; all three equal for a graph of fixed batch.
+        dynamic_batch: whether the graph's batch is open, so that the engine needs the profile.
+        workspace_bytes: most memory of a tactic; 0 leaves it to TensorRT.
+        layers: precisions of single layers, the first match counts.
+        timing_cache: file of timings, read and updated, or None.
+        verbose: print TensorRT's own messages.
+    """
+
+    precision: str
+    input_size_hw: tuple[int, int]
+    profile: BatchProfile
+    dynamic_batch: bool
+    workspace_bytes: int = 0
+    layers: tuple[LayerPrecision, ...] = ()
+    timing_cache: Path | None = None
+    verbose: bool = False
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Names of TensorRT's builder flags."""
+        flags = {"fp32": (), "fp16": ("FP16",), "int8": ("INT8", "FP16")}[self.precision]
+        wanted = {layer.precision for layer in self.layers}
+        flags += tuple(
+            name.upper() for name in ("fp16", "int8") if name in wanted and name.upper() not in flags
+        )
+        return (*flags, "PREFER_PRECISION_CONSTRAINTS") if self.obeyed_layers else flags
+
+    @property
+    def obeyed_layers(self) -> tuple[LayerPrecision, ...]:
+        """The layer precisions that act: an fp32 engine has nothing to be told apart."""
+        return () if self.precision == "fp32" else self.layers
+
+    def layer_precision(self, layer_name: str) -> str | None:
+        """The precision asked for a layer, or None."""
+        return next((layer.precision for layer in self.obeyed_layers if layer.matches(layer_name)), None)
+
+
+def builder_settings(
+    signature: OnnxSignature,
+    *,
+    data_type: str,
+    workspace_mib: int,
+    batches: tuple[int, int, int],
+    layers_precision: Sequence[str] = (),
+    timing_cache: str | None = None,
+    verbose: bool = False,
+) -> BuilderSettings:
+    """Settings from a spec's values.
+
+    Args:
+        signature: the graph to build from.
+        data_type: FP32, FP16 or INT8, any case.
+        workspace_mib: memory of a tactic in MiB. (The reference divides it by 1024 to whole GiB, so that less
+            than 1024 becomes nothing; here it is taken as it stands.)
+        batches: smallest, tuned and largest batch; a graph of fixed batch overrules them.
+        layers_precision: ``name:precision`` each.
+        timing_cache: path or None.
+        verbose: print TensorRT's messages.
+
+    Raises:
+        ExportError: for batches out of order, or another precision.
+    """
+    precision = data_type.lower()
+    if precision not in PRECISIONS:
+        where = "gen_trt_engine.tensorrt.data_type"
+        raise ExportError(Problem("is no precision", where=where, value=data_type, allowed=PRECISIONS))
+    if signature.batch_size is not None:
+        batches = (signature.batch_size,) * 3
+    if not 1 <= batches[0] <= batches[1] <= batches[2]:
+        raise ExportError(
+            Problem(
+                "batches must not fall",
+                where="gen_trt_engine.tensorrt.{min,opt,max}_batch_size",
+                value=batches,
+                allowed="min <= opt <= max, all at least 1",
+            )
+        )
+    return BuilderSettings(
+        precision=precision,
+        input_size_hw=signature.input_size_hw,
+        profile=BatchProfile(*batches),
+        dynamic_batch=signature.batch_size is None,
+        workspace_bytes=workspace_mib * MIB,
+        layers=tuple(parse_layer(text) for text in layers_precision),
+        timing_cache=Path(timing_cache) if timing_cache else None,
+        verbose=verbose,
+    )
+
+
+def parse_layer(text: str) -> LayerPrecision:
+    """``name:precision`` in parts; the name may hold colons.
+
+    Raises:
+        ExportError: for anything else.
+    """
+    pattern, _, precision = text.rpartition(":")
+    if not pattern or precision.lower() not in PRECISIONS:
+        where = "gen_trt_engine.tensorrt.layers_precision"
+        raise ExportError(
+            Problem("is no layer precision", where=where, value=text, allowed="name:fp32, *:fp16 …")
+        )
+    return LayerPrecision(pattern, precision.lower())
+
+
+def trtexec_command(
+    settings: BuilderSettings,
+    onnx_file: str | Path,
+    engine_file: str | Path,
+    calibration_cache: str | None = None,
+) -> str:
+    """The same build as a ``trtexec`` command line, for another machine.
+
+    trtexec reads a calibration cache and cannot make one from images.
+    """
+    words = ["trtexec", f"--onnx={onnx_file}", f"--saveEngine={engine_file}"]
+    if settings.workspace_bytes:
+        words.append(f"--memPoolSize=workspace:{settings.workspace_bytes // MIB}M")
+    if settings.dynamic_batch:
+        for name, shape in zip(
+            ("min", "opt", "max"), settings.profile.shapes(settings.input_size_hw), strict=True
+        ):
+            words.append(f"--{name}Shapes=inputs:{'x'.join(str(size) for size in shape)}")
+    words += [f"--{flag.lower()}" for flag in settings.flags if flag in ("FP16", "INT8")]
+    if settings.precision == "int8" and calibration_cache:
+        words.append(f"--calib={calibration_cache}")
+    if settings.obeyed_layers:
+        pairs = ",".join(f"{layer.pattern}:{layer.precision}" for layer in settings.obeyed_layers)
+        words += ["--precisionConstraints=prefer", f"--layerPrecisions={pairs}"]
+    if settings.timing_cache:
+        words.append(f"--timingCacheFile={settings.timing_cache}")
+    if settings.verbose:
+        words.append("--verbose")
+    return shlex.join(words)
+
+
+# --- Images for INT8 calibration, and the rules of its cache. Nothing here needs TensorRT ---
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".JPEG", ".JPG", ".PNG")
+WHERE = "gen_trt_engine.tensorrt.calibration"
+
+
+def calibration_images(folders: Sequence[str | Path], *, at_least: int, seed: int = 0) -> list[Path]:
+    """All images below the folders, in a shuffled order that repeats itself.
+
+    Args:
+        folders: searched to any depth.
+        at_least: how many the calibration will take.
+        seed: of the shuffling.
+
+    Raises:
+        DataError: for a missing or empty folder, or too few images.
+    """
+    where = f"{WHERE}.cal_image_dir"
+    if not folders:
+        raise DataError(
+            Problem("is not given", where=where, hint="name folders of images like those of training")
+        )
+    found: set[Path] = set()
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise DataError(Problem("is no folder", file=folder, where=where))
+        here = {path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()}
+        if not here:
+            raise DataError(Problem("holds no images", file=folder, where=where, allowed=SUFFIXES))
+        found |= here
+    if len(found) < at_least:
+        raise DataError(
+            Problem(
+                "has fewer images than cal_batches * cal_batch_size",
+                where=where,
+                value=len(found),
+                allowed=f"{at_least} or more",
+            )
+        )
+    paths = sorted(found)
+    random.Random(seed).shuffle(paths)  # noqa: S311 - an order, no secret
+    return paths
+
+
+@dataclass
+class Calibration:
+    """One calibration: which images in which batches, and the cache.
+
+    Attributes:
+        paths: shuffled image files.
+        batch_size: images in a batch; a graph of fixed batch decides it.
+        batches: how many.
+        cache_file: where the result is kept, or None.
+        size_hw: the graph's input.
+        normalisation: that of the training.
+    """
+
+    paths: Sequence[Path]
+    batch_size: int
+    batches: int
+    cache_file: Path | None
+    size_hw: tuple[int, int]
+    normalisation: Normalisation
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether a cache is there, so that no image is read."""
+        return self.cache_file is not None and self.cache_file.is_file()
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """The batches (B, 3, H, W), float32; none with a cache.
+
+        Raises:
+            DataError: when an image cannot be read.
+        """
+        if self.uses_cache:
+            return
+        for group in batches_of(self.paths, self.batch_size, self.batches):
+            yield load_batch(group, self.size_hw, self.normalisation)
+
+    def read_cache(self) -> bytes | None:
+        """The cache's content, or None without one."""
+        return self.cache_file.read_bytes() if self.cache_file is not None and self.uses_cache else None
+
+    def write_cache(self, content: bytes) -> None:
+        """Keep the result of the calibration; an existing cache stays as it is."""
+        if self.cache_file is not None and not self.uses_cache:
+            with written_whole(self.cache_file) as temporary:
+                temporary.write_bytes(bytes(content))
+
+
+def plan_calibration(
+    folders: Sequence[str],
+    *,
+    batch_size: int,
+    batches: int,
+    cache_file: str | None,
+    fixed_batch: int | None,
+    size_hw: tuple[int, int],
+    normalisation: Normalisation,
+) -> Calibration:
+    """Check everything a calibration needs; with a cache too, as the reference does.
+
+    Args:
+        folders: ``cal_image_dir``.
+        batch_size: ``cal_batch_size``; ``fixed_batch`` goes before it.
+        batches: ``cal_batches``.
+        cache_file: ``cal_cache_file``.
+        fixed_batch: the graph's batch, or None.
+        size_hw: the graph's input.
+        normalisation: that of the training.
+
+    Raises:
+        DataError: see :func:`calibration_images`; also for counts below 1.
+    """
+    for name, value in (("cal_batch_size", batch_size), ("cal_batches", batches)):
+        if value < 1:
+            raise DataError(Problem("must be at least 1", where=f"{WHERE}.{name}", value=value))
+    size = fixed_batch or batch_size
+    paths = calibration_images(folders, at_least=size * batches)
+    return Calibration(paths, size, batches, Path(cache_file) if cache_file else None, size_hw, normalisation)
+
+
+# --- TensorRT engines at run time: what they take and give, and running them through the current API ---
+# Execution is ``execute_async_v3`` with named tensors; the binding calls of older releases are not used.
+# Buffers are torch's. ``tensorrt`` is imported when it is needed, for it is installed on few machines.
+
+INSTALL = "pip install tensorrt (with the libraries for your CUDA version), on a machine with an NVIDIA GPU"
+
+
+def require_tensorrt() -> ModuleType:
+    """The ``tensorrt`` package.
+
+    Raises:
+        StackError: where it cannot be imported, or there is no GPU.
+    """
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise StackError(Problem("TensorRT is not installed here", hint=INSTALL)) from error
+    import torch
+
+    if not torch.cuda.is_available():
+        raise StackError(Problem("TensorRT needs a CUDA GPU, and torch sees none", hint="check `nvidia-smi`"))
+    return tensorrt
+
+
+@dataclass(frozen=True)
+class EngineSignature:
+    """What an engine takes and gives; see :class:`ddetr_mm.deploy.onnx_file.OnnxSignature`."""
+
+    path: Path
+    input_size_hw: tuple[int, int]
+    batch_size: int | None
+    max_batch_size: int
+    num_classes: int | None
+    meta: Mapping[str, Any]
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """A name for every class column, where a report beside the engine has them."""
+        names = self.meta.get("class_names")
+        return tuple(str(name) for name in names) if isinstance(names, list) and names else None
+
+
+def meta_file(engine_file: str | Path) -> Path:
+    """What an engine says about itself stands beside it: an engine has no place for it."""
+    path = Path(engine_file)
+    return path.with_name(f"{path.name}.json")
+
+
+def read_engine_meta(engine_file: str | Path) -> dict[str, Any]:
+    """The content of :func:`meta_file`; empty where there is none.
+
+    Raises:
+        WeightsError: when the file is there and cannot be read.
+    """
+    path = meta_file(engine_file)
+    if not path.is_file():
+        return {}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(Problem(f"cannot be read: {error}", file=path)) from error
+    return meta if isinstance(meta, dict) else {}
+
+
+class EngineRunner:
+    """An engine in memory.
+
+    Args:
+        engine_file: built by :mod:`ddetr_mm.deploy.tensorrt`, by the reference or by ``trtexec``.
+        where: the spec key that named it, for messages.
+
+    Raises:
+        StackError: without TensorRT or GPU.
+        WeightsError: when TensorRT refuses the file, or it has other inputs and outputs.
+    """
+
+    def __init__(self, engine_file: str | Path, *, where: str | None = None) -> None:
+        import torch
+
+        trt = require_tensorrt()
+        logger = trt.Logger(trt.Logger.WARNING)
+        trt.init_libnvinfer_plugins(logger, "")
+        path = Path(engine_file)
+        self.engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
+        if self.engine is None:
+            raise WeightsError(
+                Problem(
+                    "TensorRT refuses the engine: it was built by another version or for another GPU",
+                    file=path,
+                    where=where,
+                    hint="build it here with `ddetr-mm gen_trt_engine`",
+                )
+            )
+        names = [self.engine.get_tensor_name(index) for index in range(self.engine.num_io_tensors)]
+        if sorted(names) != sorted(("inputs", *OUTPUT_NAMES)):
+            raise WeightsError(
+                Problem("is not an engine of a Deformable DETR", file=path, where=where, value=sorted(names))
+            )
+        self.context = self.engine.create_execution_context()
+        self.stream = torch.cuda.Stream()
+        shape = tuple(self.engine.get_tensor_shape("inputs"))
+        largest = tuple(self.engine.get_tensor_profile_shape("inputs", 0)[2])
+        classes = tuple(self.engine.get_tensor_shape("pred_logits"))[2]
+        self.signature = EngineSignature(
+            path=path,
+            input_size_hw=(shape[2], shape[3]),
+            batch_size=shape[0] if shape[0] > 0 else None,
+            max_batch_size=int(largest[0]),
+            num_classes=classes if classes > 0 else None,
+            meta=read_engine_meta(path),
+        )
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Normalised images (B, 3, H, W), float32 → logits (B, Q, C), boxes_cxcywh (B, Q, 4).
+
+        Raises:
+            WeightsError: when the engine does not take this batch, or fails.
+        """
+        import torch
+
+        with torch.cuda.stream(self.stream):
+            tensors = {"inputs": torch.from_numpy(np.ascontiguousarray(images)).cuda()}
+            if not self.context.set_input_shape("inputs", tuple(images.shape)):
+                raise WeightsError(
+                    Problem(
+                        "the engine does not take this batch", file=self.signature.path, value=images.shape
+                    )
+                )
+            for name in OUTPUT_NAMES:
+                shape = tuple(self.context.get_tensor_shape(name))
+                tensors[name] = torch.empty(shape, dtype=torch.float32, device="cuda")
+            for name, tensor in tensors.items():
+                self.context.set_tensor_address(name, tensor.data_ptr())
+            if not self.context.execute_async_v3(self.stream.cuda_stream):
+                raise WeightsError(Problem("TensorRT failed to run the engine", file=self.signature.path))
+        self.stream.synchronize()
+        logits, boxes_cxcywh = (tensors[name].cpu().numpy() for name in OUTPUT_NAMES)
+        return logits, boxes_cxcywh
+
+
+def read_engine_signature(engine_file: str | Path, *, where: str | None = None) -> EngineSignature:
+    """What an engine takes and gives; raises as :class:`EngineRunner` does."""
+    return EngineRunner(engine_file, where=where).signature
+
+
+# --- Building a TensorRT engine and proving that it computes what its ONNX graph computes ---
+# All decisions stand in :class:`~ddetr_mm.deploy.tensorrt.BuilderSettings`; this module hands them to
+# TensorRT and is the only one that builds.
+
+
+def build_engine(
+    onnx_file: str | Path,
+    engine_file: str | Path,
+    settings: BuilderSettings,
+    calibration: Calibration | None = None,
+) -> None:
+    """Build an engine and write it to a file.
+
+    Args:
+        onnx_file: the graph.
+        engine_file: written in place; give a temporary name.
+        settings: see the class.
+        calibration: for int8.
+
+    Raises:
+        StackError: without TensorRT or GPU, or when this TensorRT lacks what the settings ask for.
+        ExportError: when TensorRT cannot read the graph or build the engine.
+    """
+    trt = require_tensorrt()
+    logger = trt.Logger(trt.Logger.VERBOSE if settings.verbose else trt.Logger.WARNING)
+    trt.init_libnvinfer_plugins(logger, "")
+    builder = trt.Builder(logger)
+    explicit = getattr(trt.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH", None)
+    network = builder.create_network(0 if explicit is None else 1 << int(explicit))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(onnx_file)):
+        reasons = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+        raise ExportError(Problem(f"TensorRT cannot read the graph: {reasons}", file=onnx_file))
+    config = builder.create_builder_config()
+    if settings.workspace_bytes:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, settings.workspace_bytes)
+    for flag in settings.flags:
+        config.set_flag(builder_flag(trt, flag))
+    if settings.dynamic_batch:
+        profile = builder.create_optimization_profile()
+        profile.set_shape("inputs", *settings.profile.shapes(settings.input_size_hw))
+        config.add_optimization_profile(profile)
+    if settings.precision == "int8":
+        config.int8_calibrator = make_calibrator(trt, calibration)
+        if settings.dynamic_batch:
+            # TensorRT feeds the calibrator with this profile's tuned batch, which must be the calibrator's.
+            profile = builder.create_optimization_profile()
+            batch = (calibration.batch_size, 3, *settings.input_size_hw)
+            profile.set_shape("inputs", batch, batch, batch)
+            config.set_calibration_profile(profile)
+    set_layer_precisions(trt, network, settings)
+    timings = load_timing_cache(config, settings.timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise ExportError(
+            Problem(
+                "TensorRT could not build the engine; its messages are above",
+                file=onnx_file,
+                hint="try more gen_trt_engine.tensorrt.workspace_size, or gen_trt_engine.verbose=true",
+            )
+        )
+    Path(engine_file).write_bytes(bytes(plan))
+    save_timing_cache(config, timings, settings.timing_cache)
+
+
+def builder_flag(trt: ModuleType, name: str) -> Any:
+    """One of TensorRT's builder flags.
+
+    Raises:
+        StackError: when this TensorRT has dropped it in favour of typed networks.
+    """
+    flag = getattr(trt.BuilderFlag, name, None)
+    if flag is None:
+        raise StackError(
+            Problem(
+                f"TensorRT {trt.__version__} has no {name} flag: it takes precisions from the graph",
+                where="gen_trt_engine.tensorrt.data_type",
+                hint="export with ddetr_mm.export_fp16=true and build the .fp16.onnx with data_type FP32",
+            )
+        )
+    return flag
+
+
+def set_layer_precisions(trt: ModuleType, network: Any, settings: BuilderSettings) -> None:
+    """Give layers the precisions that the settings name; layers of integers stay as they are."""
+    types = {"fp32": trt.float32, "fp16": trt.float16, "int8": trt.int8}
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        precision = settings.layer_precision(layer.name)
+        floating = layer.num_outputs and layer.get_output(0).dtype in (trt.float32, trt.float16)
+        if precision is not None and floating:
+            layer.precision = types[precision]
+
+
+def load_timing_cache(config: Any, path: Path | None) -> Any:
+    """Give the builder the timings of earlier builds; returns the cache, or None without a path."""
+    if path is None:
+        return None
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def save_timing_cache(config: Any, cache: Any, path: Path | None) -> None:
+    """Write the timings back, this build's included."""
+    if path is not None and cache is not None:
+        with written_whole(path) as temporary:
+            temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+
+
+def make_calibrator(trt: ModuleType, calibration: Calibration | None) -> Any:
+    """TensorRT's entropy calibrator over a :class:`Calibration`.
+
+    Raises:
+        StackError: when this TensorRT has no calibrators any more.
+        ExportError: without a calibration.
+    """
+    if calibration is None:
+        raise ExportError(
+            Problem("int8 needs calibration images", where="gen_trt_engine.tensorrt.calibration")
+        )
+    base = getattr(trt, "IInt8EntropyCalibrator2", None)
+    if base is None:
+        raise StackError(
+            Problem(f"TensorRT {trt.__version__} has no INT8 calibration", hint="use TensorRT 10")
+        )
+    import torch
+
+    class Calibrator(base):  # type: ignore[misc, valid-type]
+        """Feeds the batches; the memory of the last one stays alive until the next."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.batches = calibration.arrays()
+            self.held: torch.Tensor | None = None
+
+        def get_batch_size(self) -> int:
+            return calibration.batch_size
+
+        def get_batch(self, names: list[str]) -> list[int] | None:
+            batch = next(self.batches, None)
+            if batch is None:
+                return None
+            self.held = torch.from_numpy(batch).cuda().contiguous()
+            return [self.held.data_ptr()]
+
+        def read_calibration_cache(self) -> bytes | None:
+            return calibration.read_cache()
+
+        def write_calibration_cache(self, cache: bytes) -> None:
+            calibration.write_cache(cache)
+
+    return Calibrator()
+
+
+def verify_engine(
+    engine_file: str | Path,
+    expected: Forward,
+    settings: BuilderSettings,
+    make_images: Callable[[int], Any],
+    *,
+    images_are: str,
+    name: str,
+    opset: int,
+) -> ParityReport:
+    """Compare an engine with its ONNX graph (itself proven against PyTorch) at every batch of the profile.
+
+    Args:
+        engine_file: the engine.
+        expected: the graph, run without TensorRT.
+        settings: what it was built with; they decide the tolerance.
+        make_images: batch size → images (B, 3, H, W).
+        images_are: a word on where the images come from.
+        name: the file's final name, for the report.
+        opset: the graph's.
+
+    Raises:
+        ExportError: when the engine disagrees.
+    """
+    report = engine_report(settings, name=name, opset=opset, images_are=images_are)
+    profile = settings.profile
+    sizes = sorted({profile.smallest, profile.tuned, profile.largest})
+    compare_batches(report, [make_images(size) for size in sizes], expected, EngineRunner(engine_file))
+    report.require()
+    return report
+
+
+def engine_report(settings: BuilderSettings, *, name: str, opset: int, images_are: str) -> ParityReport:
+    """An empty report with the tolerances of the engine's precision."""
+    tolerance_logits, tolerance_boxes = TOLERANCES[settings.precision]
+    return ParityReport(
+        onnx_file=name,
+        runtime=f"TensorRT, {settings.precision}",
+        opset=opset,
+        num_nodes=0,
+        input_size_hw=settings.input_size_hw,
+        tolerance_logits=tolerance_logits,
+        tolerance_boxes=tolerance_boxes,
+        images=images_are,
+        least_agreement=LEAST_AGREEMENT[settings.precision],
+        reference="the ONNX graph",
+    )

@@ -1,0 +1,1 @@
+"""Runs: hooks, loops, checkpoints, ranks, status, curves."""

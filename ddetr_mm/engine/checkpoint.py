@@ -1,0 +1,567 @@
+"""Write checkpoints and resume from them exactly."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.registry import HOOKS
+from mmengine.dist import all_gather_object, get_rank, is_main_process
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
+
+from ddetr_mm.errors import InputError, Problem
+from ddetr_mm.files import write_text_whole, written_whole
+from ddetr_mm.weights.encryption import (
+    encrypt_file,
+    encryption_key,
+    hidden_file,
+    is_encrypted,
+    is_whole_encrypted,
+    plain_file,
+)
+
+# --- The state of all random number generators of a process, as plain values that load safely ---
+# Nothing here needs pickled classes: the state is made of tensors, numbers, strings, lists and dicts, so a
+# checkpoint that holds it can be read with ``torch.load(weights_only=True)``.
+
+RngState = dict[str, Any]
+
+
+def capture_rng_state() -> RngState:
+    """The states of ``random``, numpy's global generator, torch on CPU and torch on every GPU."""
+    name, keys, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
+    version, internal, gauss_next = random.getstate()
+    return {
+        "python": {"version": version, "internal": list(internal), "gauss_next": gauss_next},
+        "numpy": {
+            "name": str(name),
+            "keys": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached_gaussian": float(cached_gaussian),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore_host_rng(state: RngState) -> None:
+    """Put back ``random`` and numpy: what data augmentation in this process draws from."""
+    saved = state["python"]
+    random.setstate((saved["version"], tuple(saved["internal"]), saved["gauss_next"]))
+    saved = state["numpy"]
+    keys = saved["keys"].cpu().numpy().astype(np.uint32)
+    np.random.set_state(
+        (saved["name"], keys, saved["position"], saved["has_gauss"], saved["cached_gaussian"])
+    )
+
+
+def restore_torch_rng(state: RngState) -> None:
+    """Put back torch's generators: what dropout and the like draw from.
+
+    GPU states are put back for as many GPUs as there are both now and in the state.
+    """
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available():
+        for device, saved in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.set_rng_state(saved.cpu(), device)
+
+
+# --- The state of mmengine's message hub as tensors and plain values, and back ---
+# mmengine pickles its ``HistoryBuffer`` objects into a checkpoint, together with references to methods, and
+# numpy scalars beside them. ``torch.load(weights_only=True)``, the default since torch 2.6, refuses all of
+# that. In the plain form a checkpoint needs no class at all to be read.
+
+_BUFFER_KEYS = {"values", "counts", "max_length"}
+
+
+def plain_message_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain form of ``MessageHub.state_dict()``."""
+    return {
+        "log_scalars": {name: _plain_buffer(buffer) for name, buffer in state["log_scalars"].items()},
+        "runtime_info": plain_values(dict(state["runtime_info"])),
+        "resumed_keys": dict(state["resumed_keys"]),
+    }
+
+
+def message_state_from_plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``MessageHub.load_state_dict`` takes, from the plain form; buffers of mmengine's own pass."""
+    restored = dict(state)
+    restored["log_scalars"] = {
+        name: _restored_buffer(buffer) for name, buffer in state.get("log_scalars", {}).items()
+    }
+    return restored
+
+
+def plain_values(value: Any) -> Any:
+    """Config containers as dicts and lists, numpy's numbers as Python's, numpy arrays as lists."""
+    if isinstance(value, Mapping):
+        return {key: plain_values(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(plain_values(item) for item in value)
+    if isinstance(value, list):
+        return [plain_values(item) for item in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    return value
+
+
+def _plain_buffer(buffer: Any) -> Any:
+    if not isinstance(buffer, HistoryBuffer):
+        return buffer
+    values, counts = buffer.data
+    return {
+        "values": torch.from_numpy(np.asarray(values, dtype=np.float64)),
+        "counts": torch.from_numpy(np.asarray(counts, dtype=np.int64)),
+        "max_length": buffer.max_length,
+    }
+
+
+def _restored_buffer(buffer: Any) -> Any:
+    if not isinstance(buffer, Mapping) or not _BUFFER_KEYS.issubset(buffer):
+        return buffer
+    return HistoryBuffer(
+        buffer["values"].cpu().numpy(), buffer["counts"].cpu().numpy(), max_length=buffer["max_length"]
+    )
+
+
+# --- mmengine reads encrypted checkpoints: whatever loads a local file through it gets the content ---
+
+
+@CheckpointLoader.register_scheme(prefixes="", force=True)
+def load_from_local_or_encrypted(filename: str, map_location: Any = None) -> Any:
+    """mmengine's ``load_from_local`` for files that may be encrypted.
+
+    Raises:
+        WeightsError: see :func:`ddetr_mm.weights.encryption.decrypt_file`.
+        FileNotFoundError: there is no such file.
+    """
+    with plain_file(filename) as plain:
+        return load_from_local(str(plain), map_location)
+
+
+# --- Checkpoint files: their names, the link to the latest, and writing them so that none is ever broken ---
+# A training folder holds ``model_epoch_NNN.pth`` (0-based number of the epoch just finished), or
+# ``model_epoch_NNN_step_SSSSS.pth`` where saving goes by steps (SSSSS optimizer steps done since the
+# beginning), and ``dd_model_latest.pth``, which points at the newest of them.
+
+LATEST_NAME = "dd_model_latest.pth"
+
+_NAME = re.compile(r"model_epoch_(?P<epoch>\d{3,})(?:_step_(?P<step>\d{5,}))?\.pth")
+_LEFTOVER = re.compile(r"\.tmp-\d+-(?:model_epoch_.*|dd_model_latest)\.pth")
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class CheckpointName:
+    """What the name of a checkpoint file says.
+
+    Attributes:
+        epoch: 0-based number of the epoch in which, or at the end of which, it was written.
+        step: optimizer steps done since the beginning, where the name tells them.
+    """
+
+    epoch: int
+    step: int | None = None
+
+    def __str__(self) -> str:
+        steps = "" if self.step is None else f"_step_{self.step:05d}"
+        return f"model_epoch_{self.epoch:03d}{steps}.pth"
+
+    @classmethod
+    def parse(cls, name: str) -> CheckpointName | None:
+        """The meaning of a file name; None if it is not a checkpoint's."""
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return None
+        return cls(int(match["epoch"]), None if match["step"] is None else int(match["step"]))
+
+    @property
+    def age_key(self) -> tuple[int, float]:
+        """Sorts names by training time; the end of an epoch comes after all its steps."""
+        return self.epoch, float("inf") if self.step is None else self.step
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is a complete archive as ``torch.save`` writes it, encrypted or not.
+
+    Reads only the archive's directory, which stands at the file's end: a file that was cut off has none. Of
+    an encrypted file only the length is checked, which needs no key.
+    """
+    if is_encrypted(path):
+        return is_whole_encrypted(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/data.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint a run in this folder goes on from.
+
+    That is the file ``dd_model_latest.pth`` points at; if the link is missing or its file is broken, the
+    newest whole ``model_epoch_*.pth``. None if there is neither.
+    """
+    folder = Path(folder)
+    latest = (folder / LATEST_NAME).resolve()
+    if latest.is_file() and is_whole(latest):
+        return latest
+    return next((path.resolve() for path in reversed(list_checkpoints(folder)) if is_whole(path)), None)
+
+
+def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints of a folder, oldest first by the training time in their names."""
+    found = []
+    folder = Path(folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        name = CheckpointName.parse(path.name)
+        if name is not None and path.is_file():
+            found.append((name.age_key, path))
+    return [path for _, path in sorted(found)]
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
+    """Delete half-written checkpoints that a killed run left; returns what was deleted."""
+    leftovers = [path for path in Path(folder).iterdir() if _LEFTOVER.fullmatch(path.name)]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return leftovers
+
+
+@contextmanager
+def checkpoint_written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write a checkpoint to; make it durable and put it under its name after.
+
+    Yields:
+        The path to write to, in the same folder.
+    """
+    with written_whole(path) as temporary:
+        yield temporary
+        _flush(temporary)
+    _flush(path.parent)
+
+
+@contextmanager
+def full_disk_told(path: Path) -> Iterator[None]:
+    """Turn a full disk while ``path`` is written into one message that names what is safe.
+
+    Raises:
+        InputError: the disk, or the user's share of it, is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        last = find_latest_checkpoint(path.parent)
+        kept = f"the last good checkpoint is {last}" if last else "no earlier checkpoint is there"
+        raise InputError(
+            Problem(
+                "no space left on the disk to write the checkpoint",
+                file=path,
+                hint=f"free some space and start the same command again; {kept}",
+            )
+        ) from error
+
+
+def link_latest(checkpoint: Path) -> Path:
+    """Make ``dd_model_latest.pth`` stand for a checkpoint of the same folder, in one step.
+
+    It is a relative symbolic link; where the file system has none, a hard link, or else a copy.
+    """
+    link = checkpoint.with_name(LATEST_NAME)
+    with written_whole(link) as temporary:
+        temporary.unlink(missing_ok=True)
+        try:
+            temporary.symlink_to(checkpoint.name)
+        except (OSError, NotImplementedError):
+            _link_without_symlinks(checkpoint, temporary)
+    _flush(link.parent)
+    return link
+
+
+def _link_without_symlinks(checkpoint: Path, temporary: Path) -> None:
+    try:
+        os.link(checkpoint, temporary)
+    except OSError:
+        shutil.copyfile(checkpoint, temporary)
+
+
+def _flush(path: Path) -> None:
+    """Have the system put a file's or folder's content on the disk now, so that it outlives a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- Saving checkpoints under the reference's names, whole or not at all, ready for exact resuming ---
+
+__all__ = ["TAOCheckpointHook", "find_latest_checkpoint"]
+
+UNITS = ("epoch", "step")
+
+
+@HOOKS.register_module()
+class TAOCheckpointHook(Hook):
+    """Saves checkpoints every so many epochs or steps, and always at the end of training.
+
+    The content is mmengine's (``meta``, ``state_dict``, ``message_hub``, ``optimizer``,
+    ``param_schedulers``), so every mm* tool reads it and ``Runner`` resumes from it. All of it is kept as
+    tensors and plain values (the message hub is turned back when a checkpoint is loaded), so that
+    ``torch.load(weights_only=True)`` reads it without being told of any class. Added are
+    ``meta['ddetr_mm']``, the position in the current epoch (0 at its end) as ``meta['batches_done']``, of
+    one rank, and ``meta['samples_done']``, of all ranks together, and ``rng_states`` (one entry a rank).
+
+    A checkpoint is written beside its name and renamed, then ``dd_model_latest.pth`` is pointed at it,
+    so that a run may be killed at any moment. mmengine's ``last_checkpoint`` file is kept too: its own
+    automatic resuming works in the same folder.
+
+    Random states: when a run is resumed, numpy's and Python's are put back before the epoch begins and
+    torch's before its first step. An uninterrupted run does the same between two epochs, so that what
+    validation or worker start-up draw in between makes no difference.
+
+    Args:
+        interval: save every so many units.
+        unit: ``"epoch"`` or ``"step"``. A step that ends an epoch is saved as finished epoch.
+        out_dir: folder for the files; the runner's ``work_dir`` when None.
+        extra_meta: saved as ``meta['ddetr_mm']``; plain values only.
+        max_keep: keep at most so many of the checkpoints this run wrote; 0 keeps all.
+        save_optimizer: include the optimizer's state (needed for resuming).
+        save_param_scheduler: include the schedulers' state (needed for resuming).
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(
+        self,
+        interval: int = 1,
+        unit: str = "epoch",
+        out_dir: str | os.PathLike[str] | None = None,
+        extra_meta: Mapping[str, Any] | None = None,
+        max_keep: int = 0,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+    ) -> None:
+        if unit not in UNITS:
+            raise ValueError(f"unit must be one of {', '.join(UNITS)}, not {unit!r}")
+        if interval < 1:
+            raise ValueError(f"interval must be at least 1, not {interval}")
+        self.interval = interval
+        self.unit = unit
+        self.out_dir = None if out_dir is None else Path(out_dir)
+        self.extra_meta = plain_values(extra_meta or {})
+        self.max_keep = max_keep
+        self.save_optimizer = save_optimizer
+        self.save_param_scheduler = save_param_scheduler
+        self._written: list[Path] = []
+        self._iter_of_last_save: int | None = None
+        self._step_is_due = False
+        self._rng_states: list[RngState] = []
+        self._host_rng_to_restore: RngState | None = None
+        self._torch_rng_to_restore: RngState | None = None
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Give mmengine the message hub as it knows it, and remember this rank's random states."""
+        if isinstance(checkpoint.get("message_hub"), dict):
+            checkpoint["message_hub"] = message_state_from_plain(checkpoint["message_hub"])
+        if not getattr(runner, "_resume", False):
+            return
+        states = checkpoint.get("rng_states") or []
+        if get_rank() < len(states):
+            self._restore_later(states[get_rank()])
+        if hasattr(runner.train_loop, "seek"):
+            meta = checkpoint["meta"]
+            position = {name: meta.get(name, 0) for name in ("samples_done", "batches_done")}
+            runner.train_loop.seek(epoch=meta["epoch"], iter=meta["iter"], **position)
+
+    def before_train(self, runner: Any) -> None:
+        """Make the folder ready; what a killed run left half-written goes."""
+        self.out_dir = self.out_dir or Path(runner.work_dir)
+        # Nothing has been trained since this point: an already finished run needs no second last checkpoint.
+        self._iter_of_last_save = runner.iter
+        if is_main_process():
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            for path in remove_leftovers(self.out_dir):
+                runner.logger.info(f"Removed the half-written checkpoint {path.name}.")
+            runner.logger.info(f"Checkpoints will be saved to {self.out_dir}.")
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Put numpy's and Python's random states back."""
+        if self._host_rng_to_restore is not None:
+            restore_host_rng(self._host_rng_to_restore)
+            self._host_rng_to_restore = None
+
+    def before_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: dict[str, Any] | tuple | list | None = None
+    ) -> None:
+        """Put torch's random state back, after the workers' start has drawn from it."""
+        if self._torch_rng_to_restore is not None:
+            restore_torch_rng(self._torch_rng_to_restore)
+            self._torch_rng_to_restore = None
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: dict[str, Any] | tuple | list | None = None,
+        outputs: dict[str, Any] | None = None,
+    ) -> None:
+        """Save by steps; while gradients are being accumulated, after the step that uses them."""
+        if self.unit != "step":
+            return
+        self._step_is_due |= (runner.iter + 1) % self.interval == 0
+        if not self._step_is_due or not is_updated(runner.optim_wrapper):
+            return
+        # The last step of an epoch waits for after_train_epoch, where the epoch's schedulers have stepped.
+        if _counts_iterations(runner) or not self.end_of_epoch(runner.train_dataloader, batch_idx):
+            self.save_step(runner, batches_done=batch_idx + 1)
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Save by epochs, and steps that end one."""
+        if _counts_iterations(runner):
+            return  # called once, at the end, where after_train saves
+        if self.unit == "epoch":
+            due = (runner.epoch + 1) % self.interval == 0 or self.is_last_train_epoch(runner)
+            name = CheckpointName(runner.epoch)
+        else:
+            due = self._step_is_due or self.is_last_train_epoch(runner)
+            name = CheckpointName(runner.epoch, runner.iter)
+        self._restore_later(capture_rng_state())
+        if due:
+            meta = {"epoch": runner.epoch + 1, "iter": runner.iter, "batches_done": 0, "samples_done": 0}
+            self._save(runner, name, meta)
+
+    def after_train(self, runner: Any) -> None:
+        """Save the end of training, where a stop before the last epoch has left it unsaved."""
+        if self._iter_of_last_save != runner.iter:
+            self._save_between_epochs(runner)
+
+    def save_step(self, runner: Any, batches_done: int) -> Path:
+        """Save in the middle of an epoch, from within ``after_train_iter``.
+
+        Args:
+            runner: the runner, whose ``iter`` still counts the current step as not done.
+            batches_done: batches of this epoch that are trained on, the current one included.
+
+        Returns:
+            The file.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        return self._save_within_epoch(runner, runner.iter + 1, batches_done)
+
+    def save_now(self, runner: Any, batches_done: int = 0) -> Path | None:
+        """Save between two steps or two epochs, for a run that is about to end early.
+
+        Args:
+            runner: the runner, whose ``iter`` counts all steps that are done.
+            batches_done: batches of the present epoch that are trained on; 0 between two epochs.
+
+        Returns:
+            The newest checkpoint: an earlier one where nothing was trained since, None where there is none.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        if self._iter_of_last_save == runner.iter:
+            return find_latest_checkpoint(self.out_dir or runner.work_dir)
+        if batches_done:
+            return self._save_within_epoch(runner, runner.iter, batches_done)
+        return self._save_between_epochs(runner)
+
+    def _save_within_epoch(self, runner: Any, step: int, batches_done: int) -> Path:
+        meta = {"epoch": runner.epoch, "iter": step, "batches_done": batches_done}
+        meta["samples_done"] = getattr(runner.train_loop, "samples_done", 0)
+        return self._save(runner, CheckpointName(runner.epoch, step), meta)
+
+    def _save_between_epochs(self, runner: Any) -> Path:
+        name = CheckpointName(max(runner.epoch - 1, 0), runner.iter if self.unit == "step" else None)
+        meta = {"epoch": runner.epoch, "iter": runner.iter, "batches_done": 0, "samples_done": 0}
+        return self._save(runner, name, meta)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the random states of all ranks, and leave nothing that needs a class to be read."""
+        checkpoint["meta"] = plain_values(checkpoint["meta"])
+        checkpoint["message_hub"] = plain_message_state(checkpoint["message_hub"])
+        if self._rng_states:
+            checkpoint["rng_states"] = self._rng_states
+
+    def _save(self, runner: Any, name: CheckpointName, meta: dict[str, Any]) -> Path:
+        """Write one checkpoint; every rank calls it, the first one writes."""
+        path = Path(self.out_dir or runner.work_dir) / str(name)
+        meta["ddetr_mm"] = self.extra_meta
+        # Between two epochs the state to go on with is the one after the last step, whatever was drawn since.
+        self._rng_states = all_gather_object(self._torch_rng_to_restore or capture_rng_state())
+        try:
+            if is_main_process():
+                with full_disk_told(path):
+                    with checkpoint_written_whole(path) as temporary:
+                        self._write(runner, temporary, meta)
+                    link_latest(path)
+                    write_text_whole(path.with_name("last_checkpoint"), str(path))
+                self._forget_oldest(path)
+                runner.logger.info(f"Saved checkpoint {path.name}.")
+            else:
+                self._call_runner(runner, path, meta)
+        finally:
+            self._rng_states = []
+        self._iter_of_last_save = meta["iter"]
+        self._step_is_due = False
+        return path
+
+    def _write(self, runner: Any, path: Path, meta: dict[str, Any]) -> None:
+        """Write one file, encrypted if the process has a key."""
+        key = encryption_key()
+        if key is None:
+            self._call_runner(runner, path, meta)
+            return
+        with hidden_file() as (content, name):
+            self._call_runner(runner, name, meta)
+            encrypt_file(content, path, key)
+
+    def _call_runner(self, runner: Any, path: Path, meta: dict[str, Any]) -> None:
+        runner.save_checkpoint(
+            str(path.parent),
+            path.name,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+        )
+
+    def _forget_oldest(self, path: Path) -> None:
+        self._written = [known for known in self._written if known != path] + [path]
+        while self.max_keep > 0 and len(self._written) > self.max_keep:
+            self._written.pop(0).unlink(missing_ok=True)
+
+    def _restore_later(self, state: RngState) -> None:
+        self._host_rng_to_restore = state
+        self._torch_rng_to_restore = state
+
+
+def _counts_iterations(runner: Any) -> bool:
+    """Whether the training loop has no epochs of its own."""
+    return isinstance(runner.train_loop, IterBasedTrainLoop)
+
+
+def is_updated(optim_wrapper: Any) -> bool:
+    """Whether the last step has updated the weights, rather than left gradients for later ones."""
+    should_update = getattr(optim_wrapper, "should_update", None)
+    return should_update is None or bool(should_update())

@@ -1,0 +1,378 @@
+"""Label files and annotated images of detections."""
+
+from __future__ import annotations
+
+import colorsys
+import functools
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmdet.registry import METRICS
+from mmengine.dist import all_gather_object
+from mmengine.evaluator import BaseMetric
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+
+from ddetr_mm.errors import DataError, Problem, SpecError
+from ddetr_mm.files import write_text_whole, written_whole
+
+# --- What inference leaves: KITTI label files and annotated pictures ---
+# A KITTI line has 16 fields: class name, truncation, occlusion, alpha, box (x1, y1, x2, y2 in pixels of the
+# original image), three dimensions, three coordinates, rotation, score. Detection in 2D knows the name, the
+# box and the score; the others are zero. White space in a class name is written as ``_``, for the
+# format separates fields by spaces (the reference writes such names as they are, and its files then have
+# more than 16 columns).
+
+LABELS_FOLDER = "labels"
+IMAGES_FOLDER = "images_annotated"
+
+Color = tuple[int, int, int]
+
+
+def kitti_line(name: str, box_xyxy: Sequence[float] | np.ndarray, score: float) -> str:
+    """One detection as a 16-column KITTI line, without the line's end.
+
+    Args:
+        name: class name; runs of white space become ``_``.
+        box_xyxy: x1, y1, x2, y2 in pixels of the original image.
+        score: confidence.
+
+    Raises:
+        ValueError: an empty name.
+    """
+    word = re.sub(r"\s+", "_", name.strip())
+    if not word:
+        raise ValueError("a KITTI line needs a class name")
+    x1, y1, x2, y2 = (float(value) for value in box_xyxy)
+    box = f"{x1:.3f} {y1:.3f} {x2:.3f} {y2:.3f}"
+    return f"{word} 0.00 0 0.00 {box} 0.00 0.00 0.00 0.00 0.00 0.00 0.00 {float(score):.3f}"
+
+
+def write_kitti_labels(
+    path: str | os.PathLike[str],
+    names: Sequence[str],
+    boxes_xyxy: np.ndarray,
+    scores: np.ndarray,
+    conf_threshold: float = 0.0,
+) -> int:
+    """Write the detections of one image; an empty file where none passes.
+
+    Args:
+        path: the file, written whole or not at all.
+        names: (n,) class name of each detection.
+        boxes_xyxy: (n, 4) pixels of the original image.
+        scores: (n,).
+        conf_threshold: detections of at least this score are written.
+
+    Returns:
+        How many lines were written.
+    """
+    lines = [
+        kitti_line(name, box, score)
+        for name, box, score in zip(names, boxes_xyxy, scores, strict=True)
+        if score >= conf_threshold
+    ]
+    write_text_whole(Path(path), "".join(f"{line}\n" for line in lines))
+    return len(lines)
+
+
+def load_upright_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """An image as RGB, turned the way its EXIF tag says it was taken.
+
+    Raises:
+        DataError: the file is missing, no image, broken, or so large that it looks like an attack.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(Problem(f"cannot be read as an image: {error}", file=path)) from error
+
+
+def parse_color_map(color_map: Mapping[str, str]) -> dict[str, Color]:
+    """Colours by class name, from names such as ``green``, ``#00ff00`` or ``rgb(0,255,0)``.
+
+    Raises:
+        SpecError: colours that are not known, all at once.
+    """
+    colors: dict[str, Color] = {}
+    problems = []
+    for name, text in color_map.items():
+        try:
+            colors[name] = ImageColor.getrgb(str(text))[:3]
+        except ValueError:
+            allowed = "an HTML colour name, #rrggbb or rgb(r,g,b)"
+            problems.append(
+                Problem("is not a colour", where=f"inference.color_map.{name}", value=text, allowed=allowed)
+            )
+    SpecError.collect(problems)
+    return colors
+
+
+def palette(names: Sequence[str]) -> dict[str, Color]:
+    """A colour for every class: hues far apart, the same for the same list of names."""
+    golden_ratio = 0.618033988749895
+    colors = {}
+    for number, name in enumerate(dict.fromkeys(names)):
+        hue = number * golden_ratio % 1
+        value = (1.0, 0.75)[number // 12 % 2]
+        red, green, blue = colorsys.hsv_to_rgb(hue, 0.85, value)
+        colors[name] = (round(red * 255), round(green * 255), round(blue * 255))
+    return colors
+
+
+def box_colors(names: Sequence[str], color_map: Mapping[str, str] | None) -> dict[str, Color]:
+    """The colours to draw with: those of ``color_map``, or without one a palette of all classes.
+
+    Raises:
+        SpecError: colours that are not known.
+    """
+    return palette(names) if color_map is None else parse_color_map(color_map)
+
+
+def draw_detections(
+    image: Image.Image | np.ndarray,
+    boxes_xyxy: np.ndarray,
+    names: Sequence[str],
+    scores: np.ndarray,
+    colors: Mapping[str, Color],
+    outline_width: int = 3,
+) -> Image.Image:
+    """Draw boxes with class and score on a copy of an image; better ones over worse ones.
+
+    Args:
+        image: RGB, (h, w, 3) uint8 when an array.
+        boxes_xyxy: (n, 4) pixels of this image.
+        names: (n,) class name of each detection.
+        scores: (n,).
+        colors: colour by class name (:func:`box_colors`); classes without one are not drawn.
+        outline_width: pixels.
+    """
+    drawn = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB").copy()
+    canvas = ImageDraw.Draw(drawn)
+    font = _font(max(10, round(min(drawn.size) / 40)))
+    for row in np.argsort(np.asarray(scores), kind="stable"):
+        name, box = names[row], np.asarray(boxes_xyxy[row], dtype=float)
+        if name not in colors or not np.isfinite(box).all():
+            continue
+        x1, y1, x2, y2 = box
+        corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        canvas.rectangle(corners, outline=colors[name], width=outline_width)
+        _draw_tag(canvas, drawn.size, corners, f"{name} {scores[row]:.2f}", colors[name], font)
+    return drawn
+
+
+@functools.lru_cache(maxsize=64)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def save_image(path: str | os.PathLike[str], image: Image.Image) -> Path:
+    """Save a picture, whole or not at all; the format follows the file's ending.
+
+    Raises:
+        DataError: an ending that names no image format.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise DataError(Problem("has an ending that names no image format", file=path))
+    options: dict[str, Any] = {"quality": 92} if path.suffix.lower() in (".jpg", ".jpeg") else {}
+    with written_whole(path) as temporary:
+        image.save(temporary, **options)
+    return path
+
+
+def _draw_tag(
+    canvas: ImageDraw.ImageDraw,
+    size_wh: tuple[int, int],
+    corners: tuple[float, float, float, float],
+    text: str,
+    color: Color,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    """The label of a box: above it where there is room, else inside its top; never outside the picture."""
+    left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
+    width, height = right - left + 4, bottom - top + 4
+    x = min(max(corners[0], 0), max(size_wh[0] - width, 0))
+    y = corners[1] - height if corners[1] >= height else max(corners[1], 0)
+    y = min(y, max(size_wh[1] - height, 0))
+    canvas.rectangle((x, y, x + width, y + height), fill=color)
+    dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
+    canvas.text((x + 2 - left, y + 2 - top), text, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)
+
+
+def result_files(output_dir: Path, image: Path, per_sequence: bool) -> tuple[Path, Path]:
+    """Label file and picture file of an image.
+
+    Args:
+        output_dir: the results folder.
+        image: the image.
+        per_sequence: put both under the name of the folder two levels above the image.
+    """
+    folder = output_dir / image.resolve().parent.parent.name if per_sequence else output_dir
+    return folder / LABELS_FOLDER / f"{image.stem}.txt", folder / IMAGES_FOLDER / image.name
+
+
+def refuse_shared_targets(images: Iterable[Path], per_sequence: bool) -> None:
+    """Check that every image has result files of its own.
+
+    Raises:
+        DataError: when two images would write the same file.
+    """
+    written: dict[str, str] = {}
+    for image in images:
+        claim_targets(written, result_files(Path(), image, per_sequence), image)
+
+
+def claim_targets(written: dict[str, str], targets: Iterable[Path], image: Path) -> None:
+    """Note that ``image`` writes ``targets``; refuse what another image writes.
+
+    Args:
+        written: the image of every target so far. Text takes a third of the memory of paths, which
+            counts with millions of images.
+        targets: to write now.
+        image: whose targets they are.
+
+    Raises:
+        DataError: another image writes one of them.
+    """
+    source = str(image)
+    for target in targets:
+        other = written.setdefault(str(target), source)
+        if other != source:
+            raise DataError(
+                Problem(
+                    f"{other} and {image} would both write {target}",
+                    where="dataset.infer_data_sources.image_dir",
+                    hint="run such folders one by one, or set inference.is_internal=true",
+                )
+            )
+
+
+# --- Inference results as files: KITTI labels and annotated images, written as the images come ---
+
+
+@METRICS.register_module()
+class DetectionWriter(BaseMetric):
+    """Writes ``labels/<image>.txt`` and ``images_annotated/<image>`` for every image that passes by.
+
+    It is a metric, so that the Runner's test loop drives it, on any number of ranks: each writes the files
+    of its own images.
+
+    Args:
+        output_dir: the results folder.
+        conf_threshold: detections with a lower score are left out.
+        color_map: class name → colour; classes that are not in it are written and not drawn. Without a
+            map every class is drawn in a colour of its own.
+        outline_width: width of the drawn boxes in pixels.
+        per_sequence: put results under the name of the folder two levels above each image
+            (``<sequence>/images/x.jpg`` → ``<sequence>/labels/x.txt``).
+        class_names_file: text file of class names, line 1 naming category 1; by default the names come
+            from the checkpoint.
+
+    Raises:
+        DataError: when the names file or an image cannot be read, or two images would write the same file.
+            A rank knows its own images only:
+            :func:`~ddetr_mm.engine.detections.refuse_shared_targets` checks those of all.
+        SpecError: for a colour that is none.
+    """
+
+    default_prefix = "inference"
+
+    def __init__(
+        self,
+        output_dir: str,
+        conf_threshold: float = 0.5,
+        color_map: Mapping[str, str] | None = None,
+        outline_width: int = 3,
+        per_sequence: bool = False,
+        class_names_file: str | None = None,
+        collect_device: str = "cpu",
+    ) -> None:
+        super().__init__(collect_device=collect_device)
+        self.output_dir = Path(output_dir)
+        self.conf_threshold = conf_threshold
+        self.colors = None if color_map is None else parse_color_map(color_map)
+        self.outline_width = outline_width
+        self.per_sequence = per_sequence
+        self.named_classes = read_class_names(class_names_file) if class_names_file else None
+        self._written: dict[str, str] = {}
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        """Write the files of a batch of images."""
+        names = self._class_names()
+        for sample in data_samples:
+            found = sample["pred_instances"]
+            scores = found["scores"].detach().cpu().numpy()
+            keep = scores >= self.conf_threshold
+            boxes_xyxy = found["bboxes"].detach().float().cpu().numpy()[keep]
+            labels = found["labels"].detach().cpu().numpy()[keep]
+            classes = [name_of(names, int(label)) for label in labels]
+            self._write(Path(sample["img_path"]), boxes_xyxy, classes, scores[keep])
+            self.results.append((str(sample["img_path"]), int(keep.sum())))
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """Count the images and objects of all ranks; an image that two ranks were given counts once.
+
+        Args:
+            size: number of images of the dataset; not used.
+        """
+        parts = all_gather_object(self.results)
+        self.results = []
+        metrics = self.compute_metrics([entry for part in parts for entry in part])
+        return {f"{self.prefix}/{key}": value for key, value in metrics.items()}
+
+    def compute_metrics(self, results: list[tuple[str, int]]) -> dict[str, float]:
+        """How many images were seen and how many objects written."""
+        by_image = dict(results)
+        return {"images": float(len(by_image)), "objects": float(sum(by_image.values()))}
+
+    def _class_names(self) -> Sequence[str]:
+        """Names by label: of the file given, else of the model."""
+        if self.named_classes is not None:
+            return self.named_classes
+        return (self.dataset_meta or {}).get("classes") or ()
+
+    def _write(self, image: Path, boxes_xyxy: np.ndarray, classes: list[str], scores: np.ndarray) -> None:
+        labels_file, picture_file = targets = result_files(self.output_dir, image, self.per_sequence)
+        claim_targets(self._written, targets, image)
+        write_kitti_labels(labels_file, names=classes, boxes_xyxy=boxes_xyxy, scores=scores)
+        colors = palette([*self._class_names(), *classes]) if self.colors is None else self.colors
+        picture = load_upright_rgb(image)
+        drawn = draw_detections(
+            picture,
+            names=classes,
+            boxes_xyxy=boxes_xyxy,
+            scores=scores,
+            colors=colors,
+            outline_width=self.outline_width,
+        )
+        save_image(picture_file, drawn)
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """Class names by label from a text file of one name a line; label 0 is the background.
+
+    Raises:
+        DataError: when the file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            Problem(
+                f"the class names cannot be read: {error}",
+                file=path,
+                where="dataset.infer_data_sources.classmap",
+                allowed="a text file of one class name a line; line 1 names category 1",
+            )
+        ) from error
+    return ["background", *(line.strip() for line in lines if line.strip())]
+
+
+def name_of(names: Sequence[str], label: int) -> str:
+    """The name of a label, or its number where the names do not reach."""
+    return names[label] if label < len(names) else f"class_{label}"

@@ -1,0 +1,123 @@
+"""Runners that log only what a user needs."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, cast
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import MMLogger
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from torch import nn
+
+from ddetr_mm.engine.train_loop import end_data_workers
+
+# --- The text of a run's config, formatted once ---
+# mmengine formats a config each time that its text is wanted, which takes about half a second: four times when
+# a Runner starts, and once with every checkpoint.
+
+
+class FormattedOnceConfig(Config):
+    """A ``Config`` that formats its text again only when its content has changed."""
+
+    @property
+    def pretty_text(self) -> str:
+        """The config as formatted Python code."""
+        content = repr(self._cfg_dict)
+        known = self.__dict__.get("_formatted")
+        if known is None or known[0] != content:
+            known = (content, super().pretty_text)
+            self.__dict__["_formatted"] = known  # past Config's own attributes, which are config fields
+        return str(known[1])
+
+    @classmethod
+    def of(cls, config: Config) -> FormattedOnceConfig:
+        """A copy of a config, as one of these."""
+        made = cls.__new__(cls)
+        made.__setstate__(config.copy().__getstate__())
+        return made
+
+
+# --- A Runner whose console tells what matters; the log file still holds every word ---
+# mmengine's Runner greets with several screens: the machine's libraries, the whole config, which hook runs
+# at which point. All of that belongs into the log file of a run, and goes only there.
+
+_FILE_ONLY = re.compile(
+    r"""
+    \s*-{20,}\s*System\ environment:            # libraries and the machine
+    | Config:\n                                 # the config, which is in the results folder too
+    | Hooks\ will\ be\ executed\ in
+    | Exp\ name:
+    | "FileClient"\ will\ be\ deprecated        # mmengine's own calls, nothing a user can change
+    | "HardDiskBackend"\ is\ the\ alias
+    | Distributed\ training\ is\ not\ used
+    | Resumed\ iteration\ number\ is\ not     # counted by epoch here: AccumulationHook
+    | Gradient\ accumulative\ may\ slightly   # told of frozen batch norms, too
+    | paramwise_options\ --                     # one line a parameter
+    """,
+    re.VERBOSE,
+)
+
+
+class ConsoleFilter(logging.Filter):
+    """Keeps messages that only a log file should hold away from a stream; errors always pass."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is shown."""
+        return record.levelno >= logging.ERROR or not _FILE_ONLY.match(record.getMessage())
+
+
+def quiet_console(logger: logging.Logger) -> None:
+    """Put the filter on a logger's console handlers, once; its file handlers stay as they are."""
+    for handler in logger.handlers:
+        to_console = isinstance(handler, logging.StreamHandler) and not isinstance(
+            handler, logging.FileHandler
+        )
+        if to_console and not any(isinstance(known, ConsoleFilter) for known in handler.filters):
+            handler.addFilter(ConsoleFilter())
+
+
+@RUNNERS.register_module()
+class QuietRunner(Runner):
+    """mmengine's Runner with :func:`quiet_console` on its logger from the first message on.
+
+    In a config: ``runner_type = 'QuietRunner'``; in code: ``QuietRunner.from_cfg(config)``.
+    """
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> QuietRunner:
+        """Build a runner as mmengine does, which then formats its config once and not at every use."""
+        return cast(QuietRunner, super().from_cfg(FormattedOnceConfig.of(cfg)))
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """Build the logger as mmengine does, then quieten its console."""
+        logger = super().build_logger(*args, **kwargs)
+        quiet_console(logger)
+        return logger
+
+    def train(self) -> Any:
+        """Train as mmengine does, then end the data workers."""
+        try:
+            return super().train()
+        finally:
+            end_data_workers(self)
+
+    def test(self) -> dict[str, float]:
+        """Test as mmengine does, then end the data workers."""
+        try:
+            return super().test()
+        finally:
+            end_data_workers(self)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Wrap the model for training on several ranks, as mmengine does.
+
+        Where nothing is trained it stays as it is: there are no gradients to exchange, and an exported
+        graph has no parameters at all.
+        """
+        if self._train_loop is None:
+            return model.to(get_device())
+        return super().wrap_model(model_wrapper_cfg, model)

@@ -1,0 +1,386 @@
+"""A training loop that stops anywhere in good order and goes on exactly there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+from mmdet.registry import LOOPS
+from mmengine.dist import all_reduce, broadcast_object_list, get_world_size, is_main_process
+from mmengine.logging import MessageHub
+from mmengine.registry import FUNCTIONS
+from mmengine.runner import EpochBasedTrainLoop
+from torch import nn
+
+from ddetr_mm.datasets.samplers import ElasticBatchSampler
+from ddetr_mm.engine.checkpoint import TAOCheckpointHook, is_updated
+from ddetr_mm.engine.distributed import is_launched_by_us
+from ddetr_mm.engine.status import on_first_rank
+from ddetr_mm.files import write_text_whole
+
+# --- SIGTERM and Ctrl-C as a wish that is met at the next safe moment ---
+# The first signal is remembered; whoever works asks :attr:`StopSignals.requested` between two steps. The
+# second one ends the process at once. Exit status is 130 either way.
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+WORKER_GRACE_S = 5
+PASSED_ON_WITHIN_S = 5.0
+
+
+class StoppedBySignalError(KeyboardInterrupt):
+    """The run was asked to stop and did, in good order."""
+
+
+class StopSignals:
+    """Handlers of SIGTERM and SIGINT while a ``with`` block runs.
+
+    Outside the main thread, where Python allows no handlers, nothing is changed. A signal that the process
+    was started to ignore (shells do so to background jobs with Ctrl-C) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._received_at = 0.0
+        self._at_once = False
+        self._before: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop is wished for."""
+        return self.received is not None
+
+    @property
+    def reason(self) -> str:
+        """What was received, in words."""
+        if self.received is None:
+            return "another process was asked to stop"
+        return "Ctrl-C" if self.received == signal.SIGINT else self.received.name
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that may be left anywhere: a signal raises :class:`StoppedBySignalError` in it.
+
+        Raises:
+            StoppedBySignalError: also when a stop was wished for before the block.
+        """
+        self._at_once = True
+        try:
+            if self.requested:
+                raise StoppedBySignalError(self.reason)
+            yield
+        finally:
+            self._at_once = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.requested:
+            # Schedulers signal all processes of a job, and the launcher among them passes it on.
+            if is_launched_by_us() and now - self._received_at < PASSED_ON_WITHIN_S:
+                return
+            raise KeyboardInterrupt
+        self.received, self._received_at = signal.Signals(number), now
+        if self._at_once:
+            raise StoppedBySignalError(self.reason)
+        if not on_first_rank():
+            return
+        print(
+            f"{self.reason}: stopping after this step, with a checkpoint; once more to stop at once",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+@FUNCTIONS.register_module()
+def signal_proof_worker_init(worker_id: int) -> None:
+    """Let a data loader's worker outlive signals that are meant for the process that started it, and
+    keep its sockets out of a ``TMPDIR`` with too long a name.
+
+    Ctrl-C and a scheduler's SIGTERM reach all processes of a run; a worker that died of them would take
+    the batch with it that the main process still waits for. After SIGTERM a worker has
+    :data:`WORKER_GRACE_S` seconds left; one whose parent is gone ends by itself.
+
+    Args:
+        worker_id: from 0.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, _end_worker)
+    signal.signal(signal.SIGTERM, _end_worker_later)
+    keep_socket_names_short()
+
+
+def _end_worker_later(number: int, frame: FrameType | None) -> None:
+    signal.alarm(WORKER_GRACE_S)
+
+
+def _end_worker(number: int, frame: FrameType | None) -> None:
+    # with status 0: torch raises an error in the main process, wherever that is, for any other
+    os._exit(0)
+
+
+# --- Data workers' sockets, and ending the workers of a run in good order ---
+
+LONGEST_FOLDER = 70
+"""Bytes of a temporary folder's name below which a worker's socket still has room in the 104 to 108 of a
+socket's name (unix(7)): ``/pymp-XXXXXXXX/listener-XXXXXXXX`` takes 32."""
+
+
+def keep_socket_names_short() -> None:
+    """Let this process make its sockets in a folder with a short name where ``TMPDIR`` has a long one.
+
+    A data worker hands tensors over through a socket below the temporary folder. With a longer name than
+    a socket can have, it would fail without the main process hearing of it, which then waits for ever.
+
+    Raises:
+        OSError: no folder with a short name may be written to.
+    """
+    here = tempfile.gettempdir()
+    if os.name != "posix" or len(os.fsencode(here)) <= LONGEST_FOLDER:
+        return
+    for folder in ("/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - a private folder is made below it
+        if os.access(folder, os.W_OK | os.X_OK):
+            tempfile.tempdir = folder
+            return
+    raise OSError(
+        f"TMPDIR={here} is too long for the sockets of data workers (at most {LONGEST_FOLDER} bytes); "
+        "set TMPDIR to a folder with a shorter name"
+    )
+
+
+def end_data_workers(runner: Any) -> None:
+    """Tell the data workers of a runner's loops to end, and wait for them.
+
+    Workers that stay for the next epoch are otherwise killed when Python exits, and leave behind the
+    temporary folder of the socket through which they hand tensors over.
+
+    Args:
+        runner: mmengine's; loops that were never built are left alone.
+    """
+    for name in ("_train_loop", "_val_loop", "_test_loop"):
+        loader = getattr(getattr(runner, name, None), "dataloader", None)
+        iterator = getattr(loader, "_iterator", None)
+        end = getattr(iterator, "_shutdown_workers", None)
+        if end is not None:
+            end()
+            loader._iterator = None
+
+
+# --- How much of the logged scalars' past a run keeps ---
+# mmengine keeps the last million values of every scalar, in memory and in each checkpoint, and copies all of
+# them to add one: a long run grows, and slows down.
+
+LEAST_KEPT = 1_000
+"""Values of every scalar that are kept however short an epoch is; windows of the log are shorter."""
+
+LOSS = "train/loss"
+EPOCHS_OF_LOSS = 10
+"""Epochs of the total loss that are kept: by its trend a run is told that its loss does not fall."""
+
+
+def bound_history(hub: MessageHub, steps_an_epoch: int) -> None:
+    """Limit what is kept of each scalar to an epoch, for its mean; older values go when the next one comes.
+
+    Args:
+        hub: the run's.
+        steps_an_epoch: of the training.
+    """
+    for name, buffer in hub.log_scalars.items():
+        epochs = EPOCHS_OF_LOSS if name == LOSS else 1
+        buffer.max_length = max(LEAST_KEPT, epochs * steps_an_epoch)
+
+
+# --- A training loop that stops anywhere in good order and goes on exactly there ---
+
+VALIDATED_NAME = "last_validation"
+"""File in the runner's ``work_dir`` with the number of steps that the last finished validation came after."""
+
+
+@LOOPS.register_module()
+class ResumableTrainLoop(EpochBasedTrainLoop):
+    """mmengine's loop by epochs, which in addition
+
+    - begins in the middle of an epoch where the checkpoint was written there. With an
+      :class:`~ddetr_mm.datasets.samplers.ElasticBatchSampler` it seeks to the position, which counts samples of
+      all ranks, so that a run may go on with another number of ranks or another batch size; with any other
+      sampler the epoch begins anew;
+    - on SIGTERM or Ctrl-C ends the step, writes a checkpoint if the runner has a ``TAOCheckpointHook`` and
+      raises :class:`~ddetr_mm.engine.train_loop.StoppedBySignalError`, on all ranks after the same step;
+    - catches up on a validation that a killed run owes.
+
+    Arguments are those of ``EpochBasedTrainLoop``.
+
+    Attributes:
+        samples_done: samples of the present epoch that are trained on, by all ranks together; the current
+            step's are counted as soon as the model is updated.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.samples_done = 0
+        self._stop = StopSignals()
+
+    @property
+    def elastic(self) -> ElasticBatchSampler | None:
+        """The batch sampler, where it can seek."""
+        batch_sampler = self.dataloader.batch_sampler
+        return batch_sampler if isinstance(batch_sampler, ElasticBatchSampler) else None
+
+    def seek(self, *, epoch: int, iter: int, samples_done: int, batches_done: int) -> None:
+        """Take the position of a checkpoint; called while it is loaded.
+
+        Args:
+            epoch: epochs that are done.
+            iter: steps that are done.
+            samples_done: samples that are done in the epoch after those, all ranks together.
+            batches_done: the same in batches of one rank.
+        """
+        self._epoch, self._iter = epoch, iter
+        steps_an_epoch = len(self.dataloader)
+        left = steps_an_epoch
+        if self.elastic is None:
+            if batches_done:
+                self.runner.logger.warning("The sampler cannot seek: the epoch begins anew.")
+        else:
+            self.samples_done = min(samples_done, self.elastic.sampler.samples_an_epoch)
+            left = self.elastic.steps_left(self.samples_done)
+        self._max_iters = iter
+        if epoch < self._max_epochs:
+            self._max_iters += left + (self._max_epochs - epoch - 1) * steps_an_epoch
+
+    def run(self) -> nn.Module:
+        """Train.
+
+        Raises:
+            StoppedBySignalError: after SIGTERM or Ctrl-C.
+        """
+        with self._stop:
+            try:
+                self._run()
+            except BaseException:
+                end_data_workers(self.runner)
+                raise
+        return self.runner.model
+
+    def _run(self) -> None:
+        self.runner.call_hook("before_train")
+        if self._owes_validation():
+            self._validate()
+        while self._epoch < self._max_epochs and not self.stop_training:
+            self.run_epoch()
+            self._decide_current_val_interval()
+            if self._validation_due():
+                self._validate()
+            self._stop_if_asked()
+        self.runner.call_hook("after_train")
+
+    def run_epoch(self) -> None:
+        """Train one epoch, or the rest of it."""
+        self.runner.call_hook("before_train_epoch")
+        bound_history(self.runner.message_hub, len(self.dataloader))
+        self.runner.model.train()
+        first = 0
+        if self.elastic is not None:
+            self.elastic.sampler.seed = self.runner.seed  # a resumed run keeps the seed it began with
+            self.elastic.sampler.set_epoch(self._epoch)
+            self.elastic.sampler.seek(self.samples_done)
+            first = len(self.elastic) - self.elastic.steps_left(self.samples_done)
+        for batch_idx, data_batch in enumerate(self.dataloader, start=first):
+            self.run_iter(batch_idx, data_batch)
+            if batch_idx + 1 < len(self.dataloader):
+                self._stop_if_asked(batches_done=batch_idx + 1)
+        self.runner.call_hook("after_train_epoch")
+        self._epoch += 1
+        self.samples_done = 0
+
+    def run_iter(self, idx: int, data_batch: Any) -> None:
+        """Train one step.
+
+        Args:
+            idx: number of the batch in its epoch, from 0.
+            data_batch: what the loader gives.
+        """
+        self.runner.call_hook("before_train_iter", batch_idx=idx, data_batch=data_batch)
+        outputs = self.runner.model.train_step(data_batch, optim_wrapper=self.runner.optim_wrapper)
+        if self.elastic is not None:
+            self.samples_done = self.elastic.samples_after(self.samples_done, 1)
+        self.runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
+        self._iter += 1
+
+    # --- validation ---
+
+    def _validation_due(self) -> bool:
+        """Whether the epochs done so far call for a validation."""
+        return (
+            self.runner.val_loop is not None
+            and self._epoch >= self.val_begin
+            and (self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs)
+        )
+
+    def _owes_validation(self) -> bool:
+        """Whether the checkpoint that the run goes on from was written before a validation it still lacks."""
+        if not getattr(self.runner, "_resume", False) or self._epoch == 0 or self.samples_done:
+            return False
+        if self.elastic is None and self._iter % len(self.dataloader):
+            return False
+        self._decide_current_val_interval()
+        marker = self._marker()
+        done = marker.is_file() and marker.read_text(encoding="utf-8").strip() == str(self._iter)
+        owed = [self._validation_due() and not done]
+        broadcast_object_list(owed)
+        return owed[0]
+
+    def _validate(self) -> None:
+        """Validate; a signal ends it at once where there is one process, else after it is done."""
+        try:
+            with self._stop.at_once() if get_world_size() == 1 else nullcontext():
+                self.runner.val_loop.run()
+        except StoppedBySignalError:
+            self._save_and_stop()
+        if is_main_process():
+            write_text_whole(self._marker(), f"{self._iter}\n")
+
+    def _marker(self) -> Path:
+        return Path(self.runner.work_dir) / VALIDATED_NAME
+
+    # --- stopping ---
+
+    def _stop_if_asked(self, batches_done: int = 0) -> None:
+        """Save and raise where any rank was asked to stop; every rank calls it at the same moments.
+
+        Args:
+            batches_done: of the present epoch; 0 between two epochs.
+        """
+        if batches_done and not is_updated(self.runner.optim_wrapper):
+            return
+        asked = torch.tensor(float(self._stop.requested))
+        all_reduce(asked, "max")
+        if asked:
+            self._save_and_stop(batches_done)
+
+    def _save_and_stop(self, batches_done: int = 0) -> NoReturn:
+        hook = next((hook for hook in self.runner.hooks if isinstance(hook, TAOCheckpointHook)), None)
+        path = None if hook is None else hook.save_now(self.runner, batches_done)
+        self.runner.visualizer.close()  # writes what TensorBoard's file still lacks
+        where = f"; the same command goes on from {path}" if path else ""
+        raise StoppedBySignalError(f"stopped by {self._stop.reason} after {self._iter} steps{where}")

@@ -1,0 +1,302 @@
+"""Matching of queries to ground truth, and the losses of all decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mmdet.models.task_modules.assigners import BBoxL1Cost, FocalLossCost, HungarianAssigner, IoUCost
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps, bbox_xyxy_to_cxcywh, get_box_tensor
+from mmdet.utils import reduce_mean
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.models.deformable_attention import host_to_device
+
+# --- One-to-one matching of predictions to objects, for all decoder layers and images at once ---
+# Source: the bipartite matching of DETR (arXiv 2005.12872, section 3.1) with Deformable DETR's focal
+# class cost. The costs are mmdet's (FocalLossCost, BBoxL1Cost, IoUCost) and so are the matches; the
+# difference is that all layers and images are computed together and cross to the host once, where
+# mmdet crosses once per image and layer.
+#
+# Shapes: G decoder layers, B images, Q queries, C class columns, N objects of all images together,
+# M matched pairs of all layers and images.
+
+
+class NonFiniteCostError(FloatingPointError):
+    """Predictions of NaN or infinity reached the matcher: training has diverged.
+
+    Attributes:
+        images: names of the images concerned.
+        layers: decoder layers concerned, from 0.
+    """
+
+    def __init__(self, images: Sequence[str], layers: Sequence[int]) -> None:
+        self.images, self.layers = list(images), list(layers)
+        super().__init__(
+            f"predictions are NaN or infinite for {', '.join(self.images)} (decoder layers "
+            f"{self.layers}), so they cannot be matched to objects; usual causes: too high a learning "
+            "rate, an overflow of fp16, or a broken checkpoint"
+        )
+
+
+@dataclass(frozen=True)
+class MatchingCost:
+    """Weights and constants of the matching cost.
+
+    Attributes:
+        class_weight, l1_weight, giou_weight: weights of the three costs, at least 0.
+        alpha, gamma, eps: of the focal class cost.
+    """
+
+    class_weight: float = 2.0
+    l1_weight: float = 5.0
+    giou_weight: float = 2.0
+    alpha: float = 0.25
+    gamma: float = 2.0
+    eps: float = 1e-8
+
+    @classmethod
+    def from_assigner(cls, assigner: HungarianAssigner) -> MatchingCost:
+        """Read the settings of mmdet's assigner.
+
+        Raises:
+            ValueError: if it is another assigner, or has other costs than one each of
+                FocalLossCost, BBoxL1Cost (``xywh``) and IoUCost (``giou``); one left out weighs 0.
+        """
+        wanted = (
+            "a HungarianAssigner with at most one each of FocalLossCost, BBoxL1Cost(box_format='xywh') "
+            "and IoUCost(iou_mode='giou')"
+        )
+        if not isinstance(assigner, HungarianAssigner):
+            raise ValueError(f"the head matches with {wanted}, not with {type(assigner).__name__}")
+        settings: dict[str, float] = {"class_weight": 0.0, "l1_weight": 0.0, "giou_weight": 0.0}
+        seen: set[type] = set()
+        for cost in assigner.match_costs:
+            if type(cost) is FocalLossCost and not cost.binary_input:
+                settings.update(class_weight=cost.weight, alpha=cost.alpha, gamma=cost.gamma, eps=cost.eps)
+            elif type(cost) is BBoxL1Cost and cost.box_format == "xywh":
+                settings["l1_weight"] = cost.weight
+            elif type(cost) is IoUCost and cost.iou_mode == "giou":
+                settings["giou_weight"] = cost.weight
+            else:
+                raise ValueError(f"the head matches with {wanted}, not with {type(cost).__name__}")
+            if type(cost) in seen:
+                raise ValueError(f"the head matches with {wanted}; {type(cost).__name__} is there twice")
+            seen.add(type(cost))
+        return cls(**settings)
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The labelled objects of a batch, image after image.
+
+    Attributes:
+        labels: (N,) class columns.
+        boxes_cxcywh: (N, 4), 0..1 over the unpadded image, float32.
+        image_index: (N,) the image of each object.
+        counts: objects of every image, B integers.
+        sizes_whwh: (B, 4) unpadded image sizes in pixels as (width, height, width, height).
+        image_names: what to call the images in messages.
+    """
+
+    labels: Tensor
+    boxes_cxcywh: Tensor
+    image_index: Tensor
+    counts: tuple[int, ...]
+    sizes_whwh: Tensor
+    image_names: tuple[str, ...]
+
+    @classmethod
+    def from_instances(cls, gt_instances: Sequence, img_metas: Sequence[dict]) -> Objects:
+        """Collect mmdet's ground truth (``labels``, ``bboxes`` as xyxy pixels of ``img_shape``)."""
+        labels = torch.cat([instances.labels for instances in gt_instances]).long()
+        device = labels.device
+        counts = tuple(len(instances.labels) for instances in gt_instances)
+        index = [image for image, count in enumerate(counts) for _ in range(count)]
+        image_index = host_to_device(index, device, torch.int64)
+        sizes = [(*meta["img_shape"][1::-1], *meta["img_shape"][1::-1]) for meta in img_metas]
+        sizes_whwh = host_to_device(sizes, device, torch.float32)
+        boxes_xyxy = torch.cat([get_box_tensor(instances.bboxes) for instances in gt_instances]).float()
+        boxes_cxcywh = bbox_xyxy_to_cxcywh(boxes_xyxy / sizes_whwh[image_index])
+        names = tuple(
+            str(meta.get("img_path") or meta.get("img_id") or f"image {image} of the batch")
+            for image, meta in enumerate(img_metas)
+        )
+        return cls(labels, boxes_cxcywh, image_index, counts, sizes_whwh, names)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Matched pairs, sorted by layer, image and query; every layer has the same number of them.
+
+    Attributes:
+        layer, image, query, target: (M,) int64 on the predictions' device; ``target`` counts the
+            objects of the whole batch.
+    """
+
+    layer: Tensor
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+
+@torch.no_grad()
+def matching_costs(logits: Tensor, boxes_cxcywh: Tensor, objects: Objects, cost: MatchingCost) -> Tensor:
+    """The cost of giving each object to each query of its image.
+
+    Args:
+        logits: (G, B, Q, C).
+        boxes_cxcywh: (G, B, Q, 4), 0..1 over the unpadded image.
+        objects: the batch's objects.
+        cost: weights and constants.
+
+    Returns:
+        (G, N, Q) float32; NaN for objects whose label is no class column.
+    """
+    logits, boxes_cxcywh = logits.float(), boxes_cxcywh.float()
+    num_classes = logits.shape[-1]
+    image = objects.image_index
+    column = objects.labels.clamp(0, num_classes - 1)
+
+    probability = logits[:, image, :, column].sigmoid().transpose(0, 1)  # (G, N, Q)
+    positive = -(probability + cost.eps).log() * cost.alpha * (1 - probability).pow(cost.gamma)
+    negative = -(1 - probability + cost.eps).log() * (1 - cost.alpha) * probability.pow(cost.gamma)
+    class_cost = positive - negative
+
+    predicted = boxes_cxcywh[:, image]  # (G, N, Q, 4)
+    wanted = objects.boxes_cxcywh[None, :, None]
+    l1_cost = (predicted - wanted).abs().sum(-1)
+    # In pixels, so that the tiny constant that guards the division stays tiny beside small boxes.
+    sizes_whwh = objects.sizes_whwh[image][None, :, None]
+    giou = bbox_overlaps(
+        bbox_cxcywh_to_xyxy(predicted) * sizes_whwh,
+        (bbox_cxcywh_to_xyxy(wanted) * sizes_whwh).expand_as(predicted),
+        mode="giou",
+        is_aligned=True,
+    )
+    total = cost.class_weight * class_cost + cost.l1_weight * l1_cost - cost.giou_weight * giou
+    return total.masked_fill((objects.labels != column)[None, :, None], torch.nan)
+
+
+def assign_all_layers(costs: Tensor, objects: Objects, num_classes: int) -> Matches:
+    """Solve every layer's and image's assignment problem, with one transfer to the host and one back.
+
+    Args:
+        costs: (G, N, Q) of :func:`matching_costs`.
+        objects: the batch's objects.
+        num_classes: class columns of the model, for the message about a label beyond them.
+
+    Returns:
+        The matches: per layer and image ``min(Q, objects)`` pairs of least total cost.
+
+    Raises:
+        NonFiniteCostError: if predictions are not finite.
+        DataError: if a label is not a class column.
+    """
+    costs_host = costs.cpu().numpy()
+    if not np.isfinite(costs_host).all():
+        _explain_non_finite(costs_host, objects, num_classes)
+    starts = np.cumsum([0, *objects.counts])
+    pairs = [np.empty((4, 0), dtype=np.int64)]
+    for layer in range(len(costs_host)):
+        for image, count in enumerate(objects.counts):
+            start = starts[image]
+            query, target = linear_sum_assignment(costs_host[layer, start : start + count].T)
+            pairs.append(
+                np.stack([np.full_like(query, layer), np.full_like(query, image), query, target + start])
+            )
+    indices = torch.from_numpy(np.concatenate(pairs, axis=1)).to(costs.device, non_blocking=True)
+    return Matches(*indices.unbind(0))
+
+
+def _explain_non_finite(costs_host: np.ndarray, objects: Objects, num_classes: int) -> None:
+    """Raise the error that tells which images are concerned, and whether labels or predictions are."""
+    image_index = np.repeat(np.arange(len(objects.counts)), objects.counts)
+    labels = objects.labels.cpu().numpy()
+    wrong = (labels < 0) | (labels >= num_classes)
+    DataError.collect(
+        Problem(
+            "an object's label is no class column of the model",
+            file=objects.image_names[image],
+            value=int(label),
+            allowed=f"0 to {num_classes - 1}",
+            hint="set the number of classes to the highest label plus one",
+        )
+        for image, label in sorted(set(zip(image_index[wrong], labels[wrong], strict=True)))
+    )
+    broken = ~np.isfinite(costs_host).all(-1)  # (G, N)
+    raise NonFiniteCostError(
+        [objects.image_names[image] for image in np.unique(image_index[broken.any(0)])],
+        np.flatnonzero(broken.any(1)).tolist(),
+    )
+
+
+# --- The set loss of Deformable DETR, for all decoder layers at once (pure functions over tensors) ---
+# Sums over classes, boxes and queries are divided by the number of labelled boxes, averaged over
+# ranks, at least 1: the reference's divisor for all three losses (mmdet divides by matched queries,
+# which differs when an image has more objects than there are queries).
+#
+# Shapes: G decoder layers, B images, Q queries, C class columns, M matched pairs.
+
+
+def box_divisor(num_boxes: int, device: torch.device | str) -> Tensor:
+    """What loss sums are divided by: ``num_boxes`` of this rank averaged over ranks, at least 1."""
+    return reduce_mean(host_to_device([num_boxes], device, torch.float32)).clamp(min=1)
+
+
+def set_losses(
+    logits: Tensor,
+    boxes_cxcywh: Tensor,
+    objects: Objects,
+    matches: Matches,
+    loss_cls: nn.Module,
+    loss_bbox: nn.Module,
+    loss_iou: nn.Module,
+) -> dict[str, Tensor]:
+    """Weighted losses of every layer, in float32.
+
+    Args:
+        logits: (G, B, Q, C).
+        boxes_cxcywh: (G, B, Q, 4), 0..1 over the unpadded image.
+        objects: the batch's objects.
+        matches: which query answers for which object, in every layer.
+        loss_cls: mmdet's FocalLoss, with its ``loss_weight``.
+        loss_bbox: mmdet's L1Loss, likewise.
+        loss_iou: mmdet's GIoULoss, likewise.
+
+    Returns:
+        ``loss_cls``, ``loss_bbox`` and ``loss_iou``, each (G,).
+    """
+    logits, boxes_cxcywh = logits.float(), boxes_cxcywh.float()
+    num_layers, num_classes = logits.shape[0], logits.shape[-1]
+    divisor = box_divisor(len(objects.labels), logits.device)
+
+    # One-hot targets: given indices, mmdet's focal loss would need mmcv's compiled op on a GPU.
+    classes = torch.zeros_like(logits)
+    labels = objects.labels[matches.target]
+    classes[matches.layer, matches.image, matches.query, labels] = 1.0
+    class_losses = loss_cls(
+        logits.reshape(-1, num_classes), classes.reshape(-1, num_classes), reduction_override="none"
+    )
+    losses = {"loss_cls": class_losses.reshape(num_layers, -1).sum(-1) / divisor}
+
+    predicted = boxes_cxcywh[matches.layer, matches.image, matches.query]
+    if not len(predicted):
+        # Keeps the box branches in the graph: their gradients are zero, not missing.
+        nothing = boxes_cxcywh.flatten(1).sum(-1) * 0
+        return {**losses, "loss_bbox": nothing, "loss_iou": nothing}
+    wanted = objects.boxes_cxcywh[matches.target]
+    sizes_whwh = objects.sizes_whwh[matches.image]
+    box_losses = loss_bbox(predicted, wanted, reduction_override="none")
+    iou_losses = loss_iou(
+        bbox_cxcywh_to_xyxy(predicted) * sizes_whwh,
+        bbox_cxcywh_to_xyxy(wanted) * sizes_whwh,
+        reduction_override="none",
+    )
+    losses["loss_bbox"] = box_losses.reshape(num_layers, -1).sum(-1) / divisor
+    losses["loss_iou"] = iou_losses.reshape(num_layers, -1).sum(-1) / divisor
+    return losses

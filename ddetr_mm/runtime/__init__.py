@@ -1,1 +1,0 @@
-"""What surrounds a run: status file, checkpoints, curves, result files, progress."""

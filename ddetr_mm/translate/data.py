@@ -1,0 +1,211 @@
+"""Translate the `dataset` section of a spec: datasets, pipelines and data loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ddetr_mm.spec import ExperimentSpec
+from ddetr_mm.spec.schema import DataSource
+from ddetr_mm.translate.write import Reference
+
+AUGMENTATION_KEYS = tuple(
+    f"dataset.augmentation.{name}"
+    for name in (
+        "scales",
+        "random_resize_max_size",
+        "horizontal_flip_prob",
+        "train_random_resize",
+        "train_random_crop_min",
+        "train_random_crop_max",
+        "fixed_random_crop",
+    )
+) + ("ddetr_mm.resize",)
+TEST_PIPELINE_KEYS = (
+    "dataset.augmentation.test_random_resize",
+    "dataset.augmentation.random_resize_max_size",
+)
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "default_sampler": dict(type="ElasticDistributedSampler"),
+    "non_uniform_sampler": dict(type="ShardDistributedSampler", uneven="repeat"),
+    "uniform_sampler": dict(type="ShardDistributedSampler", uneven="drop"),
+}
+"""The reference's names of samplers → ours."""
+
+LOADER_KEYS = (
+    "dataset.batch_size",
+    "dataset.workers",
+    "dataset.pin_memory",
+    "dataset.dataset_type",
+    "dataset.train_sampler",
+    "dataset.num_classes",
+    "ddetr_mm.missing_images",
+)
+_JITTER_LARGEST_SCALE = 2
+
+
+def train_pipeline(spec: ExperimentSpec) -> list[dict[str, Any]]:
+    """Loading, flip, then either large-scale jitter or the two-way random resize and crop of DETR.
+
+    Pixels leave it as 8-bit integers: normalisation is left to the data preprocessor, on the device.
+    """
+    augmentation = spec.dataset.augmentation
+    pipeline: list[dict[str, Any]] = [
+        load_for_training(spec),
+        dict(type="LoadAnnotations", with_bbox=True),
+        dict(type="RandomFlip", prob=augmentation.horizontal_flip_prob),
+    ]
+    if augmentation.fixed_random_crop:
+        pipeline.append(
+            dict(
+                type="LargeScaleJitter",
+                size=augmentation.fixed_random_crop,
+                backend=spec.ddetr_mm.resize,
+            )
+        )
+    else:
+        pipeline.append(dict(type="RandomChoice", transforms=resize_choices(spec), prob=[0.5, 0.5]))
+    pipeline.append(dict(type="TAOPackDetInputs"))
+    return pipeline
+
+
+def load_for_training(spec: ExperimentSpec) -> dict[str, Any]:
+    """Decoding in full, or with ``ddetr_mm.resize: fast`` no larger than the augmentation can ask for."""
+    augmentation = spec.dataset.augmentation
+    if spec.ddetr_mm.resize != "fast":
+        return dict(type="TAOLoadImageFromFile")
+    if augmentation.fixed_random_crop:
+        largest = _JITTER_LARGEST_SCALE * augmentation.fixed_random_crop
+    else:
+        largest = max(*augmentation.scales, *augmentation.train_random_resize)
+    return dict(type="TAOLoadImageFromFile", min_short_side=largest)
+
+
+def resize_choices(spec: ExperimentSpec) -> list[list[dict[str, Any]]]:
+    """The two equally likely branches: plain multi-scale resize; resize, crop and resize again."""
+    augmentation = spec.dataset.augmentation
+    multi_scale = resize(spec, list(augmentation.scales), augmentation.random_resize_max_size)
+    crop_first = [
+        resize(spec, list(augmentation.train_random_resize), None),
+        dict(
+            type="TAORandomSizeCrop",
+            min_size=augmentation.train_random_crop_min,
+            max_size=augmentation.train_random_crop_max,
+        ),
+        dict(multi_scale),
+    ]
+    return [[multi_scale], crop_first]
+
+
+def resize(spec: ExperimentSpec, scales: list[int], max_size: int | None) -> dict[str, Any]:
+    """A resize of the shorter side to one of ``scales``, the longer side bounded by ``max_size``."""
+    return dict(type="TAORandomResize", scales=scales, max_size=max_size, backend=spec.ddetr_mm.resize)
+
+
+def test_pipeline(
+    spec: ExperimentSpec,
+    *,
+    stretch_wh: tuple[int, int] | None = None,
+    with_annotations: bool = True,
+    stretch_backend: str = "pillow",
+) -> list[dict[str, Any]]:
+    """Loading and one fixed resize.
+
+    Args:
+        spec: a checked experiment spec.
+        stretch_wh: resize to exactly this width and height instead of keeping the aspect ratio.
+        with_annotations: also load the ground truth (in the original frame).
+        stretch_backend: ``pillow``, as the reference's training code, or ``cv2``, as its deployment code.
+    """
+    augmentation = spec.dataset.augmentation
+    if stretch_wh is None:
+        step = resize(spec, [augmentation.test_random_resize], augmentation.random_resize_max_size)
+    else:
+        step = dict(type="Resize", scale=stretch_wh, keep_ratio=False, backend=stretch_backend)
+    pipeline: list[dict[str, Any]] = [dict(type="LoadImageFromFile"), step]
+    if with_annotations:
+        pipeline.append(dict(type="LoadAnnotations", with_bbox=True))
+    return [*pipeline, dict(type="PackDetInputs")]
+
+
+def coco_dataset(
+    spec: ExperimentSpec, sources: list[dict[str, str]], pipeline: Reference, *, test_mode: bool
+) -> dict[str, Any]:
+    """Config of the annotated dataset; labels are raw category ids, as the class columns are.
+
+    An image that cannot be read is never replaced in a validation or test.
+    """
+    return dict(
+        type="SerializedCocoDataset",
+        sources=sources,
+        label_mode="category_id",
+        num_classes=spec.dataset.num_classes,
+        storage="shared" if spec.dataset.dataset_type == "serialized" else "process",
+        missing_images="error" if test_mode else spec.ddetr_mm.missing_images,
+        pipeline=pipeline,
+        test_mode=test_mode,
+    )
+
+
+def one_step_of(spec: ExperimentSpec, dataset: dict[str, Any]) -> dict[str, Any]:
+    """The dataset cut to the images of a single step on all GPUs, for a dry run."""
+    ranks = spec.train.num_gpus * spec.train.num_nodes
+    return dataset | dict(indices=spec.dataset.batch_size * ranks)
+
+
+def dataloader(
+    spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool, batch_size: int = -1
+) -> dict[str, Any]:
+    """Config of one dataloader; every sample of a validation or test set is seen once.
+
+    Ranks of an evaluation share whole batches, so that their number does not change the results. A model
+    that is sharded among ranks (fsdp) needs as many batches on each, and so repeats some.
+
+    Args:
+        spec: a checked experiment spec.
+        dataset: config of the dataset.
+        train: whether samples come in random order.
+        batch_size: the subtask's own; -1: that of the section ``dataset``.
+    """
+    workers = spec.dataset.workers
+    images_a_batch = spec.dataset.batch_size if batch_size < 1 else batch_size
+    loader: dict[str, Any] = dict(
+        batch_size=images_a_batch,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=spec.dataset.pin_memory,
+        drop_last=False,
+        worker_init_fn=dict(type="signal_proof_worker_init"),
+    )
+    if train:
+        loader["sampler"] = dict(train_sampler(spec), shuffle=True)
+        loader["batch_sampler"] = dict(type="ElasticBatchSampler")
+    else:
+        sharded = spec.train.distributed_strategy == "fsdp"
+        loader["sampler"] = dict(type="WholeBatchSampler", batch_size=images_a_batch, equal_length=sharded)
+    return dict(loader, dataset=dataset)
+
+
+def train_sampler(spec: ExperimentSpec) -> dict[str, Any]:
+    """How samples are dealt out; names other than the default act with ``dataset_type: default`` only."""
+    acts = spec.dataset.dataset_type == "default"
+    return SAMPLERS[spec.dataset.train_sampler if acts else "default_sampler"]
+
+
+def plain_sources(sources: Sequence[DataSource]) -> list[dict[str, str]]:
+    """The spec's data sources as plain dicts for a config."""
+    return [dict(image_dir=source.image_dir, json_file=source.json_file) for source in sources]
+
+
+def evaluator(
+    spec: ExperimentSpec, sources: list[dict[str, str]], conf_threshold: float, **extra: Any
+) -> dict[str, Any]:
+    """Config of the COCO metric over the given sources."""
+    return dict(
+        type="FastCocoMetric",
+        sources=sources,
+        eval_class_ids=list(spec.dataset.eval_class_ids) if spec.dataset.eval_class_ids else None,
+        conf_threshold=conf_threshold,
+        classwise=True,
+        **extra,
+    )

@@ -1,0 +1,365 @@
+"""Translate the `model` section of a spec: backbone, neck, transformer, head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from ddetr_mm.spec import ExperimentSpec
+from ddetr_mm.spec.schema import ModelConfig
+
+# --- Names of the reference's modules in the words of the mmdet detector ---
+
+OUR_MODULE_NAMES: dict[str, tuple[str, ...]] = {
+    "backbone": ("backbone",),
+    "backbone.0": ("backbone",),
+    "backbone.0.body": ("backbone",),
+    "input_proj": ("neck",),
+    "transformer": ("encoder", "decoder", "level_embed", "reference_points_fc"),
+    "transformer.encoder": ("encoder",),
+    "transformer.decoder": ("decoder",),
+    "transformer.level_embed": ("level_embed",),
+    "transformer.reference_points": ("reference_points_fc",),
+    "query_embed": ("query_embedding",),
+    "class_embed": ("bbox_head.cls_branches",),
+    "bbox_embed": ("bbox_head.reg_branches",),
+}
+"""Module of the reference → modules or parameters of the mmdet detector."""
+
+
+def our_module_names(names: Iterable[str]) -> list[str]:
+    """The detector's names for the reference's; deeper paths keep their rest, unknown names stay as they are.
+
+    ``model.`` and ``model.model.`` in front, as in the reference's checkpoints, are accepted.
+    """
+    found: list[str] = []
+    for name in names:
+        plain = name
+        while plain.startswith("model."):
+            plain = plain.removeprefix("model.")
+        found += _translated(plain)
+    return list(dict.fromkeys(found))
+
+
+def _translated(name: str) -> list[str]:
+    prefix = name
+    while prefix:
+        if prefix in OUR_MODULE_NAMES:
+            return [ours + name[len(prefix) :] for ours in OUR_MODULE_NAMES[prefix]]
+        prefix = prefix.rpartition(".")[0]
+    return [name]
+
+
+# --- Spec section ``model`` (with what ``dataset`` and ``train`` say about the network) → config ``model`` ---
+# The network is mmdet's Deformable DETR with the pieces of :mod:`ddetr_mm.models` where the reference
+# differs. Feature level indices 0 to 3 are the backbone's stages (strides 4 to 32); index 4 is one more
+# stride-2 convolution on the last stage's output.
+
+GCVIT_WIDTHS = {
+    "xxtiny": 64,
+    "xtiny": 64,
+    "tiny": 64,
+    "small": 96,
+    "base": 128,
+    "large": 192,
+    "large_384": 192,
+}
+"""Channels of a GCViT variant's first stage; every later stage doubles them."""
+
+SOURCE_KEYS = (
+    "model.backbone",
+    "model.train_backbone",
+    "model.dilation",
+    "model.num_feature_levels",
+    "model.return_interm_indices",
+    "model.num_queries",
+    "model.enc_layers",
+    "model.dec_layers",
+    "model.hidden_dim",
+    "model.nheads",
+    "model.enc_n_points",
+    "model.dec_n_points",
+    "model.dim_feedforward",
+    "model.dropout_ratio",
+    "model.with_box_refine",
+    "model.aux_loss",
+    "model.cls_loss_coef",
+    "model.bbox_loss_coef",
+    "model.giou_loss_coef",
+    "model.focal_alpha",
+    "model.num_select",
+    "dataset.num_classes",
+    "dataset.augmentation.input_mean",
+    "dataset.augmentation.input_std",
+    "dataset.augmentation.fixed_padding",
+    "train.activation_checkpoint",
+    "train.freeze",
+    "ddetr_mm.backbone",
+    "ddetr_mm.zero_padded_values",
+    "ddetr_mm.attention",
+    "ddetr_mm.compile",
+    "ddetr_mm.compile_mode",
+    "ddetr_mm.predict_precision",
+)
+
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+"""A spec's half precisions as torch names them."""
+
+EXPORTED_KEYS = (
+    "model.num_select",
+    "dataset.num_classes",
+    "dataset.augmentation.input_mean",
+    "dataset.augmentation.input_std",
+)
+
+
+def exported_detector(spec: ExperimentSpec, model: dict[str, Any]) -> dict[str, Any]:
+    """An exported graph in the network's place: the same normalisation and choice of detections.
+
+    Args:
+        spec: a checked experiment spec.
+        model: class and file of the graph.
+    """
+    preprocessor = data_preprocessor(spec) | dict(pad_short_long=None, pad_size_divisor=1)
+    return model | dict(
+        num_classes=spec.dataset.num_classes,
+        max_per_img=spec.model.num_select,
+        background_column=True,
+        data_preprocessor=preprocessor,
+    )
+
+
+def detector(
+    spec: ExperimentSpec,
+    *,
+    zero_padded_values: bool,
+    channels: list[int] | None = None,
+    for_export: bool = False,
+) -> dict[str, Any]:
+    """The config of the whole network.
+
+    Args:
+        spec: a checked experiment spec.
+        zero_padded_values: whether attention values at padded positions are set to zero.
+        channels: output channels of the backbone's stages when ``ddetr_mm.backbone`` gives a backbone of
+            its own; ignored for the reference's backbones, whose channels are known.
+        for_export: whether the network is to be traced: then as it is, without what makes it fast.
+    """
+    model = spec.model
+    checkpointing = spec.train.activation_checkpoint
+    stages = backbone_stages(model)
+    backbone, stage_channels = backbone_config(spec, stages, channels)
+    return dict(
+        type="TAODeformableDETR",
+        num_queries=model.num_queries,
+        num_feature_levels=model.num_feature_levels,
+        with_box_refine=model.with_box_refine,
+        as_two_stage=False,
+        zero_padded_values=zero_padded_values,
+        activation_checkpoint=checkpointing,
+        frozen_modules=frozen_modules(spec),
+        data_preprocessor=data_preprocessor(spec),
+        backbone=backbone,
+        neck=dict(
+            type="ChannelMapper",
+            in_channels=stage_channels,
+            kernel_size=1,
+            out_channels=model.hidden_dim,
+            bias=True,
+            act_cfg=None,
+            norm_cfg=dict(type="GN", num_groups=32),
+            num_outs=model.num_feature_levels,
+        ),
+        encoder=dict(num_layers=model.enc_layers, layer_cfg=encoder_layer(model)),
+        decoder=dict(
+            num_layers=model.dec_layers,
+            return_intermediate=True,
+            layer_cfg=decoder_layer(model),
+            post_norm_cfg=None,
+        ),
+        positional_encoding=dict(
+            num_feats=model.hidden_dim // 2, normalize=True, offset=-0.5, temperature=10000
+        ),
+        bbox_head=bbox_head(spec),
+        train_cfg=dict(assigner=assigner(model)),
+        test_cfg=dict(max_per_img=model.num_select),
+        **({} if for_export else speed_options(spec)),
+    )
+
+
+def speed_options(spec: ExperimentSpec) -> dict[str, Any]:
+    """Arguments of the detector that make it faster, those that are not at their default."""
+    own = spec.ddetr_mm
+    options: dict[str, Any] = {}
+    if own.attention != "auto":
+        options["attention"] = own.attention
+    if own.compile != "none":
+        options["compiled"] = own.compile
+        if own.compile_mode != "default":
+            options["compile_options"] = dict(mode=own.compile_mode)
+    if own.predict_precision != "fp32":
+        options["predict_dtype"] = DTYPES[own.predict_precision]
+    return options
+
+
+def frozen_modules(spec: ExperimentSpec) -> list[str]:
+    """Modules that are not trained: ``train.freeze``, and a backbone of the spec's own if it must not train.
+
+    The reference's own backbones are frozen by their configs, see :func:`backbone_config`.
+    """
+    names = our_module_names(spec.train.freeze or [])
+    if spec.ddetr_mm.backbone and not spec.model.train_backbone:
+        names = list(dict.fromkeys(["backbone", *names]))
+    return names
+
+
+def backbone_stages(model: ModelConfig) -> tuple[int, ...]:
+    """The backbone stages that feed the neck: every chosen level but the extra one (index 4)."""
+    return tuple(index for index in model.return_interm_indices if index < 4)
+
+
+def backbone_config(
+    spec: ExperimentSpec, stages: tuple[int, ...], channels: list[int] | None
+) -> tuple[dict[str, Any], list[int]]:
+    """The backbone and the channels of the stages it returns.
+
+    Raises:
+        ValueError: ``ddetr_mm.backbone`` is set and its channels were not looked up.
+    """
+    model = spec.model
+    checkpointing = spec.train.activation_checkpoint
+    if spec.ddetr_mm.backbone:
+        if channels is None:
+            raise ValueError("the channels of ddetr_mm.backbone must be looked up before translating")
+        return dict(spec.ddetr_mm.backbone), channels
+    if model.backbone.startswith("gc_vit_"):
+        variant = model.backbone.removeprefix("gc_vit_")
+        config: dict[str, Any] = dict(
+            type="GCViT",
+            variant=variant,
+            out_indices=stages,
+            frozen_stages=-1 if model.train_backbone else 4,
+            with_cp=checkpointing,
+        )
+        return config, [GCVIT_WIDTHS[variant] * 2**stage for stage in stages]
+    config = dict(
+        type="TorchvisionDilatedResNet" if model.dilation else "ResNet",
+        depth=50,
+        num_stages=4,
+        out_indices=stages,
+        # The reference never trains the stem and the first stage of a ResNet.
+        frozen_stages=1 if model.train_backbone else 4,
+        norm_cfg=dict(type="BN", requires_grad=False),
+        norm_eval=True,
+        style="pytorch",
+        # mmdet would start every residual branch at zero, where a frozen norm would keep it.
+        zero_init_residual=False,
+        with_cp=checkpointing,
+    )
+    return config, [256 * 2**stage for stage in stages]
+
+
+def attention(model: ModelConfig, num_points: int) -> dict[str, Any]:
+    """Config of one multi-scale deformable attention."""
+    return dict(
+        embed_dims=model.hidden_dim,
+        num_heads=model.nheads,
+        num_levels=model.num_feature_levels,
+        num_points=num_points,
+        dropout=model.dropout_ratio,
+        batch_first=True,
+    )
+
+
+def feed_forward(model: ModelConfig) -> dict[str, Any]:
+    """Config of a transformer layer's feed-forward network."""
+    return dict(
+        embed_dims=model.hidden_dim,
+        feedforward_channels=model.dim_feedforward,
+        ffn_drop=model.dropout_ratio,
+    )
+
+
+def encoder_layer(model: ModelConfig) -> dict[str, Any]:
+    """Config of one encoder layer."""
+    return dict(self_attn_cfg=attention(model, model.enc_n_points), ffn_cfg=feed_forward(model))
+
+
+def decoder_layer(model: ModelConfig) -> dict[str, Any]:
+    """Config of one decoder layer."""
+    return dict(
+        # Not `dropout=`: mmcv would write it into a default that all its attentions share.
+        self_attn_cfg=dict(
+            embed_dims=model.hidden_dim,
+            num_heads=model.nheads,
+            attn_drop=model.dropout_ratio,
+            dropout_layer=dict(type="Dropout", drop_prob=model.dropout_ratio),
+            batch_first=True,
+        ),
+        cross_attn_cfg=attention(model, model.dec_n_points),
+        ffn_cfg=feed_forward(model),
+    )
+
+
+def bbox_head(spec: ExperimentSpec) -> dict[str, Any]:
+    """Config of the prediction head with its losses; a loss the spec leaves out gets weight 0."""
+    model = spec.model
+    labels = float("labels" in model.loss_types)
+    boxes = float("boxes" in model.loss_types)
+    return dict(
+        type="TAODeformableDETRHead",
+        num_classes=spec.dataset.num_classes,
+        embed_dims=model.hidden_dim,
+        # Column 0 stands for the background: it is trained as a logit and never becomes a label.
+        background_column=True,
+        aux_loss=model.aux_loss,
+        sync_cls_avg_factor=True,
+        loss_cls=dict(
+            type="FocalLoss",
+            use_sigmoid=True,
+            gamma=2.0,
+            alpha=model.focal_alpha,
+            loss_weight=model.cls_loss_coef * labels,
+        ),
+        loss_bbox=dict(type="L1Loss", loss_weight=model.bbox_loss_coef * boxes),
+        loss_iou=dict(type="GIoULoss", loss_weight=model.giou_loss_coef * boxes),
+    )
+
+
+def assigner(model: ModelConfig) -> dict[str, Any]:
+    """Config of the Hungarian matcher; its class cost uses alpha 0.25 whatever ``focal_alpha`` says."""
+    return dict(
+        type="HungarianAssigner",
+        match_costs=[
+            dict(type="FocalLossCost", weight=model.cls_loss_coef, alpha=0.25, gamma=2.0, eps=1e-8),
+            dict(type="BBoxL1Cost", weight=model.bbox_loss_coef, box_format="xywh"),
+            dict(type="IoUCost", iou_mode="giou", weight=model.giou_loss_coef),
+        ],
+    )
+
+
+def data_preprocessor(spec: ExperimentSpec) -> dict[str, Any]:
+    """Normalisation (the spec counts in 0..1, the loader in 0..255) and fixed padding."""
+    augmentation = spec.dataset.augmentation
+    return dict(
+        type="FixedPadDetDataPreprocessor",
+        mean=[round(255 * value, 6) for value in three(augmentation.input_mean)],
+        std=[round(255 * value, 6) for value in three(augmentation.input_std)],
+        bgr_to_rgb=True,
+        pad_short_long=fixed_pad_size(spec),
+        pad_size_divisor=augmentation.pad_size_divisor or 1,
+    )
+
+
+def fixed_pad_size(spec: ExperimentSpec) -> tuple[int, int] | None:
+    """Short and long side that every image is padded to, or None without fixed padding."""
+    augmentation = spec.dataset.augmentation
+    if not augmentation.fixed_padding:
+        return None
+    return max(augmentation.scales), augmentation.random_resize_max_size
+
+
+def three(values: list[float]) -> list[float]:
+    """One value per colour channel; a single one counts for all three."""
+    return list(values) * 3 if len(values) == 1 else list(values)

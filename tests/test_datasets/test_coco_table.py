@@ -1,0 +1,218 @@
+"""Several files and sources merged into one table."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from data_builders import box, categories, coco, image, three_images, write_json
+
+from ddetr_mm.datasets.coco_table import leaves_folder, visible_boxes
+from ddetr_mm.datasets.sources import read_coco_sources
+from ddetr_mm.errors import DataError
+
+
+def read(tmp_path, *documents, **options):
+    """One source a document; a list of documents makes the shards of one source."""
+    sources = []
+    for index, document in enumerate(documents):
+        shards = document if isinstance(document, list) else [document]
+        for shard, content in enumerate(shards):
+            write_json(tmp_path / f"source{index}" / f"shard-{shard}.json", content)
+        sources.append({"image_dir": f"images{index}", "json_file": str(tmp_path / f"source{index}")})
+    return read_coco_sources(sources, **options)
+
+
+def problems(tmp_path, *documents):
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, *documents)
+    return caught.value.problems
+
+
+def test_boxes_are_grouped_by_image_in_file_order(tmp_path):
+    table = read(tmp_path, three_images())
+    assert table.image_ids.tolist() == table.original_image_ids.tolist() == [7, 3, 5]
+    assert table.box_starts.tolist() == [0, 3, 3, 4]
+    assert table.category_ids.tolist() == [2, 1, 1, 3]
+    assert table.crowd.tolist() == [False, False, True, False]
+    assert table.boxes_xywh[1].tolist() == [5.5, 6.25, 30, 20]
+    assert table.box_image_rows.tolist() == [0, 0, 0, 2]
+    assert [table.file_name(row) for row in range(3)] == ["7.jpg", "sub/3.jpg", "5.jpg"]
+    assert (table.num_images, table.num_boxes) == (3, 4)
+    assert table.notes == []
+
+
+def test_colliding_image_ids_are_replaced_by_row_numbers(tmp_path):
+    table = read(tmp_path, three_images(), coco([image(7, "other.jpg")], [box(1, 7, [1, 1, 5, 5], 2)]))
+    assert table.image_ids.tolist() == [0, 1, 2, 3]
+    assert table.original_image_ids.tolist() == [7, 3, 5, 7]
+    assert table.source_indices.tolist() == [0, 0, 0, 1]
+    assert table.boxes_xywh[table.boxes_of(3)].tolist() == [[1, 1, 5, 5]]
+    assert "repeat across sources" in table.notes[0]
+
+
+def test_ids_that_are_unique_over_sources_stay(tmp_path):
+    table = read(tmp_path, three_images(), coco([image(8)], []))
+    assert table.image_ids.tolist() == [7, 3, 5, 8]
+
+
+def test_annotations_may_lie_in_another_shard_than_their_image(tmp_path):
+    table = read(tmp_path, [coco([image(1)], []), coco([image(2)], [box(1, 1, [1, 1, 5, 5])])])
+    assert table.box_starts.tolist() == [0, 1, 1]
+    assert table.shard_indices.tolist() == [0, 1]
+
+
+def test_shards_without_images_are_fine(tmp_path):
+    table = read(tmp_path, [coco([], []), coco([image(2)], []), coco([], [])])
+    assert table.image_ids.tolist() == [2]
+    assert table.shard_indices.tolist() == [1]
+
+
+def test_a_source_without_images_gives_an_empty_table(tmp_path):
+    table = read(tmp_path, coco([], []))
+    assert (table.num_images, table.num_boxes) == (0, 0)
+
+
+def test_unicode_names_survive(tmp_path):
+    table = read(tmp_path, coco([image(1, "straße/写真.jpg"), image(2, "b.jpg")], []))
+    assert [table.file_name(row) for row in range(2)] == ["straße/写真.jpg", "b.jpg"]
+
+
+def test_copies_share_the_table_and_pickling_keeps_it(tmp_path):
+    table = read(tmp_path, three_images())
+    assert copy.deepcopy(table) is table
+    again = pickle.loads(pickle.dumps(table))
+    for name in table.array_names():
+        np.testing.assert_array_equal(getattr(again, name), getattr(table, name))
+    assert again.category_names == table.category_names
+
+
+def test_segmentations(tmp_path):
+    polygon = [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
+    boxes = [box(1, 2, [0, 0, 4, 5]), box(2, 1, [0, 0, 4, 5], segmentation=polygon)]
+    document = coco([image(1), image(2)], boxes)
+    table = read(tmp_path, document, with_masks=True)
+    assert [table.segmentation(index) for index in range(2)] == [polygon, None]
+    assert read(tmp_path, document).segmentation(0) is None
+
+
+@pytest.mark.parametrize("kind", ["images", "annotations"])
+def test_duplicate_ids_in_one_file(tmp_path, kind):
+    document = three_images()
+    document[kind][2]["id"] = document[kind][0]["id"]
+    (found,) = problems(tmp_path, document)
+    assert found.where == f"{kind}[0].id"
+    assert f"{kind}[2]" in found.what
+
+
+def test_duplicate_image_ids_in_two_shards_name_both(tmp_path):
+    (found,) = problems(tmp_path, [coco([image(1)], []), coco([image(4), image(1)], [])])
+    assert found.file.name == "shard-0.json"
+    assert "images[1] of" in found.what
+    assert "shard-1.json" in found.what
+
+
+def test_annotations_without_ids_are_no_duplicates(tmp_path):
+    boxes = [box(1, 1, [0, 0, 4, 5]) for _ in range(3)]
+    for item in boxes:
+        del item["id"]
+    assert read(tmp_path, coco([image(1)], boxes)).num_boxes == 3
+
+
+def test_files_without_annotations_are_named(tmp_path):
+    document = three_images()
+    del document["annotations"]
+    assert read(tmp_path, coco([image(1)], []), document, annotations_required=False).num_boxes == 0
+    (found,) = problems(tmp_path, coco([image(1)], []), document)
+    assert found.where == "annotations"
+    assert found.file.parent.name == "source1"
+
+
+def test_dangling_image_id(tmp_path):
+    document = three_images()
+    document["annotations"][2]["image_id"] = 99
+    (found,) = problems(tmp_path, document)
+    assert (found.where, found.value) == ("annotations[2].image_id", 99)
+
+
+def test_boxes_without_any_image(tmp_path):
+    (found,) = problems(tmp_path, coco([], [box(1, 1, [0, 0, 4, 5])]))
+    assert found.where == "annotations[0].image_id"
+
+
+def test_category_that_is_not_listed(tmp_path):
+    document = three_images()
+    document["annotations"][2]["category_id"] = 9
+    (found,) = problems(tmp_path, document)
+    assert (found.where, found.value) == ("annotations[2].category_id", 9)
+
+
+def test_sources_must_agree_on_category_names(tmp_path):
+    other = coco([image(1)], [], categories("person", "hand"))
+    (found,) = problems(tmp_path, three_images(), other)
+    assert "'hand'" in found.what
+    assert "'face'" in found.what
+    assert "source0" in found.what
+    assert "source1" in str(found.file)
+
+
+def test_categories_of_several_sources_are_joined(tmp_path):
+    other = coco([image(1)], [box(1, 1, [0, 0, 4, 5], 9)], categories("dog", first=9))
+    assert read(tmp_path, three_images(), other).category_names == {
+        1: "person",
+        2: "face",
+        3: "bag",
+        9: "dog",
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/etc/passwd",
+        "../x.jpg",
+        "a/../../x.jpg",
+        "",
+        "C:\\x.jpg",
+        "\\\\host\\x.jpg",
+        "a\0b.jpg",
+        "a\\..\\..\\b",
+    ],
+)
+def test_names_that_leave_the_folder(tmp_path, name):
+    assert leaves_folder(name)
+    document = three_images()
+    document["images"][1]["file_name"] = name
+    (found,) = problems(tmp_path, document)
+    assert (found.where, found.value) == ("images[1].file_name", name)
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "a/b/x.jpg", "..x.jpg", "a..b/x.jpg", "a:b.jpg", "./x.jpg"])
+def test_names_that_stay_in_the_folder(name):
+    assert not leaves_folder(name)
+
+
+def test_absolute_names_are_fine_without_a_folder(tmp_path):
+    path = write_json(tmp_path / "a.json", coco([image(1, "/data/x.jpg")], []))
+    assert read_coco_sources([{"image_dir": "", "json_file": str(path)}]).file_name(0) == "/data/x.jpg"
+
+
+def test_boxes_without_area_in_the_image_are_counted(tmp_path):
+    boxes = [
+        box(1, 1, [10, 10, 0, 5]),
+        box(2, 1, [10, 10, 5, -5]),
+        box(3, 1, [70, 10, 10, 10]),
+        box(4, 1, [-10, -10, 10, 30]),
+        box(5, 1, [60, 40, 100, 100]),
+        box(6, 1, [0, 0, 0.5, 0.5]),
+    ]
+    table = read(tmp_path, coco([image(1)], boxes))
+    assert table.visible.tolist() == [False, False, False, False, True, True]
+    assert "4 boxes" in table.notes[0]
+    assert "the first in 1.jpg: [10.0, 10.0, 0.0, 5.0]" in table.notes[0]
+
+
+def test_a_box_outside_the_recorded_size_may_lie_in_the_turned_image():
+    boxes_xywh = np.array([[10.0, 50, 5, 10], [10, 70, 5, 10]])
+    sizes_hw = np.array([[48, 64], [48, 64]], np.int32)
+    assert visible_boxes(boxes_xywh, sizes_hw).tolist() == [True, False]

@@ -1,0 +1,239 @@
+""""""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import ddetr_mm.register  # noqa: F401
+from ddetr_mm.engine.detections import (
+    DetectionWriter,
+    box_colors,
+    draw_detections,
+    kitti_line,
+    load_upright_rgb,
+    name_of,
+    palette,
+    parse_color_map,
+    read_class_names,
+    save_image,
+    write_kitti_labels,
+)
+from ddetr_mm.errors import DataError, SpecError
+
+# --- Inference files: which detections are written, which are drawn, and where ---
+
+NAMES = ("background", "cat", "guinea pig")
+
+
+def sample(path: Path, boxes_xyxy, scores, labels) -> dict:
+    found = dict(
+        bboxes=torch.tensor(boxes_xyxy, dtype=torch.float32).reshape(-1, 4),
+        scores=torch.tensor(scores, dtype=torch.float32),
+        labels=torch.tensor(labels, dtype=torch.long),
+    )
+    return dict(img_path=str(path), pred_instances=found)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "seq" / "images" / "one.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (80, 60), "white").save(path)
+    return path
+
+
+def writer(folder: Path, **options) -> DetectionWriter:
+    made = DetectionWriter(str(folder), **options)
+    made.dataset_meta = dict(classes=NAMES)
+    return made
+
+
+def test_only_confident_detections_are_written(picture: Path, tmp_path: Path):
+    out = tmp_path / "out"
+    made = writer(out, conf_threshold=0.5)
+    made.process(None, [sample(picture, [[5, 6, 40, 50], [1, 1, 9, 9]], [0.75, 0.25], [2, 1])])
+    lines = (out / "labels" / "one.txt").read_text().splitlines()
+    assert lines == [
+        "guinea_pig 0.00 0 0.00 5.000 6.000 40.000 50.000 0.00 0.00 0.00 0.00 0.00 0.00 0.00 0.750"
+    ]
+    assert made.compute_metrics(made.results) == {"images": 1.0, "objects": 1.0}
+
+
+def test_a_class_without_colour_is_written_and_not_drawn(picture: Path, tmp_path: Path):
+    white = np.asarray(Image.open(picture))
+    boxes, scores, labels = [[5, 6, 40, 50]], [0.9], [1]
+    writer(tmp_path / "a", color_map={"guinea pig": "red"}).process(
+        None, [sample(picture, boxes, scores, labels)]
+    )
+    assert (tmp_path / "a" / "labels" / "one.txt").read_text().startswith("cat ")
+    assert (np.asarray(Image.open(tmp_path / "a" / "images_annotated" / "one.png")) == white).all()
+    writer(tmp_path / "b", color_map={"cat": "red"}).process(None, [sample(picture, boxes, scores, labels)])
+    drawn = np.asarray(Image.open(tmp_path / "b" / "images_annotated" / "one.png"))
+    assert (drawn[30, 5] == (255, 0, 0)).all()
+
+
+def test_no_detection_leaves_an_empty_label_file(picture: Path, tmp_path: Path):
+    writer(tmp_path / "out").process(None, [sample(picture, [], [], [])])
+    assert (tmp_path / "out" / "labels" / "one.txt").read_text() == ""
+    assert (tmp_path / "out" / "images_annotated" / "one.png").is_file()
+
+
+def test_per_sequence_uses_the_folder_two_levels_up(picture: Path, tmp_path: Path):
+    writer(tmp_path / "out", per_sequence=True).process(None, [sample(picture, [], [], [])])
+    assert (tmp_path / "out" / "seq" / "labels" / "one.txt").is_file()
+
+
+def test_two_images_never_write_the_same_file(picture: Path, tmp_path: Path):
+    other = tmp_path / "other" / "images" / "one.png"
+    other.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(other)
+    made = writer(tmp_path / "out")
+    made.process(None, [sample(picture, [], [], [])])
+    with pytest.raises(DataError, match="would both write"):
+        made.process(None, [sample(other, [], [], [])])
+
+
+def test_names_come_from_the_file_if_there_is_one(picture: Path, tmp_path: Path):
+    names = tmp_path / "names.txt"
+    names.write_text("dog\nhorse\n")
+    assert read_class_names(names) == ["background", "dog", "horse"]
+    made = writer(tmp_path / "out", class_names_file=str(names))
+    made.process(None, [sample(picture, [[1, 1, 9, 9]], [0.9], [2])])
+    assert (tmp_path / "out" / "labels" / "one.txt").read_text().startswith("horse ")
+    assert name_of(NAMES, 7) == "class_7"
+
+
+def test_wrong_input_is_told(tmp_path: Path):
+    with pytest.raises(DataError, match="classmap"):
+        read_class_names(tmp_path / "nowhere.txt")
+    with pytest.raises(SpecError, match="no-such-colour"):
+        DetectionWriter(str(tmp_path), color_map={"cat": "no-such-colour"})
+
+
+# ---  ---
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def test_line_as_documented():
+    expected = "person 0.00 0 0.00 10.000 20.000 110.000 220.000 0.00 0.00 0.00 0.00 0.00 0.00 0.00 0.913"
+    assert kitti_line("person", [10, 20, 110, 220], 0.9129) == expected
+
+
+@given(
+    name=st.text(min_size=1).filter(str.strip),
+    box=st.lists(st.floats(-1e6, 1e6), min_size=4, max_size=4),
+    score=st.floats(0, 1),
+)
+def test_any_line_has_sixteen_columns_that_read_back(name, box, score):
+    columns = kitti_line(name, box, score).split()
+    assert len(columns) == 16
+    assert [float(column) for column in columns[4:8]] == pytest.approx(box, abs=5e-4)
+    assert float(columns[15]) == pytest.approx(score, abs=5e-4)
+
+
+def test_names_with_spaces_keep_the_columns():
+    assert kitti_line(" traffic  light", [0, 0, 1, 1], 1).split()[0] == "traffic_light"
+    with pytest.raises(ValueError, match="class name"):
+        kitti_line("  ", [0, 0, 1, 1], 1)
+
+
+def test_label_file_holds_what_passes(tmp_path):
+    path = tmp_path / "labels" / "a.txt"
+    boxes = np.array([[0, 0, 5, 5], [1, 1, 6, 6], [2, 2, 7, 7]], dtype=np.float32)
+    assert write_kitti_labels(path, ["car", "bus", "car"], boxes, np.array([0.9, 0.3, 0.5]), 0.5) == 2
+    assert [line.split()[0] + line.split()[15] for line in path.read_text().splitlines()] == [
+        "car0.900",
+        "car0.500",
+    ]
+    assert path.read_text().endswith("\n")
+    assert write_kitti_labels(path, ["car", "bus", "car"], boxes, np.array([0.1, 0.1, 0.1]), 0.5) == 0
+    assert path.read_bytes() == b""
+
+
+def test_colors_by_name_and_code():
+    assert parse_color_map({"a": "red", "b": "#0000ff", "c": "rgb(1,2,3)"}) == {
+        "a": RED,
+        "b": BLUE,
+        "c": (1, 2, 3),
+    }
+    with pytest.raises(SpecError) as caught:
+        parse_color_map({"a": "grean", "b": "red", "c": 7})
+    assert "inference.color_map.a: is not a colour (got 'grean')" in str(caught.value)
+    assert "inference.color_map.c" in str(caught.value)
+
+
+def test_palette_is_stable_and_tells_classes_apart():
+    names = [f"class {number}" for number in range(30)]
+    colors = palette(names)
+    assert colors == palette(names)
+    assert len(set(colors.values())) == 30
+    assert box_colors(names, None) == colors
+    assert box_colors(names, {"class 3": "red"}) == {"class 3": RED}
+
+
+def test_boxes_are_drawn_in_their_colours_on_a_copy():
+    image = np.full((200, 300, 3), 128, dtype=np.uint8)
+    boxes = np.array([[50, 60, 150, 160], [170, 60, 260, 160]], dtype=float)
+    drawn = np.asarray(draw_detections(image, boxes, ["a", "b"], np.array([0.9, 0.8]), {"a": RED}, 3))
+    assert (image == 128).all()
+    assert tuple(drawn[110, 50]) == tuple(drawn[110, 52]) == RED
+    assert tuple(drawn[110, 53]) == (128, 128, 128)
+    # A class without a colour leaves the picture as it was.
+    assert (drawn[:, 165:] == 128).all()
+
+
+def test_the_better_detection_lies_on_top():
+    image = np.zeros((100, 100, 3), dtype=np.uint8)
+    boxes = np.array([[20, 40, 80, 90], [20, 40, 80, 90]], dtype=float)
+    drawn = draw_detections(image, boxes, ["a", "b"], np.array([0.9, 0.2]), {"a": RED, "b": BLUE})
+    assert drawn.getpixel((20, 70)) == RED
+
+
+def test_odd_boxes_do_not_break_the_picture():
+    image = Image.new("RGB", (40, 30))
+    boxes = np.array([[-100, -100, 500, 500], [30, 20, 10, 5], [np.nan, 0, 1, 1], [39, 29, 39, 29]])
+    drawn = draw_detections(image, boxes, ["a"] * 4, np.ones(4), {"a": RED})
+    assert drawn.size == (40, 30)
+    assert drawn.getpixel((10, 12)) == RED
+
+
+def test_images_are_turned_by_their_exif_tag(tmp_path):
+    picture = Image.new("RGB", (40, 20), BLUE)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera turned by 90 degrees
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_upright_rgb(tmp_path / "turned.jpg").size == (20, 40)
+    Image.new("L", (5, 6)).save(tmp_path / "grey.png")
+    assert load_upright_rgb(tmp_path / "grey.png").mode == "RGB"
+
+
+def test_unreadable_images_are_named(tmp_path, monkeypatch):
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("text.png", "missing.png"):
+        with pytest.raises(DataError, match=name):
+            load_upright_rgb(tmp_path / name)
+    Image.new("RGB", (100, 100)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(DataError, match=r"large\.png"):
+        load_upright_rgb(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png", ".bmp", ".JPEG"])
+def test_saved_pictures_open_again(tmp_path, ending):
+    path = save_image(tmp_path / "deep" / f"a{ending}", Image.new("RGB", (8, 9), RED))
+    with Image.open(path) as image:
+        assert image.size == (8, 9)
+    assert [item.name for item in path.parent.iterdir()] == [path.name]
+
+
+def test_unknown_endings_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"a\.xyz"):
+        save_image(tmp_path / "a.xyz", Image.new("RGB", (8, 9)))

@@ -1,0 +1,95 @@
+"""A config's text is mmengine's, follows every change, and is formatted no more often than needed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+from mmengine.config import Config
+from yapf.yapflib import yapf_api
+
+from ddetr_mm.engine.runner import ConsoleFilter, FormattedOnceConfig, QuietRunner, quiet_console
+
+# ---  ---
+
+
+def test_console_is_short_and_the_file_complete(tmp_path, capsys):
+    from tiny_runs import build_runner
+
+    options = {"runner_class": QuietRunner, "log_level": "INFO", "cfg": {"note": "whole config"}}
+    runner = build_runner(tmp_path / "train", [], epochs=1, **options)
+    runner.train()
+    shown = capsys.readouterr().out
+    (log_file,) = (tmp_path / "train").rglob("*.log")
+    logged = log_file.read_text()
+    for wall in ("System environment", "Hooks will be executed", "Config:", "Exp name"):
+        assert wall not in shown
+        assert wall in logged
+    assert "Epoch(train)" in shown
+    assert len(shown.splitlines()) < 10 < len(logged.splitlines())
+
+
+def test_errors_always_pass():
+    record = logging.LogRecord("x", logging.ERROR, "f", 1, "Config:\nbroken", (), None)
+    assert ConsoleFilter().filter(record)
+
+
+def test_filter_is_put_on_once_and_not_on_files(tmp_path):
+    logger = logging.Logger("quiet")
+    logger.addHandler(logging.StreamHandler())
+    logger.addHandler(logging.FileHandler(tmp_path / "log"))
+    quiet_console(logger)
+    quiet_console(logger)
+    assert [len(handler.filters) for handler in logger.handlers] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "message", ["loss: 3", "", "Saved checkpoint model_epoch_000.pth.", "Configs differ"]
+)
+def test_ordinary_messages_pass(message):
+    assert ConsoleFilter().filter(logging.LogRecord("x", logging.INFO, "f", 1, message, (), None))
+
+
+# --- A config's text is mmengine's, follows every change, and is formatted no more often than needed ---
+
+CONTENT = "model = dict(type='A', layers=[1, 2])\nload_from = None\n"
+
+
+@pytest.fixture
+def formatted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that have been formatted."""
+    texts: list[str] = []
+    original = yapf_api.FormatCode
+
+    def counted(text: str, *args, **kwargs):
+        texts.append(text)
+        return original(text, *args, **kwargs)
+
+    # mmengine takes the name when it is imported, its fork each time that it formats.
+    monkeypatch.setattr("mmengine.config.config.FormatCode", counted, raising=False)
+    monkeypatch.setattr(yapf_api, "FormatCode", counted)
+    return texts
+
+
+def test_the_text_is_mmengines_and_made_once(formatted):
+    plain = Config.fromstring(CONTENT, ".py")
+    text = plain.pretty_text
+    formatted.clear()
+    config = FormattedOnceConfig.of(plain)
+    for again in (config, copy.deepcopy(config), config):
+        assert again.dump() == again.pretty_text == text
+    assert config.filename == plain.filename
+    assert len(formatted) == 2  # the deep copy was made before there was a text
+
+
+def test_a_change_is_seen():
+    plain = Config.fromstring(CONTENT, ".py")
+    config = FormattedOnceConfig.of(plain)
+    before = config.pretty_text
+    config.model.layers.append(3)
+    config.work_dir = "here"
+    assert config.pretty_text != before
+    read = Config.fromstring(config.pretty_text, ".py")
+    assert read.work_dir == "here" and read.model.layers == [1, 2, 3]
+    assert plain.get("work_dir") is None

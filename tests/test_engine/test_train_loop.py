@@ -1,0 +1,398 @@
+"""A run keeps an epoch of every logged scalar, and ten of the loss; its checkpoints stop growing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+from multiprocessing import util
+from multiprocessing.connection import Listener
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
+from tiny_runs import SeededPoints
+from torch.utils.data import DataLoader
+
+import ddetr_mm.engine.train_loop as stop_signals
+from ddetr_mm.engine import train_loop
+from ddetr_mm.engine.checkpoint import TAOCheckpointHook, find_latest_checkpoint, list_checkpoints
+from ddetr_mm.engine.train_loop import (
+    LEAST_KEPT,
+    LONGEST_FOLDER,
+    VALIDATED_NAME,
+    StoppedBySignalError,
+    StopSignals,
+    bound_history,
+    keep_socket_names_short,
+    signal_proof_worker_init,
+)
+
+# ---  ---
+
+
+class Seen(Hook):
+    """Writes down every batch; can be killed, or told to stop, before or after a step."""
+
+    priority = "VERY_HIGH"
+
+    def __init__(self, seen, kill_before=None, signal_in=None, number=signal.SIGTERM):
+        self.seen = seen
+        self.kill_before = kill_before
+        self.signal_in = signal_in
+        self.number = number
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.kill_before:
+            raise Killed
+        self.seen[runner.iter] = (runner.epoch, batch_idx, data_batch["x"].tolist())
+        if runner.iter == self.signal_in:
+            signal.raise_signal(self.number)
+
+
+class Killed(Exception):
+    pass
+
+
+def end_of(folder: Path) -> dict:
+    return torch.load(find_latest_checkpoint(folder), weights_only=True)
+
+
+def assert_same_end(one: dict, other: dict):
+    assert one["meta"]["iter"] == other["meta"]["iter"] and one["meta"]["epoch"] == other["meta"]["epoch"]
+    for key, weights in one["state_dict"].items():
+        assert torch.equal(weights, other["state_dict"][key]), key
+    for moment in ("exp_avg", "exp_avg_sq", "step"):
+        states = (end["optimizer"]["state"] for end in (one, other))
+        assert all(torch.equal(a[moment], b[moment]) for a, b in zip(*map(dict.values, states), strict=True))
+    assert one["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
+    assert one["param_schedulers"] == other["param_schedulers"]
+
+
+def steps(interval=3):
+    return TAOCheckpointHook(interval=interval, unit="step")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_interrupted_in_mid_epoch_ends_bit_equal(make_runner, tmp_path, num_workers):
+    options = {"elastic": True, "epochs": 3, "validate": True}
+    straight, seen = {}, {}
+    make_runner([steps(), Seen(straight)], tmp_path / "a", **options).train()
+    options["num_workers"] = num_workers
+    with pytest.raises(Killed):
+        make_runner([steps(), Seen(seen, kill_before=4)], tmp_path / "b", **options).train()
+    assert end_of(tmp_path / "b")["meta"]["samples_done"] == 6
+    # killed again in another epoch, and each time the process has drawn other numbers in between
+    torch.rand(3)
+    with pytest.raises(Killed):
+        make_runner(
+            [steps(), Seen(seen, kill_before=8)], tmp_path / "b", resume=True, **resumed(tmp_path, options)
+        ).train()
+    make_runner([steps(), Seen(seen)], tmp_path / "b", resume=True, **resumed(tmp_path, options)).train()
+    assert seen == straight and len(seen) == 15
+    assert_same_end(end_of(tmp_path / "a"), end_of(tmp_path / "b"))
+
+
+def resumed(tmp_path: Path, options: dict) -> dict:
+    return {**options, "load_from": str(find_latest_checkpoint(tmp_path / "b"))}
+
+
+def test_resuming_seeks_and_never_replays(make_runner, tmp_path, monkeypatch):
+    options = {"elastic": True, "epochs": 1}
+    with pytest.raises(Killed):
+        make_runner([steps(), Seen({}, kill_before=4)], tmp_path / "b", **options).train()
+    made = []
+    read = SeededPoints.__getitem__
+
+    def counted(self, index):
+        made.append(int(index))
+        return read(self, index)
+
+    monkeypatch.setattr(SeededPoints, "__getitem__", counted)
+    make_runner([steps()], tmp_path / "b", resume=True, **resumed(tmp_path, options)).train()
+    assert len(made) == 4  # of ten samples six were done
+
+
+def test_goes_on_with_another_batch_size_where_the_epoch_stood(make_runner, tmp_path):
+    whole, seen = {}, {}
+    make_runner([Seen(whole)], tmp_path / "a", elastic=True, epochs=2).train()
+    with pytest.raises(Killed):
+        make_runner([steps(), Seen(seen, kill_before=3)], tmp_path / "b", elastic=True, epochs=2).train()
+    options = {"elastic": True, "epochs": 2, "batch_size": 3, "resume": True}
+    runner = make_runner([steps(), Seen(seen)], tmp_path / "b", **resumed(tmp_path, options))
+    runner.train()
+
+    def order(found):
+        return [x for _, (epoch, _, xs) in sorted(found.items()) for x in xs]
+
+    # 3 steps of 2 and 2 of up to 3 in the first epoch, 4 in the second
+    assert runner.iter == runner.max_iters == 9
+    assert [seen[step][1] for step in range(3, 9)] == [2, 3, 0, 1, 2, 3]
+    assert order(seen) == order(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops_after_the_step(make_runner, tmp_path, number, capfd, ctrl_c):
+    straight, seen = {}, {}
+    make_runner([TAOCheckpointHook(), Seen(straight)], tmp_path / "a", elastic=True).train()
+    runner = make_runner(
+        [TAOCheckpointHook(), Seen(seen, signal_in=6, number=number)], tmp_path / "b", elastic=True
+    )
+    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
+    before = signal.getsignal(number)
+    with pytest.raises(StoppedBySignalError, match=rf"{name} after 7 steps.*epoch_001_step_00007\.pth"):
+        runner.train()
+    assert signal.getsignal(number) is before
+    assert "once more" in capfd.readouterr().err
+    assert [path.name for path in list_checkpoints(tmp_path / "b")] == [
+        "model_epoch_000.pth",
+        "model_epoch_001_step_00007.pth",
+    ]
+    options = {"elastic": True, "resume": True}
+    make_runner([TAOCheckpointHook(), Seen(seen)], tmp_path / "b", **resumed(tmp_path, options)).train()
+    assert seen == straight
+    assert_same_end(end_of(tmp_path / "a"), end_of(tmp_path / "b"))
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_saves_its_end(make_runner, tmp_path):
+    runner = make_runner([TAOCheckpointHook(interval=5), Seen({}, signal_in=4)], elastic=True, epochs=3)
+    with pytest.raises(StoppedBySignalError, match=r"after 5 steps.*model_epoch_000\.pth"):
+        runner.train()
+    assert end_of(tmp_path / "train")["meta"]["epoch"] == 1
+
+
+def test_a_second_signal_ends_at_once(make_runner, tmp_path, ctrl_c):
+    class Twice(Seen):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        make_runner([TAOCheckpointHook(), Twice({})], elastic=True).train()
+    assert not isinstance(stopped.value, StoppedBySignalError)
+    assert not list_checkpoints(tmp_path / "train")
+
+
+class SignalInValidation(Hook):
+    def __init__(self, in_epoch):
+        self.in_epoch = in_epoch
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        if runner.epoch == self.in_epoch:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_in_validation_saves_and_the_next_run_catches_up(make_runner, tmp_path):
+    straight, seen, validated = {}, {}, []
+
+    class Validated(Hook):
+        def after_val_epoch(self, runner, metrics=None):
+            validated.append(runner.epoch)
+
+    options = {"elastic": True, "validate": True, "epochs": 3}
+    make_runner([TAOCheckpointHook(), Seen(straight)], tmp_path / "a", **options).train()
+    hooks = [TAOCheckpointHook(interval=9), Seen(seen), Validated()]
+    with pytest.raises(StoppedBySignalError, match=r"model_epoch_001\.pth"):
+        make_runner([*hooks, SignalInValidation(2)], tmp_path / "b", **options).train()
+    assert validated == [1]
+    make_runner(hooks, tmp_path / "b", resume=True, **resumed(tmp_path, options)).train()
+    assert validated == [1, 2, 3]
+    assert (tmp_path / "b" / VALIDATED_NAME).read_text() == "15\n"
+    assert seen == straight
+    assert_same_end(end_of(tmp_path / "a"), end_of(tmp_path / "b"))
+    make_runner(hooks, tmp_path / "b", resume=True, **resumed(tmp_path, options)).train()
+    assert validated == [1, 2, 3]
+
+
+def test_other_samplers_begin_the_epoch_anew_and_say_so(make_runner, tmp_path, caplog):
+    loop = {"type": "ResumableTrainLoop", "max_epochs": 1}
+    with pytest.raises(Killed):
+        make_runner([steps(), Seen({}, kill_before=4)], tmp_path / "b", train_cfg=loop).train()
+    seen = {}
+    runner = make_runner(
+        [steps(), Seen(seen)],
+        tmp_path / "b",
+        train_cfg=loop,
+        resume=True,
+        load_from=str(find_latest_checkpoint(tmp_path / "b")),
+    )
+    told = []
+    runner.logger.warning = told.append
+    runner.train()
+    assert [batch for _, batch, _ in seen.values()] == [0, 1, 2, 3, 4]
+    assert any("cannot seek" in text for text in told)
+
+
+def test_accumulated_gradients_are_never_cut(make_runner, tmp_path):
+    wrapper = {"optimizer": {"type": "AdamW", "lr": 0.05}, "accumulative_counts": 2}
+    runner = make_runner([steps(1), Seen({}, signal_in=2)], elastic=True, optim_wrapper=wrapper)
+    with pytest.raises(StoppedBySignalError, match="after 4 steps"):
+        runner.train()
+    assert [path.name for path in list_checkpoints(tmp_path / "train")] == [
+        "model_epoch_000_step_00002.pth",
+        "model_epoch_000_step_00004.pth",
+    ]
+
+
+def test_validates_as_often_as_asked(make_runner):
+    loop = {"type": "ResumableTrainLoop", "max_epochs": 5, "val_interval": 2}
+    runner = make_runner([], elastic=True, validate=True, train_cfg=loop)
+    runner.train()
+    assert runner.val_evaluator.metrics[0].calls == 3
+
+
+# ---  ---
+
+
+@pytest.mark.parametrize("number, reason", [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_the_first_signal_is_a_wish_and_the_second_ends(number, reason, ctrl_c):
+    before = signal.getsignal(number)
+    with StopSignals() as stop:
+        assert not stop.requested
+        signal.raise_signal(number)
+        assert stop.requested and stop.reason == reason
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
+
+
+def test_what_is_ignored_stays_ignored(ctrl_c):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.requested
+
+
+def test_a_block_that_may_be_left_anywhere():
+    with StopSignals() as stop:
+        with pytest.raises(StoppedBySignalError, match="SIGTERM"), stop.at_once():
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("the signal was not met")
+        with pytest.raises(StoppedBySignalError), stop.at_once():
+            raise AssertionError("a wish from before was not met")
+
+
+def test_other_threads_change_no_handlers():
+    seen = []
+
+    def work():
+        with StopSignals() as stop:
+            seen.append((signal.getsignal(signal.SIGTERM), stop.requested))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(signal.getsignal(signal.SIGTERM), False)]
+
+
+def worker(ready, go_on):
+    signal_proof_worker_init(0)
+    ready.set()
+    go_on.wait()
+    threading.Event().wait()
+
+
+def test_a_worker_outlives_ctrl_c_and_ends_by_itself_after_sigterm(monkeypatch):
+    monkeypatch.setattr(stop_signals, "WORKER_GRACE_S", 1)
+    context = multiprocessing.get_context("fork")
+    ready, go_on = context.Event(), context.Event()
+    process = context.Process(target=worker, args=(ready, go_on), daemon=True)
+    process.start()
+    assert ready.wait(60)
+    os.kill(process.pid, signal.SIGINT)
+    go_on.set()
+    process.join(0.2)
+    assert process.exitcode is None
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == 0
+
+
+# --- Data workers hand tensors over wherever the temporary folder lies ---
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A function that makes a temporary folder with a name of so many bytes the one in use."""
+
+    def use(num_bytes: int) -> Path:
+        folder = Path("/tmp/" + "x" * (num_bytes - len("/tmp/")))
+        folder.mkdir()
+        made.append(folder)
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        return folder
+
+    made: list[Path] = []
+    yield use
+    for folder in made:
+        folder.rmdir()
+
+
+def test_a_long_temporary_folder_is_passed_over(temporary):
+    temporary(LONGEST_FOLDER + 1)
+    keep_socket_names_short()
+    assert len(tempfile.gettempdir()) <= LONGEST_FOLDER
+
+
+def test_the_longest_folder_still_takes_a_socket(temporary, monkeypatch):
+    folder = temporary(LONGEST_FOLDER)
+    keep_socket_names_short()
+    assert tempfile.gettempdir() == str(folder)
+    with tempfile.TemporaryDirectory(prefix="pymp-") as sockets:
+        monkeypatch.setattr(util, "get_temp_dir", lambda: sockets)
+        Listener(family="AF_UNIX").close()
+
+
+def test_without_any_short_folder_the_variable_is_named(temporary, monkeypatch):
+    temporary(LONGEST_FOLDER + 1)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(OSError, match=r"TMPDIR=/tmp/x+ is too long .* set TMPDIR to a folder"):
+        keep_socket_names_short()
+
+
+def test_batches_arrive_from_below_a_long_folder(temporary):
+    temporary(120)
+    loader = DataLoader(
+        torch.arange(8.0), batch_size=4, num_workers=1, worker_init_fn=signal_proof_worker_init, timeout=60
+    )
+    assert torch.equal(torch.cat(list(loader)), torch.arange(8.0))
+
+
+# --- A run keeps an epoch of every logged scalar, and ten of the loss; its checkpoints stop growing ---
+
+
+def test_older_values_go_and_the_mean_of_an_epoch_stays():
+    hub = MessageHub.get_instance("history", log_scalars={}, runtime_info={}, resumed_keys={})
+    for name, steps in (("train/loss", 12_000), ("train/lr", 3_000)):
+        for step in range(steps):
+            hub.update_scalar(name, float(step))
+    bound_history(hub, steps_an_epoch=500)
+    hub.update_scalar("train/loss", 12_000.0)
+    hub.update_scalar("train/lr", 3_000.0)
+    lengths = {name: len(buffer.data[0]) for name, buffer in hub.log_scalars.items()}
+    assert lengths == {"train/loss": 5_000, "train/lr": LEAST_KEPT}
+    assert hub.get_scalar("train/lr").mean(500) == pytest.approx(2_750.5)
+    assert hub.get_scalar("train/loss").data[0][0] == 12_000 - 4_999
+
+
+def test_checkpoints_of_a_long_run_hold_no_more(make_runner, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(train_loop, "LEAST_KEPT", 2)
+    monkeypatch.setattr(train_loop, "EPOCHS_OF_LOSS", 2)
+    runner = make_runner([TAOCheckpointHook(interval=1)], tmp_path, elastic=True, epochs=6)
+    runner.train()
+    steps = len(runner.train_dataloader)
+    files = sorted(tmp_path.glob("model_epoch_*.pth"))
+    assert len(files) == 6
+    kept = [
+        {
+            name: len(buffer["values"])
+            for name, buffer in torch.load(file, weights_only=True)["message_hub"]["log_scalars"].items()
+        }
+        for file in files
+    ]
+    assert kept[-1] == kept[-2] == kept[-3]
+    assert kept[-1]["train/loss"] == 2 * steps and kept[-1]["train/lr"] == max(2, steps)

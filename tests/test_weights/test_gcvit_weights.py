@@ -1,0 +1,233 @@
+"""GCViT weights of other layouts: names, prefixes, position tables, query pyramids, files."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmdet.registry import MODELS
+from mmengine.logging import MMLogger
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ddetr_mm.errors import WeightsError
+from ddetr_mm.models import GCViT
+from ddetr_mm.models.gcvit import VARIANTS, GCViTVariant, relative_position_index
+from ddetr_mm.weights.gcvit import convert_backbone_state_dict, resize_position_table, timm_to_paper
+
+
+@pytest.fixture(autouse=True)
+def thin_variant(monkeypatch) -> None:
+    """One block of each kind a stage, layer scale included, and few channels."""
+    thin = GCViTVariant((2, 2, 2, 2), (1, 2, 4, 8), (7, 7, 14, 7), 32, 2.0, 0.5)
+    monkeypatch.setitem(VARIANTS, "thin", thin)
+
+
+def thin(**kwargs) -> GCViT:
+    return GCViT("thin", **kwargs)
+
+
+def random_weights(model: GCViT, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
+
+
+def as_classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The layout of a published classifier: no norm for each stage, but a final one, and a head."""
+    result = {key: value for key, value in weights.items() if not key.startswith("norm")}
+    width = weights["norm3.weight"].shape[0]
+    result["norm.weight"], result["norm.bias"] = torch.randn(width), torch.randn(width)
+    result["head.weight"], result["head.bias"] = torch.randn(1000, width), torch.randn(1000)
+    for key in [key for key in weights if key.endswith("relative_position_bias_table")]:
+        window = (round(weights[key].shape[0] ** 0.5) + 1) // 2
+        result[key.replace("bias_table", "index")] = relative_position_index(window)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("prefix", "containers"),
+    [
+        ("", ()),
+        ("", ("state_dict",)),
+        ("", ("model",)),
+        ("module.", ("state_dict",)),
+        ("model.", ("state_dict",)),
+        ("backbone.", ("state_dict",)),
+        ("model.model.backbone.0.body.", ("state_dict",)),
+    ],
+)
+def test_a_classifier_is_loaded_below_any_prefix(prefix, containers) -> None:
+    model = thin()
+    source = as_classifier(random_weights(model))
+    checkpoint: dict = {prefix + key: value for key, value in source.items()}
+    if "body" in prefix:
+        checkpoint["model.model.query_embed.weight"] = torch.zeros(3, 4)
+    for container in containers:
+        checkpoint = {container: checkpoint, "epoch": 3, "args": None}
+    report = model.load_backbone_state_dict(checkpoint)
+    assert (report.layout, report.prefix) == ("paper", prefix)
+    assert report.outside == ("body" in prefix)
+    assert sorted(report.unexpected) == ["head.bias", "head.weight"]
+    assert report.missing == [f"norm{stage}.{leaf}" for stage in range(3) for leaf in ("weight", "bias")]
+    assert report.mapped[f"{prefix}norm.weight"] == "norm3.weight"
+    loaded = model.state_dict()
+    assert len(report.mapped) == len(loaded) - 6
+    for file_key, key in report.mapped.items():
+        assert torch.equal(loaded[key], source[file_key[len(prefix) :]])
+
+
+def test_our_own_weights_come_back_as_they_were() -> None:
+    weights = random_weights(thin())
+    converted, report = convert_backbone_state_dict(weights, thin().state_dict())
+    assert converted.keys() == weights.keys()
+    assert all(torch.equal(converted[key], weights[key]) for key in weights)
+    assert (report.missing, report.unexpected, report.reshaped, report.skipped) == ([], [], {}, {})
+
+
+def test_without_the_last_stage_a_classifier_s_norm_is_not_used() -> None:
+    model = thin(out_indices=(0, 1, 2))
+    report = model.load_backbone_state_dict(as_classifier(random_weights(thin())))
+    assert {"norm.weight", "norm.bias"} < set(report.unexpected)
+
+
+def test_timm_s_names_each_lead_to_one_of_ours() -> None:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        theirs = timm.create_model("gcvit_small", pretrained=False).state_dict()
+        ours = GCViT("small", out_indices=(3,)).state_dict()
+    named = [
+        timm_to_paper(key).replace("norm.", "norm3.")
+        if key.startswith("stages.3.norm")
+        else timm_to_paper(key)
+        for key in theirs
+        if not key.startswith("head.")
+    ]
+    assert len(set(named)) == len(named)
+    assert set(named) == set(ours)
+
+
+def test_tables_of_another_window_are_resized_and_told() -> None:
+    model = thin(windows=(12, 12, 24, 12))
+    source = random_weights(thin())
+    report = model.load_backbone_state_dict(source)
+    tables = [key for key in source if key.endswith("relative_position_bias_table")]
+    assert sorted(report.reshaped) == sorted(tables)
+    assert report.reshaped["levels.2.blocks.1.attn.relative_position_bias_table"] == ((729, 4), (2209, 4))
+    assert (report.missing, report.unexpected, report.skipped) == ([], [], {})
+    assert "729" in str(report)
+    key = tables[0]
+    assert torch.equal(model.state_dict()[key], resize_position_table(source[key], 23**2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 3), st.floats(-3, 3))
+def test_resizing_keeps_constants_heads_and_symmetry(old, new, heads, value) -> None:
+    rows, new_rows = (2 * old - 1) ** 2, (2 * new - 1) ** 2
+    constant = resize_position_table(torch.full((rows, heads), value), new_rows)
+    assert torch.allclose(constant, torch.full((new_rows, heads), value), atol=1e-5)
+    table = torch.randn(rows, heads, generator=torch.Generator().manual_seed(old))
+    resized = resize_position_table(table, new_rows)
+    for head in range(heads):
+        alone = resize_position_table(table[:, head : head + 1], new_rows)
+        assert torch.allclose(resized[:, head : head + 1], alone, atol=1e-6)
+    # Row r and row rows-1-r are opposite offsets, before and after.
+    assert torch.allclose(resize_position_table(table.flip(0), new_rows), resized.flip(0), atol=1e-5)
+    if old == new:
+        assert torch.allclose(resized, table, atol=1e-6)
+
+
+def test_query_pyramids_of_another_resolution_share_their_first_blocks() -> None:
+    small, large = thin(), thin(resolution=448)
+    missing = large.load_backbone_state_dict(random_weights(small)).missing
+    longer = ["levels.0.q_global_gen.to_q_global.3", "levels.1.q_global_gen.to_q_global.2"]
+    assert {key.split(".conv.")[0] for key in missing} == set(longer)
+    unexpected = small.load_backbone_state_dict(random_weights(large)).unexpected
+    assert sorted(unexpected) == sorted(missing)
+
+
+def test_a_weight_of_another_shape_is_skipped_and_told() -> None:
+    model = thin()
+    before = model.state_dict()["patch_embed.proj.weight"].clone()
+    source = {**random_weights(model), "patch_embed.proj.weight": torch.zeros(32, 4, 3, 3)}
+    report = model.load_backbone_state_dict(source)
+    assert report.skipped == {"patch_embed.proj.weight": ((32, 4, 3, 3), (32, 3, 3, 3))}
+    assert torch.equal(model.state_dict()["patch_embed.proj.weight"], before)
+    assert "skipped" in str(report) and "(32, 4, 3, 3) in the file" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "prefix", "told"),
+    [
+        ({"layer1.0.conv1.weight": torch.zeros(1)}, None, "no GCViT weights found"),
+        ({"patch_embed.proj.weight": torch.zeros(1)}, "backbone", "below 'backbone'"),
+        ({f"{p}.patch_embed.proj.weight": torch.zeros(1) for p in "ab"}, None, "more than one"),
+        ({"patch_embed.proj.weight": torch.zeros(1)}, None, "another GCViT"),
+        ([1, 2], None, "no checkpoint"),
+    ],
+)
+def test_what_is_no_gcvit_is_refused(checkpoint, prefix, told) -> None:
+    with pytest.raises(WeightsError, match=told):
+        thin().load_backbone_state_dict(checkpoint, prefix)
+
+
+def test_prefix_chooses_between_two() -> None:
+    weights = random_weights(thin())
+    both = {
+        f"{name}.{key}": value + shift
+        for name, shift in (("ema", 1), ("plain", 0))
+        for key, value in weights.items()
+    }
+    model = thin()
+    report = model.load_backbone_state_dict(both, "plain")
+    assert report.prefix == "plain."
+    assert report.outside == len(weights)
+    assert torch.equal(model.state_dict()["norm3.bias"], weights["norm3.bias"])
+
+
+@pytest.mark.parametrize("kind", ["lightning", "safetensors"])
+def test_init_cfg_reads_a_file_and_logs_the_report(kind, tmp_path, caplog) -> None:
+    source = as_classifier(random_weights(thin()))
+    if kind == "safetensors":
+        path = tmp_path / "gcvit.safetensors"
+        save_file(source, path)
+    else:
+        path = tmp_path / "gcvit.pth"
+        torch.save({"state_dict": source, "epoch": 1, "pytorch-lightning_version": "2.0"}, path)
+    model = MODELS.build(
+        {"type": "GCViT", "variant": "thin", "init_cfg": {"type": "Pretrained", "checkpoint": str(path)}}
+    )
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO):
+            model.init_weights()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert torch.equal(model.state_dict()["norm3.weight"], source["norm.weight"])
+    assert "6 missing, 2 unexpected" in caplog.text
+
+
+class _Harmful:
+    def __reduce__(self):
+        return (print, ("code from a file ran",))
+
+
+def test_init_cfg_runs_no_code_from_a_file(tmp_path, capsys) -> None:
+    path = tmp_path / "gcvit.pth"
+    torch.save({"state_dict": random_weights(thin()), "extra": _Harmful()}, path)
+    model = thin(init_cfg={"type": "Pretrained", "checkpoint": str(path)})
+    with pytest.raises(WeightsError):
+        model.init_weights()
+    assert "code from a file ran" not in capsys.readouterr().out
+
+
+def test_random_weights_are_kept_by_init_weights() -> None:
+    model = thin()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.init_weights()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    tables = torch.cat([value.flatten() for key, value in before.items() if key.endswith("bias_table")])
+    assert tables.std().item() == pytest.approx(0.02, rel=0.05)
