@@ -1,5 +1,3 @@
-""""""
-
 import importlib
 import math
 import os
@@ -21,7 +19,6 @@ from ddetr_mm.compat import mmcv_ops, torch_ops
 from ddetr_mm.compat.mmcv_ops import INSTALL_COMMAND
 from ddetr_mm.errors import StackError
 
-# ---  ---
 
 REPO = Path(__file__).resolve().parents[2]
 only_without_ops = pytest.mark.skipif(mmcv_ops.has_compiled_ops(), reason="mmcv has its compiled ops here")
@@ -114,8 +111,6 @@ def test_compiled_ops_are_left_alone():
     assert "_ext." in answer.stdout
     assert "no compiled ops" not in answer.stdout
 
-
-# ---  ---
 
 # --- references: the formulas, written out ---
 

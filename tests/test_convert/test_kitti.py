@@ -1,5 +1,3 @@
-""""""
-
 import math
 
 import numpy as np
@@ -23,7 +21,6 @@ from ddetr_mm.convert.kitti import (
 )
 from ddetr_mm.errors import DataError
 
-# ---  ---
 
 LOOKUP = ClassLookup({"Car": 2, "car": 3, "person": 1, "Person Group": 4, "fußgänger": 5})
 
@@ -299,9 +296,6 @@ class TestClipping:
             assert math.isfinite((right - left) * (bottom - top))
         else:
             assert BOX_VERDICTS[verdicts[0]] in ("box_reversed", "box_zero_area", "box_outside")
-
-
-# ---  ---
 
 
 def test_default_mapping_has_the_documented_ids():

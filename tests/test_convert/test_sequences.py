@@ -1,5 +1,3 @@
-""""""
-
 import os
 import tracemalloc
 from pathlib import Path
@@ -19,8 +17,6 @@ from ddetr_mm.convert.sequences import (
     read_sequences,
 )
 from ddetr_mm.errors import DataError
-
-# ---  ---
 
 
 @pytest.fixture
@@ -187,8 +183,6 @@ class TestListing:
         Path(os.fsdecode(os.fsencode(sequence.image_dir) + b"/\xff.jpg")).write_bytes(b"")
         assert listed(sequence, None) == (["\udcff.jpg"], [])
 
-
-# ---  ---
 
 names = st.lists(st.binary(min_size=1, max_size=9).filter(lambda name: b"\0" not in name))
 

@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import sys
@@ -20,8 +18,6 @@ from ddetr_mm.engine.curves import (
     read_points,
 )
 from ddetr_mm.engine.hooks import learning_rates
-
-# ---  ---
 
 
 def test_records_losses_rates_and_figures(make_runner, tmp_path):
@@ -104,9 +100,6 @@ def test_interval_is_checked():
         CurvesHook(interval=0)
 
 
-# ---  ---
-
-
 def points(number=50):
     train = [
         {
@@ -180,9 +173,6 @@ def test_drawing_again_and_again_keeps_no_figure(tmp_path, living_figures):
     for _ in range(3):
         assert draw_curves(points(), tmp_path)
     assert living_figures() == before
-
-
-# ---  ---
 
 
 def test_points_read_back(tmp_path):

@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 from pathlib import Path
@@ -116,8 +114,6 @@ def test_wrong_input_is_told(tmp_path: Path):
     with pytest.raises(SpecError, match="no-such-colour"):
         DetectionWriter(str(tmp_path), color_map={"cat": "no-such-colour"})
 
-
-# ---  ---
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

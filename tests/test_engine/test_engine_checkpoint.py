@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import errno
@@ -34,8 +32,6 @@ from ddetr_mm.engine.checkpoint import (
     remove_leftovers,
 )
 from ddetr_mm.errors import InputError
-
-# ---  ---
 
 
 def names(folder):
@@ -265,9 +261,6 @@ def test_a_killed_run_leaves_only_whole_files_and_goes_on(make_runner, tmp_path)
     assert runner.iter > done
     assert not list(folder.glob(".tmp-*"))
     assert json.dumps(load(folder / LATEST_NAME)["meta"]["iter"]) == str(runner.iter)
-
-
-# ---  ---
 
 
 def save(folder, name, number=0):

@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import json
@@ -17,8 +15,6 @@ from mmengine.hooks import Hook
 from ddetr_mm.engine.checkpoint import TAOCheckpointHook
 from ddetr_mm.engine.status import FAILURE, STARTED, SUCCESS, StatusHook, StatusLog
 from ddetr_mm.errors import DataError, SpecError
-
-# ---  ---
 
 
 @pytest.fixture
@@ -155,9 +151,6 @@ def test_module_needs_no_torch():
     code = "import sys, ddetr_mm.engine.status; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"
-
-
-# ---  ---
 
 
 def hook_lines(path):

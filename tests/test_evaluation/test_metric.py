@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import json
@@ -20,7 +18,6 @@ from ddetr_mm.errors import DataError
 from ddetr_mm.evaluation.coco_eval import METRIC_NAMES, DetectionColumns, GroundTruthColumns, evaluate_boxes
 from ddetr_mm.evaluation.metric import MMDET_NAMES, FastCocoMetric, class_table, source_table
 
-# ---  ---
 
 LABELS = {3: 0, 6: 1, 9: 2, 12: 3}
 META = {"classes": tuple(f"class {number}" for number in LABELS), "category_ids": tuple(LABELS)}
@@ -369,9 +366,6 @@ def test_ground_truth_scores_one(sources, label_mode):
     assert metric.result.num_images == 8
     assert {entry.category_id for entry in metric.result.per_class} == {2, 5, 9}
     assert all(part["AP"] == pytest.approx(1.0) for part in metric.source_results.values())
-
-
-# ---  ---
 
 
 def cells(line):

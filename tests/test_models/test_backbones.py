@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import copy
@@ -17,8 +15,6 @@ import ddetr_mm.register  # noqa: F401
 from ddetr_mm.errors import SpecError
 from ddetr_mm.models import FeatureInfo, backbones, feature_info
 from ddetr_mm.models.backbones import TorchvisionDilatedResNet, fuse_norms
-
-# ---  ---
 
 
 @pytest.mark.parametrize(
@@ -161,9 +157,6 @@ def test_the_order_of_values_in_memory_changes_no_feature():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert levels[0].is_contiguous(memory_format=torch.channels_last)
     assert model.extract_feat(images)[0].is_contiguous()  # in training, see there
-
-
-# ---  ---
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import numpy as np
@@ -12,7 +10,6 @@ from ddetr_mm.errors import InputError
 from ddetr_mm.models import TAODeformableDETRHead
 from ddetr_mm.models.head import detection_size_hw, top_detections
 
-# ---  ---
 
 SIZE_HW = (480, 640)
 NAMES = {"loss_ce": "loss_cls", "loss_bbox": "loss_bbox", "loss_giou": "loss_iou"}
@@ -179,9 +176,6 @@ def test_training_needs_an_assigner() -> None:
     head = build(train_cfg=None)
     with pytest.raises(ValueError, match=r"train_cfg\.assigner"):
         head.loss_by_feat(logits, boxes, None, None, truth, metas)
-
-
-# ---  ---
 
 
 def test_meets_the_reference() -> None:

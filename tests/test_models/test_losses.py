@@ -1,5 +1,3 @@
-""""""
-
 from __future__ import annotations
 
 import multiprocessing
@@ -28,7 +26,6 @@ from ddetr_mm.models.losses import (
     set_losses,
 )
 
-# ---  ---
 
 SIZES_HW = [(48, 64), (100, 33), (20, 20)]
 COST = MatchingCost(2.0, 5.0, 2.0, eps=1e-12)
@@ -180,9 +177,6 @@ def test_other_assigners_are_refused(cost: dict) -> None:
         MatchingCost.from_assigner(
             TASK_UTILS.build({"type": "MaxIoUAssigner", "pos_iou_thr": 0.5, "neg_iou_thr": 0.5})
         )
-
-
-# ---  ---
 
 
 @pytest.mark.parametrize(("num_boxes", "divisor"), [(0, 1.0), (1, 1.0), (7, 7.0)])
