@@ -1,20 +1,24 @@
 """Writes the pages and pictures of docs/ that are made from code: ``python docs/generate.py``.
 
-``commands.md`` comes from the command line's own parser, ``field-differences.md`` from the tables beside the
-schema, ``performance.md`` from the records of the
-benchmarks, ``concepts.svg`` from a translated spec. A test tells when a page is out of date.
+``commands.md`` comes from the parser of the command line, ``field-differences.md`` from
+``field_differences.py``, ``performance.md`` from the records of the benchmarks, ``concepts.svg`` from a
+translated spec. A test fails when a page is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from ddetr_mm.cli import build_parser
-from ddetr_mm.spec.differences import DEFAULTS, RANGES
-from ddetr_mm.spec.document import flow
+from ddetr_mm.spec.describe import flow
 
 DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS))
+
+from field_differences import DEFAULTS, RANGES  # noqa: E402 - beside this script
+
 RECORDS = DOCS.parent / "benchmarks" / "records"
 SPEC = DOCS.parent / "configs" / "specs" / "shapes_resnet18.yaml"
 
@@ -82,13 +86,13 @@ def field_differences_page() -> str:
         lines += ["| --- | --- | --- | --- | --- |"]
         for one in table:
             values = (one.documentation, one.schema, one.ours)
-            cells = (f"`{one.path}`", *map(_told, values), one.why)
+            cells = (f"`{one.path}`", *map(_shown, values), one.why)
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _told(value: object) -> str:
+def _shown(value: object) -> str:
     """A default as YAML has it; words as they are."""
     return value if isinstance(value, str) and value else flow(value)
 

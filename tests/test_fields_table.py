@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from golden_files import GOLDEN
 
-from ddetr_mm.spec.effects import NO_EFFECT
-from ddetr_mm.spec.walk import iter_fields
+from ddetr_mm.spec import iter_fields
+from ddetr_mm.spec.notes import NO_EFFECT
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,7 +45,7 @@ def names_in(file: str) -> frozenset[str]:
 
 
 # Fields that act and whose effect no test shows yet; a row that names tests must not be here.
-NOT_SHOWN_YET: set[str] = set()
+NOT_SHOWN_YET: set[str] = {"ddetr_mm.profile"}
 FIELDS = [info.path for info in iter_fields()]
 
 
@@ -53,7 +53,7 @@ FIELDS = [info.path for info in iter_fields()]
 def test_every_field_has_a_row(path: str):
     effect = table().known_effects().get(path)
     if table().reason_without_effect(path) is not None:
-        assert effect is None, "a field without effect has its reason in spec/effects.py alone"
+        assert effect is None, "a field without effect has its reason in spec/notes.py alone"
         return
     assert effect is not None, "say in docs/fields.csv what the field becomes and which test shows it"
     assert effect.becomes and bool(effect.tests) is (path not in NOT_SHOWN_YET)

@@ -252,7 +252,7 @@ def test_help_loads_nothing_heavy(arguments):
     code = f"from ddetr_mm.cli import main\ntry: main({arguments!r})\nexcept SystemExit: pass"
     loaded = loaded_by(code)
     assert "ddetr_mm" in loaded
-    assert not loaded & (HEAVY | {"omegaconf", "yaml"})
+    assert not loaded & (HEAVY | {"pydantic", "yaml"})
 
 
 # --- size ---

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Writes ``docs/fields.md`` from the schema of specs and from ``docs/fields.csv``.
 
-The schema knows type, default and range of a field, ``ddetr_mm/spec/effects.py`` which ones change nothing
-and why; the CSV file says what every other field becomes and which tests show it. Run after changing any of
-them: ``python tools/fields_table.py``.
+The schema has the type, default and range of a field, ``ddetr_mm/spec/notes.py`` the fields without effect
+and the reasons; the CSV file has what every other field becomes and which tests show it. Run
+``python tools/fields_table.py`` after changing any of them.
 """
 
 from __future__ import annotations
@@ -19,21 +19,20 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ddetr_mm.files import write_text_whole  # noqa: E402 - the checkout, not what is installed
-from ddetr_mm.spec.document import flow  # noqa: E402
-from ddetr_mm.spec.effects import CONDITIONS, NO_EFFECT  # noqa: E402
+from ddetr_mm.spec.describe import FieldInfo, flow, iter_fields  # noqa: E402
+from ddetr_mm.spec.notes import CONDITIONS, NO_EFFECT  # noqa: E402
 from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec  # noqa: E402
-from ddetr_mm.spec.walk import FieldInfo, iter_fields  # noqa: E402
 
 SOURCE = ROOT / "docs" / "fields.csv"
 TARGET = ROOT / "docs" / "fields.md"
-TOLD = "tests/test_spec/test_notes.py::test_field_without_effect_is_told_when_set"
+REPORTED = "tests/test_spec/test_notes.py::test_field_without_effect_is_reported_when_set"
 
 HEAD = """\
 # Every field of a spec
 
-What each field becomes, and the test that shows that it changes what is done. A field without effect is told
-in one line at start when it is set to something else than its default. Made by `tools/fields_table.py` from
-the schema and `docs/fields.csv`; [migrating-from-tao.md](migrating-from-tao.md) tells what differs from TAO.
+What each field becomes, and the test that shows its effect. A field without effect is reported in one line at
+start when it is set to another value than its default. Made by `tools/fields_table.py` from the schema and
+`docs/fields.csv`; [migrating-from-tao.md](migrating-from-tao.md) lists the differences from TAO.
 
 Names in `code` in the third column are those of the mmengine config that `ddetr-mm translate` writes.
 """
@@ -109,7 +108,7 @@ def cells(info: FieldInfo, effects: dict[str, Effect]) -> tuple[str, str, str, s
     values += [", ".join(map(str, info.options))] if info.options else []
     reason = reason_without_effect(info.path)
     if reason is not None:
-        return f"`{info.path}`", "; ".join(values), f"no effect: {reason}", link(TOLD)
+        return f"`{info.path}`", "; ".join(values), f"no effect: {reason}", link(REPORTED)
     effect = effects.get(info.path, Effect("", ()))
     becomes = " ".join([effect.becomes, *conditions_of(info.path)])
     return f"`{info.path}`", "; ".join(values), becomes, ", ".join(map(link, effect.tests))

@@ -14,7 +14,7 @@ from ddetr_mm.preflight.content import check_content
 from ddetr_mm.preflight.images import check_ages, check_images, check_overlap
 from ddetr_mm.preflight.pictures import check_colors, thumbnails
 from ddetr_mm.preflight.report import FAULT, Finding, Section, Split, fault, note, suspicion
-from ddetr_mm.spec.schema.dataset import AugmentationConfig
+from ddetr_mm.spec.schema import AugmentationConfig
 
 # --- Boxes that cannot be what they should be: corners, fractions, out of the image, tiny, doubled ---
 # Boxes are read as COCO's (x, y, width, height) in pixels. A wrong format shows in where the boxes then

@@ -1,12 +1,15 @@
-"""TAO specs: schema, loading, checking, printing. Knows nothing of torch or OpenMMLab."""
+"""TAO specs: schema, loading, checking, printing. Imports neither torch nor OpenMMLab."""
 
-from ddetr_mm.spec.document import default_spec_text
-from ddetr_mm.spec.dump import spec_to_yaml
-from ddetr_mm.spec.fieldpath import get_field
-from ddetr_mm.spec.load import LoadedSpec, Spec, load_spec
-from ddetr_mm.spec.results import task_results_dir
-from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
-from ddetr_mm.spec.walk import SUBTASKS, FieldInfo, iter_fields
+from ddetr_mm.spec.describe import (
+    FieldInfo,
+    default_spec_text,
+    iter_fields,
+    spec_to_yaml,
+    task_results_dir,
+)
+from ddetr_mm.spec.fields import get_field
+from ddetr_mm.spec.load import LoadedSpec, load_spec
+from ddetr_mm.spec.schema import SUBTASKS, ConvertSpec, ExperimentSpec, Spec
 
 __all__ = [
     "SUBTASKS",

@@ -1,32 +1,54 @@
-"""A spec file and overrides to a checked, typed spec."""
+"""A spec file and overrides to a checked, typed spec.
+
+The tree of the YAML file is matched against the schema (:class:`_Binder`), references to other values are
+resolved (:mod:`~ddetr_mm.spec.interpolation`), and pydantic converts and checks the values. Every step adds
+to one :class:`_Report`, so that all problems of a spec are reported at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from pydantic import ValidationError
 
 from ddetr_mm.errors import Problem, SpecError
-from ddetr_mm.spec.bind import Binder, dotted
-from ddetr_mm.spec.bounds import check_values
-from ddetr_mm.spec.effects import notes_of_doubt, notes_without_effect
-from ddetr_mm.spec.gpus import agree_on_gpus, drop_overruled_gpus
-from ddetr_mm.spec.interpolation import Steps, unbounded_interpolations, unresolved_interpolations
-from ddetr_mm.spec.mandatory import incomplete_sources, missing_fields
+from ddetr_mm.spec.fields import (
+    PLACEHOLDER,
+    Kind,
+    SchemaField,
+    Section,
+    Steps,
+    canonical_option,
+    dotted,
+    field_names,
+    fields_of,
+    nearest,
+)
+from ddetr_mm.spec.interpolation import (
+    FORMS,
+    MAX_COUNT,
+    Keys,
+    Resolver,
+    Unresolvable,
+    has_interpolation,
+    is_reference,
+    keys_of,
+)
+from ddetr_mm.spec.notes import agree_on_gpus, drop_overruled_gpus, notes_of_doubt, notes_without_effect
 from ddetr_mm.spec.overrides import apply_overrides
-from ddetr_mm.spec.rules import violations
-from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
-from ddetr_mm.spec.source import Branch, parse_yaml, read_text
-from ddetr_mm.spec.suggest import nearest
-from ddetr_mm.spec.walk import SUBTASKS, fields_of, root_of
+from ddetr_mm.spec.rules import incomplete_sources, missing_fields, violations
+from ddetr_mm.spec.schema import SUBTASKS, ConvertSpec, ExperimentSpec, Spec, root_of, suggest_key
+from ddetr_mm.spec.yaml_source import Branch, Leaf, Listing, Tree, parse_yaml, read_text
 
 MAX_PROBLEMS = 100
-
-Spec = ExperimentSpec | ConvertSpec
+MAX_HINTS = 50
 
 
 @dataclass(frozen=True)
@@ -36,10 +58,10 @@ class LoadedSpec:
     Attributes:
         spec: an :class:`ExperimentSpec`, or a :class:`ConvertSpec` for convert.
         path: the file it came from.
-        subtask: the subtask it was checked for; None: checked by every rule, and nothing is mandatory.
+        subtask: the subtask it was checked for; None: every rule was checked, and nothing is mandatory.
         origin: dotted path of everything the user wrote (fields, their items, and sections) →
             ``"line 12"`` or ``"override"``; absent: the default.
-        notes: one line each for what was accepted in another form, overruled, or has no effect.
+        notes: one line each for what was read in another form, overruled, or has no effect.
     """
 
     spec: Spec
@@ -47,50 +69,6 @@ class LoadedSpec:
     subtask: str | None
     origin: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-class _Collector:
-    """Turns faults at dotted paths into problems that name file and line."""
-
-    def __init__(self, file: Path, binder: Binder) -> None:
-        self.file = file
-        self.binder = binder
-        self.problems: list[Problem] = []
-
-    def place(self, path: str) -> str:
-        """``"train.optim.lr, line 12"``; the line of the nearest enclosing key that has one."""
-        where = self.binder.where
-        if path in where:
-            return f"{path}, {where[path]}"
-        above = path
-        while above:
-            above = above[: max(above.rfind("."), above.rfind("["), 0)]
-            if above in where:
-                known = where[above]
-                return f"{path} (default), {known}" if known.startswith("line") else f"{path} (default)"
-        return f"{path} (default)"
-
-    def has_fault_below(self, path: str) -> bool:
-        """Whether something inside the value at ``path`` is at fault."""
-        return any(name.startswith((path + ".", path + "[")) for name in self.binder.faulty)
-
-    def report(self, path: str | Steps, what: str, **more: Any) -> None:
-        """Record a fault unless the same value has one already."""
-        name = path if isinstance(path, str) else dotted(path)
-        if name in self.binder.faulty:
-            return
-        self.binder.faulty.add(name)
-        if name == "encryption_key":
-            more.pop("value", None)
-        self.problems.append(Problem(what, file=self.file, where=self.place(name), **more))
-
-
-def guess_root(tree: Branch) -> type[ExperimentSpec] | type[ConvertSpec]:
-    """Which kind of spec a file holds, by its top-level keys."""
-    experiment, convert = set(fields_of(ExperimentSpec)), set(fields_of(ConvertSpec))
-    keys = set(tree.items)
-    is_convert = keys & (convert - experiment) and not keys & (experiment - convert)
-    return ConvertSpec if is_convert else ExperimentSpec
 
 
 def load_spec(
@@ -104,12 +82,12 @@ def load_spec(
     Args:
         path: the YAML file. An empty file means all defaults.
         overrides: ``key=value`` texts, applied in order; see :mod:`ddetr_mm.spec.overrides`.
-        subtask: one of :data:`~ddetr_mm.spec.walk.SUBTASKS`: the rules of that subtask apply. None applies
-            the rules of all, and tells a convert spec from an experiment by its keys.
-        require_mandatory: check too that ``subtask`` finds everything it cannot do without.
+        subtask: one of :data:`~ddetr_mm.spec.schema.SUBTASKS`, whose rules apply. With None the rules of all
+            subtasks apply, and the keys decide whether it is a convert spec or an experiment.
+        require_mandatory: whether fields that ``subtask`` needs must be given.
 
     Returns:
-        The typed spec with where each value came from, and notes.
+        The typed spec, where each value came from, and notes.
 
     Raises:
         SpecError: with every problem found.
@@ -128,85 +106,309 @@ def load_spec(
     notes: list[str] = []
     if isinstance(tree, Branch):
         if subtask is None:
-            root = guess_root(tree)
+            root = _guess_root(tree)
         problems += apply_overrides(tree, root, overrides, file)
         if root is ExperimentSpec:
             notes += drop_overruled_gpus(tree)
-    binder = Binder(root, file)
+    report = _Report(file)
+    binder = _Binder(root, report)
     values = binder.section(tree, root)
-    collector = _Collector(file, binder)
-    spec = _merge(root, values, binder.interpolations, collector)
-    _check(spec, subtask, require_mandatory, collector)
-    SpecError.collect(_shortened([*problems, *binder.problems, *collector.problems], file))
+    references = _resolve(root, values, binder.interpolations, report)
+    spec = _validate(root, values, references, report)
+    _check_rules(spec, subtask, require_mandatory, report)
+    SpecError.collect(_shortened([*problems, *report.problems], file))
     notes = binder.notes + notes
     if isinstance(spec, ExperimentSpec):
-        notes += agree_on_gpus(spec, set(binder.where))
-    notes += notes_without_effect(spec, binder.where)
-    notes += notes_of_doubt(spec, binder.where)
-    return LoadedSpec(spec, file, subtask, dict(binder.where), notes)
+        notes += agree_on_gpus(spec, set(report.where))
+    notes += notes_without_effect(spec, report.where)
+    notes += notes_of_doubt(spec, report.where)
+    return LoadedSpec(spec, file, subtask, report.where, notes)
+
+
+def _guess_root(tree: Branch) -> type[ExperimentSpec] | type[ConvertSpec]:
+    """The kind of spec a file holds, by its top-level keys."""
+    experiment, convert = set(fields_of(ExperimentSpec)), set(fields_of(ConvertSpec))
+    keys = set(tree.items)
+    is_convert = keys & (convert - experiment) and not keys & (experiment - convert)
+    return ConvertSpec if is_convert else ExperimentSpec
 
 
 def _shortened(problems: list[Problem], file: Path) -> list[Problem]:
-    """The first problems, and how many more there are: a wrong file must not flood the screen."""
+    """At most :data:`MAX_PROBLEMS` problems, and how many more there are."""
     if len(problems) <= MAX_PROBLEMS:
         return problems
     more = len(problems) - MAX_PROBLEMS
     return [*problems[:MAX_PROBLEMS], Problem(f"{more} more problems are not shown", file=file)]
 
 
-def _check(spec: Spec, subtask: str | None, require_mandatory: bool, collector: _Collector) -> None:
-    """Check values, rules between fields, and what the subtask needs."""
-    check_values(spec, collector.report)
-    faults = list(violations(spec, subtask, set(collector.binder.faulty)))
+def _check_rules(spec: Spec, subtask: str | None, require_mandatory: bool, report: _Report) -> None:
+    """Check the rules between fields, and that the subtask has what it needs."""
+    faults = list(violations(spec, subtask, report.faulty))
     if isinstance(spec, ExperimentSpec):
         faults += incomplete_sources(spec)
     if subtask is not None and require_mandatory:
-        faults += (one for one in missing_fields(spec, subtask) if not collector.has_fault_below(one.path))
+        faults += (one for one in missing_fields(spec, subtask) if not report.has_problem_below(one.path))
     for fault in faults:
-        collector.report(fault.path, fault.what, **fault.words())
+        report.add(fault.path, fault.what, **fault.words())
+
+
+class _Report:
+    """The problems of one spec, each with its dotted path and the line it was written on.
+
+    Attributes:
+        where: dotted path → ``"line 12"`` or ``"override"``, for everything the user wrote.
+        problems: in the order they were found.
+        faulty: dotted paths that have a problem.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.where: dict[str, str] = {}
+        self.problems: list[Problem] = []
+        self.faulty: set[str] = set()
+
+    def add(self, path: str | Steps, what: str, where: str | None = None, **more: Any) -> None:
+        """Record a problem, unless the value or a section around it has one already."""
+        name = path if isinstance(path, str) else dotted(path)
+        if self.has_problem(name):
+            return
+        self.faulty.add(name)
+        if name == "encryption_key":
+            more.pop("value", None)
+        place = f"{name}, {where}" if where else self._place(name)
+        self.problems.append(Problem(what, file=self.file, where=place, **more))
+
+    def has_problem(self, name: str) -> bool:
+        """Whether a value, or a list or section around it, has a problem."""
+        return name in self.faulty or any(above in self.faulty for above in _enclosing(name))
+
+    def has_problem_below(self, name: str) -> bool:
+        """Whether something inside a value has a problem."""
+        return any(one.startswith((name + ".", name + "[")) for one in self.faulty)
+
+    def _place(self, name: str) -> str:
+        """``"train.optim.lr, line 12"``; for a default, the line of the nearest enclosing key."""
+        if name in self.where:
+            return f"{name}, {self.where[name]}"
+        line = next((self.where[above] for above in _enclosing(name) if above in self.where), "")
+        return f"{name} (default), {line}" if line.startswith("line") else f"{name} (default)"
+
+
+def _enclosing(name: str) -> list[str]:
+    """``a.b[0].c`` → ``a.b[0]``, ``a.b``, ``a``."""
+    return [name[: one.start()] for one in reversed(list(re.finditer(r"[.\[]", name))) if one.start()]
+
+
+class _Binder:
+    """Matches one tree against the schema: known keys only, and values of the right shape.
+
+    What it returns is input for pydantic, with ``${...}`` still in place.
+
+    Attributes:
+        interpolations: path of every value that holds ``${`` → its field; None inside a free mapping.
+        notes: what was read in another form than the documented one.
+    """
+
+    def __init__(self, root: type[Section], report: _Report) -> None:
+        self.root = root
+        self.report = report
+        self.interpolations: dict[Steps, SchemaField | None] = {}
+        self.notes: list[str] = []
+
+    def note(self, path: Steps, tree: Tree, what: str) -> None:
+        """Record that a value was read in another form."""
+        self.notes.append(f"{dotted(path)} ({tree.where}) {what}")
+
+    def section(self, tree: Tree | None, cls: type[Section], path: Steps = ()) -> dict[str, Any]:
+        """The values of a section, by field name; unknown and wrong ones are left out."""
+        if tree is None or (isinstance(tree, Leaf) and tree.value is None):
+            return {}
+        known = fields_of(cls)
+        if not isinstance(tree, Branch):
+            what = "is not a section" if path else "the spec is not a mapping of keys to values"
+            allowed = "lines of key: value below it, of " + ", ".join(known)
+            self.report.add(path or ("the file",), what, tree.where, allowed=allowed)
+            return {}
+        values: dict[str, Any] = {}
+        for key, item in tree.items.items():
+            name = field_names(cls).get(key)
+            if name is None:
+                hint = None
+                if len(self.report.problems) < MAX_HINTS:
+                    prefix = dotted(path) + "." if path else ""
+                    hint = suggest_key(self.root, prefix, key, known)
+                self.report.add((*path, key), "is not a key of the spec", item.where, hint=hint)
+            elif name == key or self.accept_alias((*path, key), name, item, tree):
+                self.field(values, known[name], item, (*path, name))
+        return values
+
+    def accept_alias(self, path: Steps, name: str, item: Tree, parent: Branch) -> bool:
+        """Note the use of a field's second name; refuse it beside the first."""
+        other = dotted((*path[:-1], name))
+        if name in parent.items:
+            what = f"is another name of {other}, which is given too"
+            self.report.add(path, what, item.where, hint="keep one")
+            return False
+        self.note(path, item, f"is read as {other}")
+        return True
+
+    def field(self, values: dict[str, Any], one: SchemaField, tree: Tree, path: Steps) -> None:
+        """Put the value of one field into ``values``, unless it is wrong."""
+        self.report.where[dotted(path)] = tree.where
+        if isinstance(tree, Leaf):
+            if tree.value == PLACEHOLDER:
+                if not one.placeholder:
+                    self.report.add(path, "still holds the placeholder ???", hint="give a value")
+                return
+            if tree.value is None and not one.is_plain_section:
+                if one.optional:
+                    values[one.name] = None
+                else:
+                    self.report.add(path, "has no value", value=None, allowed=one.words())
+                return
+            wrapped = one.kind is Kind.SCALARS and one.single
+            if not one.is_plain_section and not wrapped and self.is_interpolation(tree, path, one):
+                values[one.name] = tree.value
+                return
+        if one.kind is Kind.SECTION:
+            values[one.name] = self.section(self.single_section(one, tree, path), one.base, path)
+        elif one.kind is Kind.MAPPING:
+            self.mapping(values, one, tree, path)
+        elif one.kind is Kind.SCALAR:
+            if isinstance(tree, Leaf):
+                self.scalar(values, one.name, one, tree, path)
+            else:
+                shown = "a mapping" if isinstance(tree, Branch) else "a list"
+                self.report.add(path, f"is {shown}", allowed=one.words())
+        else:
+            self.listing(values, one, tree, path)
+
+    def is_interpolation(self, leaf: Leaf, path: Steps, one: SchemaField | None, item: bool = False) -> bool:
+        """Whether a value has ``${...}`` that is to be resolved; if so, remember its path.
+
+        Text may hold interpolations, plain or escaped; a number needs one; a list, mapping or section must
+        be one reference and nothing else.
+
+        Args:
+            leaf: the value.
+            path: its path.
+            one: the field; None for a value inside a free mapping.
+            item: whether the value is one item of the field's list or mapping.
+        """
+        text = leaf.value
+        if not isinstance(text, str) or "${" not in text:
+            return False
+        if one is not None and (one.kind in _SECTION_KINDS or (one.kind is not Kind.SCALAR and not item)):
+            fits = is_reference(text)
+        else:
+            fits = one is None or one.base is str or has_interpolation(text)
+        if fits:
+            self.interpolations[path] = one
+        return fits
+
+    def single_section(self, one: SchemaField, tree: Tree, path: Steps) -> Tree:
+        """A list of one section where one section is expected: that section, with a note."""
+        if isinstance(tree, Listing) and one.optional and len(tree.items) == 1:
+            self.note(path, tree, "takes one source; its list of one is read as that")
+            return tree.items[0]
+        return tree
+
+    def scalar(self, values: Any, key: Any, one: SchemaField, leaf: Leaf, path: Steps) -> None:
+        """Put a single value, or one item of a list, into ``values[key]`` as pydantic is to read it."""
+        values[key] = _as_input(leaf.value, leaf.text, one)
+        if one.base is str and "\0" in leaf.text:
+            self.report.add(path, "holds a null character", value=leaf.text, hint="leave it out")
+
+    def listing(self, values: dict[str, Any], one: SchemaField, tree: Tree, path: Steps) -> None:
+        """A list of scalars or of sections; a wrong item is left empty, so that others keep their index."""
+        sections = one.kind is Kind.SECTIONS
+        if one.single and isinstance(tree, Branch if sections else Leaf):
+            if sections:
+                self.note(path, tree, "takes a list; its one entry is read as that")
+            tree = Listing([tree], tree.where)
+        if not isinstance(tree, Listing):
+            is_leaf = isinstance(tree, Leaf)
+            shown = tree.text if is_leaf else "a mapping"  # type: ignore[union-attr]
+            hint = f"write [{shown}]" if is_leaf else None
+            self.report.add(path, "is not a list", value=shown, allowed=one.words(), hint=hint)
+            return
+        items: list[Any] = []
+        for index, item in enumerate(tree.items):
+            here = (*path, index)
+            self.report.where[dotted(here)] = item.where
+            items.append({} if sections else None)
+            if isinstance(item, Leaf) and self.is_interpolation(item, here, one, item=True):
+                items[index] = item.value
+            elif sections:
+                if isinstance(item, Branch):
+                    items[index] = self.section(item, one.base, here)
+                else:
+                    self.report.add(here, "is not a section", allowed=one.value_words())
+            elif not isinstance(item, Leaf) or item.value is None or item.value == PLACEHOLDER:
+                shown = item.text if isinstance(item, Leaf) else "a list or mapping"
+                self.report.add(here, "is of the wrong type", value=shown, allowed=one.value_words())
+            else:
+                self.scalar(items, index, one, item, here)
+        values[one.name] = items
+
+    def mapping(self, values: dict[str, Any], one: SchemaField, tree: Tree, path: Steps) -> None:
+        """A free mapping: of names to text, or of names to anything."""
+        if not isinstance(tree, Branch):
+            self.report.add(path, "is not a mapping", allowed=one.words())
+            return
+        if one.base is not str:
+            values[one.name] = self.anything(tree, path)
+            return
+        entries: dict[str, Any] = {}
+        for key, item in tree.items.items():
+            here = (*path, key)
+            self.report.where[dotted(here)] = item.where
+            if not isinstance(item, Leaf) or item.value is None or item.value == PLACEHOLDER:
+                self.report.add(here, "is of the wrong type", allowed="text")
+            elif self.is_interpolation(item, here, one, item=True):
+                entries[key] = item.value
+            else:
+                self.scalar(entries, key, one, item, here)
+        values[one.name] = entries
+
+    def anything(self, tree: Tree, path: Steps) -> Any:
+        """The plain value of a tree in a free mapping."""
+        self.report.where[dotted(path)] = tree.where
+        if isinstance(tree, Branch):
+            return {key: self.anything(item, (*path, key)) for key, item in tree.items.items()}
+        if isinstance(tree, Listing):
+            return [self.anything(item, (*path, index)) for index, item in enumerate(tree.items)]
+        if tree.value == PLACEHOLDER:
+            self.report.add(path, "still holds the placeholder ???", hint="give a value")
+            return None
+        if isinstance(tree.value, float) and not math.isfinite(tree.value):
+            self.report.add(path, "is not a finite number", value=tree.value)
+        self.is_interpolation(tree, path, None)
+        return tree.value
+
+
+_SECTION_KINDS = (Kind.SECTION, Kind.SECTIONS)
+
+
+def _as_input(value: Any, text: str, one: SchemaField) -> Any:
+    """A single value as pydantic is to read it.
+
+    A text field gets the text as written (no, 1_000 and 007 are names like any other). Pydantic would take
+    true for 1, so a number gets the text of a boolean, which is an error.
+    """
+    if one.base is str or (isinstance(value, bool) and one.base is not bool):
+        value = text
+    return value if one.options is None else canonical_option(value, one.options)
 
 
 @cache
-def _defaults(root: Any) -> tuple[DictConfig, dict[Any, Any]]:
-    """The defaults of a kind of spec, as OmegaConf's typed config and as plain values. Not to be changed."""
-    config = OmegaConf.structured(root)
-    plain = OmegaConf.to_container(config)
-    if not isinstance(plain, dict):
-        raise TypeError(f"OmegaConf made a {type(plain)} of the schema")
-    return config, plain
+def _defaults(root: Any) -> dict[str, Any]:
+    """The defaults of a kind of spec as nested dicts. Not to be changed."""
+    plain: dict[str, Any] = root().model_dump()
+    return plain
 
 
-def _merge(
-    root: type[ExperimentSpec] | type[ConvertSpec],
-    values: dict[str, Any],
-    interpolations: list[Steps],
-    collector: _Collector,
-) -> Spec:
-    """Merge values into the defaults and resolve interpolations; those that cannot be are left out."""
-    kind: Any = root  # mypy takes the class for an instance, which cannot be hashed
-    base, defaults = _defaults(kind)
-    bad = unbounded_interpolations(_overlay(defaults, values), interpolations, collector.report)
-    # With some taken out, those that refer to them would only repeat the complaint.
-    report = _silent if bad else collector.report
-    while True:
-        for path in bad:
-            removed = _remove(values, path)
-            interpolations = [left for left in interpolations if left[: len(removed)] != removed]
-        config = OmegaConf.merge(base, values)
-        bad = unresolved_interpolations(config, interpolations, report)
-        if not bad:
-            break
-    spec = OmegaConf.to_object(config)
-    if not isinstance(spec, (ExperimentSpec, ConvertSpec)):
-        raise TypeError(f"OmegaConf made a {type(spec)} of the schema")
-    return spec
-
-
-def _silent(*_: Any, **__: Any) -> None:
-    """Report nothing."""
-
-
-def _overlay(base: dict[Any, Any], values: dict[str, Any]) -> dict[Any, Any]:
+def _overlay(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """``base`` with ``values`` on top, section by section."""
     result = dict(base)
     for name, value in values.items():
@@ -217,15 +419,153 @@ def _overlay(base: dict[Any, Any], values: dict[str, Any]) -> dict[Any, Any]:
     return result
 
 
-def _remove(values: Any, path: Steps) -> Steps:
-    """Take one value out of nested dicts; an item of a list takes the whole list with it.
+References = dict[Steps, set[Keys]]
+"""Path of a value that was an interpolation → the values it refers to."""
 
-    Returns:
-        The path of what was taken out.
+
+def _resolve(
+    root: type[Section],
+    values: dict[str, Any],
+    interpolations: dict[Steps, SchemaField | None],
+    report: _Report,
+) -> References:
+    """Replace the interpolations in ``values``; those that cannot be resolved are reported and removed."""
+    if not interpolations:
+        return {}
+    resolver = Resolver(_overlay(_defaults(root), copy.deepcopy(values)))
+    count = 0
+    for path in interpolations:
+        count += str(resolver.raw_value(keys_of(path))).count("${")
+        if count > MAX_COUNT:
+            report.add(path, f"holds one interpolation too many: a spec may have {MAX_COUNT}")
+            for each in interpolations:
+                _remove(values, each, root)
+            return {}
+    references: References = {}
+    for path, one in interpolations.items():
+        keys = keys_of(path)
+        try:
+            result = resolver.value(keys)
+        except Unresolvable as error:
+            report.add(path, str(error), value=resolver.raw_value(keys), allowed=FORMS)
+            _remove(values, path, root)
+            continue
+        if one is not None and not isinstance(result, (dict, list)) and result is not None:
+            result = _as_input(result, str(result), one)
+        references[path] = resolver.uses[keys]
+        _replace(values, path, copy.deepcopy(result))
+    return references
+
+
+def _parent(values: Any, path: Steps) -> Any:
+    """The dict or list that holds the value at ``path``; None where it was removed."""
+    for step in path[:-1]:
+        try:
+            values = values[step]
+        except (LookupError, TypeError):
+            return None
+    return values
+
+
+def _replace(values: dict[str, Any], path: Steps, value: Any) -> None:
+    """Set the value at ``path`` of nested dicts and lists, where it is still there."""
+    parent = _parent(values, path)
+    if parent is not None:
+        parent[path[-1]] = value
+
+
+def _remove(values: dict[str, Any], path: Steps, root: type[Section]) -> None:
+    """Take a wrong value out, so that the default is used.
+
+    A wrong item of a list takes the whole list out; in a list of sections it becomes an empty section.
     """
+    parent = _parent(values, path)
+    if isinstance(parent, dict):
+        parent.pop(path[-1], None)
+    elif isinstance(parent, list):
+        one = _field_at(root, path)
+        if one is not None and one.kind is Kind.SCALARS:
+            _remove(values, path[:-1], root)
+        else:
+            parent[int(path[-1])] = None if one is None else {}
+
+
+def _field_at(root: type[Section], path: Steps) -> SchemaField | None:
+    """The field that the value at ``path`` is, or is an item of; None inside a free mapping."""
+    cls, one = root, None
     for depth, step in enumerate(path):
-        if depth + 1 == len(path) or isinstance(path[depth + 1], int):
-            values.pop(step, None)
-            return path[: depth + 1]
-        values = values.get(step, {})
-    return path
+        if isinstance(step, int):
+            continue
+        one = fields_of(cls)[step]
+        if one.kind is Kind.MAPPING:
+            return one if one.base is str or depth + 1 == len(path) else None
+        cls = one.base
+    return one
+
+
+# Values
+
+
+def _validate(root: type[Section], values: dict[str, Any], references: References, report: _Report) -> Spec:
+    """Let pydantic convert and check the values; wrong ones are reported and replaced by the default."""
+    while True:  # a second round finds nothing, unless a wrong value hid another one
+        try:
+            spec = root.model_validate(values)
+        except ValidationError as error:
+            errors = [(_source_path(one["loc"], references), one) for one in error.errors(include_url=False)]
+        else:
+            if not isinstance(spec, (ExperimentSpec, ConvertSpec)):
+                raise TypeError(f"{root} is not a kind of spec")
+            return spec
+        for path, one in errors:
+            if path not in references:
+                _report_value(root, path, one, report)
+        found = {tuple(_NAME.findall(name)) for name in report.faulty}
+        for path, one in errors:
+            if path in references and not _refers_to(references[path], found):
+                _report_value(root, path, one, report, referred=True)
+        for path, _ in errors:
+            _remove(values, path, root)
+
+
+_NAME = re.compile(r"[^.\[\]]+")
+
+
+def _source_path(location: Steps, references: References) -> Steps:
+    """The path of a value that pydantic refuses, or of the reference that brought it in."""
+    parts = (location[:end] for end in range(1, len(location)))
+    return next((part for part in parts if part in references), location)
+
+
+def _refers_to(uses: set[Keys], faulty: set[Keys]) -> bool:
+    """Whether a reference leads to a value that is reported already."""
+    return any(use[:end] in faulty for use in uses for end in range(1, len(use) + 1))
+
+
+def _report_value(
+    root: type[Section], path: Steps, error: Mapping[str, Any], report: _Report, referred: bool = False
+) -> None:
+    """Report one of pydantic's errors in our words."""
+    one, kind, value = _field_at(root, path), error["type"], error["input"]
+    if one is None:
+        report.add(path, error["msg"], value=value)
+    elif kind in ("value_error", "int_parsing_size"):
+        report.add(path, "is too large a number", allowed="integers of 64 bits")
+    elif kind == "finite_number":
+        report.add(path, "is not a finite number", value=value, allowed=one.bounds() or "finite numbers")
+    elif kind.startswith(("greater_than", "less_than")):
+        report.add(path, "is out of range", value=value, allowed=one.bounds())
+    elif kind == "string_pattern_mismatch":
+        report.add(path, "does not have the right form", value=value, allowed=one.form)
+    elif kind == "literal_error" and isinstance(value, (str, int)):
+        close = nearest(str(value), one.options or ()) if len(report.problems) < MAX_HINTS else None
+        hint = f"did you mean {close}?" if close else None
+        report.add(path, "is not an option", value=value, allowed=one.options, hint=hint)
+    elif referred:
+        what = "cannot be resolved: it refers to a value of another type"
+        report.add(path, what, allowed=one.value_words() if isinstance(path[-1], int) else one.words())
+    else:
+        blank = isinstance(value, str) and value.strip() == ""
+        hint = "give a value or leave the key out" if blank else None
+        allowed = one.value_words()
+        report.add(path, "is of the wrong type", value=value, allowed=allowed, hint=hint)

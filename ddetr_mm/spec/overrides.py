@@ -1,7 +1,7 @@
 """``key=value`` overrides from the command line, applied to the tree of a spec file.
 
-A value is read as YAML: a plain scalar, or a quoted text, list or mapping in flow style. A mapping given
-for a section is merged into it; for every other field the value replaces what the file says.
+A value is read as YAML: a plain scalar, a quoted text, or a list or mapping in flow style. A mapping given
+for a section is merged into it; any other value replaces the one of the file.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ddetr_mm.errors import Problem
-from ddetr_mm.spec.aliases import canonical
-from ddetr_mm.spec.source import Branch, Leaf, Listing, Tree, parse_yaml, plain_leaf
-from ddetr_mm.spec.suggest import suggest_key
-from ddetr_mm.spec.walk import Kind, SchemaField, fields_of
+from ddetr_mm.spec.fields import Kind, SchemaField, Section, field_names, fields_of
+from ddetr_mm.spec.schema import suggest_key
+from ddetr_mm.spec.yaml_source import OVERRIDE, Branch, Leaf, Listing, Tree, parse_yaml, plain_leaf
 
-OVERRIDE = "override"
 FORM = "key=value with a dotted key, as in train.num_epochs=20 or 'train.optim.lr_steps=[10, 20]'"
 
 _TOKEN = re.compile(r"\.?([^.\[\]]+)|\[(\d{1,6})\]")
@@ -32,7 +30,7 @@ class Token:
     start: int
 
 
-class _Fault(Exception):
+class _BadOverride(Exception):
     """An override that cannot be applied."""
 
     def __init__(self, problem: Problem) -> None:
@@ -57,7 +55,7 @@ def split_path(path: str) -> list[Token] | None:
 
 
 def read_value(text: str, file: Path | None, key: str) -> Tree:
-    """The value of an override; raises :class:`_Fault` when it is no valid YAML value."""
+    """The value of an override; raises :class:`_BadOverride` where it is not valid YAML."""
     stripped = text.strip()
     if not stripped:
         return Leaf("", "", OVERRIDE)
@@ -67,15 +65,14 @@ def read_value(text: str, file: Path | None, key: str) -> Tree:
     if tree is None or problems:
         what = problems[0].what.replace("is not valid YAML", "the value is not valid YAML")
         hint = "quote text that contains brackets, commas or quotes"
-        raise _Fault(Problem(what, file=file, where=f"{key}, {OVERRIDE}", hint=hint))
+        raise _BadOverride(Problem(what, file=file, where=f"{key}, {OVERRIDE}", hint=hint))
     return _as_override(tree, file, key)
 
 
 def _as_override(tree: Tree, file: Path | None, key: str) -> Tree:
-    """Give every node of an override's value its origin, and read Hydra's packed mappings.
+    """Mark every node of an override's value, and read Hydra's notation of mappings.
 
-    Hydra's own notation leaves out the blank after a colon, ``{person:red,car:blue}``, which YAML takes
-    for keys without values.
+    Hydra omits the blank after a colon, ``{person:red,car:blue}``, which YAML reads as keys without values.
     """
     if isinstance(tree, Leaf):
         return Leaf(tree.value, tree.text, OVERRIDE)
@@ -92,14 +89,14 @@ def _as_override(tree: Tree, file: Path | None, key: str) -> Tree:
 
 
 class _Applier:
-    """Applies overrides to one tree; ``root`` is the dataclass of the spec."""
+    """Applies overrides to one tree; ``root`` is the model of the spec."""
 
-    def __init__(self, root: type, file: Path | None) -> None:
+    def __init__(self, root: type[Section], file: Path | None) -> None:
         self.root = root
         self.file = file
 
-    def fault(self, path: str, what: str, **more: Any) -> _Fault:
-        return _Fault(Problem(what, file=self.file, where=f"{path}, {OVERRIDE}", **more))
+    def error(self, path: str, what: str, **more: Any) -> _BadOverride:
+        return _BadOverride(Problem(what, file=self.file, where=f"{path}, {OVERRIDE}", **more))
 
     def apply(self, tree: Branch, override: str) -> None:
         key, equals, text = override.partition("=")
@@ -107,26 +104,25 @@ class _Applier:
         bare = key.removeprefix("++").removeprefix("+")
         tokens = split_path(bare)
         if not equals or tokens is None:
-            raise _Fault(Problem("is not an override", where=OVERRIDE, value=override, allowed=FORM))
+            raise _BadOverride(Problem("is not an override", where=OVERRIDE, value=override, allowed=FORM))
         value = read_value(text, self.file, bare)
         self.in_section(tree, self.root, bare, tokens, 0, value)
 
     def in_section(
-        self, branch: Branch, cls: type, path: str, tokens: list[Token], at: int, value: Tree
+        self, branch: Branch, cls: type[Section], path: str, tokens: list[Token], at: int, value: Tree
     ) -> None:
         token = tokens[at]
         prefix = path[: token.start]
-        section_path = prefix.rstrip(".")
         known = fields_of(cls)
-        name = canonical(section_path, token.text)
-        if name not in known:
+        name = field_names(cls).get(token.text)
+        if name is None:
             hint = suggest_key(self.root, prefix, token.text, known)
-            raise self.fault(prefix + token.text, "is not a key of the spec", hint=hint)
+            raise self.error(prefix + token.text, "is not a key of the spec", hint=hint)
         one = known[name]
         if at + 1 == len(tokens):
             self.set_field(branch, one, value)
             return
-        kind = one.type.kind
+        kind = one.kind
         if kind is Kind.SECTION:
             self.descend_section(branch, one, path, tokens, at, value)
         elif kind in (Kind.SECTIONS, Kind.SCALARS):
@@ -135,25 +131,25 @@ class _Applier:
             self.in_mapping(branch, one, path, tokens, at + 1, value)
         else:
             here = path[: token.start + len(token.text)]
-            raise self.fault(path, f"{here} is a single value and has no keys below it")
+            raise self.error(path, f"{here} is a single value and has no keys below it")
 
     def descend_section(
         self, branch: Branch, one: SchemaField, path: str, tokens: list[Token], at: int, value: Tree
     ) -> None:
         below = branch.items.get(one.name)
-        if isinstance(below, Listing) and one.type.optional and len(below.items) == 1:
+        if isinstance(below, Listing) and one.optional and len(below.items) == 1:
             below = below.items[0]
         if below is None or (isinstance(below, Leaf) and below.value is None):
             below = branch.items[one.name] = Branch({}, OVERRIDE)
         if isinstance(below, Branch):
-            self.in_section(below, one.type.base, path, tokens, at + 1, value)
+            self.in_section(below, one.base, path, tokens, at + 1, value)
         # Anything else is reported where the file's own value is checked.
 
     def set_field(self, branch: Branch, one: SchemaField, value: Tree) -> None:
         """Set a whole field; a mapping is merged into a section field by field."""
         below = branch.items.get(one.name)
-        if one.type.kind is Kind.SECTION and isinstance(value, Branch) and isinstance(below, Branch):
-            known = fields_of(one.type.base)
+        if one.kind is Kind.SECTION and isinstance(value, Branch) and isinstance(below, Branch):
+            known = fields_of(one.base)
             for key, item in value.items.items():
                 if key in known:
                     self.set_field(below, known[key], item)
@@ -166,14 +162,14 @@ class _Applier:
         """The list an index refers to: the file's, else the default."""
         below = branch.items.get(one.name)
         if below is None:
-            default = one.default if one.type.kind is Kind.SCALARS and one.default else []
+            default = one.default if one.kind is Kind.SCALARS and one.default else []
             below = Listing([Leaf(item, str(item), OVERRIDE) for item in default], OVERRIDE)
         elif isinstance(below, Leaf) and below.value is None:
             below = Listing([], OVERRIDE)
-        elif isinstance(below, Branch) and one.meta.single:
+        elif isinstance(below, Branch) and one.single:
             below = Listing([below], below.where)
         if not isinstance(below, Listing):
-            raise self.fault(path, "the spec has no list at this place", value=getattr(below, "text", None))
+            raise self.error(path, "the spec has no list at this place", value=getattr(below, "text", None))
         branch.items[one.name] = below
         return below
 
@@ -184,24 +180,24 @@ class _Applier:
         below = self.listing(branch, one, path)
         index = self.index(below, token, path)
         last = at + 1 == len(tokens)
-        if one.type.kind is Kind.SCALARS and not last:
-            raise self.fault(path, "an item of this list has no keys below it")
+        if one.kind is Kind.SCALARS and not last:
+            raise self.error(path, "an item of this list has no keys below it")
         if last:
             below.items[index : index + 1] = [value]
-            if one.type.kind is Kind.SCALARS:
+            if one.kind is Kind.SCALARS:
                 below.where = OVERRIDE
             return
         if index == len(below.items):
             below.items.append(Branch({}, OVERRIDE))
         item = below.items[index]
         if isinstance(item, Branch):
-            self.in_section(item, one.type.base, path, tokens, at + 1, value)
+            self.in_section(item, one.base, path, tokens, at + 1, value)
 
     def index(self, below: Listing, token: Token, path: str) -> int:
         """A list position: an existing one, or the one after the last."""
         size = len(below.items)
         if not re.fullmatch(r"[0-9]{1,6}", token.text) or int(token.text) > size:
-            raise self.fault(
+            raise self.error(
                 path, "is not an item of the list", value=token.text, allowed=f"0 to {size}, {size} adds one"
             )
         return int(token.text)
@@ -213,7 +209,7 @@ class _Applier:
         below = branch.items.get(one.name)
         if below is None or (isinstance(below, Leaf) and below.value is None):
             below = branch.items[one.name] = Branch({}, OVERRIDE)
-        if one.type.base is str and isinstance(below, Branch):
+        if one.base is str and isinstance(below, Branch):
             below.items[path[tokens[at].start :].rstrip("]")] = value
             return
         for step in range(at, len(tokens) - 1):
@@ -224,7 +220,7 @@ class _Applier:
         elif isinstance(below, Branch):
             below.items[tokens[-1].text] = value
         else:
-            raise self.fault(path, "the spec has neither a mapping nor a list at this place")
+            raise self.error(path, "the spec has neither a mapping nor a list at this place")
 
     def child(self, below: Tree, token: Token, path: str) -> Tree:
         """One step down in a free mapping, creating what is missing."""
@@ -235,16 +231,18 @@ class _Applier:
             return below.items[index]
         if isinstance(below, Branch):
             return below.items.setdefault(token.text, Branch({}, OVERRIDE))
-        raise self.fault(path, "the spec has neither a mapping nor a list at this place")
+        raise self.error(path, "the spec has neither a mapping nor a list at this place")
 
 
-def apply_overrides(tree: Branch, root: type, overrides: Sequence[str], file: Path | None) -> list[Problem]:
+def apply_overrides(
+    tree: Branch, root: type[Section], overrides: Sequence[str], file: Path | None
+) -> list[Problem]:
     """Apply overrides in order, changing ``tree``; return the problems of those that do not fit."""
     applier = _Applier(root, file)
     problems = []
     for override in overrides:
         try:
             applier.apply(tree, override)
-        except _Fault as fault:
-            problems.append(fault.problem)
+        except _BadOverride as error:
+            problems.append(error.problem)
     return problems

@@ -1,31 +1,31 @@
-"""What must hold between several fields of a spec. One rule is one small function in a table.
+"""Rules between the fields of a spec, and what each subtask needs.
 
-A rule names the fields it reads: it is left out when one of them is wrong in itself, so that one mistake
-makes one message. It yields :class:`Fault` for every violation.
+A rule is a function in a table. It names the fields it reads and is skipped when one of them is wrong, so
+that one mistake gives one message. It yields a :class:`Fault` for every violation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
-from ddetr_mm.spec.type_names import TYPE_NAMES, unfit_type_names
+from ddetr_mm.spec.fields import get_field
+from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec, Spec, root_of
 
 Check = Callable[[Any], Iterator["Fault"]]
 
 SIDE_MULTIPLE = 32
 GROUP_NORM_GROUPS = 32
-
-
 NOT_SHOWN: Any = object()
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A violated rule: the field to blame, what is wrong, what would be right."""
+    """A violated rule: the field, what is wrong, its value, what is allowed, and a hint."""
 
     path: str
     what: str
@@ -34,8 +34,8 @@ class Fault:
     hint: str | None = None
 
     def words(self) -> dict[str, Any]:
-        """The arguments of a problem beyond its place and what is wrong."""
-        words: dict[str, Any] = {"allowed": self.allowed, "mend": self.hint}
+        """Keyword arguments for a problem: value, allowed, hint."""
+        words: dict[str, Any] = {"allowed": self.allowed, "hint": self.hint}
         if self.value is not NOT_SHOWN:
             words["value"] = self.value
         return words
@@ -76,21 +76,28 @@ def rule(*reads: str, subtasks: Iterable[str] = (), root: type = ExperimentSpec)
     return register
 
 
-def violations(spec: ExperimentSpec | ConvertSpec, subtask: str | None, faulty: set[str]) -> Iterator[Fault]:
+def violations(spec: Spec, subtask: str | None, faulty: Collection[str]) -> Iterator[Fault]:
     """The faults of all rules that apply.
 
     Args:
         spec: the typed spec.
         subtask: None applies every rule of this kind of spec.
-        faulty: dotted paths with a fault of their own (or of an item, ``path[2]``).
+        faulty: dotted paths that have a problem already: fields, sections, and items (``path[2]``).
     """
-    bare = {path.partition("[")[0] for path in faulty} | faulty
     for one in RULES:
-        if not isinstance(spec, one.root) or bare.intersection(one.reads):
+        if not isinstance(spec, one.root) or any(_concerns(path, faulty) for path in one.reads):
             continue
         if one.subtasks and subtask is not None and subtask not in one.subtasks:
             continue
         yield from one.check(spec)
+
+
+def _concerns(path: str, faulty: Collection[str]) -> bool:
+    """Whether one of the faulty paths is a field, a part of it, or a section it is in."""
+    return any(
+        one == path or one.startswith((path + ".", path + "[")) or path.startswith(one + ".")
+        for one in faulty
+    )
 
 
 # Model
@@ -391,3 +398,151 @@ def partitions_fit_mode(spec: ConvertSpec) -> Iterator[Fault]:
             count,
             allowed="2",
         )
+
+
+# Registered names
+
+
+SCOPES = ("mmdet", "mmpretrain", "mmcls", "mmseg", "mmyolo", "mmrotate")
+"""Packages whose registries a ``type`` may name."""
+
+TYPE_NAMES = "a registered name such as ResNet, or one with its package: mmpretrain.ConvNeXt"
+
+_FITS = re.compile(rf"((?:{'|'.join(SCOPES)})\.)?[A-Za-z][A-Za-z0-9_]*")
+
+
+def unfit_type_names(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every ``type`` and ``_scope_`` of a configuration that does not name a registered class.
+
+    mmengine looks a ``type`` up in its registries; what it does not find there it imports as the path of a
+    Python object and calls: ``{type: os.system, command: ...}`` would run a command.
+
+    Args:
+        config: nested mappings and lists.
+        path: prefix of the places, e.g. ``".norm_cfg"``.
+
+    Yields:
+        The place (``".norm_cfg.type"``) and the name.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            here = f"{path}.{key}"
+            if (key == "type" and not _is_name(value)) or (key == "_scope_" and value not in SCOPES):
+                yield here, value
+            else:
+                yield from unfit_type_names(value, here)
+    elif isinstance(config, (list, tuple)):
+        for index, item in enumerate(config):
+            yield from unfit_type_names(item, f"{path}[{index}]")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and _FITS.fullmatch(value) is not None
+
+
+# What a subtask needs
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A field that a subtask needs.
+
+    Attributes:
+        subtask: the subtask.
+        path: dotted path of the field.
+        unless: another field that replaces it when set, or None.
+        hint: how to give it.
+        only_with: a field and the value for which the requirement applies, or None.
+    """
+
+    subtask: str
+    path: str
+    unless: str | None = None
+    hint: str | None = None
+    only_with: tuple[str, Any] | None = None
+
+
+_CALIBRATION = "gen_trt_engine.tensorrt.calibration."
+_INT8 = ("gen_trt_engine.tensorrt.data_type", "INT8")
+_SOURCES = "list image_dir and json_file of at least one data set"
+_ONE_SOURCE = "give image_dir and json_file of the data set to evaluate on"
+_IMAGES = "give image_dir, the folder of the images"
+
+REQUIREMENTS: tuple[Requirement, ...] = (
+    Requirement("convert", "input_source"),
+    Requirement("convert", "results_dir"),
+    Requirement("convert", "image_dir_name"),
+    Requirement("convert", "label_dir_name"),
+    Requirement("train", "dataset.train_data_sources", hint=_SOURCES),
+    Requirement("train", "dataset.val_data_sources", hint=_SOURCES),
+    Requirement("evaluate", "evaluate.checkpoint", unless="evaluate.trt_engine"),
+    Requirement("evaluate", "dataset.test_data_sources", hint=_ONE_SOURCE),
+    Requirement("inference", "inference.checkpoint", unless="inference.trt_engine"),
+    Requirement("inference", "dataset.infer_data_sources", hint=_IMAGES),
+    Requirement("export", "export.checkpoint"),
+    Requirement("export", "export.onnx_file"),
+    Requirement("gen_trt_engine", "gen_trt_engine.onnx_file"),
+    Requirement("gen_trt_engine", _CALIBRATION + "cal_image_dir", only_with=_INT8),
+    Requirement("gen_trt_engine", _CALIBRATION + "cal_cache_file", only_with=_INT8),
+)
+
+_SOURCE_LISTS = ("train_data_sources", "val_data_sources")
+
+
+def requirements_of(path: str, root: type) -> list[Requirement]:
+    """The requirements on a field of one kind of spec, for documentation."""
+    return [one for one in REQUIREMENTS if one.path == path and root_of(one.subtask) is root]
+
+
+def missing_fields(spec: Spec, subtask: str) -> Iterator[Fault]:
+    """A fault for every field that ``subtask`` needs and the spec does not give."""
+    for one in REQUIREMENTS:
+        if one.subtask != subtask or _is_set(get_field(spec, one.path)):
+            continue
+        if one.unless is not None and _is_set(get_field(spec, one.unless)):
+            continue
+        if one.only_with is not None and get_field(spec, one.only_with[0]) != one.only_with[1]:
+            continue
+        hint = one.hint or f"set it in the spec, or on the command line: {one.path}=..."
+        if one.unless is not None:
+            hint += f" (or {one.unless})"
+        yield Fault(one.path, f"is needed for {subtask} and not given", hint=hint)
+    if isinstance(spec, ExperimentSpec) and not results_dir_setting(spec, subtask):
+        yield Fault(
+            "results_dir",
+            f"is empty, and so is {subtask}.results_dir",
+            hint="name a folder for the results: results_dir=/path/to/results",
+        )
+
+
+def incomplete_sources(spec: ExperimentSpec) -> Iterator[Fault]:
+    """A fault for every data source without its folder or annotation file."""
+    sources: list[tuple[str, Any, tuple[str, ...]]] = []
+    for name in _SOURCE_LISTS:
+        for index, source in enumerate(getattr(spec.dataset, name) or []):
+            sources.append((f"dataset.{name}[{index}]", source, ("image_dir", "json_file")))
+    if spec.dataset.test_data_sources is not None:
+        sources.append(
+            ("dataset.test_data_sources", spec.dataset.test_data_sources, ("image_dir", "json_file"))
+        )
+    if spec.dataset.infer_data_sources is not None:
+        sources.append(("dataset.infer_data_sources", spec.dataset.infer_data_sources, ("image_dir",)))
+    for path, source, parts in sources:
+        for part in parts:
+            if not _is_set(getattr(source, part)):
+                yield Fault(f"{path}.{part}", "is not given", hint=f"add {part}: to the source")
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a value is neither null nor empty."""
+    return value is not None and value != "" and value != []
+
+
+def results_dir_setting(spec: Spec, subtask: str) -> str | None:
+    """The results folder as the spec gives it: ``<subtask>.results_dir``, else ``results_dir/<subtask>``."""
+    if isinstance(spec, ConvertSpec):
+        return spec.results_dir or None
+    own = getattr(getattr(spec, subtask, None), "results_dir", None)
+    if own:
+        return str(own)
+    return str(Path(spec.results_dir) / subtask) if spec.results_dir else None

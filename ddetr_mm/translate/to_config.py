@@ -297,7 +297,7 @@ def spec_config_text(loaded: LoadedSpec, draft: ConfigDraft, subtask: str) -> st
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses of the spec as dicts, for showing."""
+    """Sections of the spec as dicts, for showing."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return value.model_dump() if isinstance(value, DataSource | InferSource) else value

@@ -11,7 +11,7 @@ import yaml
 
 from ddetr_mm.cli import build_parser
 from ddetr_mm.spec import iter_fields, load_spec
-from ddetr_mm.spec.aliases import ALIASES
+from ddetr_mm.spec.describe import aliases
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -118,7 +118,7 @@ def test_fields_in_the_text_are_fields(page):
             "has names of the mmengine config too; tests/test_fields_table.py compares it with the schema"
         )
     fields = {re.sub(r"\[.*?\]", "", field.path).removeprefix("convert:") for field in iter_fields()}
-    fields |= set(ALIASES)
+    fields |= set(aliases())
     sections = {path.partition(".")[0] for path in fields if "." in path}
     text = _ANY_BLOCK.sub("", page.read_text(encoding="utf-8"))
     for name in re.findall(r"`(\w+\.[a-z0-9_.]+)", text):

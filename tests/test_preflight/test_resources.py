@@ -16,7 +16,7 @@ from ddetr_mm.preflight.resources import (
     num_checkpoints,
     size_text,
 )
-from ddetr_mm.spec.schema.dataset import AugmentationConfig
+from ddetr_mm.spec.schema import AugmentationConfig
 
 SIZE = ModelSize(weights=160 << 20, trained=150 << 20)
 NEED = MemoryNeed(SIZE, per_image=2 * GIB, batch_size=4, padded_hw=(800, 1333))

@@ -35,13 +35,13 @@ from ddetr_mm.spec.schema import DataSource
             "dataset: {train_data_sources: [{image_dir: a, json_file: b}],"
             " val_data_sources: '${dataset.train_data_sources}'}",
             "dataset.val_data_sources",
-            [DataSource("a", "b")],
+            [DataSource(image_dir="a", json_file="b")],
         ),
         (
             "dataset: {val_data_sources: [{image_dir: a, json_file: b}],"
             " test_data_sources: '${dataset.val_data_sources[0]}'}",
             "dataset.test_data_sources",
-            DataSource("a", "b"),
+            DataSource(image_dir="a", json_file="b"),
         ),
         (
             "dataset: {infer_data_sources: {image_dir: '${results_dir}/x'}}",

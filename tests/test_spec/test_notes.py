@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ddetr_mm.spec.effects import ALWAYS_TOLD, CONDITIONS, NO_EFFECT
-from ddetr_mm.spec.walk import all_paths
+from ddetr_mm.spec.fields import all_paths
+from ddetr_mm.spec.notes import ALWAYS_REPORTED, CONDITIONS, NO_EFFECT
 
 VALUES = {
     "model_name": "x",
@@ -20,20 +20,20 @@ VALUES = {
 
 
 @pytest.mark.parametrize("path", NO_EFFECT)
-def test_field_without_effect_is_told_when_set(load, path: str):
+def test_field_without_effect_is_reported_when_set(load, path: str):
     loaded = load("", [f"{path}={VALUES.get(path, '777')}"])
     assert loaded.notes == [f"{path} (override) has no effect because {NO_EFFECT[path]}"]
 
 
-def test_only_changed_fields_are_told(load):
+def test_only_changed_fields_are_reported(load):
     assert load("model: {clip_max_norm: 0.1}\nevaluate: {batch_size: -1}").notes == []
     assert load("quantize: {layers: []}").notes == []
     assert len(load("quantize: {layers: [{module_name: a}]}").notes) == 1
     assert len(load("quantize: {backend_kwargs: {a: 1}}").notes) == 1
 
 
-@pytest.mark.parametrize("path", sorted(ALWAYS_TOLD))
-def test_fields_the_reference_refuses_today_are_told_at_any_value(load, path: str):
+@pytest.mark.parametrize("path", sorted(ALWAYS_REPORTED))
+def test_fields_that_tao_rejects_today_are_reported_at_any_value(load, path: str):
     assert load("", [f"{path}=960"]).notes
     name = path.rpartition(".")[2]
     default = {"input_channel": 3, "input_width": 960, "input_height": 544, "opset_version": 12}[name]
@@ -77,7 +77,7 @@ def test_tables_name_fields_that_exist():
         ("gen_trt_engine: {tensorrt: {calibration: {cal_batches: 3}}}", "data_type is not INT8"),
         ("image_dir_name: a\nval_split: 10", "partition_mode is null"),
         ("evaluate: {conf_threshold: 50}", "scores lie between 0 and 1"),
-        ("dataset: {augmentation: {random_resize_max_size: 700}}", "caps the long side"),
+        ("dataset: {augmentation: {random_resize_max_size: 700}}", "limits the long side"),
         ("dataset: {num_classes: 1}", "column 0 is the background"),
         ("train: {optim: {lr_steps: [5, 12]}}", "[12] are never reached: train.num_epochs is 10"),
     ],
@@ -130,6 +130,6 @@ def test_gpus(load, text: str, overrides: list[str], count: int, ids: list[int],
 
 def test_gpu_notes_say_what_holds(load):
     (note,) = load("inference: {num_gpus: 1, gpu_ids: [4, 5]}").notes
-    assert note.endswith("the larger number wins: num_gpus 2, gpu_ids [4, 5]")
+    assert note.endswith("the larger number is used: num_gpus 2, gpu_ids [4, 5]")
     (note,) = load("train: {num_gpus: 4}", ["train.gpu_ids=[1]"]).notes
     assert note == "train.num_gpus (line 1) has no effect because the command line names the GPUs"

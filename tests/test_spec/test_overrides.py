@@ -164,7 +164,7 @@ def test_bad_override(problems, override: str, words: list[str]):
     assert all(word in message for word in words), message
 
 
-def test_all_bad_overrides_are_told_at_once(problems):
+def test_all_bad_overrides_are_reported_at_once(problems):
     found = problems(BASE, ["x", "train.y=1", "train.num_epochs=z", "model.nheads=3"])
     assert len(found) == 4
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ddetr_mm.spec import SUBTASKS
-from ddetr_mm.spec.rules import RULES
-from ddetr_mm.spec.walk import all_paths
+from ddetr_mm.spec.fields import all_paths
+from ddetr_mm.spec.rules import RULES, unfit_type_names
 
 CASES = [
     # rule, subtask, kept, broken, words of the message
@@ -223,7 +223,37 @@ def test_training_intervals_matter_to_training_only(load, problems, subtask: str
     assert any("checkpoint_interval" in one for one in found)
 
 
-def test_a_wrong_value_is_told_once_and_not_again_by_a_rule(problems):
+def test_a_wrong_value_is_reported_once_and_not_again_by_a_rule(problems):
     found = problems("model: {num_feature_levels: 9, return_interm_indices: [7, 8]}")
     assert len(found) == 3  # 9, 7 and 8 are each out of range; no word of their number
     assert all("out of range" in one for one in found)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"type": "ResNet", "depth": 18, "norm_cfg": {"type": "BN"}},
+        {"type": "mmpretrain.ConvNeXt", "_scope_": "mmpretrain"},
+        {"type": "ResNet", "plugins": [{"cfg": {"type": "ContextBlock"}}]},
+    ],
+)
+def test_names_of_registered_classes_pass(config):
+    assert list(unfit_type_names(config)) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "place"),
+    [
+        ({"type": "os.system"}, ".type"),
+        ({"type": "builtins.eval"}, ".type"),
+        ({"type": "mmdet.registry.MODELS.build"}, ".type"),
+        ({"type": ["ResNet"]}, ".type"),
+        ({"type": ""}, ".type"),
+        ({"type": "ResNet", "norm_cfg": {"type": "os.system"}}, ".norm_cfg.type"),
+        ({"type": "ResNet", "plugins": [{"cfg": {"type": "a.b"}}]}, ".plugins[0].cfg.type"),
+        ({"type": "ResNet", "_scope_": "os"}, "._scope_"),
+    ],
+)
+def test_paths_to_any_object_are_found(config, place):
+    assert [found for found, _ in unfit_type_names(config)] == [place]

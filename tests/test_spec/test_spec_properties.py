@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from ddetr_mm.errors import SpecError
 from ddetr_mm.spec import SUBTASKS, ExperimentSpec, get_field, iter_fields, load_spec, spec_to_yaml
+from ddetr_mm.spec.describe import FieldInfo
+from ddetr_mm.spec.fields import Kind, SchemaField, all_paths, fields_of
 from ddetr_mm.spec.rules import RULES
-from ddetr_mm.spec.source import SpecDumper
-from ddetr_mm.spec.walk import FieldInfo, Kind, SchemaField, all_paths, fields_of
+from ddetr_mm.spec.yaml_source import SpecDumper
 
 QUIET = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 # A null character is refused: no path and no name can hold one.
@@ -40,37 +41,34 @@ def schema_field(path: str) -> SchemaField:
     part: Any = ExperimentSpec
     *above, last = path.split(".")
     for step in above:
-        part = fields_of(part)[step].type.base
+        part = fields_of(part)[step].base
     return fields_of(part)[last]
 
 
 def scalars(one: SchemaField) -> st.SearchStrategy[Any]:
     """Values of a field (or its items) that lie in its range."""
-    meta = one.meta
-    if meta.options:
-        return st.sampled_from(meta.options)
-    if meta.pattern:
-        return st.from_regex(rf"\A(?:{meta.pattern.removeprefix('(?i)')})\Z").filter(
-            lambda text: "${" not in text
-        )
-    if one.type.base is bool:
+    if one.options:
+        return st.sampled_from(one.options)
+    if one.pattern:
+        return st.from_regex(rf"\A(?:{one.pattern})\Z").filter(lambda text: "${" not in text)
+    if one.base is bool:
         return st.booleans()
-    if one.type.base is int:
-        return st.integers(int(meta.ge or 0), 10**6 if meta.le is None else int(meta.le))
-    if one.type.base is float:
-        low = meta.ge if meta.ge is not None else meta.gt if meta.gt is not None else -1e6
-        return st.floats(low, meta.le or 1e6, exclude_min=meta.gt is not None)
+    if one.base is int:
+        return st.integers(int(one.ge or 0), 10**6 if one.le is None else int(one.le))
+    if one.base is float:
+        low = one.ge if one.ge is not None else one.gt if one.gt is not None else -1e6
+        return st.floats(low, one.le or 1e6, exclude_min=one.gt is not None)
     return WORDS
 
 
 def values(info: FieldInfo) -> st.SearchStrategy[Any]:
     one = schema_field(info.path)
-    if one.type.kind is Kind.SCALARS:
+    if one.kind is Kind.SCALARS:
         found: st.SearchStrategy[Any] = st.lists(scalars(one), min_size=1, max_size=4)
-    elif one.type.kind is Kind.MAPPING:
+    elif one.kind is Kind.MAPPING:
         items = (
             WORDS
-            if one.type.base is str
+            if one.base is str
             else st.recursive(
                 st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.floats(-1, 1), WORDS),
                 lambda inner: st.one_of(
@@ -82,7 +80,7 @@ def values(info: FieldInfo) -> st.SearchStrategy[Any]:
         found = st.dictionaries(WORDS, items, max_size=3)
     else:
         found = scalars(one)
-    return st.one_of(st.none(), found) if one.type.optional else found
+    return st.one_of(st.none(), found) if one.optional else found
 
 
 FREE = [

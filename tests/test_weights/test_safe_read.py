@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 import tarfile
 import zipfile
 from collections import OrderedDict, defaultdict, deque
@@ -22,6 +23,8 @@ from weights_builders import small_canonical, write_mmdet
 from ddetr_mm.errors import WeightsError
 from ddetr_mm.weights import convert_checkpoint, load_backbone, read_checkpoint
 from ddetr_mm.weights.safe_read import read_raw
+
+OMEGACONF = Path(__file__).parents[1] / "assets" / "omegaconf_2.4.ckpt"
 
 
 class Call:
@@ -159,6 +162,14 @@ def zip_with_pickle(path: Path, pickled: bytes, data: bytes = b"") -> Path:
 # --- bookkeeping that must load ---------------------------------------------------------------------
 
 
+def test_an_omegaconf_config_in_a_checkpoint_stays_inert():
+    """The file was saved with OmegaConf 2.4, as Lightning saves hyper parameters."""
+    payload = read_raw(OMEGACONF).payload
+    assert torch.equal(payload["state_dict"]["weight"], torch.arange(3.0))
+    assert type(payload["hyper_parameters"]).__module__.startswith("ddetr_mm.")
+    assert "omegaconf" not in sys.modules
+
+
 def test_harmless_bookkeeping_loads_and_stays_inert(tmp_path):
     import argparse
     import datetime
@@ -168,11 +179,9 @@ def test_harmless_bookkeeping_loads_and_stays_inert(tmp_path):
     import numpy as np
     from mmengine.config import ConfigDict
     from mmengine.logging import HistoryBuffer
-    from omegaconf import OmegaConf
 
     path = tmp_path / "model.pth"
     bookkeeping = {
-        "config": OmegaConf.create({"model": {"num_queries": 300, "names": ["a", "b"]}}),
         "namespace": argparse.Namespace(lr=0.1, device=torch.device("cpu")),
         "folder": pathlib.PosixPath("/tmp/x"),
         "when": datetime.datetime(2020, 1, 1),

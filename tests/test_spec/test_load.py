@@ -22,7 +22,10 @@ def test_documentation_example_of_training():
     assert isinstance(spec, ExperimentSpec)
     assert spec.model.pretrained_backbone_path == "/path/to/your-pretrained-backbone-model"
     assert spec.dataset.train_data_sources == [
-        DataSource("/path/to/coco/train2017/", "/path/to/coco/annotations/instances_train2017.json")
+        DataSource(
+            image_dir="/path/to/coco/train2017/",
+            json_file="/path/to/coco/annotations/instances_train2017.json",
+        )
     ]
     assert spec.train.optim.lr_backbone == 2e-5
     assert spec.train.checkpoint_interval == 5
@@ -50,7 +53,7 @@ def test_not_a_mapping(problems, text: str):
     assert "the spec is not a mapping" in problems(text)[0]
 
 
-def test_all_problems_of_a_spec_are_told_at_once(problems):
+def test_all_problems_of_a_spec_are_reported_at_once(problems):
     found = problems(
         """
 num_queries: 300
@@ -182,8 +185,8 @@ def test_sources_in_other_forms(load):
         "  test_data_sources: [{image_dir: c, json_file: d}]\n"
         "  infer_data_sources: {image_dir: e}\n"
     )
-    assert loaded.spec.dataset.train_data_sources == [DataSource("a", "b")]
-    assert loaded.spec.dataset.test_data_sources == DataSource("c", "d")
+    assert loaded.spec.dataset.train_data_sources == [DataSource(image_dir="a", json_file="b")]
+    assert loaded.spec.dataset.test_data_sources == DataSource(image_dir="c", json_file="d")
     assert loaded.spec.dataset.infer_data_sources.image_dir == ["e"]
     assert len(loaded.notes) == 2
     assert "dataset.train_data_sources (line 2) takes a list" in loaded.notes[0]
@@ -222,7 +225,7 @@ def test_placeholders_count_as_not_given(problems):
 
 
 @pytest.mark.parametrize("task", ["evaluate", "inference"])
-def test_an_engine_stands_for_a_checkpoint(load, task: str):
+def test_an_engine_replaces_a_checkpoint(load, task: str):
     sources = "dataset: {test_data_sources: {image_dir: a, json_file: b}, infer_data_sources: {image_dir: a}}"
     loaded = load(f"{sources}\n{task}: {{trt_engine: e}}", (), task)
     assert getattr(loaded.spec, task).trt_engine == "e"
@@ -266,7 +269,7 @@ def test_unknown_subtask(load):
         load("", (), "trian")
 
 
-def test_kind_of_spec_is_told_by_its_keys(load):
+def test_kind_of_spec_is_found_by_its_keys(load):
     assert isinstance(load("input_source: a").spec, ConvertSpec)
     assert isinstance(load("results_dir: a").spec, ExperimentSpec)
     assert isinstance(load("ddetr_mm: {log_interval: 3}").spec, ExperimentSpec)

@@ -1,8 +1,8 @@
-"""Where the reference's documentation and its schema differ, and what holds here.
+"""Fields for which TAO's documentation and its schema differ, and the value used here.
 
-The rule: the documentation decides defaults, and of two ranges the wider one is accepted. A range that the
-documentation gives as ``>0`` has no upper end. Where neither source is enough, the last column says why
-something else was chosen. Fields that are not listed have the schema's default and range.
+The documentation decides defaults, and the wider of two ranges is accepted. A range that the documentation
+gives as ``>0`` has no upper end. Where something else was chosen, the last column gives the reason. Fields
+that are not listed have the default and range of TAO's schema.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ ABSENT: Any = "(not given)"
 
 @dataclass(frozen=True)
 class Difference:
-    """One decision.
+    """One field on which the two sources differ.
 
     Attributes:
         path: the field; ``convert:`` starts those of a convert spec.
-        documentation: what the documentation says.
-        schema: what the reference's schema says.
-        ours: what holds here.
-        why: the reason, where it is not the rule above.
+        documentation: the value in the documentation.
+        schema: the value in TAO's schema.
+        ours: the value used here.
+        why: the reason, where the rule above does not apply.
     """
 
     path: str

@@ -1,8 +1,8 @@
-"""YAML text to a tree that remembers lines and raw text, with every fault of the file at once.
+"""Reads YAML into a tree that keeps line numbers and raw text, and reports every error of a file at once.
 
-PyYAML scans and composes; values are then read from its nodes here, never by a constructor, so that no
-tag can create anything. Scalars keep their raw text, because a text field must see ``no``, ``1_000``
-or ``2024-01-01`` as written; only then is ``1e-4`` a number, as in YAML 1.2.
+PyYAML scans and composes; values are read from its nodes here and not by its constructors, so that no tag
+can create an object. Scalars keep their raw text, because a text field needs ``no``, ``1_000`` or
+``2024-01-01`` as written. Numbers are those of YAML 1.2: ``1e-4`` is one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ MAX_NODES = 20_000
 MAX_DEPTH = 40
 MAX_NUMBER_LENGTH = 64
 
+OVERRIDE = "override"
+"""Where a value comes from that was given on the command line."""
+
 _TAG = "tag:yaml.org,2002:"
 _SIMPLE_TAGS = {_TAG + name for name in ("null", "bool", "int", "float", "str")}
 _INT = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$")
@@ -33,6 +36,7 @@ _TRUE = {"yes", "true", "on"}
 _BOOL = re.compile(r"(?:yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF)$")
 _NULL = re.compile(r"(?:~|null|Null|NULL|)$")
 _MERGE = re.compile(r"<<$")
+_FOLDED = re.compile("[\x85\u2028\u2029]")  # NEL, line and paragraph separator
 
 
 class SpecLoader(yaml.SafeLoader):
@@ -42,13 +46,22 @@ class SpecLoader(yaml.SafeLoader):
 
 
 class SpecDumper(yaml.SafeDumper):
-    """Quotes exactly what :class:`SpecLoader` would read as something else."""
+    """Quotes and escapes what :class:`SpecLoader` would read as something else."""
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 -- as PyYAML declares it; filled below
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write equal values out in full: anchors would only puzzle readers."""
+        """Write equal values out in full, without anchors."""
         return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Text as a scalar, in double quotes where it holds a line break that YAML would fold to a blank."""
+    style = '"' if _FOLDED.search(text) else None
+    return dumper.represent_scalar(_TAG + "str", text, style=style)
+
+
+SpecDumper.add_representer(str, _represent_text)
 
 
 for _class in (SpecLoader, SpecDumper):
@@ -87,8 +100,8 @@ class Listing:
 Tree = Leaf | Branch | Listing
 
 
-class Faults(Exception):
-    """Problems that make further reading of a text pointless."""
+class _Unreadable(Exception):
+    """Problems that end the reading of a text."""
 
     def __init__(self, *problems: Problem) -> None:
         super().__init__(*problems)
@@ -135,7 +148,7 @@ def _read_int(text: str) -> int:
 
 
 def plain_leaf(text: str, where: str) -> Leaf:
-    """A leaf from text that stands for a plain (unquoted) YAML scalar."""
+    """A leaf from the text of a plain (unquoted) YAML scalar."""
     for kind, pattern in (("null", _NULL), ("bool", _BOOL), ("int", _INT), ("float", _FLOAT)):
         if pattern.match(text):
             try:
@@ -146,7 +159,7 @@ def plain_leaf(text: str, where: str) -> Leaf:
 
 
 class _TreeBuilder:
-    """Turns composed YAML nodes into a :data:`Tree`, collecting problems."""
+    """Makes a :data:`Tree` of composed YAML nodes, and collects problems."""
 
     def __init__(self, file: str | Path | None, where: str | None) -> None:
         self.file = file
@@ -158,18 +171,18 @@ class _TreeBuilder:
     def where(self, node: yaml.Node) -> str:
         return self.fixed_where or f"line {node.start_mark.line + 1}"
 
-    def fault(self, what: str, node: yaml.Node, **more: Any) -> Problem:
+    def problem(self, what: str, node: yaml.Node, **more: Any) -> Problem:
         return Problem(what, file=self.file, where=self.where(node), **more)
 
     def build(self, node: yaml.Node) -> Tree:
         self.count += 1
         if self.count > MAX_NODES:
             what = f"expands to more than {MAX_NODES} values"
-            raise Faults(self.fault(what, node, hint="use fewer aliases"))
+            raise _Unreadable(self.problem(what, node, hint="use fewer aliases"))
         if any(node is parent for parent in self.active):
-            raise Faults(self.fault("an alias refers to a value that contains it", node))
+            raise _Unreadable(self.problem("an alias refers to a value that contains it", node))
         if len(self.active) >= MAX_DEPTH:
-            raise Faults(self.fault(f"is nested more than {MAX_DEPTH} levels deep", node))
+            raise _Unreadable(self.problem(f"is nested more than {MAX_DEPTH} levels deep", node))
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
         self.active.append(node)
@@ -185,7 +198,7 @@ class _TreeBuilder:
     def refuse_tag(self, node: yaml.Node, expected: str) -> None:
         if node.tag != expected:
             self.problems.append(
-                self.fault(
+                self.problem(
                     "a YAML tag is not allowed here",
                     node,
                     value=node.tag.replace(_TAG, "!!"),
@@ -205,7 +218,7 @@ class _TreeBuilder:
             return Leaf(read_scalar(text, tag), text, self.where(node))
         except ValueError:
             self.problems.append(
-                self.fault(f"does not fit the tag {tag.replace(_TAG, '!!')}", node, value=text)
+                self.problem(f"does not fit the tag {tag.replace(_TAG, '!!')}", node, value=text)
             )
             return Leaf(None, text, self.where(node))
 
@@ -215,7 +228,7 @@ class _TreeBuilder:
         merged: list[Branch] = []
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self.problems.append(self.fault("a key must be plain text", key_node))
+                self.problems.append(self.problem("a key must be plain text", key_node))
                 continue
             if key_node.tag == _TAG + "merge":
                 merged.extend(self.merge_sources(value_node))
@@ -223,7 +236,7 @@ class _TreeBuilder:
             key = key_node.value
             if key in lines:
                 self.problems.append(
-                    self.fault(
+                    self.problem(
                         f"the key {key!r} is given twice, first on {lines[key]}",
                         key_node,
                         hint="keep one of the two",
@@ -243,12 +256,12 @@ class _TreeBuilder:
         parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
         branches = [self.build(part) for part in parts]
         if not all(isinstance(branch, Branch) for branch in branches):
-            self.problems.append(self.fault("'<<' takes a mapping or a list of mappings", node))
+            self.problems.append(self.problem("'<<' takes a mapping or a list of mappings", node))
         return [branch for branch in branches if isinstance(branch, Branch)]
 
 
 def _yaml_problem(error: yaml.YAMLError, text: str, file: str | Path | None) -> Problem:
-    """A scanner's or parser's complaint in our form, with line and column."""
+    """An error of PyYAML's scanner or parser as a problem with line and column."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be read"
     where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else None
@@ -263,7 +276,7 @@ def _yaml_problem(error: yaml.YAMLError, text: str, file: str | Path | None) -> 
 
 
 def _check_size(text: str, file: str | Path | None) -> None:
-    """Refuse texts whose composing would cost unbounded time or stack."""
+    """Refuse text that is nested too deep or holds too many values."""
     depth = 0
     for count, event in enumerate(yaml.parse(text, Loader=SpecLoader)):
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
@@ -272,9 +285,9 @@ def _check_size(text: str, file: str | Path | None) -> None:
             depth -= 1
         where = f"line {event.start_mark.line + 1}" if event.start_mark else None
         if depth > MAX_DEPTH:
-            raise Faults(Problem(f"is nested more than {MAX_DEPTH} levels deep", file=file, where=where))
+            raise _Unreadable(Problem(f"is nested more than {MAX_DEPTH} levels deep", file=file, where=where))
         if count >= MAX_NODES:
-            raise Faults(Problem(f"holds more than {MAX_NODES} values", file=file, where=where))
+            raise _Unreadable(Problem(f"holds more than {MAX_NODES} values", file=file, where=where))
 
 
 def parse_yaml(
@@ -298,8 +311,8 @@ def parse_yaml(
             return None, []
         builder = _TreeBuilder(file, where)
         tree = builder.build(node)
-    except Faults as faults:
-        return None, list(faults.problems)
+    except _Unreadable as error:
+        return None, list(error.problems)
     except yaml.YAMLError as error:
         return None, [_yaml_problem(error, text, file)]
     return tree, builder.problems
@@ -322,7 +335,7 @@ def read_text(path: Path) -> str:
         reason = getattr(error, "strerror", None) or str(error)
         raise SpecError(Problem(f"cannot be read: {reason}", file=str(path))) from error
     if len(data) > MAX_BYTES:
-        raise SpecError(Problem(f"is larger than {MAX_BYTES} bytes; a spec is a few thousand", file=path))
+        raise SpecError(Problem(f"is larger than {MAX_BYTES} bytes, the limit for a spec", file=path))
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -1,6 +1,6 @@
-"""Fields that are accepted and change nothing, and why: one table.
+"""Notes about a spec: fields without effect, doubtful values, and which GPUs are used.
 
-A user who sets one of them is told so in one line at start. Whoever makes a field act removes its row.
+A note is one line of the log at start. A field that gains an effect leaves :data:`NO_EFFECT`.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ddetr_mm.spec.fieldpath import get_field
-from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec
-from ddetr_mm.spec.schema.common import WandbConfig
-from ddetr_mm.spec.walk import fields_of
+from ddetr_mm.spec.fields import fields_of, get_field
+from ddetr_mm.spec.schema import ConvertSpec, DistributedTask, ExperimentSpec, WandbConfig
+from ddetr_mm.spec.yaml_source import OVERRIDE, Branch
 
 _AUGMENTED = "the size comes from dataset.augmentation"
 _QUANTIZE = "there is no quantize subtask"
-_LATER = "it belongs to a later release (7.3)"
+_LATER = "it belongs to a later release of TAO (7.3)"
 _ENGINE_SIZE = "the engine's input is that of the ONNX file"
 
 NO_EFFECT: dict[str, str] = {
@@ -41,21 +40,21 @@ NO_EFFECT: dict[str, str] = {
 }
 """Dotted path of a field or a whole section → why it has no effect."""
 
-ALWAYS_TOLD = frozenset(
+ALWAYS_REPORTED = frozenset(
     path for path in NO_EFFECT if path.startswith("gen_trt_engine.") and "batch" not in path
 )
-"""Fields of old releases that the reference itself refuses today: told even at their default."""
+"""Fields of TAO 5.1 that TAO rejects today: reported even at their default."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A field that has no effect while other fields stand as they do.
+    """A field that has no effect with certain values of other fields.
 
     Attributes:
         path: the field.
-        applies: whether it is without effect in a given spec.
-        reason: why, following "has no effect because".
-        root: the kind of spec it is about.
+        applies: whether it has no effect in a given spec.
+        reason: why; follows "has no effect because".
+        root: the kind of spec.
     """
 
     path: str
@@ -149,7 +148,7 @@ def _default(root: type) -> object:
 
 
 def _changed(spec: object, path: str, given: Mapping[str, str]) -> str | None:
-    """Where the user set ``path``, or something below it, to other than the default; None if nowhere."""
+    """Where ``path``, or a field below it, was set to another value than its default; None if nowhere."""
     kind: Any = spec.__class__
     default = _default(kind)
     for name, where in given.items():
@@ -158,13 +157,13 @@ def _changed(spec: object, path: str, given: Mapping[str, str]) -> str | None:
                 same = get_field(spec, name) == get_field(default, name)
             except KeyError:
                 same = False  # an item or entry that the default does not have
-            if not same or path in ALWAYS_TOLD:
+            if not same or path in ALWAYS_REPORTED:
                 return where
     return None
 
 
 def notes_without_effect(spec: ExperimentSpec | ConvertSpec, given: Mapping[str, str]) -> Iterator[str]:
-    """One line per field the user set to other than its default, and that changes nothing.
+    """One line for every field without effect that was set to another value than its default.
 
     Args:
         spec: the typed spec.
@@ -172,27 +171,27 @@ def notes_without_effect(spec: ExperimentSpec | ConvertSpec, given: Mapping[str,
     """
     rows = list(NO_EFFECT.items()) if isinstance(spec, ExperimentSpec) else []
     rows += [(one.path, one.reason) for one in CONDITIONS if isinstance(spec, one.root) and one.applies(spec)]
-    told = set()
+    reported = set()
     for path, reason in rows:
         where = _changed(spec, path, given)
-        if where is not None and path not in told:
-            told.add(path)
+        if where is not None and path not in reported:
+            reported.add(path)
             yield f"{path} ({where}) has no effect because {reason}"
 
 
 def notes_of_doubt(spec: ExperimentSpec | ConvertSpec, given: Mapping[str, str]) -> Iterator[str]:
-    """One line per setting that is allowed and probably not what was meant."""
+    """One line for every value that is valid and probably a mistake."""
     if isinstance(spec, ConvertSpec):
         return
     for name in ("evaluate", "inference"):
         threshold = getattr(spec, name).conf_threshold
         if threshold > 1:
-            yield f"{name}.conf_threshold {threshold:g} leaves nothing: scores lie between 0 and 1"
+            yield f"{name}.conf_threshold {threshold:g} removes every prediction: scores lie between 0 and 1"
     longest, largest = spec.dataset.augmentation.random_resize_max_size, max(spec.dataset.augmentation.scales)
     if longest < largest:
         yield (
-            f"dataset.augmentation.random_resize_max_size {longest} caps the long side below the largest of "
-            f"scales, {largest}"
+            f"dataset.augmentation.random_resize_max_size {longest} limits the long side to less than the "
+            f"largest of scales, {largest}"
         )
     if spec.dataset.num_classes == 1:
         yield "dataset.num_classes 1 leaves no class: column 0 is the background"
@@ -204,3 +203,58 @@ def notes_of_doubt(spec: ExperimentSpec | ConvertSpec, given: Mapping[str, str])
         and _changed(spec, "train.optim.lr_steps", given)
     ):
         yield f"train.optim.lr_steps {late} are never reached: train.num_epochs is {epochs}"
+
+
+GPU_SECTIONS = ("train", "evaluate", "inference")
+_PAIR = ("num_gpus", "gpu_ids")
+
+
+def drop_overruled_gpus(tree: Branch) -> list[str]:
+    """Remove ``num_gpus`` and ``gpu_ids`` of the file where the command line gives either of them.
+
+    A ``gpu_ids: [0, 1]`` in the file must not enlarge a ``train.num_gpus=1`` on the command line.
+
+    Returns:
+        One note for every value removed.
+    """
+    notes = []
+    for name in GPU_SECTIONS:
+        part = tree.items.get(name)
+        if not isinstance(part, Branch):
+            continue
+        given = {key: part.items[key].where for key in _PAIR if key in part.items}
+        if OVERRIDE not in given.values():
+            continue
+        for key, where in given.items():
+            if where != OVERRIDE:
+                del part.items[key]
+                notes.append(f"{name}.{key} ({where}) has no effect because the command line names the GPUs")
+    return notes
+
+
+def agree_on_gpus(spec: ExperimentSpec, given: set[str]) -> list[str]:
+    """Make ``num_gpus == len(gpu_ids)`` in every section; the larger number of GPUs is used.
+
+    Args:
+        spec: changed in place.
+        given: dotted paths the user wrote.
+
+    Returns:
+        One note for every section in which both were given and disagree.
+    """
+    notes = []
+    for name in GPU_SECTIONS:
+        task: DistributedTask = getattr(spec, name)
+        count, ids = task.num_gpus, list(task.gpu_ids)
+        if count == len(ids):
+            continue
+        if count > len(ids):
+            task.gpu_ids = list(range(count))
+        else:
+            task.num_gpus = len(ids)
+        if {f"{name}.num_gpus", f"{name}.gpu_ids"} <= given:
+            notes.append(
+                f"{name}.num_gpus {count} and {name}.gpu_ids {ids} disagree; the larger number is used: "
+                f"num_gpus {task.num_gpus}, gpu_ids {task.gpu_ids}"
+            )
+    return notes

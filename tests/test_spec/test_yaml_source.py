@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ddetr_mm.errors import SpecError
-from ddetr_mm.spec.source import (
+from ddetr_mm.spec.yaml_source import (
     MAX_BYTES,
     Branch,
     Leaf,

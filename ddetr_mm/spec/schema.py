@@ -1,0 +1,832 @@
+"""Every field of a TAO Deformable DETR spec, once, in TAO's order; then the options that TAO does not have.
+
+Each section is a pydantic model; :func:`~ddetr_mm.spec.fields.spec_field` holds a field's default, range
+and documentation. The checks, the default spec and the tables of the documentation follow from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ddetr_mm.spec.fields import (
+    OURS,
+    TAO_5_1,
+    TAO_7_3,
+    Form,
+    Int,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    all_paths,
+    nearest,
+    section,
+    spec_field,
+)
+
+Backbone = Literal[
+    "resnet_50",
+    "gc_vit_xxtiny",
+    "gc_vit_xtiny",
+    "gc_vit_tiny",
+    "gc_vit_small",
+    "gc_vit_base",
+    "gc_vit_large",
+    "gc_vit_large_384",
+]
+LayerPrecision = Annotated[
+    str,
+    Field(pattern=r"^(?i:.+:(fp32|fp16|int8))$"),
+    Form("layer:precision, as in name:fp32 or *:fp16"),
+]
+QuantizeDevice = Annotated[
+    str, Field(pattern=r"^(cuda|cpu|trt|cuda:[0-9]+)$"), Form("cuda, cpu, trt or cuda:N")
+]
+FileExtension = Annotated[str, Field(pattern=r"^\.\w+$"), Form("a dot and letters, as in .jpg")]
+
+
+class DistributedTask(Section):
+    """GPUs and nodes of a subtask that can run on several."""
+
+    num_gpus: PositiveInt = spec_field(
+        1,
+        doc="""Number of GPUs on this machine. Where it disagrees with gpu_ids, the larger number of
+        GPUs is used. Without a GPU the run uses the CPU.""",
+    )
+    gpu_ids: list[NonNegativeInt] = spec_field(
+        [0],
+        doc="Indices of the GPUs to use, each at most once, as the CUDA driver counts them.",
+    )
+    num_nodes: PositiveInt = spec_field(
+        1,
+        doc="Number of machines; more than 1 makes a multi-node run.",
+    )
+
+
+class WandbConfig(Section):
+    """Reporting to Weights & Biases; acts when its package is installed and a key is configured."""
+
+    enable: bool = spec_field(
+        True, doc="Report to Weights & Biases, if its package and an API key are available."
+    )
+    project: str = spec_field("TAO Toolkit", doc="Name of the project the run is filed under.")
+    entity: str | None = spec_field(
+        "", doc="User or team that owns the project; empty: the account's default."
+    )
+    group: str | None = spec_field("", doc="Name that groups several runs; empty: none.")
+    tags: list[str] = spec_field(["training", "tao-toolkit"], doc="Tags of the run.")
+    reinit: bool = spec_field(False, doc="Let one process open several runs.")
+    sync_tensorboard: bool = spec_field(False, doc="Copy the TensorBoard events into the run.")
+    save_code: bool = spec_field(False, doc="Upload the source code of the main script.")
+    name: str = spec_field("TAO Toolkit training experiment", doc="Name shown for the run.")
+    run_id: str = spec_field("", doc="Identifier of an existing run to continue; empty: a new one.")
+
+
+class ModelConfig(Section):
+    """The architecture of the network and the weights of its losses."""
+
+    pretrained_backbone_path: str | None = spec_field(
+        None,
+        alias="pretrained_model_path",
+        doc="""File with weights for the backbone alone, loaded by name before training; null: none.
+        The documentation's examples write it as pretrained_model_path, which is accepted too.""",
+    )
+    dld_model_dir_path: str | None = spec_field(None, doc="Folder of a model store internal to NVIDIA.")
+    backbone: Backbone = spec_field("resnet_50", doc="The feature extractor.")
+    num_queries: PositiveInt = spec_field(
+        300, doc="Number of object queries: the most boxes one image can yield per class column."
+    )
+    num_feature_levels: Int = spec_field(
+        4, ge=1, le=5, doc="Number of feature maps; must equal the length of return_interm_indices."
+    )
+    cls_loss_coef: float = spec_field(
+        2.0, ge=0.0, doc="Weight of the classification term, in the matching cost and in the loss."
+    )
+    bbox_loss_coef: float = spec_field(
+        5.0, ge=0.0, doc="Weight of the L1 term of the boxes, in the matching cost and in the loss."
+    )
+    giou_loss_coef: float = spec_field(
+        2.0, ge=0.0, doc="Weight of the GIoU term of the boxes, in the matching cost and in the loss."
+    )
+    with_box_refine: bool = spec_field(
+        True, doc="Let every decoder layer refine the boxes of the layer before it."
+    )
+    num_select: PositiveInt = spec_field(
+        100,
+        doc="""Number of predictions kept per image: the best of num_queries x num_classes scores, so at
+        most that product.""",
+    )
+    return_interm_indices: list[Annotated[Int, Field(ge=0, le=4)]] = spec_field(
+        [1, 2, 3, 4],
+        doc="""Feature maps that are used, ascending: 0 to 3 are the backbone's stages (strides 4, 8, 16,
+        32), 4 is one more stride-2 convolution on the last stage and needs 3.""",
+    )
+    focal_alpha: float = spec_field(
+        0.25, gt=0.0, doc="Alpha of the focal loss: the weight of the positive class."
+    )
+    clip_max_norm: float = spec_field(0.1, doc="Superseded by train.clip_grad_norm.")
+    nheads: PositiveInt = spec_field(8, doc="Number of attention heads; must divide hidden_dim.")
+    dropout_ratio: float = spec_field(
+        0.3, ge=0.0, le=1.0, doc="Probability of dropping a hidden unit, everywhere in the transformer."
+    )
+    hidden_dim: Int = spec_field(
+        256,
+        ge=32,
+        doc="""Width of the transformer; a multiple of 32 (group normalisation in 32 groups) and of
+        nheads.""",
+    )
+    enc_layers: PositiveInt = spec_field(6, doc="Number of encoder layers.")
+    dec_layers: PositiveInt = spec_field(6, doc="Number of decoder layers.")
+    dim_feedforward: PositiveInt = spec_field(
+        1024, doc="Width of the feed-forward networks in the transformer."
+    )
+    dec_n_points: PositiveInt = spec_field(
+        4, doc="Sampling points per head and feature level in the decoder's cross-attention."
+    )
+    enc_n_points: PositiveInt = spec_field(
+        4, doc="Sampling points per head and feature level in the encoder's self-attention."
+    )
+    aux_loss: bool = spec_field(True, doc="Apply the loss after every decoder layer, not only the last.")
+    dilation: bool = spec_field(
+        False, doc="Dilate ResNet's last stage instead of striding it (stride 16 in place of 32)."
+    )
+    train_backbone: bool = spec_field(True, doc="Train the backbone; false freezes all of it.")
+    loss_types: list[Literal["labels", "boxes"]] = spec_field(
+        ["labels", "boxes"],
+        doc="The losses that are computed: labels (classification), boxes (L1 and GIoU).",
+    )
+    backbone_names: list[str] = spec_field(
+        ["backbone.0"],
+        doc="""Parameters whose TAO name contains one of these learn at train.optim.lr_backbone.""",
+    )
+    linear_proj_names: list[str] = spec_field(
+        ["reference_points", "sampling_offsets"],
+        doc="""Parameters whose TAO name contains one of these learn at
+        train.optim.lr * train.optim.lr_linear_proj_mult.""",
+    )
+    precise_msda: bool = spec_field(
+        False,
+        origin=TAO_7_3,
+        doc="Compute deformable attention in full precision under mixed precision.",
+    )
+
+
+class DataSource(Section):
+    """One set of images with its COCO annotations."""
+
+    image_dir: str = spec_field(
+        "", placeholder=True, doc="Folder that file_name in the annotations is relative to."
+    )
+    json_file: str = spec_field(
+        "",
+        placeholder=True,
+        doc="""COCO annotation file, a glob over the shards of one (/data/seq-shard-*.json), or a folder
+        of shards.""",
+    )
+
+
+class InferSource(Section):
+    """The images to run inference on."""
+
+    image_dir: list[str] = spec_field(
+        [], single=True, placeholder=True, doc="Folder of images, or a list of folders."
+    )
+    classmap: str | None = spec_field(
+        None,
+        doc="""Text file with one class name per line; line 1 names category id 1. null: the names kept
+        in the checkpoint.""",
+    )
+
+
+class AugmentationConfig(Section):
+    """How images are resized, cropped, flipped, normalised and padded. Sizes are in pixels."""
+
+    scales: list[PositiveInt] = spec_field(
+        [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+        doc="Lengths of the short side that training draws from.",
+    )
+    input_mean: list[float] = spec_field(
+        [0.485, 0.456, 0.406],
+        doc="Mean subtracted from RGB values in 0..1: one number per channel, or one for all.",
+    )
+    input_std: list[Annotated[float, Field(gt=0.0)]] = spec_field(
+        [0.229, 0.224, 0.225],
+        doc="Standard deviation RGB values in 0..1 are divided by: one per channel, or one for all.",
+    )
+    train_random_resize: list[PositiveInt] = spec_field(
+        [400, 500, 600],
+        doc="Lengths of the short side drawn from before the random crop.",
+    )
+    horizontal_flip_prob: float = spec_field(
+        0.5, ge=0.0, le=1.0, doc="Probability of mirroring a training image."
+    )
+    train_random_crop_min: PositiveInt = spec_field(
+        384, doc="Smallest side of the random crop, at most train_random_crop_max."
+    )
+    train_random_crop_max: PositiveInt = spec_field(600, doc="Largest side of the random crop.")
+    random_resize_max_size: PositiveInt = spec_field(
+        1333, doc="Longest side an image may have after resizing, in training and testing."
+    )
+    test_random_resize: PositiveInt = spec_field(
+        800, doc="Length of the short side for validation, evaluation and inference."
+    )
+    fixed_padding: bool = spec_field(
+        True,
+        doc="""Pad every image to (max(scales), random_resize_max_size), the long side following the
+        image's own, so that all batches have the same size and memory use is constant.""",
+    )
+    fixed_random_crop: Int | None = spec_field(
+        None,
+        ge=32,
+        doc="""Side of the square that large-scale jitter makes, a multiple of 32; replaces the resize
+        and crop of training. null: off.""",
+    )
+    pad_size_divisor: PositiveInt | None = spec_field(
+        None,
+        origin=TAO_7_3,
+        doc="Pad the sides of a batch to multiples of this number; null: no such padding.",
+    )
+
+
+class DatasetConfig(Section):
+    """Images, annotations, loading and augmentation."""
+
+    train_sampler: Literal["default_sampler", "non_uniform_sampler", "uniform_sampler"] = spec_field(
+        "default_sampler",
+        doc="""How samples are distributed over several GPUs. The non-default ones give each process its own
+        shards, and act only with dataset_type: default.""",
+    )
+    train_data_sources: list[DataSource] | None = spec_field(
+        None, single=True, doc="The training data: a list of image folders with their annotations."
+    )
+    val_data_sources: list[DataSource] | None = spec_field(
+        None, single=True, doc="The data that training is validated on, in the same form."
+    )
+    test_data_sources: DataSource | None = spec_field(
+        None, doc="The data for evaluate: one image folder with its annotations."
+    )
+    infer_data_sources: InferSource | None = spec_field(None, doc="The images for inference.")
+    quant_calibration_data_sources: DataSource | None = spec_field(
+        None, doc="The data for calibrating a quantized model."
+    )
+    batch_size: PositiveInt = spec_field(
+        4, doc="Images per GPU and step, in training, validation, evaluation and inference."
+    )
+    workers: NonNegativeInt = spec_field(
+        8, doc="Processes per GPU that load images; 0: the main process loads them itself."
+    )
+    pin_memory: bool = spec_field(True, doc="Copy batches to page-locked memory before the GPU.")
+    dataset_type: Literal["serialized", "default"] = spec_field(
+        "serialized",
+        doc="""How annotations are held. serialized: one shared copy for all processes of a machine; default:
+        every process holds its own.""",
+    )
+    num_classes: PositiveInt = spec_field(
+        91,
+        doc="""Number of class columns: the largest category id plus 1, since column 0 is the
+        background.""",
+    )
+    eval_class_ids: list[PositiveInt] | None = spec_field(
+        None, doc="Category ids that evaluation is restricted to; null: all."
+    )
+    augmentation: AugmentationConfig = section(AugmentationConfig)
+
+
+class CudnnConfig(Section):
+    """Switches of cuDNN."""
+
+    benchmark: bool = spec_field(False, doc="Let cuDNN time its algorithms and take the fastest.")
+    deterministic: bool = spec_field(True, doc="Restrict cuDNN to deterministic algorithms.")
+
+
+class OptimConfig(Section):
+    """The optimizer and the learning-rate schedule."""
+
+    optimizer: Literal["AdamW", "SGD"] = spec_field("AdamW", doc="The optimizer.")
+    monitor_name: Literal["val_loss", "train_loss"] = spec_field(
+        "val_loss",
+        alias="lr_monitor",
+        doc="""The value a scheduler would watch; the documentation calls it lr_monitor, which is accepted
+        too.""",
+    )
+    lr: float = spec_field(
+        2e-4, gt=0.0, doc="Initial learning rate of everything outside the two groups below."
+    )
+    lr_backbone: float = spec_field(
+        2e-5, ge=0.0, doc="Initial learning rate of the backbone; 0 leaves its weights as they are."
+    )
+    lr_linear_proj_mult: float = spec_field(
+        0.1,
+        ge=0.0,
+        doc="""Factor on lr for reference points and sampling offsets; 0 leaves them as they are.""",
+    )
+    momentum: float = spec_field(0.9, ge=0.0, doc="Momentum of SGD.")
+    weight_decay: float = spec_field(1e-4, ge=0.0, doc="Weight decay; 0: none.")
+    lr_scheduler: Literal["MultiStep", "StepLR"] = spec_field(
+        "MultiStep",
+        doc="When the rates decay. MultiStep: at lr_steps; StepLR: every lr_step_size epochs.",
+    )
+    lr_steps: list[PositiveInt] = spec_field(
+        [40], doc="Epochs, ascending, at which MultiStep multiplies the rates by lr_decay."
+    )
+    lr_step_size: PositiveInt = spec_field(40, doc="Number of epochs between two decays of StepLR.")
+    lr_decay: float = spec_field(0.1, gt=0.0, doc="Factor by which the learning rates are multiplied.")
+
+
+class CheckpointerConfig(Section):
+    """Keeping the best checkpoints."""
+
+    enable_topk: bool = spec_field(False, origin=TAO_7_3, doc="Keep the best checkpoints by a metric.")
+    replace_periodic: bool = spec_field(
+        False, origin=TAO_7_3, doc="Keep only the best ones, not those of every interval."
+    )
+    monitor: str | None = spec_field(None, origin=TAO_7_3, doc="The metric that says which is best.")
+    mode: Literal["min", "max"] | None = spec_field(
+        None,
+        origin=TAO_7_3,
+        doc="Whether a small (min) or a large (max) value of the metric is better.",
+    )
+    save_top_k: PositiveInt = spec_field(1, origin=TAO_7_3, doc="How many of the best checkpoints are kept.")
+    filename: str = spec_field(
+        "model_best_{epoch:03d}", origin=TAO_7_3, doc="Name pattern of the best checkpoints."
+    )
+    dirpath: str | None = spec_field(
+        None, origin=TAO_7_3, doc="Folder for the best checkpoints; null: the results folder."
+    )
+    auto_insert_metric_name: bool = spec_field(
+        False, origin=TAO_7_3, doc="Add the metric's name to the file name."
+    )
+
+
+class TrainConfig(DistributedTask):
+    """The training run."""
+
+    seed: Int = spec_field(
+        1234,
+        ge=-1,
+        doc="""Seed of all random numbers; -1: a new one for every run, which is written to the
+        log.""",
+    )
+    cudnn: CudnnConfig = section(CudnnConfig)
+    num_epochs: PositiveInt = spec_field(10, doc="Number of passes over the training data.")
+    checkpoint_interval: PositiveInt = spec_field(
+        1, doc="Epochs (or steps, see the next field) between two checkpoints."
+    )
+    checkpoint_interval_unit: Literal["epoch", "step"] = spec_field(
+        "epoch", doc="Unit of checkpoint_interval."
+    )
+    validation_interval: PositiveInt = spec_field(1, doc="Epochs between two validations.")
+    resume_training_checkpoint_path: str | None = spec_field(
+        None,
+        doc="""Checkpoint to resume from; null: dd_model_latest.pth in the results folder, if it is
+        there.""",
+    )
+    results_dir: str | None = spec_field(
+        None, doc="Folder for the results of training; null: results_dir/train."
+    )
+    freeze: list[str] | None = spec_field(
+        [],
+        doc="""Modules whose weights are frozen, by their TAO names (backbone,
+        transformer.encoder, input_proj, ...).""",
+    )
+    pretrained_model_path: str | None = spec_field(
+        None, doc="Checkpoint whose weights training starts from, loaded by name; null: none."
+    )
+    clip_grad_norm: float = spec_field(
+        0.1, ge=0.0, doc="Largest L2 norm of the gradient; larger ones are scaled down. 0: no clipping."
+    )
+    is_dry_run: bool = spec_field(
+        False, doc="Run one step of training and of validation only, to see that everything works."
+    )
+    optim: OptimConfig = section(OptimConfig)
+    precision: Literal["fp32", "fp16", "bf16"] = spec_field(
+        "fp32",
+        doc="Number format: fp32; fp16, mixed with loss scaling; or bf16 (ours), mixed without it.",
+    )
+    distributed_strategy: Literal["ddp", "fsdp"] = spec_field(
+        "ddp",
+        doc="How several GPUs share the work: ddp copies the model to each, fsdp shards it.",
+    )
+    activation_checkpoint: bool = spec_field(
+        True, doc="Recompute activations in the backward pass instead of keeping them: less memory."
+    )
+    verbose: bool = spec_field(False, doc="Print every change of the learning rates.")
+    input_width: PositiveInt | None = spec_field(None, doc="Width of the network's input, in pixels.")
+    input_height: PositiveInt | None = spec_field(None, doc="Height of the network's input, in pixels.")
+    checkpointer: CheckpointerConfig = section(CheckpointerConfig, origin=TAO_7_3)
+
+
+class EvaluateConfig(DistributedTask):
+    """COCO metrics of a checkpoint on dataset.test_data_sources."""
+
+    checkpoint: str | None = spec_field(None, placeholder=True, doc="Checkpoint (or .onnx file) to evaluate.")
+    trt_engine: str | None = spec_field(
+        None, doc="TensorRT engine to evaluate in place of the checkpoint; null: none."
+    )
+    results_dir: str | None = spec_field(
+        None, doc="Folder for the results of evaluate; null: results_dir/evaluate."
+    )
+    batch_size: Int = spec_field(-1, ge=-1, doc="Images per step; -1: dataset.batch_size.")
+    input_width: PositiveInt | None = spec_field(None, doc="Width of the network's input, in pixels.")
+    input_height: PositiveInt | None = spec_field(None, doc="Height of the network's input, in pixels.")
+    conf_threshold: float = spec_field(
+        0.0, ge=0.0, doc="Predictions with a score below this (0..1) are left out; 0: all count."
+    )
+
+
+class InferenceConfig(DistributedTask):
+    """Detections on dataset.infer_data_sources, as drawings and KITTI label files."""
+
+    checkpoint: str | None = spec_field(None, placeholder=True, doc="Checkpoint (or .onnx file) to run.")
+    trt_engine: str | None = spec_field(
+        None, doc="TensorRT engine to run in place of the checkpoint; null: none."
+    )
+    results_dir: str | None = spec_field(
+        None, doc="Folder for the results of inference; null: results_dir/inference."
+    )
+    batch_size: Int = spec_field(-1, ge=-1, doc="Images per step; -1: dataset.batch_size.")
+    color_map: dict[str, str] | None = spec_field(
+        None,
+        doc="""Colour of the boxes by class name (person: red). Boxes of a class that is not listed are
+        written to the label files, not drawn. null: every class gets a colour.""",
+    )
+    conf_threshold: float = spec_field(
+        0.5, ge=0.0, doc="Predictions with a score below this (0..1) are left out."
+    )
+    is_internal: bool = spec_field(
+        False, doc="Write into one sub-folder per folder two levels above the image."
+    )
+    input_width: Int | None = spec_field(
+        None,
+        ge=32,
+        doc="""Width images are resized to, in pixels; needs input_height too. null: the aspect
+        ratio is kept.""",
+    )
+    input_height: Int | None = spec_field(
+        None, ge=32, doc="Height images are resized to, in pixels; see input_width."
+    )
+    outline_width: PositiveInt = spec_field(3, doc="Thickness of the drawn boxes, in pixels.")
+
+
+class ExportConfig(Section):
+    """An ONNX file from a checkpoint."""
+
+    results_dir: str | None = spec_field(None, doc="Folder for the log of export; null: results_dir/export.")
+    gpu_id: NonNegativeInt = spec_field(0, doc="Index of the GPU to use, if there is one.")
+    checkpoint: str | None = spec_field(None, placeholder=True, doc="Checkpoint to export.")
+    onnx_file: str | None = spec_field(None, placeholder=True, doc="Path of the .onnx file to write.")
+    on_cpu: bool = spec_field(
+        True,
+        doc="""Form of deformable attention. true: standard ONNX operators only (GridSample; opset raised to
+        16 or more); false: a node of TensorRT's plugin.""",
+    )
+    input_channel: Literal[1, 3] = spec_field(3, ge=1, doc="Channels of the input; the network takes 3.")
+    input_width: PositiveInt = spec_field(960, doc="Width of the input, in pixels; fixed in the graph.")
+    input_height: PositiveInt = spec_field(544, doc="Height of the input, in pixels; fixed in the graph.")
+    opset_version: PositiveInt = spec_field(12, doc="ONNX operator set; below 16, on_cpu raises it to 17.")
+    batch_size: Int | None = spec_field(
+        -1, ge=-1, doc="Batch size fixed in the graph; -1 or null: any, decided at run time."
+    )
+    verbose: bool = spec_field(False, doc="Print the exporter's own messages.")
+    format: Literal["onnx", "xdl"] = spec_field("onnx", doc="Format of the file; onnx is written.")
+    serialize_nvdsinfer: bool = spec_field(
+        False, doc="Write labels.txt and nvdsinfer_config.yaml for DeepStream next to the file."
+    )
+
+
+class CalibrationConfig(Section):
+    """Calibration of an INT8 engine; the fields are used only with data_type: INT8."""
+
+    cal_image_dir: list[str] = spec_field(
+        [],
+        single=True,
+        placeholder=True,
+        doc="Folders searched, with all below them, for calibration images.",
+    )
+    cal_cache_file: str | None = spec_field(
+        None,
+        placeholder=True,
+        doc="Calibration cache: used if the file is there, written otherwise.",
+    )
+    cal_batch_size: PositiveInt = spec_field(1, doc="Images per calibration batch.")
+    cal_batches: PositiveInt = spec_field(1, doc="Number of calibration batches.")
+
+
+class TensorrtConfig(Section):
+    """How TensorRT builds the engine."""
+
+    workspace_size: NonNegativeInt = spec_field(1024, doc="Most memory a TensorRT tactic may use, in MiB.")
+    min_batch_size: PositiveInt = spec_field(
+        1, doc="Smallest batch the engine takes; used for an ONNX file of dynamic batch size."
+    )
+    opt_batch_size: PositiveInt = spec_field(1, doc="Batch the engine is tuned for.")
+    max_batch_size: PositiveInt = spec_field(1, doc="Largest batch the engine takes.")
+    layers_precision: list[LayerPrecision] | None = spec_field(
+        [],
+        doc="Precision of single layers, each as layer:precision; * stands for any part of a name.",
+    )
+    data_type: Literal["FP32", "FP16", "INT8"] = spec_field("FP32", doc="Precision of the engine.")
+    calibration: CalibrationConfig = section(CalibrationConfig)
+
+
+class GenTrtEngineConfig(Section):
+    """A TensorRT engine from an ONNX file."""
+
+    results_dir: str | None = spec_field(
+        None, doc="Folder for the log and the parity report; null: results_dir/gen_trt_engine."
+    )
+    gpu_id: NonNegativeInt = spec_field(0, doc="Index of the GPU the engine is built on and for.")
+    onnx_file: str | None = spec_field(None, placeholder=True, doc="The .onnx file to build from.")
+    trt_engine: str | None = spec_field(
+        None,
+        doc="Path of the engine to write; null: a temporary file, which only shows that the build works.",
+    )
+    timing_cache: str | None = spec_field(
+        None, doc="File in which TensorRT keeps kernel timings between builds; null: none."
+    )
+    batch_size: Int = spec_field(-1, ge=-1, doc="Batch size; the ONNX file decides it. -1: any.")
+    verbose: bool = spec_field(False, doc="Print TensorRT's own messages.")
+    tensorrt: TensorrtConfig = section(TensorrtConfig)
+    input_channel: Int = spec_field(3, origin=TAO_5_1, doc="Channels of the input.")
+    input_width: Int = spec_field(960, origin=TAO_5_1, doc="Width of the input, in pixels.")
+    input_height: Int = spec_field(544, origin=TAO_5_1, doc="Height of the input, in pixels.")
+    opset_version: Int = spec_field(12, origin=TAO_5_1, doc="ONNX operator set.")
+
+
+class TensorQuantizationConfig(Section):
+    """How one kind of tensor is quantized."""
+
+    dtype: str = spec_field("", doc="Number format, for example int8.")
+    observer_or_fake_quant: str = spec_field("", doc="Name of the observer that finds the range.")
+    quant_axis: Int | None = spec_field(
+        None, doc="Axis that gets a scale of its own per index; null: one scale for the tensor."
+    )
+    observer_or_fake_quant_kwargs: dict[str, Any] | None = spec_field({}, doc="Arguments of the observer.")
+
+
+class LayerQuantizationConfig(Section):
+    """How the layers of one name are quantized."""
+
+    module_name: str = spec_field("", doc="Name, or pattern of names, of the layers.")
+    weights: TensorQuantizationConfig | None = spec_field(None, doc="Their weights; null: not.")
+    activations: TensorQuantizationConfig | None = spec_field(None, doc="Their activations; null: not.")
+
+
+class QuantizeConfig(Section):
+    """Quantization after training; no subtask reads it yet."""
+
+    backend: Literal["modelopt.pytorch", "torchao", "modelopt.onnx"] | None = spec_field(
+        "torchao",
+        doc="Library that quantizes.",
+    )
+    mode: Literal["static_ptq", "weight_only_ptq"] | None = spec_field(
+        "weight_only_ptq", doc="What is quantized."
+    )
+    algorithm: Literal["minmax", "max", "entropy", "awq_clip", "awq_lite", "awq_full", "rtn_dq"] | None = (
+        spec_field(
+            "minmax",
+            doc="How ranges are found.",
+        )
+    )
+    layers: list[LayerQuantizationConfig] | None = spec_field([], doc="Settings for single layers.")
+    skip_names: list[str] | None = spec_field([], doc="Layers that stay as they are.")
+    model_path: str | None = spec_field("", doc="Model to quantize.")
+    results_dir: str | None = spec_field("", doc="Folder for the quantized model.")
+    backend_kwargs: dict[str, Any] | None = spec_field({}, doc="Arguments of the library.")
+    device: QuantizeDevice = spec_field(
+        "cuda",
+        doc="Where quantization runs.",
+    )
+
+
+class OwnSection(Section):
+    """Options that TAO does not have; at their defaults a spec means what it means to TAO."""
+
+    backbone: dict[str, Any] | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Configuration of any mmdet backbone (type: ResNet, depth: 18, ...), used in place of
+        model.backbone; null: model.backbone decides.""",
+    )
+    zero_padded_values: bool | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Zero the attention values at padded positions, so that a prediction does not depend on the
+        padding of its batch. null: as the checkpoint was trained, else false as in TAO.""",
+    )
+    resize: Literal["pillow", "fast"] = spec_field(
+        "pillow",
+        origin=OURS,
+        doc="""How images are resized. pillow: TAO's pixels. fast: plain bilinear resizing without
+        antialiasing, as stock mmdet does it; in training, JPEGs much larger than the largest size asked for
+        are decoded at a half, a quarter or an eighth.""",
+    )
+    missing_images: Literal["error", "replace"] = spec_field(
+        "error",
+        origin=OURS,
+        doc="""What training does with an image file that is missing or cannot be decoded. error: stop and
+        name it; replace: name it in the log, take another image, and count how many were replaced.""",
+    )
+    quick_check: bool = spec_field(
+        True,
+        origin=OURS,
+        doc="""Before training starts, check the annotations and a sample of the image files, and stop
+        if they are wrong.""",
+    )
+    log_interval: PositiveInt = spec_field(50, origin=OURS, doc="Steps between two lines of the log.")
+    non_finite: Literal["stop", "skip"] = spec_field(
+        "stop",
+        origin=OURS,
+        doc="""What training does with a loss or gradients that are NaN or infinite. stop: end before the
+        weights change; skip: leave the step out. Either way the images and the layer are named and the batch
+        is saved.""",
+    )
+    deterministic: bool = spec_field(
+        False,
+        origin=OURS,
+        doc="Use deterministic algorithms throughout: the same command gives the same weights.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = spec_field(
+        "auto",
+        origin=OURS,
+        doc="Where to run; auto: on a GPU if there is one.",
+    )
+    accumulate_steps: PositiveInt = spec_field(
+        1,
+        origin=OURS,
+        doc="""Steps whose gradients are summed up before the weights change; the effective batch is
+        dataset.batch_size x GPUs x this.""",
+    )
+    lr_scaling: Literal["none", "linear", "sqrt"] = spec_field(
+        "none",
+        origin=OURS,
+        doc="""Multiply all learning rates by effective batch / lr_base_batch (linear) or by its square root
+        (sqrt, usual with AdamW). none: the rates are used as written, as in TAO.""",
+    )
+    lr_base_batch: PositiveInt | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""The effective batch size that the learning rates are meant for; null: dataset.batch_size,
+        that is one GPU without accumulation.""",
+    )
+    attention: Literal["auto", "mmcv", "triton", "torch"] = spec_field(
+        "auto",
+        origin=OURS,
+        doc="""What a GPU computes deformable attention with. mmcv: its compiled op; triton: kernels that need
+        no build; torch: plain PyTorch, slow, on every device; auto: mmcv's op and the Triton kernels are
+        compared and timed once, and the faster one is used and logged.""",
+    )
+    compile: Literal["none", "backbone", "all"] = spec_field(
+        "none",
+        origin=OURS,
+        doc="""What torch.compile turns into fused kernels at the first step of train, evaluate and inference:
+        nothing, the backbone, or backbone, neck, encoder and decoder. Worth its compile time where images
+        have one or two sizes (dataset.augmentation.fixed_padding); results differ by rounding.""",
+    )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = spec_field(
+        "default",
+        origin=OURS,
+        doc="""How torch.compile works, with ddetr_mm.compile. reduce-overhead: also as CUDA graphs, for small
+        batches; max-autotune: the same, with kernels chosen by timing them, which takes long.""",
+    )
+    predict_precision: Literal["fp32", "fp16", "bf16"] = spec_field(
+        "fp32",
+        origin=OURS,
+        doc="""Precision of evaluation and inference; scores and boxes are float32 all the same. The precision
+        of training is train.precision.""",
+    )
+    time_ledger: bool = spec_field(
+        False,
+        origin=OURS,
+        doc="""Measure where the time of a training step goes: data, backbone, encoder, decoder, matching,
+        loss, backward, optimizer, and the rest; written to the log and to time_ledger.json.""",
+    )
+    profile: bool = spec_field(
+        False,
+        origin=OURS,
+        doc="Record a profile of some training steps with torch.profiler (mmengine's ProfilerHook).",
+    )
+    export_fp16: bool = spec_field(
+        False,
+        origin=OURS,
+        doc="Also write the exported graph in half precision, as <name>.fp16.onnx with its parity report.",
+    )
+
+
+class OwnConvertSection(Section):
+    """Options of convert that TAO does not have."""
+
+    strict: bool = spec_field(
+        False, origin=OURS, doc="Stop at the first bad label or image instead of reporting it."
+    )
+    pad_shards: bool = spec_field(
+        False,
+        origin=OURS,
+        doc="Fill short shards with repeated images, as TAO does; false: no repeats.",
+    )
+    num_workers: NonNegativeInt | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Processes to use beside this one; null: as many as the cores and the number of images are
+        worth.""",
+    )
+
+
+class ExperimentSpec(Section):
+    """Everything that train, evaluate, inference, export and gen_trt_engine read."""
+
+    model_name: str | None = spec_field(None, doc="A name of your own for the model; null: none.")
+    encryption_key: str | None = spec_field(
+        None, secret=True, doc="Key that encrypts and decrypts checkpoints; null: no encryption."
+    )
+    results_dir: str | None = spec_field(
+        "/results",
+        doc="""Folder for all results: each subtask writes to a sub-folder of its own name, unless its
+        own results_dir says otherwise.""",
+    )
+    wandb: WandbConfig = section(WandbConfig)
+    model: ModelConfig = section(ModelConfig)
+    dataset: DatasetConfig = section(DatasetConfig)
+    train: TrainConfig = section(TrainConfig)
+    evaluate: EvaluateConfig = section(EvaluateConfig)
+    inference: InferenceConfig = section(InferenceConfig)
+    export: ExportConfig = section(ExportConfig)
+    gen_trt_engine: GenTrtEngineConfig = section(GenTrtEngineConfig)
+    quantize: QuantizeConfig = section(QuantizeConfig)
+    ddetr_mm: OwnSection = section(OwnSection, origin=OURS)
+
+
+class ConvertSpec(Section):
+    """KITTI folders to sharded COCO annotation files."""
+
+    input_source: str | None = spec_field(
+        None, doc="Text file that lists one sequence folder per line, relative to data_root if given."
+    )
+    data_root: str | None = spec_field(
+        None, doc="Folder the listed sequences are relative to; null: the lines are used as they are."
+    )
+    results_dir: str | None = spec_field(
+        None, placeholder=True, doc="Folder the annotation files are written to."
+    )
+    image_dir_name: str | None = spec_field(None, doc="Folder of the images inside a sequence folder.")
+    label_dir_name: str | None = spec_field(
+        None, doc="Folder of the KITTI label files inside a sequence folder."
+    )
+    val_split: Int = spec_field(
+        0,
+        ge=0,
+        le=100,
+        doc="Percent of the images that go to validation (fold 0); acts with partition_mode: random.",
+    )
+    num_shards: PositiveInt = spec_field(32, doc="Number of annotation files per sequence and partition.")
+    num_partitions: PositiveInt = spec_field(1, doc="Number of folds the data is divided into.")
+    partition_mode: Literal["random", "sequence"] | None = spec_field(
+        None,
+        doc="""How folds are made. null: none; random: 2 folds of images, drawn at random; sequence: whole
+        sequences are assigned to the folds.""",
+    )
+    image_extension: FileExtension | None = spec_field(
+        None,
+        doc="The only file extension that counts as an image; null: every common one.",
+    )
+    mapping_path: str | None = spec_field(
+        None, doc="JSON file with an object of label name to category name; null: the default mapping."
+    )
+    ddetr_mm: OwnConvertSection = section(OwnConvertSection, origin=OURS)
+
+
+Spec = ExperimentSpec | ConvertSpec
+
+SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine")
+
+
+def root_of(subtask: str | None) -> type[ExperimentSpec] | type[ConvertSpec]:
+    """The model of a subtask's spec (an experiment for None)."""
+    return ConvertSpec if subtask == "convert" else ExperimentSpec
+
+
+def suggest_key(root: type[Section], prefix: str, key: str, siblings: Iterable[str]) -> str | None:
+    """A hint for an unknown key: its name in another section, a similar sibling, or a similar name elsewhere.
+
+    Args:
+        root: the model of the spec.
+        prefix: dotted path of the section the key is in, with a trailing dot, or empty.
+        key: the unknown key.
+        siblings: the valid keys of that section.
+    """
+    paths = all_paths(root)
+    same_name = [path for path in paths if path.rpartition(".")[2] == key]
+    if same_name:
+        return "did you mean " + " or ".join(same_name[:3]) + "?"
+    close = nearest(key, siblings)
+    if close:
+        return f"did you mean {prefix}{close}?"
+    other = ConvertSpec if root is ExperimentSpec else ExperimentSpec
+    if not prefix and key in all_paths(other):
+        kind = "convert" if other is ConvertSpec else "train, evaluate, inference or export"
+        return f"this key belongs to the spec of {kind}"
+    last = {path.rpartition(".")[2]: path for path in paths}
+    close = nearest(key, last)
+    return f"did you mean {last[close]}?" if close else None
