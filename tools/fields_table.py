@@ -94,7 +94,7 @@ def lines() -> Iterator[str]:
 
 
 def section_of(info: FieldInfo) -> str:
-    """The heading that a field stands under."""
+    """The heading that a field is listed under."""
     if info.path.startswith("convert:"):
         return "convert (a spec of its own)"
     return info.path.partition(".")[0] if "." in info.path else "at the top"

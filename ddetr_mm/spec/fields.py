@@ -44,7 +44,7 @@ NonNegativeInt = Annotated[Int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Form:
-    """What a pattern means, in words; stands beside the pattern in an annotation."""
+    """What a pattern means, in words; comes after the pattern in an annotation."""
 
     words: str
 

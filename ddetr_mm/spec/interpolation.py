@@ -132,7 +132,7 @@ class Resolver:
             if not slashes and opening.start() == 0 and end == len(text):
                 return value
             if value is None or isinstance(value, (dict, list)):
-                shown = text[opening.start() : end]
+                shown = text[opening.end() - 2 : end]
                 kind = "null" if value is None else "no single value"
                 raise Unresolvable(f"cannot be resolved: {shown} is {kind}")
             parts.append(str(value))

@@ -388,15 +388,19 @@ class _Binder:
 
 
 _SECTION_KINDS = (Kind.SECTION, Kind.SECTIONS)
+_TRUE, _FALSE = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
+_BOOLEANS = dict.fromkeys(_TRUE, True) | dict.fromkeys(_FALSE, False)
 
 
 def _as_input(value: Any, text: str, one: SchemaField) -> Any:
     """A single value as pydantic is to read it.
 
-    A text field gets the text as written (no, 1_000 and 007 are names like any other). Pydantic would take
-    true for 1, so a number gets the text of a boolean, which is an error.
+    A text field gets the text as written (no, 1_000 and 007 are names like any other). Pydantic would read
+    true as the number 1 and t as true: a number gets the text of a boolean, and booleans are converted here.
     """
-    if one.base is str or (isinstance(value, bool) and one.base is not bool):
+    if one.base is bool:
+        value = _BOOLEANS.get(str(value).lower(), value)
+    elif one.base is str or isinstance(value, bool):
         value = text
     return value if one.options is None else canonical_option(value, one.options)
 
@@ -508,7 +512,7 @@ def _field_at(root: type[Section], path: Steps) -> SchemaField | None:
 
 def _validate(root: type[Section], values: dict[str, Any], references: References, report: _Report) -> Spec:
     """Let pydantic convert and check the values; wrong ones are reported and replaced by the default."""
-    while True:  # a second round finds nothing, unless a wrong value hid another one
+    while True:  # until the wrong values are gone: two rounds, as pydantic finds all of them at once
         try:
             spec = root.model_validate(values)
         except ValidationError as error:
@@ -538,7 +542,7 @@ def _source_path(location: Steps, references: References) -> Steps:
 
 
 def _refers_to(uses: set[Keys], faulty: set[Keys]) -> bool:
-    """Whether a reference leads to a value that is reported already."""
+    """Whether a reference leads to a value that has a problem of its own."""
     return any(use[:end] in faulty for use in uses for end in range(1, len(use) + 1))
 
 
@@ -557,15 +561,14 @@ def _report_value(
         report.add(path, "is out of range", value=value, allowed=one.bounds())
     elif kind == "string_pattern_mismatch":
         report.add(path, "does not have the right form", value=value, allowed=one.form)
-    elif kind == "literal_error" and isinstance(value, (str, int)):
+    elif kind == "literal_error" and isinstance(value, (str, int, float)):
         close = nearest(str(value), one.options or ()) if len(report.problems) < MAX_HINTS else None
         hint = f"did you mean {close}?" if close else None
         report.add(path, "is not an option", value=value, allowed=one.options, hint=hint)
     elif referred:
-        what = "cannot be resolved: it refers to a value of another type"
-        report.add(path, what, allowed=one.value_words() if isinstance(path[-1], int) else one.words())
+        allowed = one.value_words() if isinstance(path[-1], int) else one.words()
+        report.add(path, "cannot be resolved: it refers to a value of another type", allowed=allowed)
     else:
         blank = isinstance(value, str) and value.strip() == ""
         hint = "give a value or leave the key out" if blank else None
-        allowed = one.value_words()
-        report.add(path, "is of the wrong type", value=value, allowed=allowed, hint=hint)
+        report.add(path, "is of the wrong type", value=value, allowed=one.value_words(), hint=hint)

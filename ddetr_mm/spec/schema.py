@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, StrictBool
 
 from ddetr_mm.spec.fields import (
     OURS,
@@ -68,7 +68,7 @@ class DistributedTask(Section):
 class WandbConfig(Section):
     """Reporting to Weights & Biases; acts when its package is installed and a key is configured."""
 
-    enable: bool = spec_field(
+    enable: StrictBool = spec_field(
         True, doc="Report to Weights & Biases, if its package and an API key are available."
     )
     project: str = spec_field("TAO Toolkit", doc="Name of the project the run is filed under.")
@@ -77,9 +77,9 @@ class WandbConfig(Section):
     )
     group: str | None = spec_field("", doc="Name that groups several runs; empty: none.")
     tags: list[str] = spec_field(["training", "tao-toolkit"], doc="Tags of the run.")
-    reinit: bool = spec_field(False, doc="Let one process open several runs.")
-    sync_tensorboard: bool = spec_field(False, doc="Copy the TensorBoard events into the run.")
-    save_code: bool = spec_field(False, doc="Upload the source code of the main script.")
+    reinit: StrictBool = spec_field(False, doc="Let one process open several runs.")
+    sync_tensorboard: StrictBool = spec_field(False, doc="Copy the TensorBoard events into the run.")
+    save_code: StrictBool = spec_field(False, doc="Upload the source code of the main script.")
     name: str = spec_field("TAO Toolkit training experiment", doc="Name shown for the run.")
     run_id: str = spec_field("", doc="Identifier of an existing run to continue; empty: a new one.")
 
@@ -110,7 +110,7 @@ class ModelConfig(Section):
     giou_loss_coef: float = spec_field(
         2.0, ge=0.0, doc="Weight of the GIoU term of the boxes, in the matching cost and in the loss."
     )
-    with_box_refine: bool = spec_field(
+    with_box_refine: StrictBool = spec_field(
         True, doc="Let every decoder layer refine the boxes of the layer before it."
     )
     num_select: PositiveInt = spec_field(
@@ -148,11 +148,13 @@ class ModelConfig(Section):
     enc_n_points: PositiveInt = spec_field(
         4, doc="Sampling points per head and feature level in the encoder's self-attention."
     )
-    aux_loss: bool = spec_field(True, doc="Apply the loss after every decoder layer, not only the last.")
-    dilation: bool = spec_field(
+    aux_loss: StrictBool = spec_field(
+        True, doc="Apply the loss after every decoder layer, not only the last."
+    )
+    dilation: StrictBool = spec_field(
         False, doc="Dilate ResNet's last stage instead of striding it (stride 16 in place of 32)."
     )
-    train_backbone: bool = spec_field(True, doc="Train the backbone; false freezes all of it.")
+    train_backbone: StrictBool = spec_field(True, doc="Train the backbone; false freezes all of it.")
     loss_types: list[Literal["labels", "boxes"]] = spec_field(
         ["labels", "boxes"],
         doc="The losses that are computed: labels (classification), boxes (L1 and GIoU).",
@@ -166,7 +168,7 @@ class ModelConfig(Section):
         doc="""Parameters whose TAO name contains one of these learn at
         train.optim.lr * train.optim.lr_linear_proj_mult.""",
     )
-    precise_msda: bool = spec_field(
+    precise_msda: StrictBool = spec_field(
         False,
         origin=TAO_7_3,
         doc="Compute deformable attention in full precision under mixed precision.",
@@ -232,7 +234,7 @@ class AugmentationConfig(Section):
     test_random_resize: PositiveInt = spec_field(
         800, doc="Length of the short side for validation, evaluation and inference."
     )
-    fixed_padding: bool = spec_field(
+    fixed_padding: StrictBool = spec_field(
         True,
         doc="""Pad every image to (max(scales), random_resize_max_size), the long side following the
         image's own, so that all batches have the same size and memory use is constant.""",
@@ -277,7 +279,7 @@ class DatasetConfig(Section):
     workers: NonNegativeInt = spec_field(
         8, doc="Processes per GPU that load images; 0: the main process loads them itself."
     )
-    pin_memory: bool = spec_field(True, doc="Copy batches to page-locked memory before the GPU.")
+    pin_memory: StrictBool = spec_field(True, doc="Copy batches to page-locked memory before the GPU.")
     dataset_type: Literal["serialized", "default"] = spec_field(
         "serialized",
         doc="""How annotations are held. serialized: one shared copy for all processes of a machine; default:
@@ -297,8 +299,8 @@ class DatasetConfig(Section):
 class CudnnConfig(Section):
     """Switches of cuDNN."""
 
-    benchmark: bool = spec_field(False, doc="Let cuDNN time its algorithms and take the fastest.")
-    deterministic: bool = spec_field(True, doc="Restrict cuDNN to deterministic algorithms.")
+    benchmark: StrictBool = spec_field(False, doc="Let cuDNN time its algorithms and take the fastest.")
+    deterministic: StrictBool = spec_field(True, doc="Restrict cuDNN to deterministic algorithms.")
 
 
 class OptimConfig(Section):
@@ -338,8 +340,8 @@ class OptimConfig(Section):
 class CheckpointerConfig(Section):
     """Keeping the best checkpoints."""
 
-    enable_topk: bool = spec_field(False, origin=TAO_7_3, doc="Keep the best checkpoints by a metric.")
-    replace_periodic: bool = spec_field(
+    enable_topk: StrictBool = spec_field(False, origin=TAO_7_3, doc="Keep the best checkpoints by a metric.")
+    replace_periodic: StrictBool = spec_field(
         False, origin=TAO_7_3, doc="Keep only the best ones, not those of every interval."
     )
     monitor: str | None = spec_field(None, origin=TAO_7_3, doc="The metric that says which is best.")
@@ -355,7 +357,7 @@ class CheckpointerConfig(Section):
     dirpath: str | None = spec_field(
         None, origin=TAO_7_3, doc="Folder for the best checkpoints; null: the results folder."
     )
-    auto_insert_metric_name: bool = spec_field(
+    auto_insert_metric_name: StrictBool = spec_field(
         False, origin=TAO_7_3, doc="Add the metric's name to the file name."
     )
 
@@ -397,7 +399,7 @@ class TrainConfig(DistributedTask):
     clip_grad_norm: float = spec_field(
         0.1, ge=0.0, doc="Largest L2 norm of the gradient; larger ones are scaled down. 0: no clipping."
     )
-    is_dry_run: bool = spec_field(
+    is_dry_run: StrictBool = spec_field(
         False, doc="Run one step of training and of validation only, to see that everything works."
     )
     optim: OptimConfig = section(OptimConfig)
@@ -409,10 +411,10 @@ class TrainConfig(DistributedTask):
         "ddp",
         doc="How several GPUs share the work: ddp copies the model to each, fsdp shards it.",
     )
-    activation_checkpoint: bool = spec_field(
+    activation_checkpoint: StrictBool = spec_field(
         True, doc="Recompute activations in the backward pass instead of keeping them: less memory."
     )
-    verbose: bool = spec_field(False, doc="Print every change of the learning rates.")
+    verbose: StrictBool = spec_field(False, doc="Print every change of the learning rates.")
     input_width: PositiveInt | None = spec_field(None, doc="Width of the network's input, in pixels.")
     input_height: PositiveInt | None = spec_field(None, doc="Height of the network's input, in pixels.")
     checkpointer: CheckpointerConfig = section(CheckpointerConfig, origin=TAO_7_3)
@@ -455,7 +457,7 @@ class InferenceConfig(DistributedTask):
     conf_threshold: float = spec_field(
         0.5, ge=0.0, doc="Predictions with a score below this (0..1) are left out."
     )
-    is_internal: bool = spec_field(
+    is_internal: StrictBool = spec_field(
         False, doc="Write into one sub-folder per folder two levels above the image."
     )
     input_width: Int | None = spec_field(
@@ -477,7 +479,7 @@ class ExportConfig(Section):
     gpu_id: NonNegativeInt = spec_field(0, doc="Index of the GPU to use, if there is one.")
     checkpoint: str | None = spec_field(None, placeholder=True, doc="Checkpoint to export.")
     onnx_file: str | None = spec_field(None, placeholder=True, doc="Path of the .onnx file to write.")
-    on_cpu: bool = spec_field(
+    on_cpu: StrictBool = spec_field(
         True,
         doc="""Form of deformable attention. true: standard ONNX operators only (GridSample; opset raised to
         16 or more); false: a node of TensorRT's plugin.""",
@@ -489,9 +491,9 @@ class ExportConfig(Section):
     batch_size: Int | None = spec_field(
         -1, ge=-1, doc="Batch size fixed in the graph; -1 or null: any, decided at run time."
     )
-    verbose: bool = spec_field(False, doc="Print the exporter's own messages.")
+    verbose: StrictBool = spec_field(False, doc="Print the exporter's own messages.")
     format: Literal["onnx", "xdl"] = spec_field("onnx", doc="Format of the file; onnx is written.")
-    serialize_nvdsinfer: bool = spec_field(
+    serialize_nvdsinfer: StrictBool = spec_field(
         False, doc="Write labels.txt and nvdsinfer_config.yaml for DeepStream next to the file."
     )
 
@@ -525,7 +527,7 @@ class TensorrtConfig(Section):
     max_batch_size: PositiveInt = spec_field(1, doc="Largest batch the engine takes.")
     layers_precision: list[LayerPrecision] | None = spec_field(
         [],
-        doc="Precision of single layers, each as layer:precision; * stands for any part of a name.",
+        doc="Precision of single layers, each as layer:precision; * matches any part of a name.",
     )
     data_type: Literal["FP32", "FP16", "INT8"] = spec_field("FP32", doc="Precision of the engine.")
     calibration: CalibrationConfig = section(CalibrationConfig)
@@ -547,7 +549,7 @@ class GenTrtEngineConfig(Section):
         None, doc="File in which TensorRT keeps kernel timings between builds; null: none."
     )
     batch_size: Int = spec_field(-1, ge=-1, doc="Batch size; the ONNX file decides it. -1: any.")
-    verbose: bool = spec_field(False, doc="Print TensorRT's own messages.")
+    verbose: StrictBool = spec_field(False, doc="Print TensorRT's own messages.")
     tensorrt: TensorrtConfig = section(TensorrtConfig)
     input_channel: Int = spec_field(3, origin=TAO_5_1, doc="Channels of the input.")
     input_width: Int = spec_field(960, origin=TAO_5_1, doc="Width of the input, in pixels.")
@@ -610,7 +612,7 @@ class OwnSection(Section):
         doc="""Configuration of any mmdet backbone (type: ResNet, depth: 18, ...), used in place of
         model.backbone; null: model.backbone decides.""",
     )
-    zero_padded_values: bool | None = spec_field(
+    zero_padded_values: StrictBool | None = spec_field(
         None,
         origin=OURS,
         doc="""Zero the attention values at padded positions, so that a prediction does not depend on the
@@ -629,7 +631,7 @@ class OwnSection(Section):
         doc="""What training does with an image file that is missing or cannot be decoded. error: stop and
         name it; replace: name it in the log, take another image, and count how many were replaced.""",
     )
-    quick_check: bool = spec_field(
+    quick_check: StrictBool = spec_field(
         True,
         origin=OURS,
         doc="""Before training starts, check the annotations and a sample of the image files, and stop
@@ -643,7 +645,7 @@ class OwnSection(Section):
         weights change; skip: leave the step out. Either way the images and the layer are named and the batch
         is saved.""",
     )
-    deterministic: bool = spec_field(
+    deterministic: StrictBool = spec_field(
         False,
         origin=OURS,
         doc="Use deterministic algorithms throughout: the same command gives the same weights.",
@@ -681,7 +683,7 @@ class OwnSection(Section):
     compile: Literal["none", "backbone", "all"] = spec_field(
         "none",
         origin=OURS,
-        doc="""What torch.compile turns into fused kernels at the first step of train, evaluate and inference:
+        doc="""What torch.compile compiles to fused kernels at the first step of train, evaluate and inference:
         nothing, the backbone, or backbone, neck, encoder and decoder. Worth its compile time where images
         have one or two sizes (dataset.augmentation.fixed_padding); results differ by rounding.""",
     )
@@ -697,18 +699,18 @@ class OwnSection(Section):
         doc="""Precision of evaluation and inference; scores and boxes are float32 all the same. The precision
         of training is train.precision.""",
     )
-    time_ledger: bool = spec_field(
+    time_ledger: StrictBool = spec_field(
         False,
         origin=OURS,
         doc="""Measure where the time of a training step goes: data, backbone, encoder, decoder, matching,
         loss, backward, optimizer, and the rest; written to the log and to time_ledger.json.""",
     )
-    profile: bool = spec_field(
+    profile: StrictBool = spec_field(
         False,
         origin=OURS,
         doc="Record a profile of some training steps with torch.profiler (mmengine's ProfilerHook).",
     )
-    export_fp16: bool = spec_field(
+    export_fp16: StrictBool = spec_field(
         False,
         origin=OURS,
         doc="Also write the exported graph in half precision, as <name>.fp16.onnx with its parity report.",
@@ -718,10 +720,10 @@ class OwnSection(Section):
 class OwnConvertSection(Section):
     """Options of convert that TAO does not have."""
 
-    strict: bool = spec_field(
+    strict: StrictBool = spec_field(
         False, origin=OURS, doc="Stop at the first bad label or image instead of reporting it."
     )
-    pad_shards: bool = spec_field(
+    pad_shards: StrictBool = spec_field(
         False,
         origin=OURS,
         doc="Fill short shards with repeated images, as TAO does; false: no repeats.",

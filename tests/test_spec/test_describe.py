@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ddetr_mm.spec import SUBTASKS, default_spec_text, get_field, iter_fields, load_spec, spec_to_yaml
+from ddetr_mm.spec.describe import aliases
 from ddetr_mm.spec.fields import TAO_5_1
 from ddetr_mm.spec.schema import root_of
 
@@ -101,3 +102,22 @@ def test_text_that_looks_like_an_interpolation_survives_writing(load, monkeypatc
     loaded = load("wandb: {name: '${oc.env:SPEC_TEST_VALUE}'}")
     assert loaded.spec.wandb.name == value
     assert load(spec_to_yaml(loaded.spec)).spec == loaded.spec
+
+
+@pytest.mark.parametrize(
+    "character", ["\x85", "\u2028", "\u2029", "\ufeff", "\r", "\n", "\t", "\x1b"], ids=ascii
+)
+def test_line_breaks_of_unicode_survive_writing(load, character: str):
+    spec = load("").spec
+    spec.wandb.name = f"a{character}b"
+    spec.wandb.tags = [character]
+    spec.inference.color_map = {f"x{character}y": f"{character}z"}
+    spec.ddetr_mm.backbone = {"type": "X", f"k{character}": [f"{character}v"]}
+    assert load(spec_to_yaml(spec)).spec == spec
+
+
+def test_aliases_are_dotted_paths():
+    assert aliases() == {
+        "model.pretrained_model_path": "model.pretrained_backbone_path",
+        "train.optim.lr_monitor": "train.optim.monitor_name",
+    }

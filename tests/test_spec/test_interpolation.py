@@ -50,10 +50,17 @@ from ddetr_mm.spec.schema import DataSource
         ),
         ("results_dir: 'a\\${b}'", "results_dir", "a${b}"),
         ("ddetr_mm: {backbone: {type: X, n: '${model.hidden_dim}'}}", "ddetr_mm.backbone.n", 256),
+        ("ddetr_mm: {backbone: {type: X, n: [1, '${train.gpu_ids}']}}", "ddetr_mm.backbone.n", [1, [0]]),
+        ("model_name: '${.results_dir}x\\\\${train.seed}'", "model_name", "/resultsx\\1234"),
+        ("model_name: '${oc.env:SPEC_TEST_NOT_SET,null}'", "model_name", None),
+        ("model_name: ${train.optim.lr_backbone}", "model_name", "2e-05"),
+        ("train: {optim: {lr: '${oc.env:SPEC_TEST_NUMBER}'}}", "train.optim.lr", 0.5),
+        ("train: {verbose: '${train.is_dry_run}', is_dry_run: yes}", "train.verbose", True),
     ],
 )
 def test_interpolation(load, monkeypatch, text: str, path: str, value: object):
     monkeypatch.setenv("SPEC_TEST_DIR", "/env")
+    monkeypatch.setenv("SPEC_TEST_NUMBER", "0.5")
     monkeypatch.delenv("SPEC_TEST_NOT_SET", raising=False)
     assert get_field(load(text).spec, path) == value
 
@@ -74,6 +81,12 @@ def test_interpolation(load, monkeypatch, text: str, path: str, value: object):
         ("train: {seed: '${model.backbone}'}", "cannot be resolved"),
         ("train: {gpu_ids: '${train.seed}'}", "train.gpu_ids"),
         ("train: ${model}", "is not a section"),
+        ("results_dir: 'a/${model_name}'", "${model_name} is null"),
+        ("results_dir: 'a/${model}'", "${model} is no single value"),
+        ("train: {seed: '${train.verbose}'}", "cannot be resolved"),
+        ("dataset: {test_data_sources: '${model}'}", "cannot be resolved"),
+        ("dataset: {val_data_sources: ['${model}']}", "val_data_sources[0], line 1: cannot be resolved"),
+        ("train: {gpu_ids: [0, '${model.backbone}']}", "train.gpu_ids[1], line 1: cannot be resolved"),
         ("train: {seed: '${model}'}", "cannot be resolved"),
         ("train: {num_epochs: '${model.seed_}'}", "names model.seed_"),
         ("train: {num_epochs: '${export.gpu_id}'}", "out of range"),
@@ -108,6 +121,26 @@ def test_a_chain_of_moderate_length_resolves(load):
     entries = ", ".join(f"k{n}: '${{.k{n + 1}}}'" for n in range(10))
     loaded = load("inference: {color_map: {" + entries + ", k10: red}}")
     assert loaded.spec.inference.color_map["k0"] == "red"
+
+
+def test_a_chain_of_great_length_is_refused(problems):
+    entries = ", ".join(f"k{n}: '${{.k{n + 1}}}'" for n in range(100))
+    found = problems("inference: {color_map: {" + entries + ", k100: red}}")
+    assert any("more than 50 steps" in one for one in found)
+
+
+def test_a_reference_to_a_wrong_value_is_not_reported_beside_it(problems):
+    found = problems(
+        "model: {num_select: '${.num_queries}', num_queries: x}\nmodel_name: '${model.num_select}'"
+    )
+    assert len(found) == 1
+    assert "model.num_queries" in found[0]
+
+
+def test_a_resolved_list_is_a_copy(load):
+    spec = load("evaluate: {gpu_ids: '${train.gpu_ids}'}").spec
+    spec.evaluate.gpu_ids.append(5)
+    assert spec.train.gpu_ids == [0]
 
 
 def test_one_bad_interpolation_does_not_hide_other_problems(problems):

@@ -107,6 +107,8 @@ results_dir: ${nowhere}
         ("train: {verbose: 'yes'}", "train.verbose", True),
         ("train: {verbose: 1}", "train.verbose", True),
         ("train: {verbose: off}", "train.verbose", False),
+        ("train: {verbose: 'Y'}", "train.verbose", True),
+        ("train: {verbose: '0'}", "train.verbose", False),
         ("encryption_key: 0123", "encryption_key", "0123"),
         ("wandb: {name: 2024-01-01}", "wandb.name", "2024-01-01"),
         ("wandb: {name: no}", "wandb.name", "no"),
@@ -114,6 +116,7 @@ results_dir: ${nowhere}
         ("inference: {color_map: {no: red, 1: blue}}", "inference.color_map", {"no": "red", "1": "blue"}),
         ("gen_trt_engine: {tensorrt: {data_type: fp16}}", "gen_trt_engine.tensorrt.data_type", "FP16"),
         ("export: {batch_size: null}", "export.batch_size", None),
+        ("export: {input_channel: '3'}", "export.input_channel", 3),
         ("quantize: {device: 'cuda:1'}", "quantize.device", "cuda:1"),
         (
             "quantize: {layers: [{module_name: a, weights: {dtype: int8, quant_axis: 0}}]}",
@@ -140,12 +143,19 @@ def test_values_are_converted(load, text: str, path: str, value: object):
         ("train: {seed: -2}", "at least -1"),
         ("train: {verbose: 2}", "true or false"),
         ("train: {verbose: maybe}", "true or false"),
+        ("train: {verbose: t}", "true or false"),
+        ("train: {verbose: 1.0}", "true or false"),
         ("train: {optim: {lr: true}}", "a number"),
         ("train: {optim: {lr: .inf}}", "finite"),
         ("train: {optim: {lr: 1e999}}", "finite"),
         ("train: {optim: {lr: 0}}", "more than 0"),
         ("train: {optim: {lr: '???'}}", "placeholder ???"),
         ("train: {optim: 3}", "is not a section"),
+        ("train: {seed: '99999999999999999999'}", "64 bits"),
+        ("train: {seed: 1e300}", "64 bits"),
+        ("train: {seed: .inf}", "finite"),
+        ("train: {gpu_ids: [0, -99999999999999999999]}", "train.gpu_ids[1]"),
+        ("export: {input_channel: true}", "is not an option"),
         ("train: {gpu_ids: [-1]}", "train.gpu_ids[0]"),
         ("train: {gpu_ids: [[0]]}", "an integer"),
         ("train: {gpu_ids: [~]}", "an integer"),
@@ -176,6 +186,35 @@ def test_values_are_converted(load, text: str, path: str, value: object):
 def test_wrong_values(problems, text: str, words: str):
     found = problems(text)
     assert any(words in one for one in found), found
+
+
+def test_wrong_items_keep_the_places_of_the_others(problems):
+    text = "dataset: {train_data_sources: [a, {image_dir: b}]}\ntrain: {gpu_ids: [~, -1], freeze: [[a], b]}"
+    found = problems(text)
+    places = [
+        "train_data_sources[0]",
+        "train_data_sources[1].json_file",
+        "gpu_ids[0]",
+        "gpu_ids[1]",
+        "freeze[0]",
+    ]
+    assert len(found) == len(places)
+    assert all(any(place in one for one in found) for place in places), found
+
+
+def test_a_wrong_section_is_reported_without_what_it_lacks(problems):
+    found = problems("evaluate: 3\ndataset: {test_data_sources: 4}\nmodel: 5", (), "evaluate")
+    assert [one.split(": ")[1].split(",")[0] for one in found] == [
+        "evaluate",
+        "dataset.test_data_sources",
+        "model",
+    ]
+
+
+def test_at_most_a_hundred_problems_are_shown(problems):
+    found = problems("train: {optim: {lr_steps: [" + "x, " * 500 + "]}}")
+    assert len(found) == 101
+    assert found[-1].endswith("400 more problems are not shown")
 
 
 def test_sources_in_other_forms(load):

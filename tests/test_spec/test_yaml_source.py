@@ -171,6 +171,38 @@ def test_the_dumper_quotes_what_the_loader_would_misread(value: str):
     assert plain(parse_yaml(text)[0]) == {"a": value}
 
 
+SPECIAL = [
+    "\n",
+    "\r",
+    "\r\n",
+    "\t",
+    "\x07",
+    "\x7f",
+    "\x85",
+    "\xa0",
+    "\xad",
+    "\u2028",
+    "\u2029",
+    "\ufeff",
+    "\ufffe",
+    "\U0010ffff",
+]
+
+
+@pytest.mark.parametrize("character", SPECIAL, ids=ascii)
+@pytest.mark.parametrize("allow_unicode", [True, False])
+@pytest.mark.parametrize("flow", [True, False])
+def test_the_dumper_keeps_every_character(character: str, allow_unicode: bool, flow: bool):
+    for text in (character, f"a{character}b", f"{character}b", f"a{character}", f"a {character} b: '"):
+        value = {"a": text, text: [text]}
+        written = yaml.dump(
+            value, Dumper=SpecDumper, allow_unicode=allow_unicode, default_flow_style=flow, width=20
+        )
+        tree, problems = parse_yaml(written)
+        assert problems == []
+        assert plain(tree) == value
+
+
 def test_the_loader_does_not_change_pyyaml():
     assert yaml.safe_load("a: 2024-01-01")["a"] != "2024-01-01"
     assert SpecLoader.yaml_implicit_resolvers is not yaml.SafeLoader.yaml_implicit_resolvers
