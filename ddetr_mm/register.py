@@ -5,7 +5,6 @@ patches of :data:`ddetr_mm.compat.patches.AT_REGISTRATION`.
 """
 
 import ddetr_mm.datasets.coco
-import ddetr_mm.datasets.images
 import ddetr_mm.datasets.samplers
 import ddetr_mm.datasets.transforms
 import ddetr_mm.engine.alarms

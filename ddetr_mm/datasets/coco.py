@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,7 +18,7 @@ from mmdet.registry import DATASETS
 from mmengine.logging import print_log
 
 from ddetr_mm.datasets.coco_table import CocoTable
-from ddetr_mm.datasets.images import unreadable_image, unreadable_told
+from ddetr_mm.datasets.images import image_errors_named
 from ddetr_mm.datasets.samplers import SampleIndex, sample_randomness
 from ddetr_mm.datasets.sources import STORAGES, CocoSource, join_location, list_images, read_coco_sources
 from ddetr_mm.errors import DataError, Problem
@@ -322,17 +321,14 @@ class SerializedCocoDataset(BaseDetDataset):
             DataError: the image file is missing or cannot be decoded.
         """
         info = self.get_data_info(idx)
-        path = info["img_path"]
         try:
-            return self.pipeline(info)
-        except (OSError, AssertionError, cv2.error) as error:
-            problem = unreadable_image(path, self.backend_args)
-            if problem is None:
-                raise
+            with image_errors_named(info["img_path"], self.backend_args):
+                return self.pipeline(info)
+        except DataError as error:
             if self.num_replaced_shared is None or self.test_mode:
-                raise DataError(problem) from error
+                raise
             self.num_replaced_shared += 1
-            print_log(f"{problem}; another image takes its place", logger="current", level=logging.WARNING)
+            print_log(f"{error}; another image takes its place", logger="current", level=logging.WARNING)
             return None
 
     @property
@@ -487,5 +483,5 @@ class ImageFolderDataset(BaseDetDataset):
             DataError: the image file cannot be read.
         """
         info = self.get_data_info(idx)
-        with unreadable_told(info["img_path"], self.backend_args):
+        with image_errors_named(info["img_path"], self.backend_args):
             return self.pipeline(info)

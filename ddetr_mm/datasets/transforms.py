@@ -1,4 +1,11 @@
-"""TAO's transforms for mmdet's pipelines."""
+"""TAO's transforms for mmdet pipelines: load, resize, crop, jitter, pad, pack.
+
+The first part works on a pipeline's ``results`` dict: it resizes, crops or pads the image and everything that
+lies in it. The keys are mmdet's: ``img`` (H, W, C), ``gt_bboxes`` (boxes or an (N, 4) xyxy array), per box
+``gt_bboxes_labels``, ``gt_ignore_flags``, ``gt_masks``, and ``gt_seg_map``; missing ones are skipped. The
+second part are the registered transforms. Each works alone in any mmdet pipeline, and draws from numpy's
+global generator, as mmdet's do.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +16,12 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from mmcv.transforms import BaseTransform
+from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmcv.transforms.utils import cache_randomness
 from mmdet.datasets.transforms import PackDetInputs
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
+from mmengine import fileio
 
 from ddetr_mm.datasets.geometry import (
     crop_boxes,
@@ -23,12 +31,10 @@ from ddetr_mm.datasets.geometry import (
     resize_size_hw,
     scale_boxes,
 )
-from ddetr_mm.datasets.images import RESIZE_BACKENDS, TAOLoadImageFromFile, split_planes
+from ddetr_mm.datasets.image_size import UnreadableImage
+from ddetr_mm.datasets.images import RESIZE_BACKENDS, decode_image, decode_jpeg_reduced_bgr, split_planes
 
-# --- Resize, crop and pad a pipeline's ``results`` dict: the image, and everything that lies in it ---
-# The keys are mmdet's: ``img`` (H, W, C), ``gt_bboxes`` (boxes or an (N, 4) xyxy array), and per box
-# ``gt_bboxes_labels``, ``gt_ignore_flags``, ``gt_masks``; ``gt_seg_map``. Keys that are not there are
-# skipped.
+# --- Functions on ``results`` ---
 
 Results = dict[str, Any]
 _PER_BOX_KEYS = ("gt_bboxes_labels", "gt_ignore_flags", "gt_masks", "gt_instances_ids")
@@ -143,20 +149,87 @@ def _compose_homography(results: Results, step: npt.NDArray[np.float64]) -> None
     results["homography_matrix"] = matrix if before is None else matrix @ before
 
 
-# --- The reference's augmentations as mmdet transforms; each works alone in any mmdet pipeline ---
-# All randomness comes from numpy's global generator, as in mmdet, so that a seeded worker repeats itself.
-
-__all__ = [
-    "FixedPad",
-    "LargeScaleJitter",
-    "TAOLoadImageFromFile",
-    "TAOPackDetInputs",
-    "TAORandomResize",
-    "TAORandomSizeCrop",
-]
+# --- Registered transforms ---
 
 IMAGENET_MEAN_BGR = (104.0, 116.0, 124.0)
 """The mean colour of ImageNet in 8 bits: about 0 after normalisation."""
+
+
+@TRANSFORMS.register_module()
+class TAOLoadImageFromFile(LoadImageFromFile):
+    """mmcv's ``LoadImageFromFile`` through :func:`~ddetr_mm.datasets.images.decode_image`: faster on JPEGs.
+
+    Without ``min_short_side`` it gives mmcv's pixels, and also reads files that OpenCV alone does not. Other
+    values of ``color_type``, ``imdecode_backend`` or ``file_client_args`` leave the work to mmcv's class.
+
+    With ``min_short_side`` large JPEGs are decoded at a half, a quarter or an eighth, which for 4K images
+    takes a third of the time. The pixels are then not TAO's: an option for training only. ``ori_shape`` stays
+    the full size, while ``img``, ``img_shape``, the boxes in ``instances``, ``scale_factor`` and
+    ``homography_matrix`` are those of the reduced image, so ``LoadAnnotations`` must come after it. The size
+    is known beforehand from ``height`` and ``width``; a file of another size is decoded in full.
+
+    Args:
+        min_short_side: least length of the decoded shorter side, pixels: the largest that a later resize
+            asks for. None: always decode in full.
+        kwargs: as in mmcv.
+    """
+
+    def __init__(self, *args: Any, min_short_side: int | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if min_short_side is not None and min_short_side < 1:
+            raise ValueError(f"min_short_side must be positive or None, not {min_short_side}")
+        if min_short_side is not None and (self.color_type, self.imdecode_backend) != ("color", "cv2"):
+            raise ValueError("min_short_side needs color_type 'color' and imdecode_backend 'cv2'")
+        self.min_short_side = min_short_side
+
+    def transform(self, results: Results) -> Results | None:
+        """Load; see the class."""
+        if (self.color_type, self.imdecode_backend, self.file_client_args) == ("color", "cv2", None):
+            try:
+                content = fileio.get(results["img_path"], backend_args=self.backend_args)
+                reduction = self._reduction(results)
+                if reduction > 1:
+                    reduced = decode_jpeg_reduced_bgr(content, reduction)
+                    if self._put_reduced(results, reduced, reduction):
+                        return results
+                return self._put(results, decode_image(content, "bgr"))
+            except (OSError, UnreadableImage):
+                pass  # mmcv's class reports it, or honours ``ignore_empty``
+        loaded: Results | None = super().transform(results)
+        return loaded
+
+    def _reduction(self, results: Results) -> int:
+        """The largest of 1, 2, 4, 8 that leaves the shorter side long enough."""
+        if self.min_short_side is None:
+            return 1
+        short = min(results.get("height") or 0, results.get("width") or 0)
+        return max((factor for factor in (8, 4, 2) if short // factor >= self.min_short_side), default=1)
+
+    def _put(self, results: Results, image_bgr: npt.NDArray[np.uint8]) -> Results:
+        """Set the image and its size as mmcv does."""
+        results["img"] = image_bgr.astype(np.float32) if self.to_float32 else image_bgr
+        results["img_shape"] = results["ori_shape"] = image_bgr.shape[:2]
+        return results
+
+    def _put_reduced(self, results: Results, image_bgr: npt.NDArray[np.uint8] | None, reduction: int) -> bool:
+        """Set the reduced image and what goes with it; False where its size contradicts the recorded one."""
+        full_hw = (results["height"], results["width"])
+        if image_bgr is None or image_bgr.shape[:2] != tuple(-(-side // reduction) for side in full_hw):
+            return False
+        height, width = image_bgr.shape[:2]
+        scale_wh = (width / full_hw[1], height / full_hw[0])
+        self._put(results, image_bgr)
+        results["ori_shape"] = full_hw
+        results["scale_factor"] = scale_wh
+        results["homography_matrix"] = np.diag([*scale_wh, 1.0]).astype(np.float32)
+        results["instances"] = [
+            {**item, "bbox": (np.asarray(item["bbox"]) * [*scale_wh, *scale_wh]).tolist()}
+            for item in results.get("instances", [])
+        ]
+        return True
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, min_short_side={self.min_short_side})"
 
 
 @TRANSFORMS.register_module()
@@ -172,7 +245,7 @@ class TAORandomResize(BaseTransform):
             fixed resize of validation.
         max_size: bound of the longer side, pixels; None for none. See
             :func:`~ddetr_mm.datasets.geometry.resize_size_hw`.
-        backend: ``'pillow'``, the reference's antialiased pixels to one grey level; ``'fast'``, plain
+        backend: ``'pillow'``, TAO's antialiased pixels to one grey level; ``'fast'``, plain
             bilinear interpolation as in stock mmdet, which differs where the image shrinks.
     """
 
@@ -365,19 +438,6 @@ class FixedPad(BaseTransform):
         )
 
 
-def _pick(fraction: float, low: int, high: int) -> int:
-    """The integer in [low, high] at a fraction in [0, 1): uniform when the fraction is."""
-    return low + int(fraction * (high - low + 1))
-
-
-def _check_backend(backend: str) -> None:
-    if backend not in RESIZE_BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(RESIZE_BACKENDS)}, not {backend!r}")
-
-
-# --- Packing of samples for the model, with a fast way to channel-first pixels ---
-
-
 @TRANSFORMS.register_module()
 class TAOPackDetInputs(PackDetInputs):
     """mmdet's ``PackDetInputs``, which turns (H, W, 3) pixels into (3, H, W) about five times faster.
@@ -392,3 +452,13 @@ class TAOPackDetInputs(PackDetInputs):
             # seen as (H, W, 3) again, so that mmdet's own transposition finds nothing left to copy
             results["img"] = np.ascontiguousarray(split_planes(image)).transpose(1, 2, 0)
         return super().transform(results)
+
+
+def _pick(fraction: float, low: int, high: int) -> int:
+    """The integer in [low, high] at a fraction in [0, 1): uniform when the fraction is."""
+    return low + int(fraction * (high - low + 1))
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in RESIZE_BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(RESIZE_BACKENDS)}, not {backend!r}")

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ddetr_mm.datasets.image_size import UnreadableImage, read_image_size
-from ddetr_mm.datasets.images import TAOLoadImageFromFile, unreadable_told
+from ddetr_mm.datasets.images import image_errors_named
+from ddetr_mm.datasets.transforms import TAOLoadImageFromFile
 from ddetr_mm.datasets.sources import read_coco_sources
 from ddetr_mm.engine.detections import load_upright_rgb
 from ddetr_mm.errors import DataError
@@ -125,7 +126,7 @@ def test_damaged_image(tmp_path_factory: pytest.TempPathFactory, kind: str, data
             except UnreadableImage:
                 pass
         try:
-            with unreadable_told(str(path)):
+            with image_errors_named(str(path)):
                 loaded = TAOLoadImageFromFile().transform({"img_path": str(path)})
             assert loaded["img"].ndim == 3
         except DataError as error:

@@ -19,7 +19,6 @@ from mmengine.structures import InstanceData
 from torch.utils.data import DataLoader
 
 from ddetr_mm.datasets.coco import build_label_map, labels_of
-from ddetr_mm.datasets.images import missing_images
 from ddetr_mm.datasets.sources import read_coco_sources
 from ddetr_mm.errors import DataError
 
@@ -302,15 +301,6 @@ def test_exif_orientation_decides_over_the_recorded_size(tmp_path):
         assert sample.ori_shape == (64, 48)
         assert sample.img_shape == (32, 24)
         assert sample.gt_instances.bboxes.tensor.tolist() == [[5, 25, 15, 30]]
-
-
-def test_missing_images_are_listed(root):
-    dataset = two_sources(root)
-    assert list(missing_images(dataset.table, dataset.sources)) == []
-    (root / "b" / "9.jpg").unlink()
-    (found,) = missing_images(dataset.table, dataset.sources)
-    assert found.file == f"{root}/b/9.jpg"
-    assert found.where == "image id 9"
 
 
 def test_tiny_real_pixels(root):

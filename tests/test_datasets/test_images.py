@@ -1,4 +1,4 @@
-"""Resized pixels against Pillow's."""
+"""Decoded pixels against OpenCV's and Pillow's, resized ones against Pillow's."""
 
 import io
 import struct
@@ -7,149 +7,108 @@ import cv2
 import numpy as np
 import pytest
 from data_builders import random_image
-from dataset_builders import config  # noqa: F401
 from golden_files import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmdet.registry import TRANSFORMS
 from PIL import Image, ImageOps
 
-import ddetr_mm.datasets.images  # noqa: F401
+from ddetr_mm.datasets.image_size import UnreadableImage
 from ddetr_mm.datasets.images import (
     contiguous,
-    decode_jpeg_bgr,
+    decode_image,
+    decode_jpeg,
     decode_jpeg_reduced_bgr,
+    image_errors_named,
+    read_image,
     resize_like_pillow,
     resize_plain,
     split_planes,
 )
+from ddetr_mm.errors import DataError
 
-# --- Loading, with and without scaled decoding ---
-
-BOX = [10.0, 20, 300, 200]
-
-
-@pytest.fixture
-def path(tmp_path):
-    cv2.imwrite(str(tmp_path / "x.jpg"), random_image(0, 401, 603))
-    return str(tmp_path / "x.jpg")
+# --- decoding ---
 
 
-def load(path, name="TAOLoadImageFromFile", size_hw=(401, 603), **options):
-    info = {"img_path": str(path), "height": size_hw[0], "width": size_hw[1]}
-    info["instances"] = [{"bbox": list(BOX), "bbox_label": 1, "ignore_flag": 0}]
-    return TRANSFORMS.build({"type": name, **options})(info)
+def encoded(image: np.ndarray, kind: str, mode: str | None = None, **options: object) -> bytes:
+    target = io.BytesIO()
+    picture = Image.fromarray(image)
+    (picture if mode is None else picture.convert(mode)).save(target, kind, **options)
+    return target.getvalue()
 
 
-def test_decodes_in_full_by_default(path):
-    ours, theirs = load(path), load(path, "LoadImageFromFile")
-    assert ours.keys() == theirs.keys()
-    np.testing.assert_array_equal(ours["img"], theirs["img"])
-    assert ours["img_shape"] == ours["ori_shape"] == (401, 603)
-
-
-def test_pixels_are_those_that_pillow_decodes(path):
-    np.testing.assert_array_equal(load(path)["img"][:, :, ::-1], np.asarray(Image.open(path)))
-
-
-@pytest.mark.parametrize(
-    ("short", "size_hw"),
-    [(400, (401, 603)), (201, (401, 603)), (200, (201, 302)), (101, (201, 302)), (50, (51, 76))],
-)
-def test_the_shorter_side_stays_long_enough(path, short, size_hw):
-    results = load(path, min_short_side=short)
-    assert results["img"].shape[:2] == results["img_shape"] == size_hw
-    assert results["ori_shape"] == (401, 603)
-    assert min(size_hw) >= short
-
-
-def test_boxes_follow_the_reduced_image(path):
-    results = load(path, min_short_side=200)
-    scale_w, scale_h = results["scale_factor"]
-    assert (scale_w, scale_h) == (302 / 603, 201 / 401)
-    expected = np.array(BOX) * [scale_w, scale_h, scale_w, scale_h]
-    np.testing.assert_allclose(results["instances"][0]["bbox"], expected)
-    assert results["instances"][0]["bbox_label"] == 1
-    np.testing.assert_allclose(np.diag(results["homography_matrix"]), [scale_w, scale_h, 1], rtol=1e-6)
-
-
-def test_the_reduced_image_shows_the_same(path):
-    reduced = load(path, min_short_side=200)["img"]
-    averaged = cv2.resize(load(path)["img"], reduced.shape[1::-1], interpolation=cv2.INTER_AREA)
-    assert np.abs(reduced.astype(int) - averaged.astype(int)).mean() < 2
-
-
-def test_wrong_recorded_size_means_a_full_decode(path):
-    results = load(path, size_hw=(1000, 603), min_short_side=100)
-    assert results["img"].shape[:2] == results["ori_shape"] == (401, 603)
-    assert results["instances"][0]["bbox"] == BOX
-
-
-def test_exif_rotation_is_applied_to_reduced_images(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(random_image(0, 400, 600)).save(tmp_path / "x.jpg", exif=exif)
-    turned = load(tmp_path / "x.jpg", size_hw=(600, 400), min_short_side=200)
-    assert turned["img"].shape[:2] == (300, 200)
-    as_stored = load(tmp_path / "x.jpg", size_hw=(400, 600), min_short_side=200)
-    assert as_stored["img"].shape[:2] == as_stored["ori_shape"] == (600, 400)
-
-
-def test_other_formats_are_decoded_in_full(tmp_path):
-    cv2.imwrite(str(tmp_path / "x.png"), random_image(0, 401, 603))
-    assert load(tmp_path / "x.png", min_short_side=100)["img"].shape[:2] == (401, 603)
-
-
-def test_missing_file_is_reported_as_by_mmcv(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "x.jpg", min_short_side=100)
-    assert load(tmp_path / "x.jpg", min_short_side=100, ignore_empty=True) is None
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff"])
-@pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
-def test_every_format_is_turned_as_its_tag_says(tmp_path, suffix, orientation):
+def turned(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = tmp_path / f"x.{suffix}"
-    Image.fromarray(random_image(0, 48, 64)).save(path, exif=exif)
-    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
-    results = load(path)
-    assert results["img_shape"] == results["ori_shape"] == expected.shape[:2]
-    np.testing.assert_array_equal(results["img"][:, :, ::-1], expected)
+    return exif
 
 
-def test_undecodable_files_are_reported_as_by_mmcv(tmp_path):
-    (tmp_path / "x.jpg").write_bytes(b"\xff\xd8 no image")
-    for options in ({}, {"min_short_side": 100}):
-        with pytest.raises(AssertionError, match="failed to load image"):
-            load(tmp_path / "x.jpg", **options)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 2, 3, 6, 8])
+def test_every_format_is_decoded_upright(kind, orientation):
+    content = encoded(random_image(0, 48, 64), kind, exif=turned(orientation))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
+    for order, step in (("rgb", 1), ("bgr", -1)):
+        image = decode_image(content, order)
+        assert image.dtype == np.uint8 and image.flags.c_contiguous
+        np.testing.assert_array_equal(image[:, :, ::step], expected)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"min_short_side": 0},
-        {"min_short_side": 9, "color_type": "grayscale"},
-        {"min_short_side": 9, "imdecode_backend": "pillow"},
-    ],
-)
-def test_wrong_arguments(options):
-    with pytest.raises(ValueError, match="min_short_side"):
-        TRANSFORMS.build({"type": "TAOLoadImageFromFile", **options})
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA"])
+def test_other_modes_become_colour_without_alpha(mode):
+    pixels = random_image(0, 40, 50)
+    image = decode_image(encoded(pixels, "PNG", mode))
+    colours = Image.fromarray(pixels).convert(mode)
+    np.testing.assert_array_equal(image, np.asarray(colours.convert("RGB")))
 
 
-def test_repr_tells_the_settings():
-    assert "min_short_side=9" in repr(TRANSFORMS.build({"type": "TAOLoadImageFromFile", "min_short_side": 9}))
+def test_cmyk_becomes_the_colours_shown():
+    content = encoded(random_image(0, 40, 50), "JPEG", "CMYK", quality=95)
+    shown = np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
+    assert np.abs(decode_image(content) - shown).mean() < 3
 
 
-# --- Decoded JPEGs against OpenCV and Pillow ---
+def test_sixteen_bits_keep_the_high_byte():
+    values = np.arange(0, 2**16, 13, dtype=np.uint16)[:5000].reshape(50, 100)
+    image = decode_image(encoded(values, "PNG"))
+    np.testing.assert_array_equal(image, np.repeat((values >> 8)[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8 no image", b"GIF89a"])
+def test_what_no_decoder_reads_is_refused(content):
+    with pytest.raises(UnreadableImage, match="cannot be decoded"):
+        decode_image(content)
+
+
+def test_read_image_names_the_file(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "folder.png").mkdir()
+    header = struct.pack(">II", 60_000, 60_000)
+    huge = bytearray(encoded(random_image(0), "PNG"))
+    huge[16:24] = header
+    (tmp_path / "huge.png").write_bytes(huge)
+    for name, reason in {
+        "none.png": "does not exist",
+        "bad.png": "cannot be decoded",
+        "folder.png": "cannot be read",
+        "huge.png": "has 60000 x 60000 pixels",
+    }.items():
+        with pytest.raises(DataError, match=rf"{name}: image file {reason}"):
+            read_image(tmp_path / name)
+        message = rf"{name}: image file {reason}"
+        with pytest.raises(DataError, match=message), image_errors_named(str(tmp_path / name)):
+            raise AssertionError("mmcv could not load it")
+    path = tmp_path / "good.png"
+    path.write_bytes(encoded(random_image(0), "PNG"))
+    np.testing.assert_array_equal(read_image(path), random_image(0))
+    with pytest.raises(AssertionError, match="another cause"), image_errors_named(str(path)):
+        raise AssertionError("another cause")
+
+
+# --- JPEGs ---
 
 
 def jpeg(image: np.ndarray, mode: str = "RGB", **options: object) -> bytes:
-    target = io.BytesIO()
-    Image.fromarray(image).convert(mode).save(target, "JPEG", **options)
-    return target.getvalue()
+    return encoded(image, "JPEG", mode, **options)
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (33, 47), (120, 160)])
@@ -159,37 +118,33 @@ def test_pixels_equal_those_of_opencv_and_pillow(size_hw, subsampling, progressi
     for quality in (30, 75, 95):
         options = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
         content = jpeg(random_image(0, *size_hw), **options)
-        ours = decode_jpeg_bgr(content)
+        ours = decode_jpeg(content, "bgr")
         np.testing.assert_array_equal(ours, cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR))
         np.testing.assert_array_equal(ours[:, :, ::-1], np.asarray(Image.open(io.BytesIO(content))))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_what_exif_turns_is_left_to_others(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    assert (decode_jpeg_bgr(jpeg(random_image(0), exif=exif)) is None) == (orientation != 1)
+    assert (decode_jpeg(jpeg(random_image(0), exif=turned(orientation))) is None) == (orientation != 1)
 
 
 def test_exif_data_without_a_plain_orientation_are_left_to_others():
-    exif = Image.Exif()
-    exif[0x0112] = 1
-    content = jpeg(random_image(0), exif=exif)
+    content = jpeg(random_image(0), exif=turned(1))
     described = Image.Exif()
     described[0x010E] = "a microscope"
-    assert decode_jpeg_bgr(content.replace(b"Exif\0\0MM", b"Exif\0\0QQ")) is None
-    assert decode_jpeg_bgr(jpeg(random_image(0), exif=described)) is None
+    assert decode_jpeg(content.replace(b"Exif\0\0MM", b"Exif\0\0QQ")) is None
+    assert decode_jpeg(jpeg(random_image(0), exif=described)) is None
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_what_is_not_of_three_channels_is_left_to_others(mode):
-    assert decode_jpeg_bgr(jpeg(random_image(0), mode)) is None
+    assert decode_jpeg(jpeg(random_image(0), mode)) is None
 
 
 def test_damaged_files_are_left_to_others():
     content = jpeg(random_image(0, 200, 300))
     for damaged in (b"", b"no image", content[:20], content[: len(content) // 2]):
-        assert decode_jpeg_bgr(damaged) is None
+        assert decode_jpeg(damaged) is None
         assert decode_jpeg_reduced_bgr(damaged[:20], 2) is None
 
 
@@ -197,7 +152,7 @@ def test_a_header_that_claims_too_much_is_left_to_others():
     content = bytearray(jpeg(random_image(0, 40, 64)))
     size_at = content.index(b"\xff\xc0") + 5
     struct.pack_into(">HH", content, size_at, 65000, 65000)
-    assert decode_jpeg_bgr(bytes(content)) is None
+    assert decode_jpeg(bytes(content)) is None
 
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
@@ -206,7 +161,7 @@ def test_reduced(reduction):
     assert reduced.shape == (-(-81 // reduction), -(-123 // reduction), 3)
 
 
-# --- Resized pixels against Pillow's ---
+# --- resizing ---
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -225,7 +180,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_pixels_equal_the_reference_to_one_grey_level(index):
+def test_pixels_equal_tao_to_one_grey_level(index):
     data = np.load(GOLDEN / "transforms.npz")
     expected = data[f"{index}/plain"].transpose(1, 2, 0) * STD + MEAN  # back to 0..1
     resized = resize_like_pillow(data[f"{index}/image_rgb_u8"], tuple(data[f"{index}/size_hw"].tolist()))
