@@ -684,8 +684,9 @@ class OwnSection(Section):
         "none",
         origin=OURS,
         doc="""What torch.compile compiles to fused kernels at the first step of train, evaluate and
-        inference: nothing, the backbone, or backbone, neck, encoder and decoder. Worth its compile time where images
-        have one or two sizes (dataset.augmentation.fixed_padding); results differ by rounding.""",
+        inference: nothing, the backbone, or backbone, neck, encoder and decoder. Worth its compile time
+        where images have one or two sizes (dataset.augmentation.fixed_padding); results differ by
+        rounding.""",
     )
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = spec_field(
         "default",
