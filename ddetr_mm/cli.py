@@ -52,9 +52,6 @@ COMMANDS = (
         "weights", "read and write checkpoints of four formats", "ddetr_mm.tasks.weights", takes_spec=False
     ),
     Command(
-        "coco", "merge, split and turn back COCO annotation files", "ddetr_mm.tasks.coco", takes_spec=False
-    ),
-    Command(
         "reproduce",
         "repeat the step of a batch that training saved because its loss was not finite",
         "ddetr_mm.tasks.reproduce",
@@ -158,27 +155,6 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-e", "--experiment_spec", metavar="SPEC", help="the spec the checkpoint belongs to")
 
 
-def _add_coco_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    merge = actions.add_parser("merge", help="several COCO files, globs or shard folders into one file")
-    merge.add_argument("inputs", nargs="+", help="COCO JSON files")
-    merge.add_argument("-o", "--output", required=True, help="the file to write")
-    split = actions.add_parser("split", help="one file into parts with like shares of every class")
-    split.add_argument("input", help="COCO JSON file")
-    split.add_argument("-o", "--output", required=True, help="folder to write to")
-    split.add_argument(
-        "--parts",
-        nargs="+",
-        required=True,
-        metavar="NAME=FRACTION",
-        help="names and shares, e.g. train=0.8 val=0.2",
-    )
-    split.add_argument("--seed", type=int, default=0, help="another seed, another split (default: 0)")
-    back = actions.add_parser("to-kitti", help="COCO files back into KITTI label files")
-    back.add_argument("inputs", nargs="+", help="COCO JSON files")
-    back.add_argument("-o", "--output", required=True, help="folder to write to")
-
-
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("batch", metavar="BATCH", help="a non_finite_step_*.pth of a training")
     parser.add_argument("--config", help="the run's config (default: config.py beside the batch)")
@@ -216,7 +192,6 @@ _OWN_ARGUMENTS = {
     "translate": _add_translate_arguments,
     "check": _add_check_arguments,
     "weights": _add_weights_arguments,
-    "coco": _add_coco_arguments,
     "reproduce": _add_reproduce_arguments,
     "install-ops": _add_install_ops_arguments,
     "spec": _add_spec_command_arguments,

@@ -476,14 +476,25 @@ def clip_boxes(
     return clipped, verdicts
 
 
-def kitti_line(class_name: str, box_xyxy: Sequence[float], score: float | None = None) -> str:
-    """One label line (no line end) of 15 columns, 16 with a score; coordinates to a millionth of a pixel.
+def kitti_line(
+    class_name: str, box_xyxy: Sequence[float] | NDArray[Any], score: float | None = None, decimals: int = 3
+) -> str:
+    """One object as a KITTI line, without the line's end: 15 columns, 16 with a score.
+
+    Truncation, occlusion, angles, dimensions and location are zero: 2D detection does not know them.
 
     Args:
-        class_name: one word; KITTI has no way to quote a space.
-        box_xyxy: left, top, right, bottom in pixels.
-        score: confidence from 0 to 1.
+        class_name: white space becomes ``_``, since the format separates columns by spaces.
+        box_xyxy: x1, y1, x2, y2 in pixels of the original image.
+        score: confidence; None for ground truth.
+        decimals: of the coordinates.
+
+    Raises:
+        ValueError: the name is empty.
     """
-    box = " ".join(str(round(float(value), 6)) for value in box_xyxy)
-    line = f"{class_name} 0.00 0 0.00 {box} 0.00 0.00 0.00 0.00 0.00 0.00 0.00"
-    return line if score is None else f"{line} {score:.6g}"
+    word = "_".join(class_name.split())
+    if not word:
+        raise ValueError("a KITTI line needs a class name")
+    box = " ".join(f"{float(value):.{decimals}f}" for value in box_xyxy)
+    line = f"{word} 0.00 0 0.00 {box} 0.00 0.00 0.00 0.00 0.00 0.00 0.00"
+    return line if score is None else f"{line} {float(score):.3f}"

@@ -287,7 +287,7 @@ def _names_differ(first: Split, second: Split) -> Iterator[Finding]:
         + ": "
         + _listed(pairs),
         where=f"{first.where} and {second.where}",
-        hint="give one name one id in all files; `ddetr-mm coco merge` does",
+        hint="give one name one id in all files",
     )
 
 

@@ -54,7 +54,7 @@ def check_overlap(splits: Sequence[Split], *, full: bool = False) -> Section:
                 f"{len(equal)} images of {second.name} ({share:.0%}) are in {first.name} too, the first: "
                 f"{equal[0][1]} is {equal[0][0]}",
                 where=f"{first.where} and {second.where}",
-                hint="`ddetr-mm coco split` divides one file into parts without common images",
+                hint="split the data anew so that no image is in two parts",
             )
         )
     return section

@@ -193,19 +193,3 @@ def test_conversion(own_project: Path, kind: str):
     override, part = CONVERSION[kind]
     (own_project / "empty.txt").write_text("\n")
     assert_told(run_here(own_project, "convert", "-e", "convert.yaml", override), part)
-
-
-COCO_TOOLS = {
-    "merge-missing": (("merge", "x.json", "-o", "all.json"), "x.json"),
-    "merge-onto-a-folder": (("merge", TRAIN, "-o", "data"), "data"),
-    "split-shares": (("split", TRAIN, "-o", "parts", "--parts", "a=0.9", "b=0.9"), "sum to 1"),
-    "split-names-that-lead-out": (("split", TRAIN, "-o", "parts", "--parts", "../a=0.5", "b=0.5"), "../a"),
-    "split-no-share": (("split", TRAIN, "-o", "parts", "--parts", "a"), "NAME=FRACTION"),
-    "labels-onto-a-file": (("to-kitti", TRAIN, "-o", "spec.yaml"), "spec.yaml"),
-}
-
-
-@pytest.mark.parametrize("kind", COCO_TOOLS)
-def test_coco_tools(project: Path, kind: str):
-    arguments, part = COCO_TOOLS[kind]
-    assert_told(run_here(project, "coco", *arguments), part)

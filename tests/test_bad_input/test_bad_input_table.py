@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "bad-input.md"
 COMMANDS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine", "translate", "check")
-OTHER_COMMANDS = ("weights", "coco", "spec", "install-ops")
+OTHER_COMMANDS = ("weights", "spec", "install-ops")
 
 
 def rows() -> list[list[str]]:

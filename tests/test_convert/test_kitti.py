@@ -21,7 +21,6 @@ from ddetr_mm.convert.kitti import (
 )
 from ddetr_mm.errors import DataError
 
-
 LOOKUP = ClassLookup({"Car": 2, "car": 3, "person": 1, "Person Group": 4, "fußgänger": 5})
 
 
@@ -187,11 +186,20 @@ names = st.sampled_from(["Car", "person", "CAR", "fußgänger"])
 @settings(deadline=None)
 @given(st.lists(st.tuples(names, st.tuples(numbers, numbers, numbers, numbers), st.none() | st.floats(0, 1))))
 def test_what_is_written_is_read_back(rows):
-    text = "".join(kitti_line(name, box, score) + "\n" for name, box, score in rows)
+    text = "".join(kitti_line(name, box, score, decimals=6) + "\n" for name, box, score in rows)
     columns, problems = parse_labels([text.encode()], LOOKUP)
     assert [problem.kind for problem in problems] == ([] if rows else ["empty_label"])
     np.testing.assert_array_equal(columns.boxes_xyxy, np.array([box for _, box, _ in rows]).reshape(-1, 4))
     assert columns.category_ids.tolist() == [LOOKUP[name.encode()] for name, _, _ in rows]
+
+
+def test_a_written_line_has_three_decimals_and_a_name_of_one_word():
+    line = kitti_line(" traffic  light", [10, 20, 110.5, 220], 0.9129)
+    assert line == (
+        "traffic_light 0.00 0 0.00 10.000 20.000 110.500 220.000 0.00 0.00 0.00 0.00 0.00 0.00 0.00 0.913"
+    )
+    with pytest.raises(ValueError, match="class name"):
+        kitti_line("  ", [0, 0, 1, 1])
 
 
 words = st.sampled_from(

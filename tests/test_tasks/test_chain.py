@@ -211,20 +211,3 @@ def test_init_detector_runs_a_translated_config(trained_project: Project, tmp_pa
 def test_the_printed_default_spec_is_yaml_with_comments(data_project: Project, subtask: str):
     text = data_project.run("spec", subtask).stdout
     assert yaml.safe_load(text) and text.count("#") > 20
-
-
-def test_coco_tools_split_merge_and_turn_back(data_project: Project):
-    shards = "results/shapes/coco/train"
-    data_project.run("coco", "merge", shards, "-o", "all.json")
-    merged = json.loads((data_project.folder / "all.json").read_text())
-    assert len(merged["images"]) == 12
-    data_project.run("coco", "split", "all.json", "-o", "parts", "--parts", "a=0.75", "b=0.25")
-    parts = [json.loads((data_project.folder / "parts" / f"{name}.json").read_text()) for name in "ab"]
-    names = [{image["file_name"] for image in part["images"]} for part in parts]
-    assert len(names[0] | names[1]) == 12 and not names[0] & names[1] and len(names[0]) > len(names[1]) > 0
-    data_project.run("coco", "to-kitti", shards, "-o", "kitti")
-    back = (data_project.folder / "kitti" / "train" / "labels" / "00000.txt").read_text().splitlines()
-    original = (data_project.results / "data" / "train" / "labels" / "00000.txt").read_text().splitlines()
-    assert [line.split()[0] for line in back] == [line.split()[0] for line in original]
-    done = data_project.run("coco", "split", "all.json", "-o", "x", "--parts", "a", status=2)
-    assert "NAME=FRACTION" in done.stderr
