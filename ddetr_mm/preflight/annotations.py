@@ -1,30 +1,102 @@
-"""Check annotations: splits, boxes, classes, sizes."""
+"""Checks of annotations: boxes, classes and sizes of every split, and between splits.
+
+:func:`quick_sections` is what ``train`` does by itself, :func:`thorough_sections` what ``check`` does before
+it builds a network. Every finding is counted, and shows the first case.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ddetr_mm.errors import DataError
-from ddetr_mm.preflight.content import check_content
 from ddetr_mm.preflight.images import check_ages, check_images, check_overlap
-from ddetr_mm.preflight.pictures import check_colors, thumbnails
-from ddetr_mm.preflight.report import FAULT, Finding, Section, Split, fault, note, suspicion
+from ddetr_mm.preflight.inputs import Split
+from ddetr_mm.preflight.pictures import check_colors
+from ddetr_mm.preflight.report import FAULT, Finding, Section, fault, note
 from ddetr_mm.spec.schema import AugmentationConfig
 
-# --- Boxes that cannot be what they should be: corners, fractions, out of the image, tiny, doubled ---
-# Boxes are read as COCO's (x, y, width, height) in pixels. A wrong format shows in where the boxes then
-# lie: read as widths and heights, corners reach far beyond their images.
+QUICK_SAMPLE = 40
+"""Image files of a split that the quick part reads."""
+
+
+def quick_sections(
+    splits: Sequence[Split], num_classes: int, eval_class_ids: Sequence[int] | None
+) -> Iterator[Section]:
+    """Ids, boxes and a few files: well under a second.
+
+    Args:
+        splits: the data.
+        num_classes: class columns of the network.
+        eval_class_ids: categories that evaluation is restricted to.
+    """
+    for split in splits:
+        yield check_split_classes(split, num_classes, eval_class_ids)
+        yield check_boxes(split)
+        yield check_images(split, sample=QUICK_SAMPLE)
+    if len(splits) > 1:
+        yield check_between_splits(splits)
+
+
+def thorough_sections(
+    splits: Sequence[Split],
+    num_classes: int,
+    eval_class_ids: Sequence[int] | None,
+    augmentation: AugmentationConfig,
+    *,
+    full: bool = False,
+) -> Iterator[Section]:
+    """Everything that needs only annotation files and image files.
+
+    Args:
+        splits: the data.
+        num_classes: class columns of the network.
+        eval_class_ids: categories that evaluation is restricted to.
+        augmentation: the spec's sizes, mean and standard deviation.
+        full: read every image, not a sample.
+    """
+    sound = []
+    for split in splits:
+        sections = list(_sections_of(split, num_classes, eval_class_ids, augmentation, full))
+        yield from sections
+        if not any(finding.weight == FAULT for section in sections for finding in section.findings):
+            sound.append(split)
+    if len(splits) > 1:
+        yield check_between_splits(splits)
+        yield check_overlap(splits, full=full)
+    yield check_colors(sound, augmentation.input_mean, augmentation.input_std, full=full)
+
+
+def _sections_of(
+    split: Split,
+    num_classes: int,
+    eval_class_ids: Sequence[int] | None,
+    augmentation: AugmentationConfig,
+    full: bool,
+) -> Iterator[Section]:
+    classes = check_split_classes(split, num_classes, eval_class_ids)
+    classes.findings += [note("annotations", text, where=split.where) for text in split.table.notes]
+    yield classes
+    boxes = check_boxes(split)
+    yield boxes
+    if not any(finding.weight == FAULT for finding in boxes.findings):
+        yield check_fit(split, augmentation)
+    yield check_images(split, full=full)
+    ages = check_ages(split, split.spread_rows(QUICK_SAMPLE).tolist())
+    if ages.findings:
+        yield ages
+
+
+# --- Boxes ---
+# COCO's boxes are (x, y, width, height) in pixels. Corners that are read so reach far beyond their images.
 
 LEAST_BOXES = 5
-"""Fewer boxes prove no wrong format."""
+"""Boxes that it takes to prove a wrong format."""
 
 BEYOND_PX = 1.0
-"""Boxes may reach so far beyond the image before that is worth a word: labelling tools round."""
+"""Boxes may reach so far beyond their image: labelling tools round."""
 
 TINY_PX = 1.0
 
@@ -79,10 +151,10 @@ def are_fractions(boxes_xywh: npt.NDArray[np.float64], sizes_wh: npt.NDArray[np.
 
 
 def are_corners(boxes_xywh: npt.NDArray[np.float64], sizes_wh: npt.NDArray[np.float64]) -> bool:
-    """Whether boxes (M, 4) make sense as corners and not as x, y, width, height.
+    """Whether boxes (M, 4) are corners.
 
-    Nearly every box must be ordered and inside its image when it is read as corners, and a tenth or more must
-    reach beyond it otherwise. Honest boxes in the lower right half of their images are not ordered.
+    Read as corners, nearly every box must be ordered and inside its image; read as x, y, width, height, a
+    tenth or more must reach beyond it. Correct boxes in the lower right half of their images are not ordered.
     """
     if len(boxes_xywh) < LEAST_BOXES:
         return False
@@ -137,7 +209,7 @@ def _doubled(split: Split) -> Iterator[Finding]:
     if doubles:
         yield note(
             "boxes-doubled",
-            f"{doubles} boxes stand twice with one class in one image",
+            f"{doubles} boxes are in one image twice with one class",
             where=split.where,
             hint="a detection can match one of them only",
         )
@@ -145,7 +217,7 @@ def _doubled(split: Split) -> Iterator[Finding]:
     if two_classes > 0:
         yield note(
             "boxes-of-two-classes",
-            f"{two_classes} boxes stand in one place with another class",
+            f"{two_classes} boxes are in one place with another class",
             where=split.where,
         )
 
@@ -153,10 +225,10 @@ def _doubled(split: Split) -> Iterator[Finding]:
 def num_repeated(rows: npt.NDArray[np.float64]) -> int:
     """How many rows of a table (M, n) equal an earlier one.
 
-    Sorting whole rows takes seconds for the boxes of COCO; so they are sorted by a number of 64 bits, and
-    only rows that share theirs are compared.
+    Sorting whole rows takes seconds for the boxes of COCO, so they are sorted by a 64-bit hash, and only rows
+    with equal hashes are compared.
     """
-    bits = np.ascontiguousarray(rows + 0.0).view(np.uint64)  # one zero, not two
+    bits = np.ascontiguousarray(rows + 0.0).view(np.uint64)  # -0.0 becomes 0.0
     keys = np.zeros(len(rows), dtype=np.uint64)
     for column in bits.T:
         keys = (keys ^ column) * np.uint64(0x9E3779B97F4A7C15)
@@ -173,10 +245,7 @@ def _of(boxes: npt.NDArray[np.int64], split: Split) -> str:
     return f"{len(boxes):,} of {split.table.num_boxes:,} boxes"
 
 
-# --- Classes: ids against the class columns and against names, within a split and between splits ---
-
-LEAST_BOXES_FOR_SHAPE = 30
-"""A class needs so many boxes in both splits before their shapes are compared."""
+# --- Classes ---
 
 
 def check_split_classes(
@@ -251,11 +320,10 @@ def _ids_against_columns(split: Split, counts: dict[int, int], num_classes: int)
 
 
 def check_between_splits(splits: Sequence[Split]) -> Section:
-    """Whether ids mean the same class in all splits, and what is validated was trained."""
+    """Whether ids mean the same class in all splits, and whether validated classes are trained."""
     section = Section("classes between splits")
     for first, second in combinations(splits, 2):
         section.findings += _names_differ(first, second)
-        section.findings += _shapes_swapped(first, second)
     if len(splits) > 1 and splits[0].name == "train":
         trained = boxes_by_id(splits[0])
         for split in splits[1:]:
@@ -265,7 +333,7 @@ def check_between_splits(splits: Sequence[Split]) -> Section:
                 section.findings.append(
                     note(
                         "classes-never-trained",
-                        "classes without a training box, which nothing can learn: " + _listed(missing),
+                        "classes without a training box: " + _listed(missing),
                         where=split.where,
                     )
                 )
@@ -291,80 +359,19 @@ def _names_differ(first: Split, second: Split) -> Iterator[Finding]:
     )
 
 
-def _shapes_swapped(first: Split, second: Split) -> Iterator[Finding]:
-    """Pairs of classes whose boxes in one split look like the other class's boxes in the other split."""
-    numbers = set(boxes_by_id(first)) & set(boxes_by_id(second))
-    profiles = {}
-    for number in numbers:
-        pair = shape_profile(first, number), shape_profile(second, number)
-        if min(profile.count for profile in pair) >= LEAST_BOXES_FOR_SHAPE:
-            profiles[number] = pair
-    for one, other in combinations(sorted(profiles), 2):
-        (first_one, second_one), (first_other, second_other) = profiles[one], profiles[other]
-        straight = min(distance(first_one, second_one), distance(first_other, second_other))
-        crossed = max(distance(first_one, second_other), distance(first_other, second_one))
-        if straight > 8 and crossed < straight / 3:
-            names = second.table.category_names
-            yield suspicion(
-                "ids-swapped",
-                f"category ids {one} ({names[one]}) and {other} ({names[other]}) look exchanged between "
-                f"{first.name} and {second.name}: sizes and aspect ratios agree when they are swapped "
-                f"(distance {crossed:.1f} standard errors) and not as they stand ({straight:.1f})",
-                where=f"{first.where} and {second.where}",
-                hint="compare the contact sheets of both splits",
-            )
-
-
-class ShapeProfile(NamedTuple):
-    """What a class's boxes look like: of the logarithms of their areas, relative to the image, and of their
-    aspect ratios.
-
-    Attributes:
-        count: boxes.
-        mean: (2,).
-        squared_error: (2,) of the mean.
-    """
-
-    count: int
-    mean: npt.NDArray[np.float64]
-    squared_error: npt.NDArray[np.float64]
-
-
-def shape_profile(split: Split, category_id: int) -> ShapeProfile:
-    """The profile of a class in a split, by its boxes with an area."""
-    chosen = (split.table.category_ids == category_id) & split.table.visible
-    boxes = split.table.boxes_xywh[chosen]
-    sizes_wh = split.box_sizes_wh[chosen]
-    sound = (boxes[:, 2:] > 0).all(axis=1)
-    width, height = boxes[sound, 2], boxes[sound, 3]
-    count = len(width)
-    if count == 0:
-        return ShapeProfile(0, np.zeros(2), np.zeros(2))
-    rows = np.log(width * height / sizes_wh[sound].prod(axis=1)), np.log(width / height)
-    mean, variance = (np.array([getattr(row, name)() for row in rows]) for name in ("mean", "var"))
-    return ShapeProfile(count, mean, variance / count)
-
-
-def distance(first: ShapeProfile, second: ShapeProfile) -> float:
-    """How far two profiles' means lie apart: the larger over area and ratio, in standard errors."""
-    spread = first.squared_error + second.squared_error
-    apart = np.abs(first.mean - second.mean)
-    return float((apart / np.sqrt(np.maximum(spread, 1e-12))).max())
-
-
 def _listed(texts: Sequence[str], most: int = 8) -> str:
     shown = ", ".join(texts[:most])
     return shown if len(texts) <= most else f"{shown} and {len(texts) - most} more"
 
 
-# --- Sizes of images and objects against the resizing, cropping and padding that the spec asks for ---
+# --- Sizes, against the resizing, cropping and padding that the spec asks for ---
 
 SMALL_IN_NETWORK_PX = 8
 """An object of this side or less covers one cell of the finest common feature level (stride 8)."""
 
 
 def check_fit(split: Split, augmentation: AugmentationConfig) -> Section:
-    """What the spec's sizes make of one split's images and boxes."""
+    """Sizes of one split's images and boxes in the network."""
     section = Section(f"sizes of {split.name}")
     if split.table.num_images == 0:
         return section
@@ -389,7 +396,7 @@ def check_fit(split: Split, augmentation: AugmentationConfig) -> Section:
 
 
 def resize_factors(sizes_hw: npt.NDArray[np.int32], short_side: int, longest: int) -> npt.NDArray[np.float64]:
-    """(N,) how much each image is enlarged when its short side becomes ``short_side``, the long capped."""
+    """(N,) enlargement of each image when its short side becomes ``short_side``, the long one capped."""
     short, long = sizes_hw.min(axis=1), sizes_hw.max(axis=1)
     return np.minimum(short_side / short, longest / long)
 
@@ -397,7 +404,7 @@ def resize_factors(sizes_hw: npt.NDArray[np.int32], short_side: int, longest: in
 def largest_padded_hw(
     sizes_hw: npt.NDArray[np.int32], augmentation: AugmentationConfig, divisor: int = 1
 ) -> tuple[int, int]:
-    """Height and width of the largest batch that training can meet: every image at the largest scale."""
+    """Height and width of the largest batch in training: every image at the largest scale."""
     if augmentation.fixed_random_crop:
         return augmentation.fixed_random_crop, augmentation.fixed_random_crop
     factors = resize_factors(sizes_hw, max(augmentation.scales), augmentation.random_resize_max_size)
@@ -431,7 +438,7 @@ def _capped(split: Split, sizes_hw: np.ndarray, short_side: int, longest: int) -
     if share > 0.5:
         yield note(
             "images-capped",
-            f"{share:.0%} of the images of {split.name} stay smaller than short side {short_side}, for "
+            f"{share:.0%} of the images of {split.name} stay smaller than short side {short_side}: "
             "their long side is capped",
             where="dataset.augmentation.random_resize_max_size",
             value=longest,
@@ -466,105 +473,3 @@ def _crop(split: Split, augmentation: AugmentationConfig) -> Iterator[Finding]:
             where="dataset.augmentation.train_random_crop_max",
             value=augmentation.train_random_crop_max,
         )
-
-
-# --- All that can be proved from annotation files and image files alone: no network, no torch ---
-
-THUMBNAILS, THUMBNAILS_FULL = 64, 500
-"""Images of a split whose colours and content are looked at."""
-
-QUICK_SAMPLE = 40
-"""Images of a split whose files the quick part looks at."""
-
-
-def read_splits(
-    named_sources: Mapping[str, Sequence[Mapping[str, str]]], storage: str = "process"
-) -> tuple[list[Split], list[Section]]:
-    """Read the annotations of all splits.
-
-    Args:
-        named_sources: split name → its ``{image_dir, json_file}``.
-        storage: see :func:`~ddetr_mm.datasets.sources.read_coco_sources`.
-
-    Returns:
-        The splits that could be read, and a section for each that could not.
-    """
-    splits, failures = [], []
-    for name, sources in named_sources.items():
-        try:
-            splits.append(Split.read(name, sources, storage))
-        except DataError as error:
-            found = [Finding("annotations-unreadable", problem, FAULT) for problem in error.problems]
-            failures.append(Section(f"annotations of {name}", findings=found))
-    return splits, failures
-
-
-def quick_sections(
-    splits: Sequence[Split], num_classes: int, eval_class_ids: Sequence[int] | None
-) -> Iterator[Section]:
-    """What costs well under a second: ids, boxes, a few files. ``train`` does it by itself.
-
-    Args:
-        splits: the data.
-        num_classes: class columns of the network.
-        eval_class_ids: categories that evaluation is restricted to.
-    """
-    for split in splits:
-        yield check_split_classes(split, num_classes, eval_class_ids)
-        yield check_boxes(split)
-        yield check_images(split, sample=QUICK_SAMPLE)
-    if len(splits) > 1:
-        yield check_between_splits(splits)
-
-
-def thorough_sections(
-    splits: Sequence[Split],
-    num_classes: int,
-    eval_class_ids: Sequence[int] | None,
-    augmentation: AugmentationConfig,
-    *,
-    full: bool = False,
-) -> Iterator[Section]:
-    """Everything about annotations and files.
-
-    Args:
-        splits: the data.
-        num_classes: class columns of the network.
-        eval_class_ids: categories that evaluation is restricted to.
-        augmentation: the spec's sizes, mean and standard deviation.
-        full: look at every image, not at a sample.
-    """
-    sound = []
-    for split in splits:
-        sections = list(_sections_of(split, num_classes, eval_class_ids, augmentation, full))
-        yield from sections
-        if not any(finding.weight == FAULT for section in sections for finding in section.findings):
-            sound.append(split)
-    if len(splits) > 1:
-        yield check_between_splits(splits)
-        yield check_overlap(splits, full=full)
-    # What the pictures show means nothing where boxes or files are known to be wrong.
-    small = {split.name: thumbnails(split, THUMBNAILS_FULL if full else THUMBNAILS) for split in sound}
-    yield check_colors(small, augmentation.input_mean, augmentation.input_std)
-    for split in sound:
-        yield check_content(split, small[split.name])
-
-
-def _sections_of(
-    split: Split,
-    num_classes: int,
-    eval_class_ids: Sequence[int] | None,
-    augmentation: AugmentationConfig,
-    full: bool,
-) -> Iterator[Section]:
-    classes = check_split_classes(split, num_classes, eval_class_ids)
-    classes.findings += [note("annotations", text, where=split.where) for text in split.table.notes]
-    yield classes
-    boxes = check_boxes(split)
-    yield boxes
-    if not any(finding.weight == FAULT for finding in boxes.findings):
-        yield check_fit(split, augmentation)
-    yield check_images(split, full=full)
-    ages = check_ages(split, split.spread_rows(QUICK_SAMPLE).tolist())
-    if ages.findings:
-        yield ages

@@ -1,4 +1,4 @@
-"""Image files against what the annotations say of them: present, whole, of the recorded size."""
+"""Checks of image files: present, whole, of the recorded size, unchanged, and in one split only."""
 
 from __future__ import annotations
 
@@ -14,98 +14,29 @@ import numpy as np
 from PIL import Image
 
 from ddetr_mm.datasets.image_size import IMAGE_EXTENSIONS, UnreadableImage, read_image_size
-from ddetr_mm.preflight.report import Finding, Section, Split, fault, note
+from ddetr_mm.preflight.inputs import Split
+from ddetr_mm.preflight.report import Finding, Section, fault, note
 
-# --- Images that stand in two splits, by content: a validation on them says nothing ---
-
-MOST_HASHED = 4000
-"""Files of equal size that are read at most, where not all are asked for."""
-
-
-def check_overlap(splits: Sequence[Split], *, full: bool = False) -> Section:
-    """Compare the images of every two splits.
-
-    Only files of equal size can be equal, so sizes are compared first and few files are read.
-    """
-    section = Section("images in two splits")
-    sizes = {split.name: files_by_size(split) for split in splits}
-    for first, second in combinations(splits, 2):
-        shared_sizes = set(sizes[first.name]) & set(sizes[second.name])
-        one = [path for size in sorted(shared_sizes) for path in sizes[first.name][size]]
-        other = [path for size in sorted(shared_sizes) for path in sizes[second.name][size]]
-        complete = full or len(one) + len(other) <= MOST_HASHED
-        if not complete:
-            one, other = one[: MOST_HASHED // 2], other[: MOST_HASHED // 2]
-        digests = digests_of(one)
-        equal = [(digests[digest], path) for path in other if (digest := digest_of(path)) in digests]
-        section.lines.append(
-            f"{first.name} and {second.name}: {len(equal)} equal images"
-            + ("" if complete else f" among {len(one) + len(other):,} files read (--full reads all)")
-        )
-        section.data[f"{first.name}-{second.name}"] = len(equal)
-        if not equal:
-            continue
-        share = len(equal) / max(second.table.num_images, 1)
-        # One frame too many is a slip; a large share means that the validation measures memory.
-        build = fault if share > 0.5 and first.name == "train" else note
-        section.findings.append(
-            build(
-                "splits-overlap",
-                f"{len(equal)} images of {second.name} ({share:.0%}) are in {first.name} too, the first: "
-                f"{equal[0][1]} is {equal[0][0]}",
-                where=f"{first.where} and {second.where}",
-                hint="split the data anew so that no image is in two parts",
-            )
-        )
-    return section
-
-
-def files_by_size(split: Split) -> dict[int, list[Path]]:
-    """Size in bytes → the image files of that size; missing files are left out."""
-    found: dict[int, list[Path]] = defaultdict(list)
-    for row in range(split.table.num_images):
-        path = split.path(row)
-        try:
-            found[path.stat().st_size].append(path)
-        except OSError:
-            continue  # told by the check of the images
-    return found
-
-
-def digests_of(paths: Iterable[Path]) -> dict[bytes, Path]:
-    """Digest of the content → the file."""
-    return {digest_of(path): path for path in paths}
-
-
-def digest_of(path: Path) -> bytes:
-    """Digest of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.digest()
-
-
-# --- Image files against what the annotations say of them: present, whole, of the recorded size ---
+# --- Files against the annotations ---
 
 SAMPLE = 200
-"""How many images of a split are looked at where not all are; evenly spread."""
+"""Image files of a split that are read without ``full``, evenly spread."""
 
 _EXIF_ORIENTATION = 0x0112
 _SEARCHED_FOLDERS = 200
 
 
 @dataclass
-class Looks:
-    """What looking at the files of one source gave. Rows are image rows of the split's table.
+class FileStates:
+    """State of the files of one source. Rows are image rows of the split's table.
 
     Attributes:
         missing: rows without a file.
         broken: row → why it cannot be read.
         transposed: rows whose recorded width is the file's height and the reverse.
-        exif_turned: those among them that an EXIF tag turns on decoding.
+        exif_turned: those of them that an EXIF tag rotates.
         other_size: row → (recorded width, height, the file's width, height) of the other wrong sizes.
-        seen: how many were looked at.
+        seen: number of files read.
     """
 
     missing: list[int] = field(default_factory=list)
@@ -117,17 +48,13 @@ class Looks:
 
 
 def check_images(split: Split, *, full: bool = False, sample: int = SAMPLE) -> Section:
-    """The files of one split: by their headers, or with ``full`` all of them, decoded."""
+    """The files of one split: a sample by their headers, or with ``full`` all of them, decoded."""
     section = Section(f"images of {split.name}")
     rows = split.spread_rows(None if full else sample)
-    looks = look_at_files(split, rows, decode=full)
-    how = (
-        "decoded"
-        if full
-        else "looked at (--full looks at all)"
-        if len(rows) < split.table.num_images
-        else "looked at"
-    )
+    states = read_files(split, rows, decode=full)
+    how = "decoded" if full else "checked"
+    if len(rows) < split.table.num_images:
+        how += " (--full decodes all)"
     section.lines.append(f"{len(rows):,} of {split.table.num_images:,} image files {how}")
     section.data |= dict(num_seen=len(rows), num_images=split.table.num_images)
     empty = int((np.diff(split.table.box_starts) == 0).sum())
@@ -135,35 +62,35 @@ def check_images(split: Split, *, full: bool = False, sample: int = SAMPLE) -> S
     if empty:
         share = f"{empty:,} of {split.table.num_images:,} images show no object"
         section.findings.append(note("images-without-objects", share, where=split.where))
-    for source, look in sorted(looks.items()):
-        section.findings += _judged(split, source, look)
+    for source, state in sorted(states.items()):
+        section.findings += _judged(split, source, state)
     return section
 
 
-def look_at_files(split: Split, rows: np.ndarray, *, decode: bool) -> dict[int, Looks]:
-    """Source number → what its files look like."""
-    found: dict[int, Looks] = {}
+def read_files(split: Split, rows: np.ndarray, *, decode: bool) -> dict[int, FileStates]:
+    """Source number → state of its files."""
+    found: dict[int, FileStates] = {}
     for row in rows.tolist():
-        look = found.setdefault(int(split.table.source_indices[row]), Looks())
-        look.seen += 1
+        state = found.setdefault(int(split.table.source_indices[row]), FileStates())
+        state.seen += 1
         path = split.path(row)
         if not path.is_file():
-            look.missing.append(row)
+            state.missing.append(row)
             continue
         try:
             width, height = read_image_size(str(path), decode=decode)
         except UnreadableImage as error:
-            look.broken[row] = str(error)
+            state.broken[row] = str(error)
             continue
         recorded_height, recorded_width = split.table.sizes_hw[row].tolist()
         if (recorded_width, recorded_height) == (width, height):
             continue
         if (recorded_width, recorded_height) == (height, width):
-            look.transposed.append(row)
+            state.transposed.append(row)
             if is_turned_by_exif(path):
-                look.exif_turned.append(row)
+                state.exif_turned.append(row)
         else:
-            look.other_size[row] = (recorded_width, recorded_height, width, height)
+            state.other_size[row] = (recorded_width, recorded_height, width, height)
     return found
 
 
@@ -173,30 +100,30 @@ def is_turned_by_exif(path: Path) -> bool:
         return image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8)
 
 
-def _judged(split: Split, source: int, look: Looks) -> Iterator[Finding]:
+def _judged(split: Split, source: int, state: FileStates) -> Iterator[Finding]:
     where = f"{split.where}[{source}]"
     folder = split.sources[source].image_dir
-    if look.missing and len(look.missing) == look.seen:
-        yield _wrong_folder(split, source, look)
-    elif look.missing:
-        yield _some_missing(split, source, look)
-    if look.broken:
-        row, reason = next(iter(look.broken.items()))
+    if state.missing and len(state.missing) == state.seen:
+        yield _wrong_folder(split, source, state)
+    elif state.missing:
+        yield _some_missing(split, source, state)
+    if state.broken:
+        row, reason = next(iter(state.broken.items()))
         yield fault(
             "images-broken",
-            f"{len(look.broken)} of {look.seen} image files cannot be read, the first: "
+            f"{len(state.broken)} of {state.seen} image files cannot be read, the first: "
             f"{split.path(row)}: {reason}",
             where=where,
             hint="write or copy them again, or leave them out of the annotations",
         )
-    yield from _transposed(split, where, look)
-    if look.other_size:
-        row, (recorded_width, recorded_height, width, height) = next(iter(look.other_size.items()))
-        scales = np.array([(w / rw, h / rh) for rw, rh, w, h in look.other_size.values()])
+    yield from _transposed(split, where, state)
+    if state.other_size:
+        row, (recorded_width, recorded_height, width, height) = next(iter(state.other_size.items()))
+        scales = np.array([(w / rw, h / rh) for rw, rh, w, h in state.other_size.values()])
         resized = bool(np.allclose(scales, scales[0], rtol=0.02)) and len(scales) > 1
         yield fault(
-            "images-resized" if resized and len(scales) == look.seen else "annotations-stale",
-            f"{len(look.other_size)} of {look.seen} images have another size than the annotations say, the "
+            "images-resized" if resized and len(scales) == state.seen else "annotations-stale",
+            f"{len(state.other_size)} of {state.seen} images have another size than the annotations say, the "
             f"first: {split.path(row)} is {width}x{height}, recorded as {recorded_width}x{recorded_height}"
             + (f"; all are {scales[0][0]:.3g} times as wide" if resized else ""),
             file=split.sources[source].json_file,
@@ -206,19 +133,19 @@ def _judged(split: Split, source: int, look: Looks) -> Iterator[Finding]:
         )
 
 
-def _transposed(split: Split, where: str, look: Looks) -> Iterator[Finding]:
-    if not look.transposed:
+def _transposed(split: Split, where: str, state: FileStates) -> Iterator[Finding]:
+    if not state.transposed:
         return
-    row = look.transposed[0]
+    row = state.transposed[0]
     height, width = split.table.sizes_hw[row].tolist()
     text = (
-        f"{len(look.transposed)} of {look.seen} images have width and height exchanged in the annotations, "
+        f"{len(state.transposed)} of {state.seen} images have width and height exchanged in the annotations, "
         f"the first: {split.path(row)} is {height}x{width} (width x height), recorded as {width}x{height}"
     )
-    if len(look.exif_turned) == len(look.transposed):
+    if len(state.exif_turned) == len(state.transposed):
         yield note(
             "sizes-before-exif",
-            text + "; an EXIF tag turns these images when they are shown",
+            text + "; an EXIF tag rotates these images",
             where=where,
             hint="make sure that the boxes belong to the image as it is shown",
         )
@@ -231,21 +158,21 @@ def _transposed(split: Split, where: str, look: Looks) -> Iterator[Finding]:
         )
 
 
-def _wrong_folder(split: Split, source: int, look: Looks) -> Finding:
+def _wrong_folder(split: Split, source: int, state: FileStates) -> Finding:
     folder = split.sources[source].image_dir
-    name = split.table.file_name(look.missing[0])
+    name = split.table.file_name(state.missing[0])
     elsewhere = find_folder(folder, name)
     exists = Path(folder).is_dir() if folder else True
     return fault(
         "images-in-wrong-folder",
         (
-            f"none of {look.seen} images looked for is there, the first: {split.path(look.missing[0])}"
+            f"none of {state.seen} checked images exists, the first: {split.path(state.missing[0])}"
             if exists
             else "the folder does not exist"
         ),
         where=f"{split.where}[{source}].image_dir",
         value=folder,
-        hint=f"the images seem to lie below {elsewhere}: give that as image_dir"
+        hint=f"there are such images below {elsewhere}: give that as image_dir"
         if elsewhere
         else "file_name in the annotations must be relative to image_dir",
     )
@@ -263,11 +190,11 @@ def find_folder(folder: str, name: str) -> str | None:
     return next((str(path) for path in candidates if (path / name).is_file()), None)
 
 
-def _some_missing(split: Split, source: int, look: Looks) -> Finding:
-    unlisted = unlisted_images(split, source, split.path(look.missing[0]).parent)
+def _some_missing(split: Split, source: int, state: FileStates) -> Finding:
+    unlisted = unlisted_images(split, source, split.path(state.missing[0]).parent)
     text = (
-        f"{len(look.missing)} of {look.seen} images looked for are not there, the first: "
-        f"{split.path(look.missing[0])}"
+        f"{len(state.missing)} of {state.seen} checked images do not exist, the first: "
+        f"{split.path(state.missing[0])}"
     )
     where = f"{split.where}[{source}]"
     if unlisted:
@@ -315,3 +242,73 @@ def check_ages(split: Split, rows: Sequence[int]) -> Section:
                 )
             )
     return section
+
+
+# --- Images in two splits, compared by content ---
+
+MOST_HASHED = 4000
+"""Files of equal size that are read at most, where not all are asked for."""
+
+
+def check_overlap(splits: Sequence[Split], *, full: bool = False) -> Section:
+    """Compare the images of every two splits.
+
+    Only files of equal size can be equal, so sizes are compared first and few files are read.
+    """
+    section = Section("images in two splits")
+    sizes = {split.name: files_by_size(split) for split in splits}
+    for first, second in combinations(splits, 2):
+        shared_sizes = set(sizes[first.name]) & set(sizes[second.name])
+        one = [path for size in sorted(shared_sizes) for path in sizes[first.name][size]]
+        other = [path for size in sorted(shared_sizes) for path in sizes[second.name][size]]
+        complete = full or len(one) + len(other) <= MOST_HASHED
+        if not complete:
+            one, other = one[: MOST_HASHED // 2], other[: MOST_HASHED // 2]
+        digests = digests_of(one)
+        equal = [(digests[digest], path) for path in other if (digest := digest_of(path)) in digests]
+        section.lines.append(
+            f"{first.name} and {second.name}: {len(equal)} equal images"
+            + ("" if complete else f" among {len(one) + len(other):,} files read (--full reads all)")
+        )
+        section.data[f"{first.name}-{second.name}"] = len(equal)
+        if not equal:
+            continue
+        share = len(equal) / max(second.table.num_images, 1)
+        # A few may be an oversight; with a large share validation measures what was memorised.
+        build = fault if share > 0.5 and first.name == "train" else note
+        section.findings.append(
+            build(
+                "splits-overlap",
+                f"{len(equal)} images of {second.name} ({share:.0%}) are in {first.name} too, the first: "
+                f"{equal[0][1]} is {equal[0][0]}",
+                where=f"{first.where} and {second.where}",
+                hint="split the data anew so that no image is in two parts",
+            )
+        )
+    return section
+
+
+def files_by_size(split: Split) -> dict[int, list[Path]]:
+    """Size in bytes → the image files of that size; missing files are left out."""
+    found: dict[int, list[Path]] = defaultdict(list)
+    for row in range(split.table.num_images):
+        path = split.path(row)
+        try:
+            found[path.stat().st_size].append(path)
+        except OSError:
+            continue  # reported by the check of the files
+    return found
+
+
+def digests_of(paths: Iterable[Path]) -> dict[bytes, Path]:
+    """Digest of the content → the file."""
+    return {digest_of(path): path for path in paths}
+
+
+def digest_of(path: Path) -> bytes:
+    """Digest of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()

@@ -1,4 +1,7 @@
-"""Build the network and run one real step."""
+"""Checks that need the network: ground truth through the pipeline, one training step, memory, disk.
+
+Everything is built from the translated config, as a run builds it, and fed with real batches.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from torch import Tensor, nn
 
 from ddetr_mm.preflight import round_trip
 from ddetr_mm.preflight.annotations import largest_padded_hw
+from ddetr_mm.preflight.inputs import Split
 from ddetr_mm.preflight.pictures import MOST_TILES, Tile, draw_contact_sheet, tiles_of_batch
-from ddetr_mm.preflight.report import Section, Split, fault, note
+from ddetr_mm.preflight.report import Section, fault
 from ddetr_mm.preflight.resources import (
     MemoryNeed,
     ModelSize,
@@ -30,12 +34,12 @@ from ddetr_mm.preflight.resources import (
 from ddetr_mm.spec import ExperimentSpec
 from ddetr_mm.weights import load_backbone, load_for_model
 
-# --- One real forward and backward step: losses, gradients, and the memory that it takes ---
+# --- One training step ---
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step gave.
+    """Result of one step.
 
     Attributes:
         losses: name → value, the total under ``"loss"``.
@@ -97,7 +101,7 @@ class KeptBytes:
     """Counts the bytes that autograd keeps between forward and backward, each storage once.
 
     Args:
-        known: addresses of storages that are there anyway: the parameters.
+        known: addresses of storages not to count: the parameters.
     """
 
     def __init__(self, known: set[int]) -> None:
@@ -106,18 +110,18 @@ class KeptBytes:
         self.total = 0
 
     def counting(self) -> Any:
-        """A context in which what is kept gets counted."""
+        """A context that counts."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unchanged)
 
     def forget(self) -> None:
-        """Let go of what was counted."""
+        """Release the counted tensors."""
         self._alive.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
-            # Freed storages would give their address to the next one.
+            # A freed storage would give its address to the next one.
             self._alive.append(tensor.detach())
             self.total += storage.nbytes()
         return tensor
@@ -164,11 +168,11 @@ def model_size(model: Any, optimizer: str) -> ModelSize:
 
 
 def judge(step: Step, should_be_frozen: list[str]) -> Section:
-    """The step in words.
+    """Findings of a step.
 
     Args:
-        step: what it gave.
-        should_be_frozen: parameters that the spec freezes and that would move all the same.
+        step: its result.
+        should_be_frozen: parameters that the spec freezes and that would train.
     """
     section = Section("one training step")
     height, width = step.batch_hw
@@ -187,7 +191,7 @@ def judge(step: Step, should_be_frozen: list[str]) -> Section:
         )
     for kind, names, text in (
         ("gradient-not-finite", step.bad_gradient, "get a gradient that is not finite"),
-        ("gradient-missing", step.without_gradient, "should move and get no gradient"),
+        ("gradient-missing", step.without_gradient, "are trained and get no gradient"),
         ("frozen-moves", step.moved_though_frozen, "are frozen and get a gradient"),
         ("freeze-without-effect", should_be_frozen, "should be frozen by the spec and would train"),
     ):
@@ -202,22 +206,22 @@ def judge(step: Step, should_be_frozen: list[str]) -> Section:
 _KEYS = {"frozen-moves": "train.freeze", "freeze-without-effect": "train.freeze, model.train_backbone"}
 
 
-# --- The part of a check that needs the network: built from the translated config, on real batches ---
+# --- Sections of the check ---
 
 ROUND_TRIP_SAMPLE = 64
-"""Images of a split that the ground truth is sent through the pipeline for, where not all are."""
+"""Images of a split whose ground truth goes through the pipeline, without ``full``."""
 
 CPU_STEP_IMAGES = 2
-"""Images of the real step on a CPU, where a whole batch of large images would take minutes."""
+"""Images of the step on a CPU, where a whole batch of large images would take minutes."""
 
 
 def build_network(config: Any, spec: ExperimentSpec, class_names: Sequence[str]) -> nn.Module:
-    """The detector with its initial weights, as training starts with it.
+    """The detector with the weights that training starts from.
 
     Args:
         config: the translated config for ``train``.
-        spec: names the weights to start from.
-        class_names: by label, for carrying over a class head.
+        spec: names those weights.
+        class_names: by label, to match the columns of a class head.
 
     Raises:
         WeightsError: weights are missing or do not fit.
@@ -232,7 +236,7 @@ def build_network(config: Any, spec: ExperimentSpec, class_names: Sequence[str])
 
 
 def device_for(spec: ExperimentSpec) -> torch.device:
-    """Where a run of this spec computes."""
+    """The device that a run of this spec uses."""
     return torch.device("cuda" if spec.ddetr_mm.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -309,7 +313,7 @@ def check_training_step(
 
 
 def sheet_section(path: Path, tiles: Sequence[Tile], name: str, class_names: Sequence[str]) -> Section:
-    """Draw a contact sheet and tell where it is."""
+    """Draw a contact sheet; the section names its path."""
     heading = f"{name}: the first batches as the network sees them (hatched: padding)"
     draw_contact_sheet(path, tiles, heading, class_names)
     section = Section(f"first batches, {name}")
@@ -328,7 +332,7 @@ def _first_batches(loader: Any, most_images: int) -> Iterator[Any]:
 
 
 def would_train(model: Any, config: Any, spec: ExperimentSpec) -> list[str]:
-    """Parameters that the spec freezes and that are trained all the same."""
+    """Parameters that the spec freezes and that train all the same."""
     frozen = list(config.model.get("frozen_modules") or [])
     if not spec.model.train_backbone:
         frozen.append("backbone")
@@ -362,19 +366,7 @@ def memory_section(
     }
     section = check_memory(need, available, name, options)
     section.lines.append(
-        f"reckoned from a step that kept {step.kept_bytes / 2**20:.0f} MiB for {step.num_images} images at "
+        f"estimated from a step that kept {step.kept_bytes / 2**20:.0f} MiB for {step.num_images} images at "
         f"{step.batch_hw[1]}x{step.batch_hw[0]}"
     )
-    return section
-
-
-def freeze_notes(model: Any, config: Any) -> Section:
-    """Names in ``train.freeze`` that the network does not have."""
-    section = Section("frozen modules")
-    names = [name for name, _ in model.named_parameters()]
-    for part in config.model.get("frozen_modules") or []:
-        if not any(name == part or name.startswith(f"{part}.") for name in names):
-            section.findings.append(
-                note("freeze-unknown", "names no module of the network", where="train.freeze", value=part)
-            )
     return section

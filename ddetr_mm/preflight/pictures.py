@@ -1,4 +1,4 @@
-"""Contact sheet of training samples, and the check of normalisation."""
+"""Checks of colours against the normalisation, and contact sheets of batches as the network sees them."""
 
 from __future__ import annotations
 
@@ -10,63 +10,26 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ddetr_mm.datasets.images import read_image
 from ddetr_mm.engine.detections import Color, palette
+from ddetr_mm.errors import DataError
 from ddetr_mm.files import written_whole
-from ddetr_mm.preflight.report import Finding, Section, Split, fault, suspicion
+from ddetr_mm.preflight.inputs import Split
+from ddetr_mm.preflight.report import Finding, Section, fault
 
-# --- Small copies of a sample of images, for checks that look at colours and content ---
+# --- Colours ---
 
-SIDE_PX = 192
+MEASURED_IMAGES, MEASURED_IMAGES_FULL = 64, 500
+"""Images of a split whose colours are measured."""
 
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """One image made small, with its boxes.
-
-    Attributes:
-        row: the image row in the split's table.
-        rgb: (h, w, 3) float32, 0..1, the longer side at most :data:`SIDE_PX` pixels.
-        boxes_xyxy: (n, 4) visible boxes as fractions of the image, 0..1.
-    """
-
-    row: int
-    rgb: npt.NDArray[np.float32]
-    boxes_xyxy: npt.NDArray[np.float64]
-
-
-def thumbnails(split: Split, most: int) -> list[Thumbnail]:
-    """Small copies of at most so many images, evenly spread; unreadable ones are left out."""
-    found = []
-    for row in split.spread_rows(most).tolist():
-        try:
-            with Image.open(split.path(row)) as image:
-                # For JPEG a decoder that may stop at an eighth of the size is many times faster.
-                image.draft("RGB", (SIDE_PX, SIDE_PX))
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue  # told by the check of the images
-        upright.thumbnail((SIDE_PX, SIDE_PX))
-        rgb = np.asarray(upright, dtype=np.float32) / 255
-        boxes = split.table.boxes_of(row)
-        height, width = split.table.sizes_hw[row].tolist()
-        xywh = split.table.boxes_xywh[boxes][split.table.visible[boxes] & ~split.table.crowd[boxes]]
-        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
-        found.append(Thumbnail(row, rgb, (corners / [width, height, width, height]).clip(0, 1)))
-    return found
-
-
-# --- Colours: the mean and standard deviation of the spec against the images, and the order of channels ---
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LEAST_IMAGES = 8
-"""Fewer images say nothing about the colours of a data set."""
+_MEASURED_SIDE_PX = 192
 
 
 def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> list[Finding]:
-    """The spec's numbers by themselves.
+    """Whether ``input_mean`` and ``input_std`` are on the scale 0 to 1.
 
     Args:
         mean: ``input_mean``: 1 or 3 numbers, RGB, on the scale 0..1.
@@ -80,16 +43,6 @@ def check_normalisation(mean: Sequence[float], std: Sequence[float]) -> list[Fin
             )
     if max(std) < 0.02:
         findings.append(_wrong_scale("input_std", std, [value * 255 for value in std], "255 times too small"))
-    if _near(mean, IMAGENET_MEAN[::-1]) and not _near(mean, IMAGENET_MEAN):
-        findings.append(
-            suspicion(
-                "channels-bgr",
-                "is ImageNet's mean in the order blue, green, red; the spec's order is red, green, blue",
-                where="dataset.augmentation.input_mean",
-                value=list(mean),
-                hint=f"write {list(IMAGENET_MEAN)}, and input_std as {list(IMAGENET_STD)}",
-            )
-        )
     return findings
 
 
@@ -104,41 +57,55 @@ def _wrong_scale(name: str, values: Sequence[float], better: Sequence[float], ho
     )
 
 
-def _near(values: Sequence[float], wanted: Sequence[float]) -> bool:
-    return len(values) == 3 and bool(np.allclose(values, wanted, atol=0.004))
-
-
 def check_colors(
-    by_split: Mapping[str, Sequence[Thumbnail]], mean: Sequence[float], std: Sequence[float]
+    splits: Sequence[Split], mean: Sequence[float], std: Sequence[float], *, full: bool = False
 ) -> Section:
-    """Colours of the images: after normalisation, and compared between splits."""
+    """Colours of the images, and whether they are normalised to about zero mean and unit spread.
+
+    Args:
+        splits: the data.
+        mean: ``input_mean``, RGB, on the scale 0..1.
+        std: ``input_std``, likewise.
+        full: measure :data:`MEASURED_IMAGES_FULL` images of each split.
+    """
     section = Section("colours")
-    measured = {name: channel_means(images) for name, images in by_split.items() if images}
-    for name, means in measured.items():
-        overall = means.mean(axis=0)
-        spread = np.mean([image.rgb.reshape(-1, 3).std(axis=0) for image in by_split[name]], axis=0)
+    for split in splits:
+        measured = mean_and_spread(split, MEASURED_IMAGES_FULL if full else MEASURED_IMAGES)
+        if measured is None:
+            continue
+        overall, spread = measured
         section.lines.append(
-            f"{name}: mean RGB {_three(overall)}, standard deviation within an image {_three(spread)} "
+            f"{split.name}: mean RGB {_three(overall)}, standard deviation within an image {_three(spread)} "
             "(0 to 1)"
         )
-        section.data[name] = dict(mean_rgb=overall.round(4).tolist(), std_rgb=spread.round(4).tolist())
-        section.findings += _far_off(name, overall, spread, np.asarray(mean), np.asarray(std))
-    names = list(measured)
-    for number, first in enumerate(names):
-        for second in names[number + 1 :]:
-            section.findings += _reversed_channels(first, measured[first], second, measured[second])
+        section.data[split.name] = dict(mean_rgb=overall.round(4).tolist(), std_rgb=spread.round(4).tolist())
+        section.findings += _far_off(split.name, overall, spread, np.asarray(mean), np.asarray(std))
     return section
 
 
-def channel_means(images: Sequence[Thumbnail]) -> npt.NDArray[np.float64]:
-    """(n, 3) mean red, green and blue of every image, 0..1."""
-    return np.array([image.rgb.reshape(-1, 3).mean(axis=0) for image in images], dtype=np.float64)
+def mean_and_spread(split: Split, most: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+    """Colours of at most so many images, evenly spread over a split.
+
+    Returns:
+        (3,) mean RGB and (3,) standard deviation within an image, 0..1; None where no image can be read.
+    """
+    means, spreads = [], []
+    for row in split.spread_rows(most).tolist():
+        try:
+            image_rgb = read_image(split.path(row))
+        except DataError:
+            continue  # reported by the check of the images
+        step = max(1, max(image_rgb.shape[:2]) // _MEASURED_SIDE_PX)
+        pixels = image_rgb[::step, ::step].reshape(-1, 3) / 255
+        means.append(pixels.mean(axis=0))
+        spreads.append(pixels.std(axis=0))
+    return (np.mean(means, axis=0), np.mean(spreads, axis=0)) if means else None
 
 
 def _far_off(
     name: str, overall: np.ndarray, spread: np.ndarray, mean: np.ndarray, std: np.ndarray
 ) -> Iterator[Finding]:
-    """Whether what the network sees is near zero mean and unit spread, as its weights expect."""
+    """Whether the network's input is far from zero mean and unit spread."""
     offset = np.abs((overall - mean) / std).max()
     scale = spread / std
     if offset > 10 or scale.max() > 30 or (spread.max() > 0.01 and scale.max() < 1 / 30):
@@ -152,35 +119,11 @@ def _far_off(
         )
 
 
-def _reversed_channels(first: str, one: np.ndarray, second: str, other: np.ndarray) -> Iterator[Finding]:
-    """Whether one split is as red as the other is blue."""
-    if min(len(one), len(other)) < LEAST_IMAGES:
-        return
-    (tint, error), (other_tint, other_error) = _tint(one), _tint(other)
-    clear = (
-        abs(tint) > 4 * error and abs(other_tint) > 4 * other_error and min(abs(tint), abs(other_tint)) > 0.01
-    )
-    if clear and tint * other_tint < 0 and 0.5 < abs(tint / other_tint) < 2:
-        yield suspicion(
-            "channels-bgr",
-            f"red and blue look exchanged between {first} and {second}: red exceeds blue by {tint:+.3f} in "
-            f"{first} and by {other_tint:+.3f} in {second}",
-            where=f"dataset.{first}_data_sources and dataset.{second}_data_sources",
-            hint="one of them was written by a program with the other order of channels (OpenCV's is BGR)",
-        )
-
-
-def _tint(means: np.ndarray) -> tuple[float, float]:
-    """How much red exceeds blue over many images, and the standard error of that."""
-    red_over_blue = means[:, 0] - means[:, 2]
-    return float(red_over_blue.mean()), float(red_over_blue.std(ddof=1) / np.sqrt(len(means))) + 1e-9
-
-
 def _three(values: np.ndarray) -> str:
     return " / ".join(f"{value:.3f}" for value in values)
 
 
-# --- The first batches as the network sees them: normalised, padded, with boxes, turned back into a picture ---
+# --- Contact sheets ---
 
 TILE_PX = 360
 MOST_TILES = 12

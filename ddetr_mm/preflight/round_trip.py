@@ -1,10 +1,9 @@
-"""The ground truth as predictions: dataloader, transforms, collation, post-processing, evaluator, for real.
+"""Ground truth as predictions: through the dataloader, transforms, collation, post-processing and metric.
 
-Every piece is built from the translated config, as evaluation builds it. Boxes are loaded before the
-resize, so that they go through the transforms; the network's place is taken by its ideal answer, a confident
-query on every object; the network's own head turns that into detections in the original image, and the
-configured metric scores them. Whatever is wrong with scales, axes, labels or ids between the file and the
-score shows as an AP below 1.
+Every piece is built from the translated config, as evaluation builds it. Boxes are loaded before the resize,
+so that the transforms move them. In place of the network's output, each object gets a confident query; the
+network's own head turns these into detections in the original image, and the configured metric scores them.
+A mistake in scales, axes, labels or ids anywhere between file and score lowers the AP.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ EXACT = 0.9999
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """What came back.
+    """Scores of the ground truth.
 
     Attributes:
-        AP: of the ground truth through the whole pipeline; -1 without boxes.
-        reachable_AP: of the visible boxes clipped to their images, scored directly: what any detector that is
-            trained on clipped boxes can reach on this data.
-        num_images: images that were sent through.
-        num_boxes: boxes of them that count.
+        AP: through the whole pipeline; -1 without boxes.
+        reachable_AP: of the visible boxes clipped to their images, scored directly: the most that a detector
+            can reach on this data.
+        num_images: images that went through.
+        num_boxes: their boxes that count.
         most_objects: the largest number of objects in one image.
         tiles: the first images, as the network sees them.
         class_names: by label.
@@ -108,7 +107,7 @@ def boxes_loaded_first(pipeline: Sequence[Mapping[str, Any]]) -> list[dict[str, 
 
 
 def ideal_detections(model: Any, samples: Sequence[Any]) -> list[Any]:
-    """What the head makes of a perfect network's output.
+    """Detections that the head makes of a perfect network's output.
 
     Args:
         model: a DETR whose ``bbox_head`` has ``predict_by_feat`` and ``num_classes``.
@@ -165,17 +164,17 @@ def reachable_precision(
 
 
 def judge(split_name: str, trip: RoundTrip, limit: int) -> Section:
-    """The round trip in words.
+    """Findings of a round trip.
 
     Args:
         split_name: for messages.
-        trip: what came back.
-        limit: the most detections an image can have: the least of queries, ``num_select`` and COCO's 100.
+        trip: its scores.
+        limit: most detections of an image: the least of queries, ``num_select`` and COCO's 100.
     """
     section = Section(f"ground truth of {split_name} through the pipeline")
     section.data = dict(AP=trip.AP, reachable_AP=trip.reachable_AP, num_images=trip.num_images)
     if trip.num_boxes == 0:
-        section.lines.append("the images taken have no box that counts")
+        section.lines.append("the sampled images have no box that counts")
         return section
     section.lines.append(
         f"AP {trip.AP:.4f} over {trip.num_images} images with {trip.num_boxes} boxes (perfect is 1)"
@@ -185,7 +184,7 @@ def judge(split_name: str, trip: RoundTrip, limit: int) -> Section:
         section.findings.append(
             note(
                 "objects-beyond-limit",
-                f"an image has {trip.most_objects} objects, and at most {limit} can be found",
+                f"an image has {trip.most_objects} objects, and at most {limit} can be detected",
                 where="model.num_queries, model.num_select",
                 value=limit,
             )

@@ -19,10 +19,9 @@ from ddetr_mm.preflight.annotations import (
     check_split_classes,
     num_repeated,
     quick_sections,
-    read_splits,
 )
 from ddetr_mm.preflight.images import check_images
-from ddetr_mm.preflight.report import Split, counts
+from ddetr_mm.preflight.inputs import Split, read_splits
 
 # --- Boxes: formats told apart, boxes out of place counted ---
 
@@ -94,7 +93,7 @@ def test_doubled_boxes(data_set):
     found = findings_of(data_set, double)
     assert set(found) == {"boxes-doubled", "boxes-of-two-classes"}
     assert found["boxes-doubled"].startswith("dataset.train_data_sources: 1 boxes")
-    assert "1 boxes stand in one place with another class" in found["boxes-of-two-classes"]
+    assert "1 boxes are in one place with another class" in found["boxes-of-two-classes"]
 
 
 @given(
@@ -145,7 +144,7 @@ def kinds(section) -> list[str]:
 
 def test_counts(make_split):
     split = make_split("train", [box(0, 1), box(0, 2), box(0, 2)])
-    figures = counts(split)
+    figures = split.counts()
     assert (figures["num_images"], figures["num_images_without_objects"], figures["num_boxes"]) == (2, 1, 3)
     assert figures["boxes_by_class"] == {"cat": 1, "dog": 2}
     assert kinds(check_split_classes(split, num_classes=3)) == []
@@ -186,7 +185,7 @@ def test_missing_images_are_counted(make_split):
     split.path(1).unlink()
     finding = check_images(split).findings[0]
     assert finding.kind == "images-missing"
-    assert "1 of 2 images" in str(finding.problem) and "dataset.train_data_sources[0]" in str(finding.problem)
+    assert "1 of 2 checked images" in str(finding.problem) and "dataset.train_data_sources[0]" in str(finding.problem)
 
 
 def test_no_box_at_all(make_split):

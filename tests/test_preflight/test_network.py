@@ -14,7 +14,7 @@ from torch import nn
 import ddetr_mm.register  # noqa: F401 - before mmdet
 from ddetr_mm.cli import main
 from ddetr_mm.preflight import network, round_trip
-from ddetr_mm.preflight.report import Split
+from ddetr_mm.preflight.inputs import Split
 from ddetr_mm.spec import load_spec
 from ddetr_mm.tasks.runner import config_source, register_scope
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -54,27 +53,6 @@ def test_swapped_category_ids_by_name(data_set, check):
     assert "the same classes have other ids" in message and "1: 'car' in train, 'person' in val" in message
 
 
-def test_swapped_category_ids_by_shape(data_set, check):
-    document = data_set.read("val")
-    for item in document["annotations"]:
-        item["category_id"] = 3 - item["category_id"]
-    data_set.write("val", document)
-    status, against, message = check()
-    assert status == 2 and list(against) == ["ids-swapped"]
-    assert "1 (car) and 2 (person) look exchanged between train and val" in message
-    assert check("--accept", "ids-swapped")[0] == 0
-
-
-def test_swapped_image_ids(data_set, check):
-    document = data_set.read("train")
-    for item in document["annotations"]:
-        item["image_id"] = (item["image_id"] + 7) % 40
-    data_set.write("train", document)
-    status, against, message = check()
-    assert status == 2 and list(against) == ["boxes-not-on-objects"]
-    assert "image ids may be exchanged" in message
-
-
 def test_categories_from_zero(data_set, check):
     for split in ("train", "val"):
         document = data_set.read(split)
@@ -92,7 +70,7 @@ def test_wrong_folder(data_set, check):
     source = f"[{{image_dir: {data_set.folder / 'empty'}, json_file: {data_set.folder / 'train.json'}}}]"
     status, against, message = check(f"dataset.train_data_sources={source}")
     assert status == 2 and "images-in-wrong-folder" in against
-    assert f"seem to lie below {data_set.folder / 'train'}" in message
+    assert f"there are such images below {data_set.folder / 'train'}" in message
 
 
 def test_transposed_sizes(data_set, check):
@@ -113,7 +91,7 @@ def test_stale_json_files_renamed(data_set, check):
         path.rename(path.with_name(f"new-{path.name}"))
     status, against, message = check()
     assert status == 2 and "annotations-stale" in against
-    assert "14 of 40 images looked for are not there" in message and "new-000.png" in message
+    assert "14 of 40 checked images do not exist" in message and "new-000.png" in message
 
 
 def test_stale_json_pictures_replaced(data_set, check):
@@ -135,20 +113,6 @@ def test_pictures_newer_than_annotations_are_noted(data_set, check):
     check()
     report = json.loads((data_set.folder / "results" / "train" / "check.json").read_text())
     assert "annotations-older" in {one["kind"] for one in report["findings"]}
-
-
-def test_red_and_blue_exchanged_in_one_split(data_set, check):
-    for path in data_set.pictures("val"):
-        Image.fromarray(np.ascontiguousarray(np.asarray(Image.open(path))[..., ::-1])).save(path)
-    status, against, message = check()
-    assert status == 2 and list(against) == ["channels-bgr"]
-    assert "red and blue look exchanged between train and val" in message
-
-
-def test_mean_in_the_order_blue_green_red(check):
-    status, against, message = check("dataset.augmentation.input_mean=[0.406,0.456,0.485]")
-    assert status == 2 and list(against) == ["channels-bgr"]
-    assert "blue, green, red" in message and "dataset.augmentation.input_mean" in message
 
 
 @pytest.mark.parametrize(

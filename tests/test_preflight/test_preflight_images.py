@@ -7,7 +7,7 @@ import shutil
 from PIL import Image
 
 from ddetr_mm.preflight.images import check_images, check_overlap
-from ddetr_mm.preflight.report import Split
+from ddetr_mm.preflight.inputs import Split
 
 
 def read(data_set, name: str) -> Split:
@@ -49,7 +49,7 @@ def test_sizes_recorded_before_an_exif_turn_are_noted(data_set):
 
 def test_a_sample_of_a_large_split_says_so(data_set):
     section = check_images(read(data_set, "train"), sample=10)
-    assert section.lines == ["10 of 40 image files looked at (--full looks at all)"]
+    assert section.lines == ["10 of 40 image files checked (--full decodes all)"]
 
 
 def test_one_shared_picture_is_noted_and_most_of_them_are_a_fault(data_set):
