@@ -28,13 +28,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 from environment import describe, heading, load_average, report  # noqa: E402
+from step_timing import region_times  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.profiler import record_function  # noqa: E402
 from turns import peak_growth_mb, take_turns  # noqa: E402
 
 import ddetr_mm.register  # noqa: E402, F401
-from ddetr_mm.engine.time_ledger import TimeLedger  # noqa: E402
 from ddetr_mm.models.backbones import fuse_norms  # noqa: E402
-from ddetr_mm.models.stages import listening  # noqa: E402
 from ddetr_mm.weights import convert_checkpoint  # noqa: E402
 
 from mmdet.registry import MODELS  # isort: skip  # noqa: E402
@@ -175,27 +175,16 @@ def train(name: str, model: nn.Module, given: dict[str, Any]) -> Step:
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-6, fused=True if name == OURS else None)
 
-    def run(mark: Callable[[str], None] = lambda stage: None) -> None:
+    def run() -> None:
         optimizer.zero_grad()
         total = losses(name, model, given)
-        mark("backward")
-        total.backward()
-        mark("optimizer")
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
+        with record_function("backward"):
+            total.backward()
+        with record_function("optimizer"):
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
 
     return run
-
-
-def ledger_of(step: Step, rounds: int) -> dict[str, float]:
-    """Milliseconds of each stage of our training step, medians; ``idle`` is what lies in no stage."""
-    ledger = TimeLedger(torch.device("cpu"))
-    with listening(ledger.stage):
-        for _ in range(rounds + 1):
-            ledger.begin("idle")
-            step(ledger.switch)
-            ledger.end()
-    return dict(ledger.summary(skip=1)["host_ms"])
 
 
 def compare_results(models: dict[str, nn.Module], given: dict[str, Any]) -> dict[str, float]:
@@ -262,10 +251,10 @@ def markdown(result: dict[str, Any]) -> str:
                 f"| {times['speedup']:.2f} | {times['cpu_speedup']:.2f} "
                 f"| {'' if peak is None else f'{peak:.0f}'} |"
             )
-    ledger = result["ledger_ms"]
+    regions = result["region_ms"]
     lines += ["", "Our training step by stages, milliseconds:", ""]
-    lines += ["| " + " | ".join(ledger) + " |", "| --- " * len(ledger) + "|"]
-    lines += ["| " + " | ".join(f"{value:,.0f}" for value in ledger.values()) + " |"]
+    lines += ["| " + " | ".join(regions) + " |", "| --- " * len(regions) + "|"]
+    lines += ["| " + " | ".join(f"{value:,.0f}" for value in regions.values()) + " |"]
     lines += ["", "Agreement:", ""]
     lines += [f"- {what}: {value:.3g}" for what, value in result["agreement"].items()]
     return "\n".join(lines) + "\n"
@@ -298,7 +287,7 @@ def main() -> None:
         chosen = models if training else predicting(models)
         steps = {name: make(name, model.train(training), given) for name, model in chosen.items()}
         result["times"][mode] = take_turns(steps, args.rounds, STOCK)
-    result["ledger_ms"] = ledger_of(steps[OURS], args.rounds)
+    result["region_ms"] = region_times(steps[OURS], args.rounds, torch.device("cpu"))["host_ms"]
     environment["load_after"] = load_average()
     report(result, markdown(result), RECORD if args.record else None)
 

@@ -19,8 +19,7 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
-
-from ddetr_mm.models.stages import stage
+from torch.profiler import record_function
 
 Step = Callable[[], Any]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -211,9 +210,9 @@ def training_step(
         number += 1
         with precision_of(contestant, given["image"].device):
             loss = losses(contestant.kind, model, given)
-        with stage("backward"):
+        with record_function("backward"):
             scaler.scale(loss).backward()
-        with stage("optimizer"):
+        with record_function("optimizer"):
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(weights, 0.1)
             scaler.step(optimizer)

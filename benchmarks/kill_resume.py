@@ -36,7 +36,7 @@ import ddetr_mm.tasks.runner
 import ddetr_mm.tasks.train  # noqa: F401 - imported here once, so that forked processes need not
 from ddetr_mm.cli import main as ddetr_mm_main
 from ddetr_mm.engine.checkpoint import LATEST_NAME, find_latest_checkpoint, is_whole, list_checkpoints
-from ddetr_mm.engine.progress import ProgressHook
+from ddetr_mm.engine.hooks import ProgressHook
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "records" / "kill_resume.md"

@@ -4,7 +4,7 @@ All start from the same weights (random, carried over by our checkpoint conversi
 padded to one size, on the GPU already: ResNet-50, four levels, box refinement, 80 classes, 300 queries, no
 dropout. A step is forward, loss, backward, clipping and AdamW. First every contestant trains alone for some
 steps: its losses step by step are the curves that must agree, its memory is read, the host's waits for the
-GPU are counted, and for ours the time ledger is kept. Then they take turns for the times.
+GPU are counted, and for ours the time of each region is kept. Then they take turns for the times.
 
 Run: ``python benchmarks/train_gpu.py`` (``--record`` writes ``benchmarks/records/train_gpu.{json,md}``;
 ``--device cpu --quick`` tries it out on tiny images, without ``torch.compile``).
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ from gpu_detectors import (
     training_step,
 )
 from gpu_turns import megabytes, peak_mb, take_turns_on, told
-
-from ddetr_mm.engine.host_reads import counted_host_reads
-from ddetr_mm.engine.time_ledger import TimeLedger, ledger_table
-from ddetr_mm.models.stages import listening
+from step_timing import region_table, region_times
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))
+
+from host_reads import counted_host_reads  # noqa: E402
+
 RECORD = Path(__file__).parent / "records" / "train_gpu"
 FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
 
@@ -71,7 +73,7 @@ def alone(
     args: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Train one contestant by itself: loss curve, peak memory, the host's waits, and the ledger of ours."""
+    """Train one contestant alone: loss curve, peak memory, the host's waits; for ours the time by region."""
     step = training_step(contestant, weights.model(contestant).train(), batches, args.lr)
     # The curve is read once, at its end: reading each loss would make the host wait.
     curve = torch.stack([step() for _ in range(args.steps)]).tolist()
@@ -80,14 +82,8 @@ def alone(
         step()
     found["host_reads_per_step"], found["host_reads"] = len(reads), sorted(set(_without_folder(reads)))
     if contestant.kind == OURS:
-        ledger = TimeLedger(device)
-        with listening(ledger.stage):
-            for _ in range(max(3, args.rounds)):
-                ledger.begin("idle")
-                step()
-                ledger.end()
-        found["ledger"] = ledger.summary(skip=1)
-        print(ledger_table(found["ledger"]), flush=True)
+        found["regions"] = region_times(step, max(3, args.rounds), device)
+        print(region_table(found["regions"]), flush=True)
     return found
 
 
@@ -166,8 +162,8 @@ def markdown(result: dict[str, Any]) -> str:
             f"| {first:.1e} | {mean:.1e} |"
         )
     for name, own in result["alone"].items():
-        if "ledger" in own:
-            lines += ["", f"Ledger of {name}:", "", "```", ledger_table(own["ledger"]), "```"]
+        if "regions" in own:
+            lines += ["", f"Regions of {name}, profiled:", "", "```", region_table(own["regions"]), "```"]
     return "\n".join(lines) + "\n"
 
 

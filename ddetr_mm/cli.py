@@ -24,21 +24,24 @@ from ddetr_mm.errors import InputError, RankFailure
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: what ``-h`` says, and the task module whose ``run(arguments)`` does it."""
+    """One subcommand: what ``-h`` says, and the function of a module that does it."""
 
     name: str
     summary: str
     module: str
     takes_spec: bool = True
-    details: str = ""
+    function: str = "run"
 
 
 COMMANDS = (
     Command("convert", "turn KITTI folders into sharded COCO JSON", "ddetr_mm.tasks.convert"),
-    Command("train", "train, validate, checkpoint; resumes by itself", "ddetr_mm.tasks.train"),
+    Command("train", "train, validate, write checkpoints; resumes by itself", "ddetr_mm.tasks.train"),
     Command("evaluate", "COCO metrics of a checkpoint", "ddetr_mm.tasks.evaluate"),
     Command(
-        "inference", "label files and annotated images for folders of images", "ddetr_mm.tasks.inference"
+        "inference",
+        "label files and annotated images for folders of images",
+        "ddetr_mm.tasks.evaluate",
+        function="run_inference",
     ),
     Command("export", "ONNX, checked against PyTorch before it is left there", "ddetr_mm.tasks.export"),
     Command(
@@ -46,22 +49,39 @@ COMMANDS = (
         "a TensorRT engine from ONNX, checked before it is left there",
         "ddetr_mm.tasks.gen_trt_engine",
     ),
-    Command("translate", "the spec as a stand-alone mmengine config", "ddetr_mm.tasks.translate"),
+    Command(
+        "translate",
+        "the spec as a stand-alone mmengine config",
+        "ddetr_mm.tasks.inspect",
+        function="run_translate",
+    ),
     Command("check", "prove spec and data before a long run", "ddetr_mm.tasks.check"),
     Command(
-        "weights", "read and write checkpoints of four formats", "ddetr_mm.tasks.weights", takes_spec=False
+        "weights",
+        "read and write checkpoints of four formats",
+        "ddetr_mm.tasks.inspect",
+        takes_spec=False,
+        function="run_weights",
     ),
     Command(
         "reproduce",
         "repeat the step of a batch that training saved because its loss was not finite",
-        "ddetr_mm.tasks.reproduce",
+        "ddetr_mm.tasks.inspect",
+        takes_spec=False,
+        function="run_reproduce",
+    ),
+    Command(
+        "install-ops",
+        "build and install mmcv with its compiled ops",
+        "ddetr_mm.compat.install_ops",
         takes_spec=False,
     ),
     Command(
-        "install-ops", "build and install mmcv with its compiled ops", "ddetr_mm.tasks.install_ops", False
-    ),
-    Command(
-        "spec", "print the full default spec with a comment on every field", "ddetr_mm.tasks.spec", False
+        "spec",
+        "print the full default spec with a comment on every field",
+        "ddetr_mm.tasks.inspect",
+        takes_spec=False,
+        function="run_spec",
     ),
 )
 
@@ -69,7 +89,7 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C and SIGTERM."""
 
 WITHOUT_STACK = ("install-ops", "spec")
-"""Commands that work where mmcv or mmdet is missing or does not fit: one of them mends that."""
+"""Commands that work where mmcv or mmdet is missing or does not fit."""
 
 LAUNCHED_VARIABLE = (
     "DDETR_MM_LAUNCHER_PID"  # as in ddetr_mm.engine.distributed, which this module may not import
@@ -84,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ddetr-mm",
         description="NVIDIA TAO's Deformable DETR workflow on MMDetection: TAO specs in, mmengine runs out.",
-        epilog="`ddetr-mm COMMAND -h` tells a command's own arguments.",
+        epilog="`ddetr-mm COMMAND -h` lists a command's own arguments.",
     )
     parser.add_argument("--version", action="version", version=f"ddetr-mm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -98,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
             _add_spec_arguments(sub)
         _OWN_ARGUMENTS.get(command.name, lambda _: None)(sub)
         sub.add_argument("--debug", action="store_true", help="show tracebacks for wrong input too")
-        sub.set_defaults(task_module=command.module)
+        sub.set_defaults(task=(command.module, command.function))
     return parser
 
 
@@ -142,7 +162,7 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
         "--accept",
         action="append",
         metavar="KIND",
-        help="let a suspicion pass, by the name it is told under; may be given several times",
+        help="accept a suspicion, by the name it is reported under; may be given several times",
     )
 
 
@@ -212,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_interrupts():
             return _run(arguments)
     except KeyboardInterrupt as interruption:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one tells it
+        if os.environ.get("RANK", "0") == "0":  # one of several processes reports it
             print(str(interruption) or "interrupted", file=sys.stderr)
         return INTERRUPTED
 
@@ -221,17 +241,18 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.command not in WITHOUT_STACK:
             raise_deferred()
-        task = importlib.import_module(arguments.task_module)
-        failures = importlib.import_module("ddetr_mm.tasks.session")
-        with failures.failures_told():
-            task.run(arguments)
+        module, function = arguments.task
+        task = getattr(importlib.import_module(module), function)
+        session = importlib.import_module("ddetr_mm.tasks.session")
+        with session.machine_failures_as_errors():
+            task(arguments)
     except RankFailure as failure:
         if failure.details:
             print(failure.details, file=sys.stderr)
         print(f"error: {failure}", file=sys.stderr)
         return failure.exit_status
     except BrokenPipeError:
-        # The reader of our output (`| head`) has gone; there is nobody to tell.
+        # The reader of our output (`| head`) has gone.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -241,7 +262,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Have SIGTERM end the block as Ctrl-C does, so that a task can tidy up and tell its end.
+    """Have SIGTERM end the block as Ctrl-C does, so that a task can clean up and report its end.
 
     Nothing is changed outside the main thread, where Python allows no handlers, and where the signal is
     ignored.
@@ -262,29 +283,29 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def _failed(error: Exception, debug: bool) -> int:
-    """Tell a failure, or leave it to the process that started this one as a rank; gives the exit status.
+    """Print a failure, or record it for the process that started this rank; returns the exit status.
 
     Raises:
-        Exception: the error itself, where it is no wrong input but a defect of ours.
+        Exception: the error itself, where it is not wrong input but a defect of this package.
     """
-    told_by_launcher = False
+    reported_by_launcher = False
     if LAUNCHED_VARIABLE in os.environ:
-        from ddetr_mm.tasks.launch import recorded_for_launcher
+        from ddetr_mm.engine.distributed import recorded_for_launcher
 
-        told_by_launcher = recorded_for_launcher(error, debug)
+        reported_by_launcher = recorded_for_launcher(error, debug)
     if not isinstance(error, InputError):
-        if told_by_launcher:
+        if reported_by_launcher:
             return 1
         raise error
-    if not told_by_launcher:
+    if not reported_by_launcher:
         if debug:
             traceback.print_exception(error)
-        _complain(error)
+        _print_problems(error)
     return error.exit_status
 
 
-def _complain(error: InputError) -> None:
-    """One message for all problems, on standard error."""
+def _print_problems(error: InputError) -> None:
+    """Print all problems as one message, on standard error."""
     if len(error.problems) == 1:
         print(f"error: {error.problems[0]}", file=sys.stderr)
         return

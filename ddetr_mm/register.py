@@ -15,9 +15,6 @@ import ddetr_mm.engine.fsdp
 import ddetr_mm.engine.hooks
 import ddetr_mm.engine.non_finite
 import ddetr_mm.engine.optimization
-import ddetr_mm.engine.progress
-import ddetr_mm.engine.status
-import ddetr_mm.engine.time_ledger
 import ddetr_mm.engine.train_loop
 import ddetr_mm.engine.wandb
 import ddetr_mm.evaluation.metric

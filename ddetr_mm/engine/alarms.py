@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from mmdet.registry import HOOKS
-from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
+from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.hooks import learning_rates
 from ddetr_mm.engine.status import StatusLog
 
@@ -203,7 +203,7 @@ class AlarmHook(Hook):
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Look, and tell what has not been told."""
-        if not is_main_process() or not metrics:
+        if not is_first_rank() or not metrics:
             return
         found = next((v for k, v in metrics.items() if k.rsplit("/", 1)[-1] == "bbox_mAP_50"), None)
         if found is None or len(self._AP50s) >= self.validations:

@@ -1,4 +1,8 @@
-"""Write checkpoints and resume from them exactly."""
+"""Checkpoints of a run: files, the hook that writes them, and everything that is restored on resume.
+
+Restored are weights, optimizer and schedules (by mmengine), random states, the message hub, and the
+position in the epoch (:class:`~ddetr_mm.engine.train_loop.ResumableTrainLoop`).
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.registry import HOOKS
-from mmengine.dist import all_gather_object, get_rank, is_main_process
+from mmengine.dist import all_gather_object, get_rank
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 
+from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.errors import InputError, Problem
 from ddetr_mm.files import write_text_whole, written_whole
 from ddetr_mm.weights.encryption import (
@@ -34,9 +39,8 @@ from ddetr_mm.weights.encryption import (
     plain_file,
 )
 
-# --- The state of all random number generators of a process, as plain values that load safely ---
-# Nothing here needs pickled classes: the state is made of tensors, numbers, strings, lists and dicts, so a
-# checkpoint that holds it can be read with ``torch.load(weights_only=True)``.
+# --- Random states ---
+# Tensors, numbers, strings, lists and dicts only, so that ``torch.load(weights_only=True)`` reads them.
 
 RngState = dict[str, Any]
 
@@ -60,7 +64,7 @@ def capture_rng_state() -> RngState:
 
 
 def restore_host_rng(state: RngState) -> None:
-    """Put back ``random`` and numpy: what data augmentation in this process draws from."""
+    """Restore ``random`` and numpy, which data augmentation in this process draws from."""
     saved = state["python"]
     random.setstate((saved["version"], tuple(saved["internal"]), saved["gauss_next"]))
     saved = state["numpy"]
@@ -71,9 +75,9 @@ def restore_host_rng(state: RngState) -> None:
 
 
 def restore_torch_rng(state: RngState) -> None:
-    """Put back torch's generators: what dropout and the like draw from.
+    """Restore torch's generators, which dropout draws from.
 
-    GPU states are put back for as many GPUs as there are both now and in the state.
+    GPU states are restored for as many GPUs as there are both now and in the state.
     """
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available():
@@ -81,10 +85,9 @@ def restore_torch_rng(state: RngState) -> None:
             torch.cuda.set_rng_state(saved.cpu(), device)
 
 
-# --- The state of mmengine's message hub as tensors and plain values, and back ---
-# mmengine pickles its ``HistoryBuffer`` objects into a checkpoint, together with references to methods, and
-# numpy scalars beside them. ``torch.load(weights_only=True)``, the default since torch 2.6, refuses all of
-# that. In the plain form a checkpoint needs no class at all to be read.
+# --- Message hub ---
+# mmengine pickles ``HistoryBuffer`` objects and numpy scalars into a checkpoint, which
+# ``torch.load(weights_only=True)`` refuses. In the plain form reading a checkpoint needs no class.
 
 _BUFFER_KEYS = {"values", "counts", "max_length"}
 
@@ -99,7 +102,7 @@ def plain_message_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def message_state_from_plain(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``MessageHub.load_state_dict`` takes, from the plain form; buffers of mmengine's own pass."""
+    """The form that ``MessageHub.load_state_dict`` takes, from the plain form or from mmengine's own."""
     restored = dict(state)
     restored["log_scalars"] = {
         name: _restored_buffer(buffer) for name, buffer in state.get("log_scalars", {}).items()
@@ -139,7 +142,7 @@ def _restored_buffer(buffer: Any) -> Any:
     )
 
 
-# --- mmengine reads encrypted checkpoints: whatever loads a local file through it gets the content ---
+# --- Files ---
 
 
 @CheckpointLoader.register_scheme(prefixes="", force=True)
@@ -154,8 +157,7 @@ def load_from_local_or_encrypted(filename: str, map_location: Any = None) -> Any
         return load_from_local(str(plain), map_location)
 
 
-# --- Checkpoint files: their names, the link to the latest, and writing them so that none is ever broken ---
-# A training folder holds ``model_epoch_NNN.pth`` (0-based number of the epoch just finished), or
+# The results folder of training has ``model_epoch_NNN.pth`` (0-based number of the epoch just finished) or
 # ``model_epoch_NNN_step_SSSSS.pth`` where saving goes by steps (SSSSS optimizer steps done since the
 # beginning), and ``dd_model_latest.pth``, which points at the newest of them.
 
@@ -168,11 +170,11 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class CheckpointName:
-    """What the name of a checkpoint file says.
+    """The name of a checkpoint file, parsed.
 
     Attributes:
         epoch: 0-based number of the epoch in which, or at the end of which, it was written.
-        step: optimizer steps done since the beginning, where the name tells them.
+        step: optimizer steps done since the beginning, where the name has them.
     """
 
     epoch: int
@@ -184,7 +186,7 @@ class CheckpointName:
 
     @classmethod
     def parse(cls, name: str) -> CheckpointName | None:
-        """The meaning of a file name; None if it is not a checkpoint's."""
+        """Parse a file name; None if it is not a checkpoint's."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None
@@ -192,14 +194,14 @@ class CheckpointName:
 
     @property
     def age_key(self) -> tuple[int, float]:
-        """Sorts names by training time; the end of an epoch comes after all its steps."""
+        """Sort key by training time; the end of an epoch comes after all its steps."""
         return self.epoch, float("inf") if self.step is None else self.step
 
 
 def is_whole(path: Path) -> bool:
     """Whether a file is a complete archive as ``torch.save`` writes it, encrypted or not.
 
-    Reads only the archive's directory, which stands at the file's end: a file that was cut off has none. Of
+    Reads only the archive's directory at the end of the file, which a truncated file lacks. Of
     an encrypted file only the length is checked, which needs no key.
     """
     if is_encrypted(path):
@@ -212,7 +214,7 @@ def is_whole(path: Path) -> bool:
 
 
 def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint a run in this folder goes on from.
+    """The checkpoint that a run in this folder resumes from.
 
     That is the file ``dd_model_latest.pth`` points at; if the link is missing or its file is broken, the
     newest whole ``model_epoch_*.pth``. None if there is neither.
@@ -236,7 +238,7 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
-    """Delete half-written checkpoints that a killed run left; returns what was deleted."""
+    """Delete half-written checkpoints of a killed run; returns the deleted paths."""
     leftovers = [path for path in Path(folder).iterdir() if _LEFTOVER.fullmatch(path.name)]
     for path in leftovers:
         path.unlink(missing_ok=True)
@@ -245,7 +247,7 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
 
 @contextmanager
 def checkpoint_written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write a checkpoint to; make it durable and put it under its name after.
+    """Write a checkpoint to a temporary path, flush it to the disk, then rename it.
 
     Yields:
         The path to write to, in the same folder.
@@ -257,11 +259,11 @@ def checkpoint_written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def full_disk_told(path: Path) -> Iterator[None]:
-    """Turn a full disk while ``path`` is written into one message that names what is safe.
+def full_disk_as_error(path: Path) -> Iterator[None]:
+    """Turn a full disk while ``path`` is written into one message that names the last good checkpoint.
 
     Raises:
-        InputError: the disk, or the user's share of it, is full.
+        InputError: the disk or the user's quota is full.
     """
     try:
         yield
@@ -269,7 +271,7 @@ def full_disk_told(path: Path) -> Iterator[None]:
         if error.errno not in _NO_SPACE:
             raise
         last = find_latest_checkpoint(path.parent)
-        kept = f"the last good checkpoint is {last}" if last else "no earlier checkpoint is there"
+        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise InputError(
             Problem(
                 "no space left on the disk to write the checkpoint",
@@ -280,7 +282,7 @@ def full_disk_told(path: Path) -> Iterator[None]:
 
 
 def link_latest(checkpoint: Path) -> Path:
-    """Make ``dd_model_latest.pth`` stand for a checkpoint of the same folder, in one step.
+    """Point ``dd_model_latest.pth`` at a checkpoint of the same folder, atomically.
 
     It is a relative symbolic link; where the file system has none, a hard link, or else a copy.
     """
@@ -303,7 +305,7 @@ def _link_without_symlinks(checkpoint: Path, temporary: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the system put a file's or folder's content on the disk now, so that it outlives a crash."""
+    """Flush a file or folder to the disk, so that it survives a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -311,9 +313,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-# --- Saving checkpoints under the reference's names, whole or not at all, ready for exact resuming ---
-
-__all__ = ["TAOCheckpointHook", "find_latest_checkpoint"]
+# --- The hook ---
 
 UNITS = ("epoch", "step")
 
@@ -324,18 +324,17 @@ class TAOCheckpointHook(Hook):
 
     The content is mmengine's (``meta``, ``state_dict``, ``message_hub``, ``optimizer``,
     ``param_schedulers``), so every mm* tool reads it and ``Runner`` resumes from it. All of it is kept as
-    tensors and plain values (the message hub is turned back when a checkpoint is loaded), so that
-    ``torch.load(weights_only=True)`` reads it without being told of any class. Added are
+    tensors and plain values, so that ``torch.load(weights_only=True)`` reads it. Added are
     ``meta['ddetr_mm']``, the position in the current epoch (0 at its end) as ``meta['batches_done']``, of
     one rank, and ``meta['samples_done']``, of all ranks together, and ``rng_states`` (one entry a rank).
 
-    A checkpoint is written beside its name and renamed, then ``dd_model_latest.pth`` is pointed at it,
-    so that a run may be killed at any moment. mmengine's ``last_checkpoint`` file is kept too: its own
+    A checkpoint is written under a temporary name and renamed, then ``dd_model_latest.pth`` is pointed at
+    it, so a run may be killed at any time. mmengine's ``last_checkpoint`` file is written too, so its own
     automatic resuming works in the same folder.
 
-    Random states: when a run is resumed, numpy's and Python's are put back before the epoch begins and
-    torch's before its first step. An uninterrupted run does the same between two epochs, so that what
-    validation or worker start-up draw in between makes no difference.
+    Random states: on resume, numpy's and Python's are restored before the epoch begins and torch's before
+    its first step. An uninterrupted run does the same between two epochs, so that numbers drawn by
+    validation or by starting workers make no difference.
 
     Args:
         interval: save every so many units.
@@ -378,7 +377,7 @@ class TAOCheckpointHook(Hook):
         self._torch_rng_to_restore: RngState | None = None
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Give mmengine the message hub as it knows it, and remember this rank's random states."""
+        """Restore the message hub's form for mmengine, and keep this rank's random states for later."""
         if isinstance(checkpoint.get("message_hub"), dict):
             checkpoint["message_hub"] = message_state_from_plain(checkpoint["message_hub"])
         if not getattr(runner, "_resume", False):
@@ -392,18 +391,18 @@ class TAOCheckpointHook(Hook):
             runner.train_loop.seek(epoch=meta["epoch"], iter=meta["iter"], **position)
 
     def before_train(self, runner: Any) -> None:
-        """Make the folder ready; what a killed run left half-written goes."""
+        """Make the folder, and remove half-written checkpoints of a killed run."""
         self.out_dir = self.out_dir or Path(runner.work_dir)
         # Nothing has been trained since this point: an already finished run needs no second last checkpoint.
         self._iter_of_last_save = runner.iter
-        if is_main_process():
+        if is_first_rank():
             self.out_dir.mkdir(parents=True, exist_ok=True)
             for path in remove_leftovers(self.out_dir):
                 runner.logger.info(f"Removed the half-written checkpoint {path.name}.")
             runner.logger.info(f"Checkpoints will be saved to {self.out_dir}.")
 
     def before_train_epoch(self, runner: Any) -> None:
-        """Put numpy's and Python's random states back."""
+        """Restore numpy's and Python's random states."""
         if self._host_rng_to_restore is not None:
             restore_host_rng(self._host_rng_to_restore)
             self._host_rng_to_restore = None
@@ -411,7 +410,7 @@ class TAOCheckpointHook(Hook):
     def before_train_iter(
         self, runner: Any, batch_idx: int, data_batch: dict[str, Any] | tuple | list | None = None
     ) -> None:
-        """Put torch's random state back, after the workers' start has drawn from it."""
+        """Restore torch's random state, after the start of workers has drawn from it."""
         if self._torch_rng_to_restore is not None:
             restore_torch_rng(self._torch_rng_to_restore)
             self._torch_rng_to_restore = None
@@ -449,7 +448,7 @@ class TAOCheckpointHook(Hook):
             self._save(runner, name, meta)
 
     def after_train(self, runner: Any) -> None:
-        """Save the end of training, where a stop before the last epoch has left it unsaved."""
+        """Save the end of training where it is not saved yet, after a stop before the last epoch."""
         if self._iter_of_last_save != runner.iter:
             self._save_between_epochs(runner)
 
@@ -498,7 +497,7 @@ class TAOCheckpointHook(Hook):
         return self._save(runner, name, meta)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Add the random states of all ranks, and leave nothing that needs a class to be read."""
+        """Add the random states of all ranks, and turn everything into plain values."""
         checkpoint["meta"] = plain_values(checkpoint["meta"])
         checkpoint["message_hub"] = plain_message_state(checkpoint["message_hub"])
         if self._rng_states:
@@ -508,16 +507,16 @@ class TAOCheckpointHook(Hook):
         """Write one checkpoint; every rank calls it, the first one writes."""
         path = Path(self.out_dir or runner.work_dir) / str(name)
         meta["ddetr_mm"] = self.extra_meta
-        # Between two epochs the state to go on with is the one after the last step, whatever was drawn since.
+        # Between two epochs the state to restore is the one after the last step, whatever was drawn since.
         self._rng_states = all_gather_object(self._torch_rng_to_restore or capture_rng_state())
         try:
-            if is_main_process():
-                with full_disk_told(path):
+            if is_first_rank():
+                with full_disk_as_error(path):
                     with checkpoint_written_whole(path) as temporary:
                         self._write(runner, temporary, meta)
                     link_latest(path)
                     write_text_whole(path.with_name("last_checkpoint"), str(path))
-                self._forget_oldest(path)
+                self._delete_oldest(path)
                 runner.logger.info(f"Saved checkpoint {path.name}.")
             else:
                 self._call_runner(runner, path, meta)
@@ -546,7 +545,7 @@ class TAOCheckpointHook(Hook):
             meta=meta,
         )
 
-    def _forget_oldest(self, path: Path) -> None:
+    def _delete_oldest(self, path: Path) -> None:
         self._written = [known for known in self._written if known != path] + [path]
         while self.max_keep > 0 and len(self._written) > self.max_keep:
             self._written.pop(0).unlink(missing_ok=True)

@@ -1,4 +1,9 @@
-"""Training curves as PNG and HTML."""
+"""Training curves: read from mmengine's ``scalars.json``, drawn as PNG and as one HTML page.
+
+mmengine writes the logged scalars, one JSON object a line, into
+``<work_dir>/<start time>/vis_data/scalars.json``: one folder for each start. :class:`RunScalars` joins the
+folders of a run that was resumed; :class:`CurvesHook` draws while training runs.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +13,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,91 +22,105 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from mmdet.registry import HOOKS
-from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 
+from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.hooks import learning_rates
 from ddetr_mm.evaluation.report import freed_figures, save_png
 from ddetr_mm.files import write_text_whole
 
-# --- The record that training curves are drawn from: one JSON object a line, appended while training runs ---
-# Two kinds of lines: ``train`` with ``step``, ``epoch``, ``losses`` (name → mean since the last line) and
-# ``learning_rates`` (group → value), and ``val`` with ``step``, ``epoch`` and ``metrics``. ``step`` counts
-# optimizer steps done, ``epoch`` epochs done, both since the beginning of training, not of the process.
-# A number that is not finite is null.
+# --- Scalars of a run ---
 
-Point = dict[str, Any]
+Point = dict[str, float | None]
+"""One line of ``scalars.json``: scalar name to value, None where it was not finite. ``step`` counts optimizer
+steps in points of training, and epochs in points of validation."""
+
+SCALARS_PATTERN = "*/vis_data/scalars.json"
+RESUMED_STEP, RESUMED_EPOCH = "resumed_step", "resumed_epoch"
+"""Scalars that :class:`CurvesHook` writes at each start: steps and epochs that were already done."""
+
+RATE_PREFIX = "lr/"
+"""Prefix of the learning rate of one group of parameters."""
 
 
-class CurveRecord:
-    """The points of a training run, in memory and in a file.
+class RunScalars:
+    """The scalars of a run, read again from where the last reading ended.
+
+    Points after the step that a later start resumed from belong to lost work and are dropped. Files of starts
+    without :class:`CurvesHook` (dry runs, tests) are left out: they do not begin with :data:`RESUMED_STEP`.
 
     Args:
-        path: the file.
-        resumed_step: steps that are already done. Points after it are dropped: they belong to work that
-            was lost. At 0 an old file is replaced.
+        work_dir: results folder of the run, with one folder for each start.
+        last: the last folder to read, by name; all when None.
+
+    Attributes:
+        train: points of training, in order.
+        val: points of validation, in order.
     """
 
-    def __init__(self, path: str | os.PathLike[str], resumed_step: int = 0) -> None:
-        self.path = Path(path)
-        known = read_points(self.path) if resumed_step > 0 else []
-        self.points = [point for point in known if point["step"] <= resumed_step]
-        write_text_whole(self.path, "".join(_line(point) for point in self.points))
+    def __init__(self, work_dir: str | os.PathLike[str], last: str | None = None) -> None:
+        self.work_dir = Path(work_dir)
+        self.last = last
+        self.train: list[Point] = []
+        self.val: list[Point] = []
+        self._read_bytes: dict[Path, int] = {}
 
-    def add_train(
-        self, step: int, epoch: float, losses: Mapping[str, float], learning_rates: Mapping[str, float]
-    ) -> None:
-        """Add a point of training."""
-        self._add(
-            {
-                "kind": "train",
-                "step": step,
-                "epoch": epoch,
-                "losses": losses,
-                "learning_rates": learning_rates,
-            }
-        )
+    def update(self) -> None:
+        """Read what was written since the last call.
 
-    def add_val(self, step: int, epoch: float, metrics: Mapping[str, float]) -> None:
-        """Add a point of validation."""
-        self._add({"kind": "val", "step": step, "epoch": epoch, "metrics": metrics})
+        Raises:
+            ValueError: a complete line is not a JSON object.
+        """
+        for path in sorted(self.work_dir.glob(SCALARS_PATTERN)):
+            if self.last is None or path.parent.parent.name <= self.last:
+                self._read(path)
 
-    def _add(self, point: Mapping[str, Any]) -> None:
-        plain = _plain(point)
-        self.points.append(plain)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(plain))
+    def _read(self, path: Path) -> None:
+        start = self._read_bytes.get(path, 0)
+        with path.open("rb") as file:
+            file.seek(start)
+            content = file.read()
+        # Text after the last line end is a line that is being written, or that a kill has cut off.
+        complete = content[: content.rfind(b"\n") + 1]
+        points = [_point(line, path) for line in complete.decode("utf-8").splitlines()]
+        if start == 0 and points and RESUMED_STEP not in points[0]:
+            return
+        self._read_bytes[path] = start + len(complete)
+        for point in points:
+            self._add(point)
 
-
-def read_points(path: str | os.PathLike[str]) -> list[Point]:
-    """The points of a file; none if it is missing. A last line that a kill has cut off is left out.
-
-    Raises:
-        ValueError: a line before the last one is not JSON.
-    """
-    path = Path(path)
-    if not path.is_file():
-        return []
-    # What follows the last line's end is empty, unless the process was killed while it wrote.
-    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in whole_lines]
+    def _add(self, point: Point) -> None:
+        if RESUMED_STEP in point:
+            step, epoch = point[RESUMED_STEP] or 0, point.get(RESUMED_EPOCH) or 0
+            self.train = [known for known in self.train if _step(known) <= step]
+            self.val = [known for known in self.val if _step(known) <= epoch]
+        elif "iter" in point:
+            self.train.append(point)
+        elif any("/" in name for name in point):
+            self.val.append(point)
 
 
-def _line(point: Point) -> str:
-    return json.dumps(point, allow_nan=False) + "\n"
+def _point(line: str, path: Path) -> Point:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}: a line is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a line is not a JSON object")
+    return {str(name): _finite(value) for name, value in values.items() if not isinstance(value, str)}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        # One string for the same name in all points: a long run has tens of thousands.
-        return {sys.intern(str(key)): _plain(item) for key, item in value.items()}
-    if isinstance(value, (str, int)):
+def _finite(value: Any) -> float | None:
+    if isinstance(value, (int, float)) and math.isfinite(value):
         return value
-    number = float(value)
-    return number if math.isfinite(number) else None
+    return None
 
 
-# --- Training curves as pictures: losses, learning rates, average precision ---
+def _step(point: Point) -> float:
+    return point.get("step") or 0
+
+
+# --- Curves as PNG ---
 
 LOSS_PICTURE, RATE_PICTURE, AP_PICTURE = "curve_loss.png", "curve_lr.png", "curve_ap.png"
 
@@ -120,20 +138,20 @@ _OF_INNER_LAYER = re.compile(r"(^|\.)(d\d+\.|enc_|dn_)|\.d\d+")
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def draw_curves(points: Sequence[Point], folder: str | Path) -> list[Path]:
-    """Draw all curves there are points for.
+def draw_curves(scalars: RunScalars, folder: str | Path) -> list[Path]:
+    """Draw losses, learning rates and average precision, as far as there are values.
 
     Args:
-        points: of a :class:`~ddetr_mm.engine.curves.CurveRecord`.
-        folder: where to put the pictures; each is written whole or not at all.
+        scalars: the run's scalars.
+        folder: where to put the PNG files.
 
     Returns:
-        The pictures drawn.
+        The files drawn.
     """
     plots = (
-        (LOSS_PICTURE, loss_series(points), "optimizer steps", "loss", True),
-        (RATE_PICTURE, rate_series(points), "optimizer steps", "learning rate", True),
-        (AP_PICTURE, ap_series(points), "epochs", "average precision (COCO)", False),
+        (LOSS_PICTURE, loss_series(scalars), "optimizer steps", "loss", True),
+        (RATE_PICTURE, rate_series(scalars), "optimizer steps", "learning rate", True),
+        (AP_PICTURE, ap_series(scalars), "epochs", "average precision (COCO)", False),
     )
     drawn = []
     for name, series, x_label, y_label, may_be_log in plots:
@@ -144,39 +162,45 @@ def draw_curves(points: Sequence[Point], folder: str | Path) -> list[Path]:
     return drawn
 
 
-def loss_series(points: Sequence[Point]) -> Series:
+def loss_series(scalars: RunScalars) -> Series:
     """Total loss and its parts of the last decoder layer, over steps.
 
-    The same parts of the other layers are in the record; drawn, they would hide the picture.
+    The parts of the inner layers are left out: they would cover the others.
     """
-    names = {name: name for name in _keys(points, "losses") if not _OF_INNER_LAYER.search(name)}
-    return _series(points, "losses", "step", names)
+    names = {name: name for name in _names(scalars.train) if _is_last_layer_loss(name)}
+    return _series(scalars.train, names)
 
 
-def rate_series(points: Sequence[Point]) -> Series:
-    """The learning rate of each group, over steps."""
-    return _series(points, "learning_rates", "step", {name: name for name in _keys(points, "learning_rates")})
+def rate_series(scalars: RunScalars) -> Series:
+    """The learning rate of each group over steps; the first group's alone where no other is recorded."""
+    names = _names(scalars.train)
+    groups = {name: name.removeprefix(RATE_PREFIX) for name in names if name.startswith(RATE_PREFIX)}
+    return _series(scalars.train, groups or {name: name for name in names if name == "lr"})
 
 
-def ap_series(points: Sequence[Point]) -> Series:
-    """COCO's six precisions over epochs; undefined ones (-1) are left out."""
-    keys = {key.rsplit("/", 1)[-1]: key for key in _keys(points, "metrics")}
-    names = {keys[ending]: label for ending, label in _AP_NAMES.items() if ending in keys}
-    series = _series(points, "metrics", "epoch", names)
-    return {name: (x, y) for name, (x, y) in series.items() if (y >= 0).any()}
+def ap_series(scalars: RunScalars) -> Series:
+    """COCO's six average precisions over epochs; undefined ones (-1) are left out."""
+    endings = {name.rsplit("/", 1)[-1]: name for name in _names(scalars.val)}
+    names = {endings[ending]: label for ending, label in _AP_NAMES.items() if ending in endings}
+    series = _series(scalars.val, names)
+    for _, y in series.values():
+        y[y < 0] = np.nan
+    return {name: (x, y) for name, (x, y) in series.items() if not np.isnan(y).all()}
 
 
-def _keys(points: Sequence[Point], group: str) -> list[str]:
-    return list(dict.fromkeys(key for point in points for key in point.get(group, ())))
+def _is_last_layer_loss(name: str) -> bool:
+    return "loss" in name and not _OF_INNER_LAYER.search(name)
 
 
-def _series(points: Sequence[Point], group: str, axis: str, names: Mapping[str, str]) -> Series:
+def _names(points: Sequence[Point]) -> list[str]:
+    return list(dict.fromkeys(name for point in points for name in point))
+
+
+def _series(points: Sequence[Point], labels: Mapping[str, str]) -> Series:
     series = {}
-    for key, label in names.items():
-        pairs = [(point[axis], point[group][key]) for point in points if key in point.get(group, ())]
-        x, y = np.array([[a, np.nan if b is None else b] for a, b in pairs], dtype=float).T
-        if group == "metrics":
-            y[y < 0] = np.nan
+    for name, label in labels.items():
+        pairs = [(_step(point), point[name]) for point in points if name in point]
+        x, y = np.array([[step, np.nan if value is None else value] for step, value in pairs], dtype=float).T
         series[label] = _thinned(x, y)
     return series
 
@@ -225,7 +249,7 @@ def _limit_to_precision(axes: Axes, series: Series) -> None:
     axes.set_ylim(0, min(max(top * 1.1, 0.01), 1.02))
 
 
-# --- Training curves as one HTML page that renews itself while training runs and needs nothing else ---
+# --- Curves as one HTML page ---
 
 PAGE_NAME = "curves.html"
 
@@ -244,21 +268,21 @@ _TITLES = {"curve_loss.png": "Loss", "curve_lr.png": "Learning rates", "curve_ap
 
 def write_curve_page(
     path: Path,
-    points: Sequence[Point],
+    scalars: RunScalars,
     pictures: Sequence[Path],
     *,
     alarms: Sequence[str] = (),
     refresh_s: int | None = None,
     progress: str = "",
 ) -> Path:
-    """Write the page, whole or not at all.
+    """Write the page: alarms, the last values, and the pictures; it needs no other file.
 
     Args:
-        path: the page.
-        points: of a :class:`~ddetr_mm.engine.curves.CurveRecord`; the last ones are shown as numbers.
-        pictures: PNG files to put in.
+        path: the HTML file.
+        scalars: the run's scalars; the last ones are shown as numbers.
+        pictures: PNG files to embed.
         alarms: sentences about what looks wrong.
-        refresh_s: the browser reads the page again after so many seconds; None when training is over.
+        refresh_s: the browser reloads the page after so many seconds; None when training has ended.
         progress: how far training is, e.g. ``"epoch 3 of 50"``.
     """
     again = f'<meta http-equiv="refresh" content="{refresh_s}">\n' if refresh_s else ""
@@ -266,7 +290,7 @@ def write_curve_page(
     parts = [
         f"<h1>Training curves</h1>\n<p class='quiet'>{html.escape(progress)} · {state}</p>",
         *(f'<p class="alarm">{html.escape(sentence)}</p>' for sentence in alarms),
-        *_numbers(points),
+        *_last_values(scalars),
     ]
     for picture in pictures:
         data = base64.b64encode(picture.read_bytes()).decode("ascii")
@@ -282,30 +306,29 @@ def write_curve_page(
     )
 
 
-def _numbers(points: Sequence[Point]) -> list[str]:
+def _last_values(scalars: RunScalars) -> list[str]:
     """The last point of training and of validation, as a table."""
     rows: list[tuple[str, Any]] = []
-    train = next((point for point in reversed(points) if point["kind"] == "train"), None)
-    val = next((point for point in reversed(points) if point["kind"] == "val"), None)
-    if train:
-        rows += [("steps", train["step"]), ("epochs", round(train["epoch"], 2))]
-        rows += _items(train.get("losses", {}), inner=False)
-        rows += [(f"learning rate, {name}", value) for name, value in train.get("learning_rates", {}).items()]
-    if val:
+    if scalars.train:
+        last = scalars.train[-1]
+        rows += [("steps", last.get("step")), ("epoch", last.get("epoch"))]
+        rows += [(name, value) for name, value in last.items() if _is_last_layer_loss(name)]
+        rows += [
+            (f"learning rate, {name.removeprefix(RATE_PREFIX)}", value)
+            for name, value in last.items()
+            if name.startswith(RATE_PREFIX)
+        ]
+    if scalars.val:
+        last = scalars.val[-1]
         # An average over nothing is -1 in COCO.
-        shown = {name: "–" if value == -1 else value for name, value in val.get("metrics", {}).items()}
-        rows += [(f"{name} (epoch {val['epoch']})", value) for name, value in shown.items()]
+        shown = {name: "–" if value == -1 else value for name, value in last.items() if "/" in name}
+        rows += [(f"{name} (epoch {last.get('step')})", value) for name, value in shown.items()]
     if not rows:
         return []
     lines = "\n".join(
         f"<tr><td>{html.escape(name)}</td><td>{_number(value)}</td></tr>" for name, value in rows
     )
     return [f"<h2>Now</h2>\n<table>\n{lines}\n</table>"]
-
-
-def _items(values: Mapping[str, float | None], inner: bool) -> list[tuple[str, float | None]]:
-    """Loss parts; those of inner decoder layers (``d0.loss_cls``) only when asked for."""
-    return [(name, value) for name, value in values.items() if inner or "." not in name]
 
 
 def _number(value: float | str | None) -> str:
@@ -316,101 +339,75 @@ def _number(value: float | str | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-# --- The hook that records training curves and draws them while training runs ---
-
-RECORD_NAME = "curves.jsonl"
+# --- The hook ---
 
 
 @HOOKS.register_module()
 class CurvesHook(Hook):
-    """Records loss parts, learning rates of every group and validation figures; draws them as PNG and HTML.
+    """Draws losses, learning rates of every group and validation metrics while training runs.
 
-    The record (``curves.jsonl``) and the pictures (``curve_loss.png``, ``curve_lr.png``,
-    ``curve_ap.png``) lie in the runner's ``work_dir``, with a page of all of it (``curves.html``) that renews
-    itself in a browser while training runs. A resumed run goes on with the earlier points;
-    those of steps that were lost are dropped.
+    Adds the learning rates of all groups to the logged scalars (mmengine logs the first group's), so they
+    are in ``scalars.json`` and TensorBoard too. The PNG files (``curve_loss.png``, ``curve_lr.png``,
+    ``curve_ap.png``) and the page ``curves.html`` are in the runner's ``work_dir``. A resumed run keeps the
+    earlier points; those of steps that were lost are dropped.
 
     Args:
-        interval: record a point every so many steps; losses are averaged in between.
-        redraw_s: draw again at most every so many seconds; the end of training is always drawn.
-        out_dir: folder; the runner's ``work_dir`` when None.
+        redraw_s: seconds between two drawings at least; the end of training is always drawn.
+        out_dir: folder of the drawings; the runner's ``work_dir`` when None.
     """
 
+    # After LoggerHook (BELOW_NORMAL), which writes the scalars.
     priority = "LOW"
 
-    def __init__(
-        self, interval: int = 10, redraw_s: float = 10.0, out_dir: str | os.PathLike[str] | None = None
-    ) -> None:
-        if interval < 1:
-            raise ValueError(f"interval must be at least 1, not {interval}")
-        self.interval = interval
+    def __init__(self, redraw_s: float = 10.0, out_dir: str | os.PathLike[str] | None = None) -> None:
         self.redraw_s = redraw_s
         self.out_dir = out_dir
-        self._record: CurveRecord | None = None
-        self._steps_since_point = 0
+        self._scalars: RunScalars | None = None
         self._drawn_at = float("-inf")
+        self._group_rates: list[float] = []
+        self._rates: dict[str, float] = {}
 
     def before_train(self, runner: Any) -> None:
-        """Open the record, with the points of the run that is resumed."""
-        if is_main_process():
-            self._record = CurveRecord(self._folder(runner) / RECORD_NAME, resumed_step=runner.iter)
+        """Note where this start begins, so that readers of the scalars drop lost points."""
+        if is_first_rank():
+            done = {RESUMED_STEP: runner.iter, RESUMED_EPOCH: runner.epoch}
+            runner.visualizer.get_backend("LocalVisBackend").add_scalars(done, step=runner.iter)
+            self._scalars = RunScalars(runner.work_dir)
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Add the learning rate of every group to the logged scalars."""
+        now = [group["lr"] for group in runner.optim_wrapper.param_groups]
+        if now != self._group_rates:  # naming the groups takes a while, and rates change seldom
+            self._group_rates, self._rates = now, learning_rates(runner)
+        for name, rate in self._rates.items():
+            runner.message_hub.update_scalar(f"train/{RATE_PREFIX}{name}", rate)
 
     def after_train_iter(
-        self,
-        runner: Any,
-        batch_idx: int,
-        data_batch: dict[str, Any] | tuple | list | None = None,
-        outputs: dict[str, Any] | None = None,
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        """Record a point every ``interval`` steps."""
-        self._steps_since_point += 1
-        if self._record is None or (runner.iter + 1) % self.interval != 0:
-            return
-        steps = self._steps_since_point
-        self._steps_since_point = 0
-        losses = {
-            key.removeprefix("train/"): float(buffer.mean(steps))
-            for key, buffer in runner.message_hub.log_scalars.items()
-            if key.startswith("train/") and "loss" in key
-        }
-        epoch = runner.epoch + (batch_idx + 1) / len(runner.train_dataloader)
-        self._record.add_train(runner.iter + 1, epoch, losses, learning_rates(runner))
-        self._draw(runner)
-
-    def after_train_epoch(self, runner: Any) -> None:
-        """Draw."""
+        """Draw, unless that was done a moment ago."""
         self._draw(runner)
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Record the validation figures and draw."""
-        if self._record is not None and metrics:
-            # Validation follows the epoch, which the loop has counted by now.
-            self._record.add_val(runner.iter, runner.epoch, metrics)
-            self._draw(runner)
+        """Draw the new metrics."""
+        self._draw(runner)
 
     def after_train(self, runner: Any) -> None:
         """Draw everything."""
-        self._draw(runner, now_or_never=True)
+        self._draw(runner, finished=True)
 
-    def _draw(self, runner: Any, now_or_never: bool = False) -> None:
-        if self._record is None:
+    def _draw(self, runner: Any, finished: bool = False) -> None:
+        if self._scalars is None or not (finished or time.monotonic() - self._drawn_at >= self.redraw_s):
             return
-        if now_or_never or time.monotonic() - self._drawn_at >= self.redraw_s:
-            self._draw_now(runner, self._record.points, finished=now_or_never)
-            # Measured from the end, so that drawing can never take most of the time.
-            self._drawn_at = time.monotonic()
-
-    def _draw_now(self, runner: Any, points: list[Point], finished: bool) -> None:
-        folder = self._folder(runner)
-        pictures = draw_curves(points, folder)
+        self._scalars.update()
+        folder = Path(self.out_dir or runner.work_dir)
         write_curve_page(
             folder / PAGE_NAME,
-            points,
-            pictures,
+            self._scalars,
+            draw_curves(self._scalars, folder),
             alarms=runner.message_hub.runtime_info.get("alarms", []),
             refresh_s=None if finished else max(round(self.redraw_s), 5),
             progress=f"epoch {runner.epoch} of {runner.max_epochs}, step {runner.iter} of {runner.max_iters}",
         )
-
-    def _folder(self, runner: Any) -> Path:
-        return Path(self.out_dir or runner.work_dir)
+        # Measured from the end, so that drawing can never take most of the time.
+        self._drawn_at = time.monotonic()

@@ -1,29 +1,42 @@
-"""Ranks: who they are, how they start and how they end."""
+"""Ranks of a distributed run: which one this process is, and how ranks start, meet and end.
+
+A rank is one process of a job, usually with one GPU. torchrun, ``srun`` or the command itself starts them.
+The command uses torchrun's elastic launcher: every rank runs the command again with its place in the
+environment, and a rank that fails writes its reason to a file that the launching process reads and reports
+once.
+
+Nothing here imports torch at module level: a command asks for its rank before it loads anything heavy.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
+import signal
+import sys
 import threading
 import time
+import traceback
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from mmengine.dist import broadcast_object_list
-from torch import distributed
+from ddetr_mm.errors import InputError, Problem, RankFailure, StackError
+from ddetr_mm.files import usable_cores
 
-from ddetr_mm.errors import InputError, Problem
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-# --- Which process of a job this is, by what torchrun, Slurm or our own launcher put into the environment ---
-# Nothing here imports torch: a command asks before it loads anything heavy. Functions take the environment
-# as a mapping, so that they can be tried without changing it.
+# --- Which rank this is ---
 
 LAUNCHED_VARIABLE = "DDETR_MM_LAUNCHER_PID"
-"""Set for the ranks that the command itself started: the process that started them."""
+"""Process id of the command that started this rank; set only for ranks that a command started."""
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _DEFAULT_PORT = 29500
@@ -54,12 +67,12 @@ class NodePlan:
 
 
 def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is one rank of a job that something has started."""
+    """Whether this process is one rank of a distributed job."""
     return all(name in environ for name in _TORCHRUN)
 
 
 def is_launched_by_us(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether the command itself started this rank, and waits to tell what becomes of it."""
+    """Whether a command of ours started this rank, and waits for it."""
     return LAUNCHED_VARIABLE in environ and is_rank(environ)
 
 
@@ -68,12 +81,38 @@ def world_size(environ: Mapping[str, str] = os.environ) -> int:
     return int(environ["WORLD_SIZE"]) if is_rank(environ) else 1
 
 
-def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.environ) -> NodePlan | None:
-    """What this machine has to start; None where this process is itself the one to work.
+def is_first_rank() -> bool:
+    """Whether this process is the first of its job, or the only one: it writes files and reports.
 
-    The environment wins over the spec: what torchrun or ``srun`` has started is not started again.
-    ``srun`` with one task a machine is a way to run this command on every machine of the job; each of
-    them then starts ``num_gpus`` ranks.
+    Asks PyTorch's process group where there is one, else what torchrun or Slurm put into the environment.
+    """
+    torch_distributed = sys.modules.get("torch.distributed")
+    if torch_distributed is not None and torch_distributed.is_initialized():
+        return bool(torch_distributed.get_rank() == 0)
+    if "RANK" in os.environ:
+        return _number_in_environment("RANK") == 0
+    if _number_in_environment("SLURM_NTASKS", 1) > 1:
+        return _number_in_environment("SLURM_PROCID", 0) == 0
+    return True
+
+
+def _number_in_environment(name: str, default: int = 0) -> int:
+    text = os.environ.get(name)
+    try:
+        return default if text is None else int(text)
+    except ValueError as error:
+        allowed = "a whole number, as torchrun and Slurm set it"
+        raise StackError(Problem("is no number", where=f"${name}", value=text, allowed=allowed)) from error
+
+
+# --- Which ranks to start ---
+
+
+def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.environ) -> NodePlan | None:
+    """Plan the ranks that this machine has to start; None where this process does the work itself.
+
+    The environment wins over the spec: ranks that torchrun or ``srun`` started are not started again. With
+    one ``srun`` task a machine, each task starts ``num_gpus`` ranks.
 
     Args:
         num_gpus: ranks on each machine, by the spec.
@@ -81,7 +120,7 @@ def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.e
         environ: the environment.
 
     Raises:
-        InputError: several machines, and nothing tells which of them this is or where the first one is.
+        InputError: several machines, and the environment lacks MASTER_ADDR or NODE_RANK.
     """
     if is_rank(environ) or (slurm_tasks(environ) > 1 and not _slurm_starts_nodes(num_gpus, environ)):
         return None
@@ -110,7 +149,7 @@ def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.e
 
 
 def adopt_slurm(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Where ``srun`` has started this process as one of several ranks, name its place as torchrun does.
+    """Translate the place that ``srun`` gave this process into torchrun's variables.
 
     Afterwards :func:`is_rank` is true and torch's ``env://`` finds the others.
     """
@@ -170,7 +209,7 @@ def _port(environ: Mapping[str, str]) -> int:
     return _DEFAULT_PORT + int(environ.get("SLURM_JOB_ID", "0")) % 10_000
 
 
-# --- The group of ranks that a process belongs to: joining it, leaving it, agreeing within it ---
+# --- The process group ---
 
 TIMEOUT = timedelta(minutes=60)
 """How long a rank waits for the others. Long, for they wait while the first one scores a large data set or
@@ -181,14 +220,20 @@ _LAUNCHER_GONE_STATUS = 1
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Belong to the job's group of ranks inside the block.
+    """Join the job's group of ranks inside the block.
 
-    Outside a job, and where the group is there already, nothing happens.
+    Outside a job, and where the group exists already, nothing happens and nothing is imported.
 
     Ranks talk over NCCL where there is a GPU, else over gloo. mmengine's own initialisation is not used:
     it asks for a GPU wherever torch was built for one.
     """
-    if not is_rank() or distributed.is_initialized():
+    if not is_rank():
+        yield
+        return
+    import torch
+    from torch import distributed
+
+    if distributed.is_initialized():
         yield
         return
     end_with_launcher()
@@ -229,6 +274,172 @@ def decided_by_first_rank(value: Any) -> Any:
     Args:
         value: anything that can be pickled; that of other ranks is dropped.
     """
+    from mmengine.dist import broadcast_object_list
+
     shared = [value]
     broadcast_object_list(shared)
     return shared[0]
+
+
+# --- Starting ranks ---
+
+ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+
+_MOMENT = "seconds_since_epoch"
+
+SAVING_TIME_S = 300
+"""How long ranks may take to save when the command is interrupted, where torch lets us say so (its default
+is 30 seconds)."""
+
+
+def rank_command(arguments: Namespace) -> list[str]:
+    """The command as a list of words for Python."""
+    words = ["-m", "ddetr_mm", arguments.command, "-e", arguments.experiment_spec, *arguments.overrides]
+    return [*words, "--debug"] if arguments.debug else words
+
+
+def run_ranks(plan: NodePlan, command: list[str]) -> None:
+    """Start this machine's ranks and wait for them.
+
+    Args:
+        plan: how many, and their place in the job.
+        command: words for the Python interpreter.
+
+    Raises:
+        RankFailure: one failed; the others have been stopped.
+        KeyboardInterrupt: this process got SIGINT or SIGTERM; the ranks got it too and have ended.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import launch_agent
+
+    # torchrun's own report is a page long and names no reason.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    threads = str(max(1, usable_cores() // plan.ranks_per_node))
+    inherited = _environment(
+        {LAUNCHED_VARIABLE: str(os.getpid())}, {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    )
+    with inherited, _signal_handlers_kept():
+        try:
+            launch_agent(launch_config(plan), sys.executable, command)
+        except SignalException:
+            raise KeyboardInterrupt from None
+        except ChildFailedError as error:
+            rank, failure = root_failure(error.failures)
+            if failure.exitcode == 130:
+                raise KeyboardInterrupt from None
+            raise rank_failure(rank, plan.world_size, failure) from None
+
+
+def launch_config(plan: NodePlan) -> Any:
+    """torchrun's launch configuration for a plan: no restarts, and one static place for several machines."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    settings: dict[str, Any] = dict(
+        min_nodes=plan.num_nodes,
+        max_nodes=plan.num_nodes,
+        nproc_per_node=plan.ranks_per_node,
+        run_id=f"ddetr_mm-{os.getpid()}",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    if plan.master_addr is None:
+        settings |= dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost")
+    else:
+        settings |= dict(
+            run_id="ddetr_mm",
+            rdzv_backend="static",
+            rdzv_endpoint=f"{plan.master_addr}:{plan.master_port}",
+            rdzv_configs={"rank": plan.node_rank},
+        )
+    if "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}:
+        settings["shutdown_timeout"] = SAVING_TIME_S
+    return LaunchConfig(**settings)
+
+
+def root_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The failed rank to report: one that was killed, else the first that failed.
+
+    Ranks that the launcher stopped with SIGTERM come last.
+    """
+
+    def order(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
+        rank, failure = item
+        stopped = failure.exitcode == -signal.SIGTERM
+        moment: float = failure.timestamp
+        if isinstance(failure.message, dict):
+            moment = failure.message["extraInfo"].get(_MOMENT, moment)
+        return stopped, failure.exitcode >= 0, moment, rank
+
+    return min(failures.items(), key=order)
+
+
+def rank_failure(rank: int, world_size: int, failure: ProcessFailure) -> RankFailure:
+    """A rank's failure as one message, with the exit status that the command ends with."""
+    name = f"rank {rank} of {world_size} (process {failure.pid})"
+    if failure.exitcode < 0:
+        reason = f"{name} was killed by {failure.signal_name()}; the other ranks were stopped"
+        if failure.signal_name() == "SIGKILL":
+            reason += ". The system kills so when memory is used up: see `dmesg`"
+        return RankFailure(reason, rank=rank, killed=True)
+    message = failure.message
+    if isinstance(message, dict):
+        wrong_input = failure.exitcode == InputError.exit_status
+        text = message["message"] if wrong_input else f"{name} failed: {message['message']}"
+        details = message["extraInfo"].get("py_callstack")
+        return RankFailure(text, rank=rank, exit_status=failure.exitcode, details=details)
+    return RankFailure(
+        f"{name} ended with status {failure.exitcode}", rank=rank, exit_status=failure.exitcode
+    )
+
+
+def recorded_for_launcher(error: BaseException, debug: bool = False) -> bool:
+    """Write the reason of a failure to the file that the launching process reads.
+
+    Args:
+        error: what ends the rank.
+        debug: include the traceback for wrong input too.
+
+    Returns:
+        False where this process is not a rank that a command started, and must report its failure itself.
+    """
+    path = os.environ.get(ERROR_FILE_VARIABLE)
+    if path is None or not is_launched_by_us():
+        return False
+    now = time.time()
+    # torch reads whole seconds; ranks that lose the failed one follow within one.
+    information: dict[str, Any] = {"timestamp": str(int(now)), _MOMENT: now}
+    if debug or not isinstance(error, InputError):
+        information["py_callstack"] = "".join(traceback.format_exception(error))
+    text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    content = {"message": {"message": text, "extraInfo": information}}
+    Path(path).write_text(json.dumps(content), encoding="utf-8")
+    return True
+
+
+@contextmanager
+def _environment(forced: Mapping[str, str], defaults: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables that the ranks inherit, restored after the block."""
+    changed = {**{name: value for name, value in defaults.items() if name not in os.environ}, **forced}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Restore the signal handlers that torchrun's launcher replaces."""
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {name: signal.getsignal(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

@@ -10,7 +10,7 @@ import torch
 from mmdet.models.backbones import ResNet
 from mmdet.registry import HOOKS, MODELS
 from mmengine.device import get_device
-from mmengine.dist import broadcast, get_world_size, is_main_process
+from mmengine.dist import broadcast, get_world_size
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import RUNNERS
@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.runner import QuietRunner
 
 # --- Sharding a network among ranks (torch's ``fully_shard``), and whole tensors in and out of it ---
@@ -147,7 +148,7 @@ class ShardedRunner(QuietRunner):
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save as mmengine does, with whole tensors; all ranks must call it."""
         if is_sharded(self.model):
-            keep = is_main_process()
+            keep = is_first_rank()
             self._whole_states = {
                 "state_dict": whole_tensors(self.model.state_dict(), keep),
                 "optimizer": whole_tensors(self.optim_wrapper.state_dict(), keep),

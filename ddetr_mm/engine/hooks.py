@@ -1,19 +1,31 @@
-"""Small hooks: pretrained weights, learning rates, replaced images, cuDNN."""
+"""Hooks of a run: cuDNN, learning rates, status, progress, pretrained weights, replaced images, profiling.
+
+Hooks with more behind them have modules of their own: checkpoint, curves, alarms, non_finite, optimization,
+fsdp.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import time
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from mmdet.registry import HOOKS
 from mmengine import dist
-from mmengine.hooks import Hook
+from mmengine.hooks import Hook, ProfilerHook
+from mmengine.runner import EpochBasedTrainLoop
 
+from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.fsdp import whole_model
+from ddetr_mm.engine.progress import Progress
+from ddetr_mm.engine.status import RUNNING, STARTED, StatusLog
 from ddetr_mm.weights import load_backbone, load_for_model
 
-# --- Switches of cuDNN for a run ---
+# --- cuDNN ---
 
 
 @HOOKS.register_module()
@@ -35,19 +47,19 @@ class CudnnHook(Hook):
         self.deterministic = deterministic
 
     def before_run(self, runner: Any) -> None:
-        """Set the switches; a runner in deterministic mode keeps them on the safe side."""
+        """Set the switches; a runner in deterministic mode stays deterministic."""
         torch.backends.cudnn.deterministic = self.deterministic or runner.deterministic
         torch.backends.cudnn.benchmark = self.benchmark and not runner.deterministic
 
 
-# --- The learning rates of a run's groups of parameters, under names that a reader knows ---
+# --- Learning rates ---
 
 
 def learning_rates(runner: Any) -> dict[str, float]:
-    """The present rate of every group, the largest base rate first.
+    """The current rate of every group of parameters, the largest base rate first.
 
-    Parameters of one rate make one group. It is named after the rate it began with and, where the config
-    tells groups apart by parts of parameter names (``paramwise_cfg.custom_keys``), after those parts.
+    Parameters of one base rate make one group. It is named after that rate and, where the config separates
+    groups by parts of parameter names (``paramwise_cfg.custom_keys``), after those parts.
 
     Args:
         runner: with ``optim_wrapper``, ``model`` and ``cfg``.
@@ -77,15 +89,12 @@ def _label(base: float, parts: list[str]) -> str:
     return f"{', '.join(sorted(parts))} ({base:.3g})" if parts else f"{base:.3g}"
 
 
-# --- Tells every change of the learning rates ---
-
-
 @HOOKS.register_module()
 class LearningRateHook(Hook):
     """Logs the learning rates before the first step and after every step or epoch that changed them.
 
-    One line tells all groups, each by its name and the rate it began with: ``backbone (2e-05) = 2e-06``.
-    mmengine's schedulers would print one line for every single parameter.
+    One line names all groups with base rate and current rate: ``backbone (2e-05) = 2e-06``. mmengine's
+    schedulers would print one line for every parameter.
     """
 
     # After ParamSchedulerHook (LOW), which changes the rates.
@@ -95,20 +104,20 @@ class LearningRateHook(Hook):
         self._known: list[float] = []
 
     def before_train(self, runner: Any) -> None:
-        """Tell the rates that training begins or goes on with."""
-        self._tell(runner, "Learning rates")
+        """Log the rates of the first step."""
+        self._log_changes(runner, "Learning rates")
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
-        """Tell what a schedule counted in steps has changed."""
-        self._tell(runner, f"Learning rates after step {runner.iter + 1}")
+        """Log changes by a schedule counted in steps."""
+        self._log_changes(runner, f"Learning rates after step {runner.iter + 1}")
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Tell what a schedule counted in epochs has changed."""
-        self._tell(runner, f"Learning rates after epoch {runner.epoch + 1}")
+        """Log changes by a schedule counted in epochs."""
+        self._log_changes(runner, f"Learning rates after epoch {runner.epoch + 1}")
 
-    def _tell(self, runner: Any, when: str) -> None:
+    def _log_changes(self, runner: Any, when: str) -> None:
         now = [float(group["lr"]) for group in runner.optim_wrapper.param_groups]
         if now != self._known:
             self._known = now
@@ -116,7 +125,206 @@ class LearningRateHook(Hook):
             runner.logger.info(f"{when}: {', '.join(rates)}")
 
 
-# --- Weights that a training starts from: a backbone, or a whole model of any known format ---
+# --- Status and progress ---
+
+
+@HOOKS.register_module()
+class StatusHook(Hook):
+    """One status line at the start and the end of training, after every epoch and every evaluation.
+
+    The first and last lines of the subtask are written by the command:
+    see :meth:`ddetr_mm.engine.status.StatusLog.task`.
+
+    Progress lines carry ``epoch`` (0-based, the one just worked on), ``step`` (optimizer steps done),
+    ``max_epoch`` (the last epoch's number), ``max_step``, ``time_per_epoch``, ``time_per_step`` and
+    ``eta`` as ``H:MM:SS[.ffffff]``.
+
+    Args:
+        path: the file; ``status.json`` in the runner's ``work_dir`` when None.
+        step_interval: also write a progress line every so many steps; 0 writes one an epoch only, as the
+            TAO does.
+    """
+
+    # After the hooks that compute losses' means and times, before the one that saves checkpoints.
+    priority = "LOW"
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, step_interval: int = 0) -> None:
+        self.path = path
+        self.step_interval = step_interval
+        self._epoch_started = 0.0
+        self._steps_in_epoch = 0
+
+    def before_train(self, runner: Any) -> None:
+        """Write the checkpoint that the run resumes from, if any, and that the loop starts."""
+        if getattr(runner, "_resume", False) and getattr(runner, "_load_from", None):
+            self._log(runner).write(f"Resuming training from checkpoint: {runner._load_from}", RUNNING)
+        self._log(runner).write("Starting Training Loop.", STARTED)
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Start the epoch's clock."""
+        self._epoch_started = time.monotonic()
+        self._steps_in_epoch = 0
+
+    def after_train_iter(
+        self,
+        runner: Any,
+        batch_idx: int,
+        data_batch: dict[str, Any] | tuple | list | None = None,
+        outputs: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a progress line within an epoch, if asked for."""
+        self._steps_in_epoch += 1
+        if self.step_interval > 0 and (runner.iter + 1) % self.step_interval == 0:
+            self._write_progress(runner, steps_done=runner.iter + 1)
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Write progress and the mean training loss of the epoch."""
+        self._write_progress(runner, steps_done=runner.iter)
+        losses = runner.message_hub.log_scalars.get("train/loss")
+        if losses is not None and self._steps_in_epoch:
+            mean = float(losses.mean(self._steps_in_epoch))
+            self._log(runner).write("Train metrics generated.", kpi={"train_loss": mean})
+
+    def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Write the validation metrics."""
+        self._write_metrics(runner, "Eval metrics generated.", "val", metrics)
+
+    def after_test_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Write the test metrics."""
+        self._write_metrics(runner, "Test metrics generated.", "test", metrics)
+
+    def after_train(self, runner: Any) -> None:
+        """Write that the loop has ended."""
+        self._log(runner).write("Training loop complete.")
+
+    def _log(self, runner: Any) -> StatusLog:
+        return StatusLog.at(self.path or Path(runner.work_dir) / "status.json")
+
+    def _write_progress(self, runner: Any, steps_done: int) -> None:
+        elapsed = time.monotonic() - self._epoch_started
+        per_step = elapsed / max(self._steps_in_epoch, 1)
+        steps_an_epoch = len(runner.train_dataloader)
+        remaining = max(runner.max_iters - steps_done, 0) * per_step
+        data = {
+            "epoch": runner.epoch,
+            "step": steps_done,
+            "max_epoch": max(runner.max_epochs - 1, 0),
+            "max_step": runner.max_iters,
+            "time_per_epoch": str(timedelta(seconds=per_step * steps_an_epoch)),
+            "time_per_step": str(timedelta(seconds=per_step)),
+            "eta": str(timedelta(seconds=remaining)),
+        }
+        self._log(runner).write("Training loop in progress", data=data)
+
+    def _write_metrics(
+        self, runner: Any, message: str, prefix: str, metrics: Mapping[str, float] | None
+    ) -> None:
+        kpi: dict[str, Any] = {}
+        for ending, name in (("bbox_mAP", "mAP"), ("bbox_mAP_50", "mAP50")):
+            value = _find(metrics or {}, ending)
+            if value is not None:
+                kpi[f"{prefix}_{name}"] = f"{value:.4f}"
+        loss = _find(metrics or {}, "loss")
+        if loss is not None:
+            kpi[f"{prefix}_loss"] = float(loss)
+        if kpi:
+            self._log(runner).write(message, kpi=kpi)
+
+
+def _find(metrics: Mapping[str, float], ending: str) -> float | None:
+    """The value of ``ending`` or of ``<prefix>/<ending>``."""
+    return next((value for key, value in metrics.items() if key.rsplit("/", 1)[-1] == ending), None)
+
+
+@HOOKS.register_module()
+class ProgressHook(Hook):
+    """Shows how far training, validation and testing are, with the time left.
+
+    mmengine's log lines come every so many steps, which on a slow machine is minutes; this shows by time.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self) -> None:
+        self._train: Progress | None = None
+        self._eval: Progress | None = None
+
+    def before_train(self, runner: Any) -> None:
+        """Start counting steps, from the one that a resumed run begins with."""
+        self._train = self._start(runner, "training", runner.max_iters, "steps", done=runner.iter)
+        if runner.val_loop is not None:
+            self._train.pauses_left = validations_left(runner)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """One more step."""
+        if self._train is not None:
+            self._train.update(runner.iter + 1)
+
+    def after_train(self, runner: Any) -> None:
+        """Stop."""
+        self._train = self._stop(self._train)
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Start counting batches; during training, pause its bar instead."""
+        if self._train is None:
+            self._eval = self._start(runner, "validating", len(runner.val_dataloader), "batches")
+        else:
+            self._train.pause()
+
+    def after_val_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """One more batch."""
+        if self._eval is not None:
+            self._eval.update(batch_idx + 1)
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Stop."""
+        self._eval = self._stop(self._eval)
+        if self._train is not None:
+            self._train.resume()
+
+    def before_test_epoch(self, runner: Any) -> None:
+        """Start counting batches."""
+        self._eval = self._start(runner, "testing", len(runner.test_dataloader), "batches")
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """One more batch."""
+        if self._eval is not None:
+            self._eval.update(batch_idx + 1)
+
+    def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Stop."""
+        self._eval = self._stop(self._eval)
+
+    def _start(self, runner: Any, description: str, total: int, unit: str, done: int = 0) -> Progress:
+        progress = Progress(description, total, unit, done=done)
+        progress.__enter__()
+        progress.show_above(runner.logger)
+        return progress
+
+    def _stop(self, progress: Progress | None) -> None:
+        if progress is not None:
+            progress.__exit__(None, None, None)
+
+
+def validations_left(runner: Any) -> int:
+    """Number of validations that a training run still has ahead when it begins now."""
+    loop = runner.train_loop
+    interval, begin = getattr(loop, "val_interval", 0), getattr(loop, "val_begin", 1)
+    if not interval:
+        return 0
+    by_epoch = isinstance(loop, EpochBasedTrainLoop)
+    now, last = (runner.epoch, runner.max_epochs) if by_epoch else (runner.iter, runner.max_iters)
+    due = [step for step in range(now + 1, last + 1) if step >= begin and step % interval == 0]
+    return len(due) + int(by_epoch and last > now and last % interval != 0)
+
+
+# --- Pretrained weights ---
 
 
 @HOOKS.register_module()
@@ -137,13 +345,13 @@ class PretrainedWeightsHook(Hook):
         self.model_path = model_path
 
     def before_train(self, runner: Any) -> None:
-        """Load, unless the run goes on from a checkpoint.
+        """Load, unless the run was resumed.
 
         Raises:
             WeightsError: when a file is missing, is no checkpoint or does not fit the model.
         """
         if runner.iter > 0:
-            runner.logger.info("The run goes on from a checkpoint: pretrained weights are not loaded.")
+            runner.logger.info("The run resumes from a checkpoint: pretrained weights are not loaded.")
             return
         with whole_model(runner) as model:
             if self.backbone_path:
@@ -155,15 +363,15 @@ class PretrainedWeightsHook(Hook):
                 runner.logger.info(f"Model from {self.model_path}:\n{report.summary()}")
 
 
-# --- How many unreadable images a training had to replace ---
+# --- Replaced images ---
 
 
 @HOOKS.register_module()
 class ReplacedImagesHook(Hook):
-    """Tells after every epoch how many images could not be read and were replaced, over all ranks.
+    """Logs after every epoch how many images could not be read and were replaced, over all ranks.
 
     The training set must be a :class:`~ddetr_mm.datasets.coco.SerializedCocoDataset` with
-    ``missing_images='replace'``; its workers name each image in the log as they meet it.
+    ``missing_images='replace'``; its workers name each image in the log as they read it.
     """
 
     def after_train_epoch(self, runner: Any) -> None:
@@ -174,3 +382,49 @@ class ReplacedImagesHook(Hook):
             runner.logger.warning(
                 f"{int(number)} times so far an image could not be read and another one took its place"
             )
+
+
+# --- Profiling ---
+
+TRACE_NAME = "profile.json"
+
+
+@HOOKS.register_module()
+class StepProfilerHook(ProfilerHook):
+    """mmengine's ``ProfilerHook`` over the first steps of every start, resumed or not.
+
+    Writes :data:`TRACE_NAME`, a trace in Chrome's format, into the runner's ``work_dir`` and logs a table of
+    the most expensive operations and of the model's regions (backbone, encoder, decoder, matching, loss).
+    Profiles the first rank, and ends with the first epoch.
+
+    Args:
+        steps: how many steps are profiled.
+    """
+
+    def __init__(self, steps: int = 10) -> None:
+        super().__init__(by_epoch=False, profile_times=steps, activity_with_cuda=torch.cuda.is_available())
+        self.steps = steps
+        self._closed = True
+
+    def before_run(self, runner: Any) -> None:
+        """Wait for :meth:`before_train`, when the first step of a resumed run is known."""
+
+    def before_train(self, runner: Any) -> None:
+        """Start the profiler."""
+        self.profile_times = min(runner.iter + self.steps, runner.max_iters)
+        if self.profile_times > runner.iter and is_first_rank():
+            self._closed = False
+            self.json_trace_path = str(Path(runner.work_dir) / TRACE_NAME)
+            super().before_run(runner)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        """Count the step; after the last one write the trace."""
+        if not self._closed:
+            super().after_train_iter(runner, batch_idx, data_batch, outputs)
+
+    def _export_chrome_trace(self, runner: Any) -> None:
+        super()._export_chrome_trace(runner)
+        table = self.profiler.key_averages().table(sort_by="cpu_time_total", row_limit=40)
+        runner.logger.info(f"Profile of the first steps, see also {self.json_trace_path}:\n{table}")

@@ -24,7 +24,8 @@ from ddetr_mm.errors import Problem, TrainingError, WeightsError
 from ddetr_mm.weights.encryption import encrypt_file, encryption_key, hidden_file
 from ddetr_mm.weights.safe_read import read_raw
 
-# --- A training batch whose loss or gradients were NaN or infinite: kept in a file, read again, looked into ---
+# --- A training batch whose loss or gradients were NaN or infinite: kept in a file, read again, looked into
+# ---
 
 FORMAT = "ddetr_mm non-finite batch"
 

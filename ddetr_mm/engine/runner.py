@@ -1,9 +1,10 @@
-"""Runners that log only what a user needs."""
+"""The Runner of a translated spec: a quiet console, one formatting of the config, workers ended in time."""
 
 from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import Any, cast
 
 from mmengine.config import Config
@@ -15,9 +16,8 @@ from torch import nn
 
 from ddetr_mm.engine.train_loop import end_data_workers
 
-# --- The text of a run's config, formatted once ---
-# mmengine formats a config each time that its text is wanted, which takes about half a second: four times when
-# a Runner starts, and once with every checkpoint.
+# mmengine formats the config each time that its text is wanted, half a second each: four times when a Runner
+# starts, and once with every checkpoint.
 
 
 class FormattedOnceConfig(Config):
@@ -41,9 +41,9 @@ class FormattedOnceConfig(Config):
         return made
 
 
-# --- A Runner whose console tells what matters; the log file still holds every word ---
-# mmengine's Runner greets with several screens: the machine's libraries, the whole config, which hook runs
-# at which point. All of that belongs into the log file of a run, and goes only there.
+# --- Console ---
+# mmengine's Runner prints several screens at its start: libraries, the whole config, which hook runs when.
+# These messages go to the log file only.
 
 _FILE_ONLY = re.compile(
     r"""
@@ -55,7 +55,7 @@ _FILE_ONLY = re.compile(
     | "HardDiskBackend"\ is\ the\ alias
     | Distributed\ training\ is\ not\ used
     | Resumed\ iteration\ number\ is\ not     # counted by epoch here: AccumulationHook
-    | Gradient\ accumulative\ may\ slightly   # told of frozen batch norms, too
+    | Gradient\ accumulative\ may\ slightly   # warns of frozen batch norms, too
     | paramwise_options\ --                     # one line a parameter
     """,
     re.VERBOSE,
@@ -63,7 +63,7 @@ _FILE_ONLY = re.compile(
 
 
 class ConsoleFilter(logging.Filter):
-    """Keeps messages that only a log file should hold away from a stream; errors always pass."""
+    """Drops messages that belong in the log file only; errors always pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is shown."""
@@ -111,6 +111,15 @@ class QuietRunner(Runner):
             return super().test()
         finally:
             end_data_workers(self)
+
+    def dump_config(self) -> None:
+        """Write the config as mmengine does, unless the file it came from is there already.
+
+        That file has comments, which mmengine's would lack.
+        """
+        source = Path(self.cfg.filename or "")
+        if not (source.is_file() and source.parent.resolve() == Path(self.work_dir).resolve()):
+            super().dump_config()
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
         """Wrap the model for training on several ranks, as mmengine does.

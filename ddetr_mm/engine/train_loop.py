@@ -1,4 +1,7 @@
-"""A training loop that stops anywhere in good order and goes on exactly there."""
+"""The training loop: resumes in the middle of an epoch, and stops after the current step when asked to.
+
+With it: signal handling, the data workers' start and end, and a bound on the history of logged scalars.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 from mmdet.registry import LOOPS
-from mmengine.dist import all_reduce, broadcast_object_list, get_world_size, is_main_process
+from mmengine.dist import all_reduce, broadcast_object_list, get_world_size
 from mmengine.logging import MessageHub
 from mmengine.registry import FUNCTIONS
 from mmengine.runner import EpochBasedTrainLoop
@@ -24,13 +27,10 @@ from torch import nn
 
 from ddetr_mm.datasets.samplers import ElasticBatchSampler
 from ddetr_mm.engine.checkpoint import TAOCheckpointHook, is_updated
-from ddetr_mm.engine.distributed import is_launched_by_us
-from ddetr_mm.engine.status import on_first_rank
+from ddetr_mm.engine.distributed import is_first_rank, is_launched_by_us
 from ddetr_mm.files import write_text_whole
 
-# --- SIGTERM and Ctrl-C as a wish that is met at the next safe moment ---
-# The first signal is remembered; whoever works asks :attr:`StopSignals.requested` between two steps. The
-# second one ends the process at once. Exit status is 130 either way.
+# --- Stop requests ---
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 WORKER_GRACE_S = 5
@@ -38,14 +38,15 @@ PASSED_ON_WITHIN_S = 5.0
 
 
 class StoppedBySignalError(KeyboardInterrupt):
-    """The run was asked to stop and did, in good order."""
+    """The run stopped after the current step because it was asked to."""
 
 
 class StopSignals:
-    """Handlers of SIGTERM and SIGINT while a ``with`` block runs.
+    """Turns SIGTERM and Ctrl-C into a stop request that is honoured after the current step.
 
-    Outside the main thread, where Python allows no handlers, nothing is changed. A signal that the process
-    was started to ignore (shells do so to background jobs with Ctrl-C) stays ignored.
+    Works while its ``with`` block runs. The second signal ends the process at once; the exit status is 130
+    either way. Outside the main thread, where Python allows no handlers, nothing is changed. A signal that
+    the process was started to ignore, as shells do for Ctrl-C in background jobs, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -56,12 +57,12 @@ class StopSignals:
 
     @property
     def requested(self) -> bool:
-        """Whether a stop is wished for."""
+        """Whether a stop was requested."""
         return self.received is not None
 
     @property
     def reason(self) -> str:
-        """What was received, in words."""
+        """The signal that requested the stop, for messages."""
         if self.received is None:
             return "another process was asked to stop"
         return "Ctrl-C" if self.received == signal.SIGINT else self.received.name
@@ -80,10 +81,10 @@ class StopSignals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A block that may be left anywhere: a signal raises :class:`StoppedBySignalError` in it.
+        """Honour a stop request anywhere in the block, by raising :class:`StoppedBySignalError`.
 
         Raises:
-            StoppedBySignalError: also when a stop was wished for before the block.
+            StoppedBySignalError: also when a stop was requested before the block.
         """
         self._at_once = True
         try:
@@ -103,7 +104,7 @@ class StopSignals:
         self.received, self._received_at = signal.Signals(number), now
         if self._at_once:
             raise StoppedBySignalError(self.reason)
-        if not on_first_rank():
+        if not is_first_rank():
             return
         print(
             f"{self.reason}: stopping after this step, with a checkpoint; once more to stop at once",
@@ -114,12 +115,11 @@ class StopSignals:
 
 @FUNCTIONS.register_module()
 def signal_proof_worker_init(worker_id: int) -> None:
-    """Let a data loader's worker outlive signals that are meant for the process that started it, and
-    keep its sockets out of a ``TMPDIR`` with too long a name.
+    """Prepare a data worker: it survives signals meant for the main process, and its sockets fit their
+    folder.
 
-    Ctrl-C and a scheduler's SIGTERM reach all processes of a run; a worker that died of them would take
-    the batch with it that the main process still waits for. After SIGTERM a worker has
-    :data:`WORKER_GRACE_S` seconds left; one whose parent is gone ends by itself.
+    Ctrl-C and a scheduler's SIGTERM reach all processes of a run; a worker that ended would lose the batch
+    that the main process waits for. After SIGTERM a worker has :data:`WORKER_GRACE_S` seconds left.
 
     Args:
         worker_id: from 0.
@@ -135,11 +135,11 @@ def _end_worker_later(number: int, frame: FrameType | None) -> None:
 
 
 def _end_worker(number: int, frame: FrameType | None) -> None:
-    # with status 0: torch raises an error in the main process, wherever that is, for any other
+    # torch raises an error in the main process for any status but 0
     os._exit(0)
 
 
-# --- Data workers' sockets, and ending the workers of a run in good order ---
+# --- Data workers ---
 
 LONGEST_FOLDER = 70
 """Bytes of a temporary folder's name below which a worker's socket still has room in the 104 to 108 of a
@@ -147,10 +147,10 @@ socket's name (unix(7)): ``/pymp-XXXXXXXX/listener-XXXXXXXX`` takes 32."""
 
 
 def keep_socket_names_short() -> None:
-    """Let this process make its sockets in a folder with a short name where ``TMPDIR`` has a long one.
+    """Make this process create its sockets in a folder with a short name where ``TMPDIR`` has a long one.
 
-    A data worker hands tensors over through a socket below the temporary folder. With a longer name than
-    a socket can have, it would fail without the main process hearing of it, which then waits for ever.
+    A data worker passes tensors through a socket below the temporary folder. With a longer name than a
+    socket can have it fails silently, and the main process waits for ever.
 
     Raises:
         OSError: no folder with a short name may be written to.
@@ -169,10 +169,9 @@ def keep_socket_names_short() -> None:
 
 
 def end_data_workers(runner: Any) -> None:
-    """Tell the data workers of a runner's loops to end, and wait for them.
+    """End the data workers of a runner's loops and wait for them.
 
-    Workers that stay for the next epoch are otherwise killed when Python exits, and leave behind the
-    temporary folder of the socket through which they hand tensors over.
+    Persistent workers are otherwise killed when Python exits, and leave their socket's temporary folder.
 
     Args:
         runner: mmengine's; loops that were never built are left alone.
@@ -186,31 +185,31 @@ def end_data_workers(runner: Any) -> None:
             loader._iterator = None
 
 
-# --- How much of the logged scalars' past a run keeps ---
+# --- History of logged scalars ---
 # mmengine keeps the last million values of every scalar, in memory and in each checkpoint, and copies all of
-# them to add one: a long run grows, and slows down.
+# them to add one: a long run grows and slows down.
 
 LEAST_KEPT = 1_000
-"""Values of every scalar that are kept however short an epoch is; windows of the log are shorter."""
+"""Values of every scalar that are kept at least; the log's windows are shorter."""
 
 LOSS = "train/loss"
 EPOCHS_OF_LOSS = 10
-"""Epochs of the total loss that are kept: by its trend a run is told that its loss does not fall."""
+"""Epochs of the total loss that are kept: the alarm for a loss that does not fall needs its trend."""
 
 
 def bound_history(hub: MessageHub, steps_an_epoch: int) -> None:
-    """Limit what is kept of each scalar to an epoch, for its mean; older values go when the next one comes.
+    """Keep one epoch of each scalar, for its mean.
 
     Args:
-        hub: the run's.
-        steps_an_epoch: of the training.
+        hub: the run's message hub.
+        steps_an_epoch: training steps of an epoch.
     """
     for name, buffer in hub.log_scalars.items():
         epochs = EPOCHS_OF_LOSS if name == LOSS else 1
         buffer.max_length = max(LEAST_KEPT, epochs * steps_an_epoch)
 
 
-# --- A training loop that stops anywhere in good order and goes on exactly there ---
+# --- The loop ---
 
 VALIDATED_NAME = "last_validation"
 """File in the runner's ``work_dir`` with the number of steps that the last finished validation came after."""
@@ -218,20 +217,20 @@ VALIDATED_NAME = "last_validation"
 
 @LOOPS.register_module()
 class ResumableTrainLoop(EpochBasedTrainLoop):
-    """mmengine's loop by epochs, which in addition
+    """mmengine's ``EpochBasedTrainLoop`` with exact resuming and stopping.
 
-    - begins in the middle of an epoch where the checkpoint was written there. With an
-      :class:`~ddetr_mm.datasets.samplers.ElasticBatchSampler` it seeks to the position, which counts samples of
-      all ranks, so that a run may go on with another number of ranks or another batch size; with any other
-      sampler the epoch begins anew;
-    - on SIGTERM or Ctrl-C ends the step, writes a checkpoint if the runner has a ``TAOCheckpointHook`` and
-      raises :class:`~ddetr_mm.engine.train_loop.StoppedBySignalError`, on all ranks after the same step;
-    - catches up on a validation that a killed run owes.
+    - Resumes in the middle of an epoch. With an :class:`~ddetr_mm.datasets.samplers.ElasticBatchSampler` it
+      seeks to the position, which counts samples of all ranks, so that the number of ranks and the batch size
+      may change; with any other sampler the epoch restarts.
+    - On SIGTERM or Ctrl-C finishes the step, writes a checkpoint if the runner has a ``TAOCheckpointHook``
+    and
+      raises :class:`StoppedBySignalError`, on all ranks after the same step.
+    - Runs a validation that a killed run had not finished.
 
     Arguments are those of ``EpochBasedTrainLoop``.
 
     Attributes:
-        samples_done: samples of the present epoch that are trained on, by all ranks together; the current
+        samples_done: samples of the current epoch that all ranks together have trained on; the current
             step's are counted as soon as the model is updated.
     """
 
@@ -247,7 +246,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         return batch_sampler if isinstance(batch_sampler, ElasticBatchSampler) else None
 
     def seek(self, *, epoch: int, iter: int, samples_done: int, batches_done: int) -> None:
-        """Take the position of a checkpoint; called while it is loaded.
+        """Move to the position of a checkpoint; called while it is loaded.
 
         Args:
             epoch: epochs that are done.
@@ -260,7 +259,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         left = steps_an_epoch
         if self.elastic is None:
             if batches_done:
-                self.runner.logger.warning("The sampler cannot seek: the epoch begins anew.")
+                self.runner.logger.warning("The sampler cannot seek: the epoch restarts.")
         else:
             self.samples_done = min(samples_done, self.elastic.sampler.samples_an_epoch)
             left = self.elastic.steps_left(self.samples_done)
@@ -284,7 +283,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
 
     def _run(self) -> None:
         self.runner.call_hook("before_train")
-        if self._owes_validation():
+        if self._missed_validation():
             self._validate()
         while self._epoch < self._max_epochs and not self.stop_training:
             self.run_epoch()
@@ -301,7 +300,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self.runner.model.train()
         first = 0
         if self.elastic is not None:
-            self.elastic.sampler.seed = self.runner.seed  # a resumed run keeps the seed it began with
+            self.elastic.sampler.seed = self.runner.seed  # a resumed run keeps its first seed
             self.elastic.sampler.set_epoch(self._epoch)
             self.elastic.sampler.seek(self.samples_done)
             first = len(self.elastic) - self.elastic.steps_left(self.samples_done)
@@ -337,8 +336,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             and (self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs)
         )
 
-    def _owes_validation(self) -> bool:
-        """Whether the checkpoint that the run goes on from was written before a validation it still lacks."""
+    def _missed_validation(self) -> bool:
+        """Whether the run resumes from a checkpoint whose validation never finished."""
         if not getattr(self.runner, "_resume", False) or self._epoch == 0 or self.samples_done:
             return False
         if self.elastic is None and self._iter % len(self.dataloader):
@@ -346,18 +345,18 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self._decide_current_val_interval()
         marker = self._marker()
         done = marker.is_file() and marker.read_text(encoding="utf-8").strip() == str(self._iter)
-        owed = [self._validation_due() and not done]
-        broadcast_object_list(owed)
-        return owed[0]
+        missed = [self._validation_due() and not done]
+        broadcast_object_list(missed)
+        return missed[0]
 
     def _validate(self) -> None:
-        """Validate; a signal ends it at once where there is one process, else after it is done."""
+        """Validate; a signal stops a single process at once, several ranks after the validation."""
         try:
             with self._stop.at_once() if get_world_size() == 1 else nullcontext():
                 self.runner.val_loop.run()
         except StoppedBySignalError:
             self._save_and_stop()
-        if is_main_process():
+        if is_first_rank():
             write_text_whole(self._marker(), f"{self._iter}\n")
 
     def _marker(self) -> Path:
@@ -366,10 +365,10 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     # --- stopping ---
 
     def _stop_if_asked(self, batches_done: int = 0) -> None:
-        """Save and raise where any rank was asked to stop; every rank calls it at the same moments.
+        """Save and raise where any rank was asked to stop; every rank calls it after the same steps.
 
         Args:
-            batches_done: of the present epoch; 0 between two epochs.
+            batches_done: of the current epoch; 0 between two epochs.
         """
         if batches_done and not is_updated(self.runner.optim_wrapper):
             return
@@ -382,5 +381,5 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         hook = next((hook for hook in self.runner.hooks if isinstance(hook, TAOCheckpointHook)), None)
         path = None if hook is None else hook.save_now(self.runner, batches_done)
         self.runner.visualizer.close()  # writes what TensorBoard's file still lacks
-        where = f"; the same command goes on from {path}" if path else ""
+        where = f"; the same command resumes from {path}" if path else ""
         raise StoppedBySignalError(f"stopped by {self._stop.reason} after {self._iter} steps{where}")

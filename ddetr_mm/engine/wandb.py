@@ -1,7 +1,7 @@
-"""Reports a run to Weights & Biases where its package and an account are there, and else says why not.
+"""Weights & Biases: mmengine's backend, made safe for a run without package, account or network.
 
-mmengine's own backend stops a run where the package is missing, uploads every Python file of the current
-folder, and closes the run by a call that the package no longer has.
+mmengine's :class:`WandbVisBackend` stops a run where the package is missing, uploads every Python file of the
+current folder, and closes the run by a call that the package no longer has.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import numpy as np
 from mmdet.registry import VISBACKENDS
 from mmengine.config import Config
 from mmengine.logging import print_log
-from mmengine.visualization.vis_backend import BaseVisBackend, force_init_env
+from mmengine.visualization.vis_backend import WandbVisBackend, force_init_env
 
 PACKAGE = "wandb"
 SECRETS = frozenset({"encryption_key", "api_key", "password", "token"})
 
 
 @VISBACKENDS.register_module()
-class WandbBackend(BaseVisBackend):
+class WandbBackend(WandbVisBackend):
     """Scalars, pictures and the config of a run for Weights & Biases.
 
-    Reporting is never worth a training: without the package, without an account (and not offline), or when
-    the run cannot be opened, one line of the log says so and everything else goes on. ``WANDB_MODE=offline``
-    keeps the run in ``save_dir`` for ``wandb sync``.
+    A run never fails for its report: without the package, without an account (and not offline), or when the
+    run cannot be opened, one log line says so. ``WANDB_MODE=offline`` keeps the run in ``save_dir`` for
+    ``wandb sync``.
 
     Args:
         save_dir: folder for the package's own files.
@@ -42,7 +42,7 @@ class WandbBackend(BaseVisBackend):
         run_id: identifier of the run; one that exists is continued. Empty: a new one.
         reinit: let one process open several runs.
         sync_tensorboard: take the scalars from the TensorBoard events instead of logging them a second time.
-            The backend must then stand before ``TensorboardVisBackend``.
+            The backend must then be listed before ``TensorboardVisBackend``.
         save_code: upload the source code of the main script.
     """
 
@@ -59,8 +59,6 @@ class WandbBackend(BaseVisBackend):
         sync_tensorboard: bool = False,
         save_code: bool = False,
     ) -> None:
-        super().__init__(save_dir)
-        self.sync_tensorboard = sync_tensorboard
         self.init_arguments: dict[str, Any] = dict(
             project=project or None,
             entity=entity or None,
@@ -74,27 +72,40 @@ class WandbBackend(BaseVisBackend):
             save_code=save_code,
             dir=save_dir,
         )
-        self._run: Any = None
+        # Without the metric's definition the horizontal axis would count calls, not training steps.
+        super().__init__(
+            save_dir,
+            init_kwargs=self.init_arguments,
+            define_metric_cfg=[dict(name="*", step_metric="step")],
+        )
+        self.sync_tensorboard = sync_tensorboard
+        self._wandb: Any = None
 
-    @property
-    @force_init_env
-    def experiment(self) -> Any:
-        """The package's run; None where nothing is reported."""
-        return self._run
+    def _init_env(self) -> None:
+        """Open the run, or log why there is none."""
+        reason = why_unavailable()
+        if reason is None:
+            import wandb
+
+            try:
+                super()._init_env()
+            except wandb.Error as error:
+                reason = f"the run could not be opened: {error}"
+        if reason is not None:
+            message = f"Weights & Biases: nothing is reported, because {reason}."
+            print_log(message, "current", logging.INFO)
 
     @force_init_env
     def add_config(self, config: Config, **kwargs: Any) -> None:
-        """Record the config, without secrets."""
-        if self._run is not None:
-            self._run.config.update(without_secrets(config.to_dict()), allow_val_change=True)
+        """Record the config, without secrets and without uploading source files."""
+        if self._wandb is not None:
+            self._wandb.config.update(without_secrets(config.to_dict()), allow_val_change=True)
 
     @force_init_env
     def add_image(self, name: str, image: np.ndarray, step: int = 0, **kwargs: Any) -> None:
         """Record an RGB picture (H, W, 3), uint8."""
-        if self._run is not None:
-            import wandb
-
-            self._run.log({name: wandb.Image(image), "step": step})
+        if self._wandb is not None:
+            self._wandb.log({name: self._wandb.Image(image), "step": step})
 
     @force_init_env
     def add_scalar(self, name: str, value: Any, step: int = 0, **kwargs: Any) -> None:
@@ -106,34 +117,18 @@ class WandbBackend(BaseVisBackend):
         self, scalar_dict: Mapping[str, Any], step: int = 0, file_path: str | None = None, **kwargs: Any
     ) -> None:
         """Record numbers of one step."""
-        if self._run is not None and not self.sync_tensorboard:
-            self._run.log({**scalar_dict, "step": step})
+        if self._wandb is not None and not self.sync_tensorboard:
+            self._wandb.log({**scalar_dict, "step": step})
 
     def close(self) -> None:
         """End the run."""
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
-
-    def _init_env(self) -> None:
-        """Open the run, or say why there is none."""
-        reason = why_unavailable()
-        if reason is None:
-            import wandb
-
-            try:
-                self._run = wandb.init(**self.init_arguments)
-                # Without this the horizontal axis would count calls, not training steps.
-                self._run.define_metric("*", step_metric="step")
-            except wandb.Error as error:
-                reason = f"the run could not be opened: {error}"
-        if reason is not None:
-            message = f"Weights & Biases: nothing is reported, because {reason}."
-            print_log(message, "current", logging.INFO)
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
 
 
 def why_unavailable() -> str | None:
-    """Why no run can be opened here, in words; None if one can."""
+    """The reason why no run can be opened here; None if one can."""
     if importlib.util.find_spec(PACKAGE) is None:
         return "the package wandb is not installed"
     import wandb
@@ -145,7 +140,7 @@ def why_unavailable() -> str | None:
 
 
 def has_login(base_url: str) -> bool:
-    """Whether ``wandb login`` has left a key for a server: it keeps them in the user's netrc file."""
+    """Whether the user's netrc file has a key for a server, as ``wandb login`` writes it."""
     try:
         entries = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):

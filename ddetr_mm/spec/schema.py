@@ -700,16 +700,11 @@ class OwnSection(Section):
         doc="""Precision of evaluation and inference; scores and boxes are float32 all the same. The precision
         of training is train.precision.""",
     )
-    time_ledger: StrictBool = spec_field(
-        False,
-        origin=OURS,
-        doc="""Measure where the time of a training step goes: data, backbone, encoder, decoder, matching,
-        loss, backward, optimizer, and the rest; written to the log and to time_ledger.json.""",
-    )
     profile: StrictBool = spec_field(
         False,
         origin=OURS,
-        doc="Record a profile of some training steps with torch.profiler (mmengine's ProfilerHook).",
+        doc="""Record a profile of the first ten training steps with torch.profiler: profile.json, which
+        chrome://tracing and Perfetto open, and a table in the log.""",
     )
     export_fp16: StrictBool = spec_field(
         False,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ddetr_mm.errors import DataError, InputError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, load_spec, task_results_dir
-from ddetr_mm.tasks.session import choose_device, say_notes, require_gpus
+from ddetr_mm.tasks.session import choose_device, print_notes, require_gpus
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +35,7 @@ def run(arguments: Namespace) -> None:
 
     subtask = arguments.subtask
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, subtask)
-    say_notes(loaded)
+    print_notes(loaded)
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(f"spec {arguments.experiment_spec}: valid for {subtask}", highlight=False, soft_wrap=True)
     if isinstance(loaded.spec, ConvertSpec):
@@ -53,7 +53,7 @@ def quick_check(loaded: LoadedSpec) -> None:
     Raises:
         DataError: with every fault.
     """
-    from ddetr_mm.engine.status import on_first_rank
+    from ddetr_mm.engine.distributed import is_first_rank
     from ddetr_mm.preflight.annotations import quick_sections
     from ddetr_mm.preflight.inputs import read_splits, split_sources
     from ddetr_mm.preflight.pictures import check_normalisation
@@ -71,7 +71,7 @@ def quick_check(loaded: LoadedSpec) -> None:
     findings += [finding for section in sections for finding in section.findings]
     findings = tolerated(findings, tolerated_kinds(spec))
     for finding in findings:
-        if finding.weight == SUSPICION and on_first_rank():
+        if finding.weight == SUSPICION and is_first_rank():
             print(f"warning: {finding.kind}: {finding.problem}", file=sys.stderr)
     DataError.collect(finding.problem for finding in findings if finding.weight == FAULT)
 

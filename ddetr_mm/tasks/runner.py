@@ -18,9 +18,8 @@ from ddetr_mm.compat.patches import without_language_models
 with without_language_models():
     import ddetr_mm.register  # noqa: F401 - puts our components into the registries
 
-from ddetr_mm.engine.distributed import is_rank
+from ddetr_mm.engine.distributed import is_first_rank, is_rank
 from ddetr_mm.engine.runner import QuietRunner
-from ddetr_mm.engine.status import on_first_rank
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.models.backbones import fuse_norms
 from ddetr_mm.spec import LoadedSpec
@@ -142,17 +141,14 @@ def build_runner(
     """
     text = config_source(loaded, subtask, checkpoint, exported)
     path = folder / CONFIG_NAME
-    if on_first_rank():
+    if is_first_rank():
         config = Config.fromfile(str(write_text_whole(path, text)))
     else:
         config = Config.fromstring(text, ".py")
     config.launcher = "pytorch" if is_rank() else "none"
     for name, value in changes.items():
         config[name] = value
-    runner = RUNNERS.get(config.get("runner_type", "QuietRunner")).from_cfg(config)
-    if on_first_rank():
-        # The Runner dumps the config under the same name, without the comments.
-        write_text_whole(path, text)
+    runner: QuietRunner = RUNNERS.get(config.get("runner_type", "QuietRunner")).from_cfg(config)
     return runner
 
 
@@ -232,5 +228,5 @@ def load_checkpoint(
     columns = unwrapped(model).bbox_head.num_classes
     checkpoint = to_category_ids(read_checkpoint(path), columns, class_names)
     report = fill_model(model, checkpoint, strict=True)
-    if on_first_rank():
+    if is_first_rank():
         print(report.summary(), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What every subtask shares: results folder, log, status, failures."""
+"""What every subtask shares: ranks, devices, results folder, ``status.json``, failures of the machine."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ import errno
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddetr_mm.engine.distributed import is_rank, world_size
-from ddetr_mm.engine.status import StatusLog, on_first_rank
-from ddetr_mm.errors import DataError, InputError, Problem, RunError, WeightsError
+from ddetr_mm.engine.distributed import (
+    adopt_slurm,
+    is_first_rank,
+    is_rank,
+    plan_launch,
+    rank_command,
+    run_ranks,
+    world_size,
+)
+from ddetr_mm.engine.status import FAILURE, StatusLog, failure_message
+from ddetr_mm.errors import DataError, InputError, Problem, RankFailure, RunError, WeightsError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, spec_to_yaml, task_results_dir
 
-# --- What ends a run without being a defect of ours, told in one message: memory, disk, killed processes ---
+# --- Failures of the machine: memory, disk, killed processes ---
 
-_MENDS = {
+_HINTS = {
     errno.ENOSPC: "free some space, or name a folder on another disk, and start the same command again",
     errno.EDQUOT: "free some of your quota, or name a folder on another disk, and start the command again",
     errno.EFBIG: "raise the limit on the size of files (`ulimit -f`), or name a folder elsewhere",
@@ -37,8 +46,8 @@ _MENDS = {
 
 
 @contextmanager
-def failures_told() -> Iterator[None]:
-    """Turn failures of the machine into one message each; everything else passes unchanged.
+def machine_failures_as_errors() -> Iterator[None]:
+    """Turn failures of the machine into one message each; other errors pass unchanged.
 
     Raises:
         DataError: a file or folder that cannot be read or written, a full disk.
@@ -49,13 +58,13 @@ def failures_told() -> Iterator[None]:
     except InputError:
         raise
     except (OSError, MemoryError, RuntimeError) as error:
-        told = as_told(error)
-        if told is None:
+        known = machine_error(error)
+        if known is None:
             raise
-        raise told from error
+        raise known from error
 
 
-def as_told(error: BaseException) -> InputError | None:
+def machine_error(error: BaseException) -> InputError | None:
     """The message for an error of the machine; None for any other."""
     text = str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -67,13 +76,13 @@ def as_told(error: BaseException) -> InputError | None:
         return RunError(_killed_worker(text))
     if isinstance(error, ConnectionResetError):  # the other end of a worker's pipe has gone
         return RunError(_killed_worker(text))
-    if isinstance(error, OSError) and error.errno in _MENDS:
+    if isinstance(error, OSError) and error.errno in _HINTS:
         what = f"cannot be read or written: {error.strerror}"
         if error.filename is None:
-            return DataError(Problem(f"a file {what}", hint=_MENDS[error.errno]))
+            return DataError(Problem(f"a file {what}", hint=_HINTS[error.errno]))
         # Files are written under a temporary name beside their own.
         name = re.sub(r"\.tmp-\d+-", "", str(error.filename))
-        return DataError(Problem(what, file=name, hint=_MENDS[error.errno]))
+        return DataError(Problem(what, file=name, hint=_HINTS[error.errno]))
     return None
 
 
@@ -86,7 +95,7 @@ _LESS_MEMORY = (
 def _killed_worker(text: str) -> Problem:
     """The message for a data worker that ended on its own; ``text`` is torch's."""
     hint = (
-        "when the system ran out of memory (`dmesg` tells), lower dataset.workers or dataset.batch_size; "
+        "when the system ran out of memory (see `dmesg`), lower dataset.workers or dataset.batch_size; "
         "then start the same command again"
     )
     if "bus error" in text.lower():
@@ -94,12 +103,12 @@ def _killed_worker(text: str) -> Problem:
     return Problem(f"a data worker was killed: {text.splitlines()[0]}", where="dataset.workers", hint=hint)
 
 
-# --- What every subtask has around it: its results folder, status.json, experiment.yaml, notes, device ---
+# --- Results folder, status.json, experiment.yaml, notes ---
 
 
 @dataclass(frozen=True)
 class Session:
-    """One run of a subtask: where its results go, and its status log."""
+    """One run of a subtask: its results folder and its status log."""
 
     folder: Path
     status: StatusLog
@@ -109,23 +118,22 @@ class Session:
 def open_session(loaded: LoadedSpec, subtask: str) -> Iterator[Session]:
     """Make the results folder, write ``experiment.yaml`` and keep ``status.json`` while the block runs.
 
-    A conversion leaves no ``experiment.yaml``, as in the reference. Of a distributed run only the first
-    rank writes and says anything.
+    A conversion leaves no ``experiment.yaml``, as in TAO. Of a distributed run only the first rank writes.
 
     Raises:
         DataError: when the results folder cannot be written to, or the disk is full.
         RunError: when a data worker is killed or memory runs out.
     """
     folder = task_results_dir(loaded.spec, subtask)
-    if on_first_rank():
-        with _told_as_input_error(folder):
+    if is_first_rank():
+        with _folder_failure_as_error(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if subtask != "convert":
                 write_text_whole(folder / "experiment.yaml", spec_to_yaml(loaded.spec))
-        say_notes(loaded)
+        print_notes(loaded)
     status = StatusLog.at(folder / "status.json")
-    # Inside, so that the status tells them too; the command tells those of the status file itself.
-    with status.task(subtask), failures_told(), encryption_key_of(loaded.spec):
+    # Inside, so that they are in the status file too; the command reports those of the status file itself.
+    with status.task(subtask), machine_failures_as_errors(), encryption_key_of(loaded.spec):
         yield Session(folder, status)
 
 
@@ -146,7 +154,7 @@ def encryption_key_of(spec: ExperimentSpec | ConvertSpec | None) -> Iterator[Non
 
 
 @contextmanager
-def _told_as_input_error(folder: Path) -> Iterator[None]:
+def _folder_failure_as_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -160,10 +168,49 @@ def _told_as_input_error(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def say_notes(loaded: LoadedSpec) -> None:
-    """Print what loading the spec has to say: fields without effect, values adjusted."""
+def print_notes(loaded: LoadedSpec) -> None:
+    """Print the notes of a loaded spec: fields without effect, values adjusted."""
     for note in loaded.notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def run_on_ranks(arguments: Namespace, loaded: LoadedSpec, subtask: str) -> bool:
+    """Choose the devices; where the spec asks for several ranks, run the command on them and wait.
+
+    Must be called before torch is imported.
+
+    Args:
+        arguments: of the command, which every rank is called with again.
+        loaded: the spec.
+        subtask: ``train``, ``evaluate`` or ``inference``.
+
+    Returns:
+        True when ranks have done the work; False where this process has to do it, alone or as a rank.
+
+    Raises:
+        InputError: the machine has too few GPUs, or the environment does not name the other machines.
+        RankFailure: a rank failed.
+        KeyboardInterrupt: the run was interrupted; the ranks have ended.
+    """
+    task = getattr(loaded.spec, subtask)
+    plan = plan_launch(task.num_gpus, task.num_nodes)
+    adopt_slurm()
+    choose_device(loaded.spec, task.gpu_ids)
+    if plan is None:
+        return False
+    status = StatusLog.at(task_results_dir(loaded.spec, subtask) / "status.json")
+    try:
+        require_gpus(loaded.spec, plan.ranks_per_node, where=f"{subtask}.num_gpus")
+        run_ranks(plan, rank_command(arguments))
+    except InputError as error:
+        status.write(failure_message(error, subtask), FAILURE, verbosity="ERROR")
+        raise
+    except RankFailure as failure:
+        # The first rank has written its own failures; of other ranks' it knows the consequence at most.
+        if plan.node_rank == 0 and (failure.rank != 0 or failure.killed):
+            status.write(str(failure), FAILURE, verbosity="ERROR")
+        raise
+    return True
 
 
 def require_checkpoint(path: str | None, where: str) -> None:

@@ -1,32 +1,33 @@
-"""``ddetr-mm train``: spec → config → Runner, resuming by itself."""
+"""``ddetr-mm train``: spec to config to Runner; resumes from ``dd_model_latest.pth``.
+
+What needs torch is imported inside functions: the devices are chosen before.
+"""
 
 from __future__ import annotations
 
 from argparse import Namespace
 from pathlib import Path
 
-from ddetr_mm.engine.status import on_first_rank
+from ddetr_mm.engine.distributed import decided_by_first_rank, is_first_rank, process_group
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.spec import ExperimentSpec, load_spec
 from ddetr_mm.tasks.check import quick_check
-from ddetr_mm.tasks.launch import joined_ranks, launched
-from ddetr_mm.tasks.session import open_session, require_gpus
+from ddetr_mm.tasks.session import open_session, require_gpus, run_on_ranks
 
 RESUME_KEY = "train.resume_training_checkpoint_path"
 
 
 def run(arguments: Namespace) -> None:
-    """Train, validate and checkpoint; see the contract of the command in the README."""
+    """Train, validate and write checkpoints."""
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "train")
     spec = loaded.spec
-    if launched(arguments, loaded, "train"):
+    if run_on_ranks(arguments, loaded, "train"):
         return
     with open_session(loaded, "train") as session:
         require_gpus(spec)
-        if on_first_rank():
+        if is_first_rank():
             quick_check(loaded)
-        with joined_ranks():
-            from ddetr_mm.engine.distributed import decided_by_first_rank
+        with process_group():
             from ddetr_mm.tasks.runner import build_runner
             from ddetr_mm.weights.load import require_same_network
 
@@ -46,12 +47,12 @@ def run(arguments: Namespace) -> None:
 
 
 def checkpoint_to_resume(spec: ExperimentSpec, folder: Path) -> Path | None:
-    """Where to go on: the checkpoint the spec names, else the folder's latest, else nowhere.
+    """The checkpoint to resume from: the one the spec names, else the folder's latest, else None.
 
-    A dry run goes on from nowhere, so that a finished training can be tried out too.
+    A dry run never resumes, so that it can be tried in the folder of a finished run.
 
     Raises:
-        WeightsError: when the spec names a checkpoint that is not there or that holds weights alone.
+        WeightsError: the named checkpoint does not exist or holds weights alone.
     """
     from ddetr_mm.engine.checkpoint import find_latest_checkpoint
     from ddetr_mm.weights.load import require_resumable
@@ -66,7 +67,7 @@ def checkpoint_to_resume(spec: ExperimentSpec, folder: Path) -> Path | None:
                     "does not exist",
                     file=named,
                     where=RESUME_KEY,
-                    hint="name a checkpoint of this training, or remove the key to go on from the latest",
+                    hint="name a checkpoint of this run, or remove the key to resume from the latest",
                 )
             )
         require_resumable(named, where=RESUME_KEY)

@@ -186,8 +186,8 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
         hooks.append(dict(type="WholeCheckpointHook"))
     if spec.ddetr_mm.missing_images == "replace":
         hooks.append(dict(type="ReplacedImagesHook"))
-    if spec.ddetr_mm.time_ledger:
-        hooks.append(dict(type="TimeLedgerHook"))
+    if spec.ddetr_mm.profile:
+        hooks.append(dict(type="StepProfilerHook"))
     if pretrained:
         hooks.append(
             dict(

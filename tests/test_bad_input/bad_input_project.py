@@ -90,7 +90,7 @@ CONVERT_SPEC: dict[str, Any] = {
     "mapping_path": "data/mapping.json",
 }
 
-RUN_FILES = ("status.json", "experiment.yaml", "config.py", "check.json", "curves.jsonl", "curves.html")
+RUN_FILES = ("status.json", "experiment.yaml", "config.py", "check.json", "curves.html")
 """What a failed run may leave beside its logs: its record, never a result."""
 
 

@@ -145,7 +145,7 @@ def test_a_data_worker_that_is_killed(own_project: Path):
     def kill_a_worker() -> None:
         seen: set[int] = set()
         while not stop.is_set() and not killed:
-            training = (own_project / "results/train/curves.jsonl").exists()
+            training = (own_project / "results/train/curves.html").exists()
             workers = set(grandchildren(os.getpid())) if training else set()
             for pid in sorted(workers & seen):
                 os.kill(pid, signal.SIGKILL)

@@ -103,7 +103,7 @@ def trained(make_runner, tmp_path, AP50s, **options):
     folder = tmp_path / "train"
     StatusLog.at(folder / "status.json").write("Starting Training Loop.")
     runner = make_runner(
-        [AlarmHook(), CurvesHook(interval=1)],
+        [AlarmHook(), CurvesHook()],
         epochs=len(AP50s),
         batches=30,
         validate=True,

@@ -1,6 +1,10 @@
+"""Scalars of a run read back, and the curves drawn from them."""
+
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,44 +12,56 @@ from mmengine.hooks import Hook
 from PIL import Image
 
 from ddetr_mm.engine.checkpoint import TAOCheckpointHook
-from ddetr_mm.engine.curves import (
-    CurveRecord,
-    CurvesHook,
-    ap_series,
-    draw_curves,
-    loss_series,
-    rate_series,
-    read_points,
-)
+from ddetr_mm.engine.curves import CurvesHook, RunScalars, ap_series, draw_curves, loss_series, rate_series
 from ddetr_mm.engine.hooks import learning_rates
 
+EACH_STEP = {"logger": {"type": "LoggerHook", "interval": 1}, "checkpoint": None}
 
-def test_records_losses_rates_and_figures(make_runner, tmp_path):
+
+def read(work_dir: Path) -> RunScalars:
+    scalars = RunScalars(work_dir)
+    scalars.update()
+    return scalars
+
+
+def write_start(work_dir: Path, start: str, *points: dict) -> Path:
+    path = work_dir / start / "vis_data" / "scalars.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(point) + "\n" for point in points))
+    return path
+
+
+def train_points(steps) -> list[dict]:
+    return [{"lr": 0.1, "loss": float(step), "epoch": 1, "iter": step, "step": step} for step in steps]
+
+
+# --- the hook ---
+
+
+def test_losses_rates_of_every_group_and_metrics_are_read_back(make_runner, tmp_path):
     groups = {"custom_keys": {"linear.bias": {"lr_mult": 0.1}}}
-    optim_wrapper = {"optimizer": {"type": "AdamW", "lr": 0.05}, "paramwise_cfg": groups}
     runner = make_runner(
-        [{"type": "CurvesHook", "interval": 2}],
+        [{"type": "CurvesHook"}],
         epochs=2,
         batches=4,
         validate=True,
-        optim_wrapper=optim_wrapper,
+        optim_wrapper={"optimizer": {"type": "AdamW", "lr": 0.05}, "paramwise_cfg": groups},
+        default_hooks={"logger": {"type": "LoggerHook", "interval": 2}, "checkpoint": None},
     )
     runner.train()
-    points = read_points(tmp_path / "train" / "curves.jsonl")
-    assert [(point["kind"], point["step"], point["epoch"]) for point in points] == [
-        ("train", 2, 0.5),
-        ("train", 4, 1.0),
-        ("val", 4, 1),
-        ("train", 6, 1.5),
-        ("train", 8, 2.0),
-        ("val", 8, 2),
-    ]
+    scalars = read(tmp_path / "train")
+    assert [point["step"] for point in scalars.train] == [2, 4, 6, 8]
+    assert [point["step"] for point in scalars.val] == [1, 2]
     for part in ("loss", "loss_cls", "loss_bbox"):
         history = runner.message_hub.get_scalar(f"train/{part}").data[0]
-        assert points[1]["losses"][part] == pytest.approx(history[2:4].mean())
-    assert points[0]["learning_rates"] == pytest.approx({"0.05": 0.05, "0.005": 0.005})
-    assert points[3]["learning_rates"] == pytest.approx({"0.05": 0.005, "0.005": 0.0005})
-    assert points[2]["metrics"] == pytest.approx({"coco/bbox_mAP": 0.1, "coco/bbox_mAP_50": 0.2})
+        assert scalars.train[1][part] == pytest.approx(history[:4].mean())
+    rates = rate_series(scalars)
+    assert list(rates) == ["0.05", "0.005"]
+    assert rates["0.005"][1].tolist() == pytest.approx([0.005, 0.005, 0.0005, 0.0005])
+    assert {name: y.tolist() for name, (_, y) in ap_series(scalars).items()} == {
+        "AP": pytest.approx([0.1, 0.2]),
+        "AP50": pytest.approx([0.2, 0.4]),
+    }
     for name in ("curve_loss.png", "curve_lr.png", "curve_ap.png"):
         assert (tmp_path / "train" / name).stat().st_size > 5000
     page = (tmp_path / "train" / "curves.html").read_text()
@@ -63,7 +79,8 @@ def test_the_page_is_live_while_training_runs(make_runner, tmp_path):
             path = tmp_path / "train" / "curves.html"
             pages.append(path.read_text() if path.exists() else "")
 
-    make_runner([CurvesHook(interval=1, redraw_s=0), Watcher()], epochs=1, batches=2).train()
+    hooks = [CurvesHook(redraw_s=0), Watcher()]
+    make_runner(hooks, epochs=1, batches=2, default_hooks=EACH_STEP).train()
     assert all('http-equiv="refresh"' in page for page in pages)
     assert "<td>steps</td><td>1</td>" in pages[0] and "<td>steps</td><td>2</td>" in pages[1]
 
@@ -78,64 +95,111 @@ def test_groups_are_named_by_the_parts_of_the_config(make_runner):
     assert learning_rates(runner) == pytest.approx({"rest (0.05)": 0.05, "linear.bias (0.005)": 0.005})
 
 
-def test_resumed_run_keeps_earlier_points(make_runner, tmp_path):
-    hooks = [CurvesHook(interval=1), TAOCheckpointHook()]
-    make_runner(hooks, epochs=1, batches=3).train()
-    make_runner([CurvesHook(interval=1), TAOCheckpointHook()], epochs=2, batches=3, resume=True).train()
-    points = read_points(tmp_path / "train" / "curves.jsonl")
-    assert [point["step"] for point in points] == [1, 2, 3, 4, 5, 6]
+def test_a_resumed_run_keeps_earlier_points(make_runner, tmp_path):
+    logger = {"logger": {"type": "LoggerHook", "interval": 1}, "checkpoint": None}
+    make_runner([CurvesHook(), TAOCheckpointHook()], epochs=1, batches=3, default_hooks=logger).train()
+    resumed = make_runner(
+        [CurvesHook(), TAOCheckpointHook()], epochs=2, batches=3, resume=True, default_hooks=logger
+    )
+    # mmengine names the folders by the second.
+    assert resumed.timestamp is not None
+    resumed.train()
+    assert [point["step"] for point in read(tmp_path / "train").train] == [1, 2, 3, 4, 5, 6]
 
 
-def test_draws_seldom_but_always_at_the_end(make_runner, tmp_path, monkeypatch):
+def test_it_draws_seldom_but_always_at_the_end(make_runner, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "ddetr_mm.engine.curves.draw_curves", lambda points, folder: drawn.append(len(points)) or []
+        "ddetr_mm.engine.curves.draw_curves",
+        lambda scalars, folder: drawn.append((len(scalars.train), len(scalars.val))) or [],
     )
-    make_runner([CurvesHook(interval=1, redraw_s=1000)], epochs=2, batches=3, validate=True).train()
-    assert drawn == [1, 8]
+    hooks = [CurvesHook(redraw_s=1000)]
+    make_runner(hooks, epochs=2, batches=3, validate=True, default_hooks=EACH_STEP).train()
+    assert drawn == [(1, 0), (6, 2)]
 
 
-def test_interval_is_checked():
-    with pytest.raises(ValueError, match="at least 1"):
-        CurvesHook(interval=0)
+# --- scalars of several starts ---
 
 
-def points(number=50):
-    train = [
+def test_points_of_lost_steps_are_dropped(tmp_path):
+    begin = {"resumed_step": 0, "resumed_epoch": 0, "step": 0}
+    val = {"coco/bbox_mAP": 0.2, "step": 1}
+    write_start(tmp_path, "20260101_000000", begin, *train_points([10, 20]), val, *train_points([30]))
+    again = {"resumed_step": 20, "resumed_epoch": 0, "step": 20}
+    write_start(tmp_path, "20260101_000001", again, {**train_points([30])[0], "loss": 99.0})
+    scalars = read(tmp_path)
+    assert [(point["step"], point["loss"]) for point in scalars.train] == [(10, 10), (20, 20), (30, 99)]
+    assert scalars.val == []
+    write_start(tmp_path, "20260101_000002", begin, *train_points([5]))
+    assert [point["step"] for point in read(tmp_path).train] == [5]
+
+
+def test_starts_without_the_hook_are_left_out(tmp_path):
+    write_start(tmp_path, "20260101_000000", {"resumed_step": 0, "step": 0}, *train_points([10]))
+    write_start(tmp_path, "20260101_000001", *train_points([1]))
+    assert [point["step"] for point in read(tmp_path).train] == [10]
+
+
+def test_reading_continues_after_a_line_that_was_half_written(tmp_path):
+    path = write_start(tmp_path, "20260101_000000", {"resumed_step": 0, "step": 0}, *train_points([1]))
+    scalars = read(tmp_path)
+    with path.open("a") as file:
+        file.write('{"loss": 2.0, "iter": 2, "st')
+    scalars.update()
+    assert [point["step"] for point in scalars.train] == [1]
+    with path.open("a") as file:
+        file.write('ep": 2}\n')
+    scalars.update()
+    assert [point["step"] for point in scalars.train] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ['{"kind', "[1]"])
+def test_a_broken_line_is_refused_with_its_file(tmp_path, line):
+    path = write_start(tmp_path, "20260101_000000", {"resumed_step": 0, "step": 0})
+    with path.open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ValueError, match=r"scalars\.json: a line is not"):
+        read(tmp_path)
+
+
+# --- drawing ---
+
+
+def made(number: int = 50) -> RunScalars:
+    scalars = RunScalars("nowhere")
+    scalars.train = [
         {
-            "kind": "train",
+            "loss": 100 / step,
+            "loss_cls": 1.0,
+            "d0.loss_cls": 2.0,
+            "enc_loss_cls": 3.0,
+            "lr": 2e-4,
+            "lr/0.0002": 2e-4,
+            "lr/2e-05": 2e-5,
             "step": 10 * step,
-            "epoch": step / 10,
-            "losses": {"loss": 100 / step, "loss_cls": 1.0, "d0.loss_cls": 2.0, "enc_loss_cls": 3.0},
-            "learning_rates": {"0.0002": 2e-4, "2e-05": 2e-5},
         }
         for step in range(1, number + 1)
     ]
-    val = [
-        {
-            "kind": "val",
-            "step": 100 * epoch,
-            "epoch": epoch,
-            "metrics": {"coco/bbox_mAP": epoch / 10, "coco/bbox_mAP_s": -1.0, "coco/bbox_AR@1": 0.3},
-        }
+    scalars.val = [
+        {"coco/bbox_mAP": epoch / 10, "coco/bbox_mAP_s": -1.0, "coco/bbox_AR@1": 0.3, "step": epoch}
         for epoch in (1, 2, 3)
     ]
-    return train + val
+    return scalars
 
 
 def test_series_show_the_parts_that_matter():
-    losses = loss_series(points())
+    losses = loss_series(made())
     assert list(losses) == ["loss", "loss_cls"]
     assert losses["loss"][0].tolist() == [10 * step for step in range(1, 51)]
-    assert list(rate_series(points())) == ["0.0002", "2e-05"]
-    precision = ap_series(points())
+    assert list(rate_series(made())) == ["0.0002", "2e-05"]
+    precision = ap_series(made())
     assert list(precision) == ["AP"]
     assert precision["AP"][0].tolist() == [1, 2, 3]
     np.testing.assert_allclose(precision["AP"][1], [0.1, 0.2, 0.3])
 
 
 def test_long_runs_are_thinned_to_means():
-    x, y = loss_series(points(6000))["loss_cls"]
+    x, y = loss_series(made(6000))["loss_cls"]
     assert len(x) == 1500
     np.testing.assert_allclose(y, 1.0)
     np.testing.assert_allclose(x[:2], [25, 65])
@@ -143,7 +207,7 @@ def test_long_runs_are_thinned_to_means():
 
 def test_pictures_show_something_and_pyplot_stays_out(tmp_path):
     before = "matplotlib.pyplot" in sys.modules
-    drawn = draw_curves(points(), tmp_path)
+    drawn = draw_curves(made(), tmp_path)
     assert [path.name for path in drawn] == ["curve_loss.png", "curve_lr.png", "curve_ap.png"]
     for path in drawn:
         with Image.open(path) as image:
@@ -153,77 +217,22 @@ def test_pictures_show_something_and_pyplot_stays_out(tmp_path):
 
 
 def test_only_what_has_points_is_drawn(tmp_path):
-    assert draw_curves([], tmp_path) == []
-    assert [path.name for path in draw_curves(points()[-3:], tmp_path)] == ["curve_ap.png"]
+    scalars = made()
+    scalars.train = []
+    assert draw_curves(RunScalars(tmp_path), tmp_path) == []
+    assert [path.name for path in draw_curves(scalars, tmp_path)] == ["curve_ap.png"]
 
 
 def test_missing_and_non_finite_values_do_not_break_drawing(tmp_path):
-    broken = [
-        {"kind": "train", "step": 1, "epoch": 0, "losses": {"loss": None}, "learning_rates": {"0.1": 0.1}}
-    ]
-    undefined = [{"kind": "val", "step": 1, "epoch": 1, "metrics": {"coco/bbox_mAP": -1.0}}]
-    assert [path.name for path in draw_curves(broken + undefined, tmp_path)] == [
-        "curve_loss.png",
-        "curve_lr.png",
-    ]
+    begin = {"resumed_step": 0, "step": 0}
+    broken = {"loss": float("nan"), "lr": 0.1, "iter": 1, "step": 1}
+    write_start(tmp_path, "20260101_000000", begin, broken, {"coco/bbox_mAP": -1.0, "step": 1})
+    drawn = draw_curves(read(tmp_path), tmp_path)
+    assert [path.name for path in drawn] == ["curve_loss.png", "curve_lr.png"]
 
 
 def test_drawing_again_and_again_keeps_no_figure(tmp_path, living_figures):
     before = living_figures()
     for _ in range(3):
-        assert draw_curves(points(), tmp_path)
+        assert draw_curves(made(), tmp_path)
     assert living_figures() == before
-
-
-def test_points_read_back(tmp_path):
-    record = CurveRecord(tmp_path / "deep" / "curves.jsonl")
-    record.add_train(10, 0.5, {"loss": 2.0, "loss_cls": float("nan")}, {"0.1": 0.1})
-    record.add_val(20, 1, {"coco/bbox_mAP": 0.25})
-    assert (
-        read_points(record.path)
-        == record.points
-        == [
-            {
-                "kind": "train",
-                "step": 10,
-                "epoch": 0.5,
-                "losses": {"loss": 2.0, "loss_cls": None},
-                "learning_rates": {"0.1": 0.1},
-            },
-            {"kind": "val", "step": 20, "epoch": 1, "metrics": {"coco/bbox_mAP": 0.25}},
-        ]
-    )
-
-
-def test_resuming_keeps_what_was_not_lost(tmp_path):
-    path = tmp_path / "curves.jsonl"
-    first = CurveRecord(path)
-    for step in (10, 20, 30):
-        first.add_train(step, 0, {"loss": step}, {})
-    second = CurveRecord(path, resumed_step=20)
-    second.add_train(30, 0, {"loss": 99}, {})
-    assert [(point["step"], point["losses"]["loss"]) for point in read_points(path)] == [
-        (10, 10),
-        (20, 20),
-        (30, 99),
-    ]
-
-
-def test_a_new_run_starts_anew(tmp_path):
-    path = tmp_path / "curves.jsonl"
-    CurveRecord(path).add_val(10, 1, {})
-    CurveRecord(path)
-    assert read_points(path) == []
-    assert read_points(tmp_path / "missing.jsonl") == []
-
-
-def test_a_cut_off_line_is_left_out_and_a_broken_one_told(tmp_path):
-    path = tmp_path / "curves.jsonl"
-    CurveRecord(path).add_val(10, 1, {})
-    with path.open("a") as file:
-        file.write('{"kind": "val", "st')
-    assert len(CurveRecord(path, resumed_step=10).points) == 1
-    assert path.read_text().endswith("}\n")
-    path.write_text('{"kind\n{}\n')
-    with pytest.raises(ValueError, match="Unterminated"):
-        read_points(path)

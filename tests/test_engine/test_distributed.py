@@ -19,10 +19,12 @@ from ddetr_mm.engine.distributed import (
     first_host,
     is_rank,
     plan_launch,
+    recorded_for_launcher,
+    root_failure,
+    run_ranks,
     world_size,
 )
 from ddetr_mm.errors import InputError, RankFailure
-from ddetr_mm.tasks.launch import recorded_for_launcher, root_failure, run_ranks
 
 # --- Who starts the ranks of a job, and which of them a process is, by its environment ---
 
@@ -129,7 +131,7 @@ FAIL_ON_RANK_1 = """
 import os, sys, time
 import ddetr_mm
 from ddetr_mm.errors import DataError, Problem
-from ddetr_mm.tasks.launch import recorded_for_launcher
+from ddetr_mm.engine.distributed import recorded_for_launcher
 if os.environ["RANK"] == "0":
     time.sleep(60)
 try:
@@ -152,7 +154,7 @@ time.sleep(60)
 LAUNCH = """
 import sys
 from ddetr_mm.engine.distributed import NodePlan
-from ddetr_mm.tasks.launch import run_ranks
+from ddetr_mm.engine.distributed import run_ranks
 try:
     run_ranks(NodePlan({plan}), ["-c", sys.argv[1], sys.argv[2]])
 except KeyboardInterrupt:

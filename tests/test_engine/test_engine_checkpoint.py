@@ -25,7 +25,7 @@ from ddetr_mm.engine.checkpoint import (
     TAOCheckpointHook,
     checkpoint_written_whole,
     find_latest_checkpoint,
-    full_disk_told,
+    full_disk_as_error,
     is_whole,
     link_latest,
     list_checkpoints,
@@ -235,7 +235,7 @@ build_runner(Path(sys.argv[1]), [TAOCheckpointHook(interval=1, unit="step")], ep
 
 def test_a_killed_run_leaves_only_whole_files_and_goes_on(make_runner, tmp_path):
     folder = tmp_path / "train"
-    command = [sys.executable, "-c", KILLED_RUN, str(folder), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", KILLED_RUN, str(folder), str(Path(__file__).parents[1])]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(list_checkpoints(folder)) < 5 and time.monotonic() < deadline and run.poll() is None:
@@ -371,7 +371,7 @@ def test_full_disk_names_the_last_good_checkpoint(tmp_path):
     wanted = tmp_path / "model_epoch_001.pth"
     with (
         pytest.raises(InputError) as caught,
-        full_disk_told(wanted),
+        full_disk_as_error(wanted),
         checkpoint_written_whole(wanted) as path,
     ):
         path.write_bytes(b"half")
@@ -382,5 +382,5 @@ def test_full_disk_names_the_last_good_checkpoint(tmp_path):
 
 
 def test_other_errors_pass_unchanged(tmp_path):
-    with pytest.raises(PermissionError), full_disk_told(tmp_path / "model_epoch_000.pth"):
+    with pytest.raises(PermissionError), full_disk_as_error(tmp_path / "model_epoch_000.pth"):
         raise PermissionError(errno.EACCES, "no")

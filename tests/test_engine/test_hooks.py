@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import types
 from pathlib import Path
@@ -201,3 +202,19 @@ def test_nothing_is_told_when_all_images_are_there(make_runner, loader, caplog):
     runner.train()
     assert runner.train_dataloader.dataset.num_replaced == 0
     assert "took its place" not in caplog.text
+
+
+@pytest.mark.parametrize(("steps", "batches", "resumed"), [(2, 4, False), (9, 3, False), (2, 3, True)])
+def test_the_first_steps_of_a_start_are_profiled(make_runner, tmp_path, steps, batches, resumed):
+    if resumed:
+        make_runner([{"type": "TAOCheckpointHook"}], epochs=1, batches=batches).train()
+    lines: list[str] = []
+    runner = make_runner(
+        [{"type": "StepProfilerHook", "steps": steps}], epochs=2, batches=batches, resume=resumed
+    )
+    runner.logger.info = lines.append
+    runner.train()
+    trace = json.loads((tmp_path / "train" / "profile.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert names.count("Optimizer.step#AdamW.step") == min(steps, batches)
+    assert any("aten::linear" in line for line in lines)

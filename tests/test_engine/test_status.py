@@ -13,7 +13,8 @@ import pytest
 from mmengine.hooks import Hook
 
 from ddetr_mm.engine.checkpoint import TAOCheckpointHook
-from ddetr_mm.engine.status import FAILURE, STARTED, SUCCESS, StatusHook, StatusLog
+from ddetr_mm.engine.hooks import StatusHook
+from ddetr_mm.engine.status import FAILURE, STARTED, SUCCESS, StatusLog
 from ddetr_mm.errors import DataError, SpecError
 
 

@@ -32,7 +32,7 @@ SETTINGS = dict(
 
 
 class Recorder(types.ModuleType):
-    """The package's names that the backend uses, writing down what they are called with."""
+    """The package's names that the backend uses, recording the arguments of each call."""
 
     class Error(Exception):
         """The package's base error."""
@@ -73,7 +73,7 @@ class Recorder(types.ModuleType):
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """Puts a recorder in the package's place."""
+    """Replaces the package by a recorder."""
 
     def put(**options: Any) -> Recorder:
         module = Recorder(**options)
@@ -135,11 +135,11 @@ def test_scalars_are_not_sent_twice_with_tensorboard(recorder, tmp_path: Path):
         (dict(refuses=True), "no such project"),
     ],
 )
-def test_a_run_goes_on_without_it_and_is_told_once(recorder, monkeypatch, tmp_path, caplog, options, words):
+def test_a_run_continues_without_it_and_one_line_says_so(recorder, monkeypatch, tmp_path, caplog, options, words):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     package = None
     if options is None:
-        monkeypatch.setattr(wandb, "PACKAGE", "a_package_that_nobody_has")
+        monkeypatch.setattr(wandb, "PACKAGE", "a_package_that_does_not_exist")
     else:
         package = recorder(**options)
     lines: list[str] = []
@@ -177,7 +177,7 @@ def test_an_offline_run_is_left_in_the_results(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     backend = WandbBackend(str(tmp_path), **SETTINGS)
-    run = backend.experiment
+    run = backend.experiment.run
     assert (run.project, run.name, run.id, run.group) == ("cells", "first try", "abc123", "nightly")
     assert set(run.tags) == {"training", "tao-toolkit"}
     backend.add_config(Config(dict(lr=0.1, encryption_key="hush")))

@@ -36,7 +36,7 @@ class Session:
         self.seen: dict[int, tuple] = {}
 
     def train(self, *overrides: str, sigterm_in_step: int | None = None) -> int:
-        from ddetr_mm.engine.progress import ProgressHook
+        from ddetr_mm.engine.hooks import ProgressHook
 
         def write_down(hook, runner, batch_idx, data_batch=None, outputs=None):
             samples = data_batch["data_samples"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddetr_mm.errors import DataError, RunError
-from ddetr_mm.tasks.session import as_told, failures_told
+from ddetr_mm.tasks.session import machine_error, machine_failures_as_errors
 
 
 @pytest.mark.parametrize(
@@ -28,12 +28,12 @@ from ddetr_mm.tasks.session import as_told, failures_told
     ],
 )
 def test_each_is_told_with_what_to_do(error, kind, words):
-    told = as_told(error)
+    told = machine_error(error)
     assert type(told) is kind and words in str(told)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), OSError("no number")])
 def test_defects_pass_unchanged(error):
-    with pytest.raises(type(error)) as caught, failures_told():
+    with pytest.raises(type(error)) as caught, machine_failures_as_errors():
         raise error
     assert caught.value is error

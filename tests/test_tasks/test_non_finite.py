@@ -18,7 +18,7 @@ LAYER = "encoder.layers.0.ffn.layers.0.0"
 @pytest.fixture
 def train(data_project: Project, tmp_path: Path, monkeypatch):
     """``train(after_step)``: train in this process; ``after_step(runner)`` is called after every step."""
-    from ddetr_mm.engine.progress import ProgressHook
+    from ddetr_mm.engine.hooks import ProgressHook
 
     def run(after_step, *overrides: str) -> int:
         def after_train_iter(hook, runner, batch_idx, data_batch=None, outputs=None):
@@ -124,7 +124,7 @@ def test_another_file_is_no_saved_batch(tmp_path: Path, capsys):
 )
 def test_a_step_of_a_run_reads_at_most_three_times(train, monkeypatch, overrides, most):
     """The matching's costs, the gradient's norm and the losses, whatever watches them; else one more."""
-    from ddetr_mm.engine.host_reads import counted_host_reads
+    from host_reads import counted_host_reads
 
     model, counts = BaseModel.train_step, []
 

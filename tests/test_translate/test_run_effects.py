@@ -17,6 +17,7 @@ from mmengine.registry import PARAM_SCHEDULERS
 from tiny_scene import GIVEN, TINY, Scene
 from torch import nn
 
+from ddetr_mm.engine.curves import RunScalars
 from ddetr_mm.errors import DataError, WeightsError
 
 # --- The spec section ``train``: what optimizer, schedule, precision and switches do to a step ---
@@ -234,8 +235,10 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("model_epoch_*.pth"))
 
 
-def points(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "curves.jsonl").read_text().splitlines()]
+def scalars(folder: Path) -> RunScalars:
+    found = RunScalars(folder)
+    found.update()
+    return found
 
 
 def test_epochs_and_intervals(train):
@@ -247,7 +250,7 @@ def test_epochs_and_intervals(train):
     )
     # Every second epoch, and always the last one.
     assert checkpoints(folder) == ["model_epoch_001.pth", "model_epoch_002.pth"]
-    assert [point["epoch"] for point in points(folder) if point["kind"] == "val"] == [2, 3]
+    assert [point["step"] for point in scalars(folder).val] == [2, 3]
     meta = torch.load(folder / "model_epoch_002.pth", weights_only=True)["meta"]
     assert meta["epoch"] == 3 and meta["iter"] == 12
     (log,) = folder.rglob("*.log")
@@ -273,11 +276,12 @@ def test_checkpoints_by_step_and_resuming_from_a_named_one(train, tmp_path: Path
 def test_a_dry_run_takes_one_step_and_leaves_no_checkpoint(train):
     folder = train()
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
-    curves = (folder / "curves.jsonl").read_bytes()
+    curves, page = scalars(folder), (folder / "curves.html").read_bytes()
     first = (folder / "status.json").read_text().splitlines()
     train("train.is_dry_run=True", "train.num_epochs=9", "train.validation_interval=5")
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")} == before
-    assert (folder / "curves.jsonl").read_bytes() == curves
+    assert (scalars(folder).train, scalars(folder).val) == (curves.train, curves.val)
+    assert (folder / "curves.html").read_bytes() == page
     lines = [json.loads(line) for line in (folder / "status.json").read_text().splitlines()[len(first) :]]
     (progress,) = [line for line in lines if "max_step" in line]
     assert progress["max_step"] == 1 and progress["step"] == 1

@@ -374,10 +374,10 @@ def test_options_of_speed_stand_in_the_config_when_set(translate):
     assert not set(speed) & set(translate(*given, subtask="export")["model"])
 
 
-def test_the_time_ledger_is_a_hook_of_training(translate):
+def test_profiling_is_a_hook_of_training(translate):
     def hooks(*overrides, **keywords):
         return [hook["type"] for hook in translate(*overrides, **keywords)["custom_hooks"]]
 
-    assert "TimeLedgerHook" not in hooks()
-    assert "TimeLedgerHook" in hooks("ddetr_mm.time_ledger=true")
-    assert "TimeLedgerHook" not in hooks("ddetr_mm.time_ledger=true", subtask="evaluate")
+    assert "StepProfilerHook" not in hooks()
+    assert "StepProfilerHook" in hooks("ddetr_mm.profile=true")
+    assert "StepProfilerHook" not in hooks("ddetr_mm.profile=true", subtask="evaluate")

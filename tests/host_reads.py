@@ -1,8 +1,7 @@
-"""Counts how often the host reads from tensors, and so would wait for a GPU.
+"""Count how often the host reads from tensors, which on a GPU makes it wait for the device.
 
-On a GPU such a read lets the host wait until everything given to the device before is done, after which the
-device waits for the host. On CUDA PyTorch itself reports them. On a CPU nothing waits, but the same calls
-are made: they are recognised by name, so that a test without a GPU can count them.
+On CUDA PyTorch itself reports such reads. On a CPU nothing waits, but the same calls are made: they are
+recognised by name, so that a test without a GPU can count them.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class _Operators(TorchDispatchMode):
         if name == "aten::repeat_interleave" and (kwargs or {}).get("output_size") is None:
             reads = True
         if reads and not _storages(args) <= self.on_host:
-            self.reads.append(_told(name))
+            self.reads.append(_call_site(name))
         return func(*args, **(kwargs or {}))
 
 
@@ -75,12 +74,12 @@ class _Functions(TorchFunctionMode):
         # A device given as such is the model's own, which in a test is the CPU, too.
         to_host = name in _TO_HOST or (name == "to" and "cpu" in _texts(args[1:], kwargs))
         if to_host and not _storages(args[:1]) <= self.on_host:
-            self.reads.append(_told(name))
+            self.reads.append(_call_site(name))
             self.on_host |= _storages((args[0], result))
         return result
 
 
-def _told(name: str) -> str:
+def _call_site(name: str) -> str:
     """The call and the line outside of PyTorch that made it."""
     frames = [
         frame

@@ -1,0 +1,110 @@
+"""Commands that read or convert one file: ``spec``, ``translate``, ``weights``, ``reproduce``."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from contextlib import nullcontext
+from pathlib import Path
+
+from ddetr_mm.errors import Problem, SpecError
+from ddetr_mm.files import write_text_whole
+from ddetr_mm.spec import ExperimentSpec, default_spec_text, load_spec
+from ddetr_mm.tasks.session import encryption_key_of, print_notes
+
+
+def run_spec(arguments: Namespace) -> None:
+    """``ddetr-mm spec SUBTASK``: print the complete default spec, with a comment on every field."""
+    print(default_spec_text(arguments.subtask), end="")
+
+
+def run_translate(arguments: Namespace) -> None:
+    """``ddetr-mm translate``: write the spec as a stand-alone mmengine config.
+
+    Raises:
+        SpecError: ``--output`` does not name a ``.py`` file.
+    """
+    if Path(arguments.output).suffix != ".py":
+        raise SpecError(
+            Problem(
+                "is no name for an mmengine config", where="--output", value=arguments.output, allowed="*.py"
+            )
+        )
+    subtask = arguments.subtask
+    loaded = load_spec(arguments.experiment_spec, arguments.overrides, subtask, require_mandatory=False)
+    print_notes(loaded)
+    from ddetr_mm.tasks.runner import config_source
+
+    with encryption_key_of(loaded.spec):
+        text = config_source(loaded, subtask, named_checkpoint(loaded.spec, subtask))
+    write_text_whole(arguments.output, text)
+    print(f"written: {arguments.output}")
+
+
+def named_checkpoint(spec: ExperimentSpec, subtask: str) -> str | None:
+    """The checkpoint that the spec names for a subtask, if any."""
+    if subtask == "train":
+        return spec.train.resume_training_checkpoint_path or spec.train.pretrained_model_path
+    named = getattr(spec, subtask).checkpoint
+    return None if named in (None, "", "???") else named
+
+
+def run_weights(arguments: Namespace) -> None:
+    """``ddetr-mm weights SRC DST --to FORMAT``: convert a checkpoint and write a report of every key.
+
+    The spec's ``encryption_key`` opens an encrypted source. The file that is written is never encrypted,
+    since other tools read it.
+    """
+    from ddetr_mm.weights import convert_checkpoint
+
+    spec = load_spec(arguments.experiment_spec).spec if arguments.experiment_spec else None
+    with encryption_key_of(spec):
+        report = convert_checkpoint(arguments.source, arguments.destination, arguments.to, spec=spec)
+    print(report.summary())
+    target = Path(arguments.destination)
+    report_file = write_text_whole(
+        target.with_name(f"{target.stem}.report.json"), json.dumps(report.to_dict(), indent=1) + "\n"
+    )
+    print(f"written: {arguments.destination}, every key in {report_file}")
+
+
+def run_reproduce(arguments: Namespace) -> None:
+    """``ddetr-mm reproduce BATCH``: repeat a step whose loss or gradients were not finite.
+
+    Prints the module whose output is the first that is not finite.
+
+    Raises:
+        SpecError: the run's config does not exist.
+    """
+    spec = load_spec(arguments.experiment_spec).spec if arguments.experiment_spec else None
+    batch_file = Path(arguments.batch)
+    config_file = Path(arguments.config or batch_file.with_name("config.py"))
+    if not config_file.is_file():
+        raise SpecError(
+            Problem("the run's config does not exist", file=config_file, hint="name it: --config CONFIG")
+        )
+    import torch
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+
+    import ddetr_mm.register  # noqa: F401 - registers what the config names
+    from ddetr_mm.engine.non_finite import find_first_non_finite, load_batch
+    from ddetr_mm.tasks.runner import register_scope
+
+    with encryption_key_of(spec):
+        saved = load_batch(batch_file)
+    config = Config.fromfile(str(config_file))
+    register_scope(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = MODELS.build(config.model)
+    model.load_state_dict(saved["state_dict"])
+    model.to(device).train()
+    if hasattr(getattr(model, "bbox_head", None), "tolerates_non_finite"):
+        model.bbox_head.tolerates_non_finite = True
+    about = saved["about"]
+    dtype = {"torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16}.get(about["precision"])
+    autocast = torch.autocast(device, dtype) if dtype else nullcontext()
+    finding = find_first_non_finite(model, saved["batch"], saved["rng_state"], autocast)
+    print(f"{about['what']} in step {about['step']}, {about['precision']}, on {device}")
+    print("images: " + ", ".join(about["images"]))
+    print(finding)
