@@ -1,4 +1,4 @@
-"""The hook that looks for signs of a training gone wrong after each of the first validations."""
+"""Warnings after the first validations: AP at zero, a flat loss, classes that are never predicted."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.hooks import learning_rates
 from ddetr_mm.engine.status import StatusLog
 
-# --- Signs after the first validations that a training will come to nothing, in words, with likely causes ---
+# --- Signs ---
 
 FLAT_AP50 = 0.001
-"""Below this AP50 (0..1) nothing has been learnt that detects."""
+"""AP50 (0..1) that counts as zero."""
 
 ENOUGH_STEPS = 500
-"""Steps after which a single validation without a detection is worth a word."""
+"""Steps after which a single validation at zero is reported."""
 
 LEAST_LOSSES = 40
-"""Fewer losses show no trend."""
+"""Losses that a trend needs at least."""
 
 CLASSES_NAMED = 8
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """One sign.
+    """One warning.
 
     Attributes:
         kind: its name.
-        text: what was seen, in a sentence.
-        causes: what it may come from, the likeliest first.
+        text: the observation, one sentence.
+        causes: possible causes, the likeliest first.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """What a validation says of one class: objects, detections, average recall (0..1, -1 if undefined)."""
+    """One class in a validation: ground-truth boxes, detections, average recall (0..1, -1 if undefined)."""
 
     name: str
     num_objects: int
@@ -67,7 +67,7 @@ def flat_precision(
     Args:
         AP50s: of all validations so far, 0..1; -1 where there was nothing to score.
         steps: optimizer steps done.
-        learning_rates: group → present rate.
+        learning_rates: group → current rate.
         pretrained: whether training started from pretrained weights.
     """
     defined = [value for value in AP50s if value >= 0]
@@ -85,7 +85,7 @@ def flat_precision(
     causes += [
         "boxes or ids differ between training and validation data: `ddetr-mm check` sends the ground truth "
         "through the pipeline",
-        f"learning rates that do not suit ({rates})",
+        f"unsuitable learning rates ({rates})",
     ]
     times = "one validation" if len(defined) == 1 else f"{len(defined)} validations"
     return Alarm("ap-flat", f"AP50 is still at zero after {times} and {steps} steps.", tuple(causes))
@@ -98,7 +98,7 @@ def loss_not_falling(
 
     Args:
         losses: total loss of every step so far.
-        learning_rates: group → present rate.
+        learning_rates: group → current rate.
         clip_norm: the norm that gradients are clipped to; None without clipping.
     """
     values = np.asarray(losses, dtype=np.float64)
@@ -115,7 +115,7 @@ def loss_not_falling(
     first, last = finite[:fifth], finite[-fifth:]
     fall = first.mean() - last.mean()
     error = math.sqrt(first.var(ddof=1) / fifth + last.var(ddof=1) / fifth)
-    # Noise alone hides a small fall; a rise, or less than two percent, is none.
+    # A fall of less than two percent, or within the noise, does not count.
     if fall > 0.02 * abs(first.mean()) and fall > error:
         return None
     rates = ", ".join(f"{name}: {rate:.2g}" for name, rate in learning_rates.items())
@@ -130,7 +130,7 @@ def loss_not_falling(
     causes += [
         "too much is frozen: train.freeze, model.train_backbone",
         "the labels do not belong to the images: `ddetr-mm check` draws them",
-        f"the learning rate does not suit ({rates})",
+        f"an unsuitable learning rate ({rates})",
     ]
     means = f"{first.mean():.4g} in the first {fifth} steps, {last.mean():.4g} in the last"
     text = f"The loss does not fall: {means}."
@@ -138,16 +138,16 @@ def loss_not_falling(
 
 
 def absent_classes(classes: Sequence[ClassScore]) -> Alarm | None:
-    """Classes that have objects and are never found, where others are.
+    """Classes that have ground truth and no true positive, where other classes have some.
 
     Args:
-        classes: what the last validation says of each class.
+        classes: results of the last validation by class.
     """
     with_objects = [one for one in classes if one.num_objects > 0]
     absent = [one for one in with_objects if one.recall <= 0]
     if not absent or len(absent) == len(with_objects):
         return None
-    never_said = all(one.num_detections == 0 for one in absent)
+    never_predicted = all(one.num_detections == 0 for one in absent)
     names = ", ".join(_described(one) for one in absent[:CLASSES_NAMED])
     if len(absent) > CLASSES_NAMED:
         names += f" and {len(absent) - CLASSES_NAMED} more"
@@ -164,7 +164,7 @@ def absent_classes(classes: Sequence[ClassScore]) -> Alarm | None:
         "its objects are too small for the input size or feature levels",
         "it is learnt late: rare classes come last",
     ]
-    verb = "is never predicted" if never_said else "is never found"
+    verb = "is never predicted" if never_predicted else "is never predicted correctly"
     subject = "A class" if len(absent) == 1 else f"{len(absent)} classes"
     verb = verb if len(absent) == 1 else verb.replace("is", "are", 1)
     return Alarm("class-absent", f"{subject} {verb}: {names}.", tuple(causes))
@@ -175,10 +175,10 @@ def _described(one: ClassScore) -> str:
     return f"{one.name} ({one.num_objects} objects{trained})"
 
 
-# --- The hook that looks for signs of a training gone wrong after each of the first validations ---
+# --- The hook ---
 
 MESSAGE_KEY = "alarms"
-"""Where the message hub holds the sentences told so far; they survive resuming."""
+"""Key of the message hub with the warnings so far; they survive resuming."""
 
 
 @HOOKS.register_module()
@@ -188,7 +188,7 @@ class AlarmHook(Hook):
     The warnings go to the log, into ``status.json`` where the run keeps one, and onto the page of curves.
 
     Args:
-        validations: how many validations to look at; every kind of sign is told once.
+        validations: number of validations that are checked; every kind is reported once.
         pretrained: whether training starts from pretrained weights.
     """
 
@@ -199,38 +199,38 @@ class AlarmHook(Hook):
         self.validations = validations
         self.pretrained = pretrained
         self._AP50s: list[float] = []
-        self._kinds_told: set[str] = set()
+        self._kinds_reported: set[str] = set()
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Look, and tell what has not been told."""
+        """Report new kinds of warnings."""
         if not is_first_rank() or not metrics:
             return
         found = next((v for k, v in metrics.items() if k.rsplit("/", 1)[-1] == "bbox_mAP_50"), None)
         if found is None or len(self._AP50s) >= self.validations:
             return
         self._AP50s.append(float(found))
-        told: list[str] = list(runner.message_hub.runtime_info.get(MESSAGE_KEY, []))
+        warnings: list[str] = list(runner.message_hub.runtime_info.get(MESSAGE_KEY, []))
         for alarm in self.signs(runner):
-            if alarm.kind not in self._kinds_told:
-                self._kinds_told.add(alarm.kind)
-                told.append(str(alarm))
-                self._tell(runner, alarm)
-        runner.message_hub.update_info(MESSAGE_KEY, told)
+            if alarm.kind not in self._kinds_reported:
+                self._kinds_reported.add(alarm.kind)
+                warnings.append(str(alarm))
+                self._report(runner, alarm)
+        runner.message_hub.update_info(MESSAGE_KEY, warnings)
 
     def signs(self, runner: Any) -> list[Alarm]:
-        """All signs there are now."""
+        """All warnings that apply now."""
         rates = learning_rates(runner)
         history = runner.message_hub.log_scalars.get("train/loss")
         losses = history.data[0] if history is not None else np.zeros(0)
         clip = getattr(runner.optim_wrapper, "clip_grad_kwargs", None) or {}
         candidates = [flat_precision(self._AP50s, runner.iter, rates, self.pretrained)]
-        # A loss that stays where a good start put it is no bad sign.
+        # From good pretrained weights a flat loss is normal.
         if max(self._AP50s) < 0.2:
             candidates.append(loss_not_falling(losses, rates, clip.get("max_norm")))
         candidates.append(absent_classes(class_scores(runner)))
         return [alarm for alarm in candidates if alarm is not None]
 
-    def _tell(self, runner: Any, alarm: Alarm) -> None:
+    def _report(self, runner: Any, alarm: Alarm) -> None:
         lines = [alarm.text, *(f"  - {cause}" for cause in alarm.causes)]
         runner.logger.warning("\n".join(lines))
         status = Path(runner.work_dir) / "status.json"
@@ -239,7 +239,7 @@ class AlarmHook(Hook):
 
 
 def class_scores(runner: Any) -> list[ClassScore]:
-    """What the last validation says of every class; empty where the metric does not tell."""
+    """Results of the last validation by class; empty where the metric has none."""
     metrics = getattr(getattr(runner.val_loop, "evaluator", None), "metrics", [])
     result = next((one.result for one in metrics if getattr(one, "result", None) is not None), None)
     if result is None:
@@ -258,7 +258,7 @@ def class_scores(runner: Any) -> list[ClassScore]:
 
 
 def training_boxes(dataset: Any) -> dict[int, int] | None:
-    """Category id → training boxes, of a data set of ours, wrapped or not; None for others."""
+    """Category id → training boxes of a ``SerializedCocoDataset``, wrapped or not; None for others."""
     while not hasattr(dataset, "table") and hasattr(dataset, "dataset"):
         dataset = dataset.dataset
     table = getattr(dataset, "table", None)

@@ -1,4 +1,4 @@
-"""Label files and annotated images of detections."""
+"""Results of inference: KITTI label files and annotated images, and the metric that writes them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from ddetr_mm.errors import DataError, Problem, SpecError
 from ddetr_mm.files import write_text_whole, written_whole
 
-# --- What inference leaves: KITTI label files and annotated pictures ---
+# --- Label files ---
 # A KITTI line has 16 fields: class name, truncation, occlusion, alpha, box (x1, y1, x2, y2 in pixels of the
 # original image), three dimensions, three coordinates, rotation, score. Detection in 2D knows the name, the
-# box and the score; the others are zero. White space in a class name is written as ``_``, for the
-# format separates fields by spaces (the reference writes such names as they are, and its files then have
-# more than 16 columns).
+# box and the score; the others are zero. White space in a class name becomes ``_``, since the format
+# separates fields by spaces (TAO writes such names as they are, and its files then have more columns).
 
 LABELS_FOLDER = "labels"
 IMAGES_FOLDER = "images_annotated"
@@ -61,7 +60,7 @@ def write_kitti_labels(
     """Write the detections of one image; an empty file where none passes.
 
     Args:
-        path: the file, written whole or not at all.
+        path: the file.
         names: (n,) class name of each detection.
         boxes_xyxy: (n, 4) pixels of the original image.
         scores: (n,).
@@ -171,7 +170,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def save_image(path: str | os.PathLike[str], image: Image.Image) -> Path:
-    """Save a picture, whole or not at all; the format follows the file's ending.
+    """Save a picture under its name only when complete; the format follows the suffix.
 
     Raises:
         DataError: an ending that names no image format.
@@ -193,7 +192,7 @@ def _draw_tag(
     color: Color,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    """The label of a box: above it where there is room, else inside its top; never outside the picture."""
+    """Draw the label above a box, or inside its top where there is no room; never outside the picture."""
     left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
     width, height = right - left + 4, bottom - top + 4
     x = min(max(corners[0], 0), max(size_wh[0] - width, 0))
@@ -228,7 +227,7 @@ def refuse_shared_targets(images: Iterable[Path], per_sequence: bool) -> None:
 
 
 def claim_targets(written: dict[str, str], targets: Iterable[Path], image: Path) -> None:
-    """Note that ``image`` writes ``targets``; refuse what another image writes.
+    """Record that ``image`` writes ``targets``, and refuse targets of another image.
 
     Args:
         written: the image of every target so far. Text takes a third of the memory of paths, which
@@ -252,12 +251,12 @@ def claim_targets(written: dict[str, str], targets: Iterable[Path], image: Path)
             )
 
 
-# --- Inference results as files: KITTI labels and annotated images, written as the images come ---
+# --- The metric ---
 
 
 @METRICS.register_module()
 class DetectionWriter(BaseMetric):
-    """Writes ``labels/<image>.txt`` and ``images_annotated/<image>`` for every image that passes by.
+    """Writes ``labels/<image>.txt`` and ``images_annotated/<image>`` for every image.
 
     It is a metric, so that the Runner's test loop drives it, on any number of ranks: each writes the files
     of its own images.
@@ -265,8 +264,8 @@ class DetectionWriter(BaseMetric):
     Args:
         output_dir: the results folder.
         conf_threshold: detections with a lower score are left out.
-        color_map: class name → colour; classes that are not in it are written and not drawn. Without a
-            map every class is drawn in a colour of its own.
+        color_map: class name → colour; classes outside it are written and not drawn. Without a map
+            every class has its own colour.
         outline_width: width of the drawn boxes in pixels.
         per_sequence: put results under the name of the folder two levels above each image
             (``<sequence>/images/x.jpg`` → ``<sequence>/labels/x.txt``).
@@ -277,7 +276,7 @@ class DetectionWriter(BaseMetric):
         DataError: when the names file or an image cannot be read, or two images would write the same file.
             A rank knows its own images only:
             :func:`~ddetr_mm.engine.detections.refuse_shared_targets` checks those of all.
-        SpecError: for a colour that is none.
+        SpecError: an unknown colour.
     """
 
     default_prefix = "inference"
@@ -326,7 +325,7 @@ class DetectionWriter(BaseMetric):
         return {f"{self.prefix}/{key}": value for key, value in metrics.items()}
 
     def compute_metrics(self, results: list[tuple[str, int]]) -> dict[str, float]:
-        """How many images were seen and how many objects written."""
+        """Number of images, and of objects written."""
         by_image = dict(results)
         return {"images": float(len(by_image)), "objects": float(sum(by_image.values()))}
 
@@ -374,5 +373,5 @@ def read_class_names(path: str | Path) -> list[str]:
 
 
 def name_of(names: Sequence[str], label: int) -> str:
-    """The name of a label, or its number where the names do not reach."""
+    """The name of a label, or ``class_<label>`` beyond the names."""
     return names[label] if label < len(names) else f"class_{label}"

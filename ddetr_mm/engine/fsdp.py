@@ -1,4 +1,9 @@
-"""Training with the network sharded among ranks: ``train.distributed_strategy: fsdp``."""
+"""Training with the network sharded among ranks: ``train.distributed_strategy: fsdp``.
+
+Every rank keeps an even part of each parameter, its gradient and its optimizer state (torch's
+``fully_shard``); a block's parameters are gathered while the block computes. Checkpoints hold whole
+tensors, so files do not depend on the strategy or the number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +27,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.runner import QuietRunner
 
-# --- Sharding a network among ranks (torch's ``fully_shard``), and whole tensors in and out of it ---
-# Every rank keeps an even part of each parameter, its gradient and its optimizer state; a block's parameters
-# are brought together while the block computes. Checkpoints hold whole tensors: what is sharded when, and on
-# how many ranks, shows nowhere in a file.
+# --- Sharding, and whole tensors in and out of it ---
 
 
 def shard(model: nn.Module, device: torch.device | str) -> None:
     """Shard a detector in place over all ranks of the process group.
 
-    Blocks are brought together one by one: each encoder and decoder layer, each stage of a ResNet, the
+    Blocks are gathered one by one: each encoder and decoder layer, each stage of a ResNet, the
     backbone as a whole otherwise; what is left (embeddings, neck, heads) as one more. Afterwards
     ``load_state_dict`` takes whole tensors as before.
 
@@ -49,7 +51,7 @@ def shard(model: nn.Module, device: torch.device | str) -> None:
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a detector that are brought together by themselves, inner ones first."""
+    """The parts of a detector that are gathered by themselves, inner ones first."""
     backbone = getattr(model, "backbone", None)
     if isinstance(backbone, ResNet):
         yield from (getattr(backbone, name) for name in backbone.res_layers)
@@ -60,7 +62,7 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether :func:`shard` has been here."""
+    """Whether :func:`shard` was applied to the model."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
@@ -69,7 +71,7 @@ def whole_tensors(state: Any, keep: bool = True) -> Any:
 
     Args:
         state: of a model or an optimizer, with dicts and lists inside.
-        keep: whether this rank wants the result; else it takes part, and has None for every tensor.
+        keep: whether this rank needs the result; else it takes part, and gets None for every tensor.
     """
     if isinstance(state, Tensor):
         whole = state.full_tensor() if isinstance(state, DTensor) else state
@@ -114,7 +116,7 @@ def _shard_before_loading(module: nn.Module, state_dict: dict[str, Any], prefix:
             state_dict[key] = like_parameter(state_dict[key], parameter)
 
 
-# --- Training with the network sharded among ranks: ``train.distributed_strategy: fsdp`` ---
+# --- Runner and hook ---
 
 
 @RUNNERS.register_module()
@@ -161,18 +163,18 @@ class ShardedRunner(QuietRunner):
 
 @HOOKS.register_module()
 class WholeCheckpointHook(Hook):
-    """Puts whole tensors into the checkpoints of a :class:`ShardedRunner`, and cuts what is resumed from."""
+    """Puts whole tensors into checkpoints of a :class:`ShardedRunner`, and shards them on resume."""
 
     priority = "HIGHEST"
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Replace the first rank's shards by what all ranks have together."""
+        """Replace the first rank's shards by the whole tensors."""
         for name, state in getattr(runner, "_whole_states", {}).items():
             if name in checkpoint:
                 checkpoint[name] = state
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Cut the optimizer's state as the parameters are; the model cuts its own."""
+        """Shard the optimizer's state as the parameters are; the model shards its own."""
         wrapper = getattr(runner, "optim_wrapper", None)
         if is_sharded(runner.model) and "optimizer" in checkpoint and hasattr(wrapper, "optimizer"):
             checkpoint["optimizer"] = shard_optimizer_state(checkpoint["optimizer"], wrapper.optimizer)
@@ -180,10 +182,10 @@ class WholeCheckpointHook(Hook):
 
 @contextmanager
 def whole_model(runner: Any) -> Iterator[nn.Module]:
-    """The network with whole weights, to be looked at and changed inside the block.
+    """The network with whole weights, to be read and changed inside the block.
 
-    That is the network itself, or, where it is sharded, a copy on the CPU whose weights are cut and taken
-    over after the block.
+    That is the network itself, or, where it is sharded, a copy on the CPU whose weights are sharded and
+    copied back after the block.
 
     Args:
         runner: an mmengine Runner.

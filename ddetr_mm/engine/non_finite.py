@@ -1,4 +1,9 @@
-"""What training does about a loss or gradients that are NaN or infinite."""
+"""Losses or gradients that are NaN or infinite: stop or skip the step, save its batch, find the layer.
+
+The loss is checked at three places: with the losses that the detector sends to the host anyway, else by its
+own sum on the device; the norm of the gradients where clipping has read it, else by one reduction over all
+of them. All ranks decide together.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +29,7 @@ from ddetr_mm.errors import Problem, TrainingError, WeightsError
 from ddetr_mm.weights.encryption import encrypt_file, encryption_key, hidden_file
 from ddetr_mm.weights.safe_read import read_raw
 
-# --- A training batch whose loss or gradients were NaN or infinite: kept in a file, read again, looked into
-# ---
+# --- Saved batches ---
 
 FORMAT = "ddetr_mm non-finite batch"
 
@@ -37,11 +41,11 @@ class Finding:
     Attributes:
         loss: the total loss.
         weights: parameters and buffers that are not finite to begin with.
-        module: dotted path of the first module, in the order of the forward pass, that makes non-finite
-            values out of finite ones; "" for the detector itself; None where the forward pass is finite.
+        module: dotted path of the first module, in the order of the forward pass, whose output is not
+            finite for finite input; "" for the detector itself; None where the forward pass is finite.
         module_class: its class.
         gradient: the first parameter, in the order of the backward pass, whose gradient is not finite; None
-            where all are, and where the backward pass was not looked at.
+            where all are, and where the backward pass was not run.
     """
 
     loss: float
@@ -64,14 +68,14 @@ class Finding:
 def save_batch(
     path: Path, model: nn.Module, batch: Mapping[str, Any], rng_state: Tensor, about: Mapping[str, Any]
 ) -> None:
-    """Write a batch with the weights and the random state of its step; encrypted if the process has a key.
+    """Write a batch with the weights and the random state of its step, encrypted if the process has a key.
 
     Args:
-        path: file to write, beside and renamed.
+        path: file to write.
         model: the detector, without a wrapper.
         batch: what the loader gave: ``inputs`` and ``data_samples``.
         rng_state: torch's CPU random state before the step.
-        about: plain values to keep: images, step, precision.
+        about: plain values to add: images, step, precision.
     """
     content = {
         "format": FORMAT,
@@ -98,12 +102,12 @@ def load_batch(path: str | Path) -> dict[str, Any]:
         ``batch`` as a loader gives it, ``state_dict``, ``rng_state`` and ``about``.
 
     Raises:
-        WeightsError: it cannot be read safely, or is something else.
+        WeightsError: it cannot be read safely, or is another kind of file.
     """
     content = read_raw(path).payload
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise WeightsError(
-            Problem("is no saved batch", file=path, hint="give a non_finite_step_*.pth of a training")
+            Problem("is no saved batch", file=path, hint="give a non_finite_step_*.pth of a training run")
         )
     samples = [_sample(plain) for plain in content["samples"]]
     batch = {"inputs": content["inputs"], "data_samples": samples}
@@ -111,7 +115,7 @@ def load_batch(path: str | Path) -> dict[str, Any]:
 
 
 def image_names(batch: Any) -> list[str]:
-    """The images of a batch, by path, or by number where samples do not tell it."""
+    """The images of a batch, by path, or by number where samples have none."""
     samples = batch.get("data_samples") or [] if isinstance(batch, Mapping) else []
     names = [sample.metainfo.get("img_path") for sample in samples]
     return [str(name or f"image {number}") for number, name in enumerate(names)]
@@ -126,10 +130,10 @@ def find_first_non_finite(
     """Repeat a step, without updating anything, and find where values stop being finite.
 
     Args:
-        model: the detector in training mode, without a wrapper; its gradients are removed, its buffers are
-            put back.
+        model: the detector in training mode, without a wrapper; its gradients are removed, its
+            buffers restored.
         batch: what the loader gave.
-        rng_state: torch's CPU random state before the step; the present one is put back at the end.
+        rng_state: torch's CPU random state before the step; restored at the end.
         autocast: the context that the step runs in; by default none.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
@@ -166,7 +170,7 @@ def find_first_non_finite(
 
 def _forward_watch(name: str, found: list[tuple[str, str]]) -> Any:
     def watch(module: nn.Module, inputs: Any, output: Any) -> None:
-        # Modules end in the order of the computation, so the first is the innermost that is to blame.
+        # Modules end in the order of the computation, so the first is the innermost one.
         if not found and not _all_finite(output):
             found.append((name, type(module).__name__))
 
@@ -211,35 +215,35 @@ def _sample(plain: Mapping[str, Any]) -> DetDataSample:
     return sample
 
 
-# --- What training does about a loss or gradients that are NaN or infinite ---
+# --- The hook ---
 
 ACTIONS = ("stop", "skip")
 MOST_SAVED = 3
-"""Batches that one run saves and looks into; further ones are only told."""
+"""Batches that one run saves and examines; further ones are only logged."""
 
 MOST_SKIPPED_IN_A_ROW = 50
 
 
 @HOOKS.register_module()
 class NonFiniteHook(Hook):
-    """Stops before, or skips, an update by a loss or gradients that are not finite.
+    """Stops at, or skips, an update by a loss or gradients that are not finite.
 
-    Told are the images of the batch and the layer where it first appeared. The batch is saved as
+    Logs the images of the batch and the layer where it first appeared. The batch is saved as
     ``non_finite_step_NNNNN.pth`` in the runner's ``work_dir``, with the weights and the random state of the
     step; ``ddetr-mm reproduce FILE`` repeats it.
 
-    In half precision with loss scaling the scaler's own search for a factor is left alone: only a loss that
-    is not finite counts, and gradients that the scaler lets through.
+    Steps that a gradient scaler skips while it searches for its factor do not count: only a loss that is not
+    finite does, and gradients that the scaler lets through.
 
-    All ranks of a job stop or skip together. Where gradients are clipped by their norm and the detector is
-    ours, nothing more is read from a GPU than the step reads anyway.
+    All ranks stop or skip together. With clipped gradients and our detector the hook reads nothing from the
+    GPU that the step does not read anyway.
 
     Args:
         action: ``"stop"``, with a :class:`~ddetr_mm.errors.TrainingError`; ``"skip"``: the weights stay as
-            they are and training goes on, unless :data:`MOST_SKIPPED_IN_A_ROW` steps are skipped in a row.
+            they are and training continues, unless :data:`MOST_SKIPPED_IN_A_ROW` steps are skipped in a row.
     """
 
-    # The last before the step: its random state is the step's.
+    # Last before the step, so that the random state it saves is the step's.
     priority = "LOWEST"
 
     def __init__(self, action: str = "stop") -> None:
@@ -248,7 +252,7 @@ class NonFiniteHook(Hook):
         self.action = action
         self.num_skipped = 0
         self._skipped_in_a_row = 0
-        self._told = 0
+        self._num_logged = 0
         self._skip_this = False
         self._runner: Any = None
         self._batch: Any = None
@@ -262,12 +266,12 @@ class NonFiniteHook(Hook):
         model = self._model()
         head = getattr(model, "bbox_head", None)
         if hasattr(head, "tolerates_non_finite"):
-            head.tolerates_non_finite = True  # this hook tells more than the matcher could
+            head.tolerates_non_finite = True  # this hook reports more than the matcher can
         model.register_forward_hook(self._note_losses)
-        runner.optim_wrapper.optimizer.register_step_pre_hook(self._look_before_step)
+        runner.optim_wrapper.optimizer.register_step_pre_hook(self._check_before_step)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Remember what the step is made of."""
+        """Keep the batch, the random state and the buffers of the step."""
         self._batch = data_batch
         self._own_loss = None
         self._rng_state = torch.get_rng_state()
@@ -281,7 +285,7 @@ class NonFiniteHook(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        """Count skipped steps; look at the loss where no step was made (accumulation, a scaler).
+        """Count skipped steps; check the loss where no optimizer step was made (accumulation, a scaler).
 
         Raises:
             TrainingError: too many steps in a row were skipped.
@@ -296,31 +300,31 @@ class NonFiniteHook(Hook):
             raise TrainingError(
                 Problem(
                     f"{self._skipped_in_a_row} steps in a row had no finite loss and gradients",
-                    hint="lower the learning rate, and go on from an earlier checkpoint",
+                    hint="lower the learning rate, and resume from an earlier checkpoint",
                 )
             )
 
     def _note_losses(self, model: Any, inputs: Any, output: Any) -> None:
-        """Add up the losses where they are: reading the sum here would make the host wait for the GPU."""
+        """Sum the losses on the device: reading the sum here would make the host wait for the GPU."""
         if not isinstance(output, dict) or not model.training or self._batch is None:
             return
         losses = [value for key, value in output.items() if "loss" in key and isinstance(value, Tensor)]
         if losses:
             self._own_loss = torch.stack([loss.detach().sum() for loss in losses]).sum()
 
-    def _look_before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _check_before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Drop the gradients of a step with a loss or gradients that are not finite, on all ranks alike."""
         finite = self._loss_is_finite()
         if finite and not self._gradients_are_finite(optimizer):
             finite = False
-            self._found("the gradients are not finite", here=True)
+            self._handle("the gradients are not finite", here=True)
         if not finite:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    parameter.grad = None  # the optimizer leaves what has no gradient
+                    parameter.grad = None  # the optimizer skips parameters without gradient
 
     def _loss_is_finite(self) -> bool:
-        """Whether the loss of every rank is; looked at once a step."""
+        """Whether the loss of every rank is finite; checked once a step."""
         own, self._own_loss = self._own_loss, None
         if own is None:
             return not self._skip_this
@@ -334,7 +338,7 @@ class NonFiniteHook(Hook):
             finite = math.isfinite(float(scalars["loss"]))
         if not finite:
             alone = get_world_size() == 1
-            self._found("the loss is not finite", here=alone or not torch.isfinite(own))
+            self._handle("the loss is not finite", here=alone or not torch.isfinite(own))
         return finite
 
     def _gradients_are_finite(self, optimizer: Any) -> bool:
@@ -343,7 +347,7 @@ class NonFiniteHook(Hook):
             # Clipping has just read the norm of all gradients of all ranks.
             return math.isfinite(self._runner.message_hub.get_scalar("train/grad_norm").current())
         gradients = [
-            # A rank looks at its own shard; all are asked below.
+            # A rank checks its own shard; the ranks agree below.
             parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
             for group in optimizer.param_groups
             for parameter in group["params"]
@@ -356,21 +360,22 @@ class NonFiniteHook(Hook):
         all_reduce(broken, "max")
         return not broken
 
-    def _found(self, what: str, here: bool) -> None:
+    def _handle(self, what: str, here: bool) -> None:
         """Restore buffers, save the batch, and raise or warn; all ranks of a job must call this.
 
         Args:
-            what: is not finite.
-            here: whether it is this rank's.
+            what: what is not finite.
+            here: whether it is on this rank.
         """
         self._skip_this = True
-        batch, self._batch = self._batch, None  # the repeated step is not watched
+        batch, self._batch = self._batch, None  # the repeated step is not checked
         for buffer, before in zip(self._model().buffers(), self._buffers, strict=True):
             # Running means of a batch norm must not keep what is not finite. Not by buffer.copy_: autograd
             # would miss the version it has seen, though those that it needs have not changed.
             buffer.data.copy_(before)
-        self._told += 1
-        path, finding = self._look_into(batch, what) if here and self._told <= MOST_SAVED else (None, "")
+        self._num_logged += 1
+        examine = here and self._num_logged <= MOST_SAVED
+        path, finding = self._save_and_examine(batch, what) if examine else (None, "")
         own = (image_names(batch), finding, str(path or "")) if here else None
         seen = [entry for entry in all_gather_object(own) if entry is not None]
         images = ", ".join(name for names, _, _ in seen for name in names) or "unknown images"
@@ -387,7 +392,7 @@ class NonFiniteHook(Hook):
             raise TrainingError(Problem(text, hint=f"{command}; {causes}" if command else causes))
         self._runner.logger.warning(f"Step skipped: {text}" + (f"; {command}" if command else ""))
 
-    def _look_into(self, batch: Any, what: str) -> tuple[Path, str]:
+    def _save_and_examine(self, batch: Any, what: str) -> tuple[Path, str]:
         runner, model = self._runner, self._model()
         rank = f"_rank_{get_rank()}" if get_world_size() > 1 else ""
         path = Path(runner.work_dir) / f"non_finite_step_{runner.iter:05d}{rank}.pth"

@@ -14,7 +14,7 @@ from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from torch import nn
 
-# --- Mixed precision on any device: what ``train.precision`` fp16 and bf16 become ---
+# --- Mixed precision: ``train.precision`` fp16 and bf16 ---
 # mmengine's ``AmpOptimWrapper`` refuses to run without a GPU and scales losses for every number format.
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -80,7 +80,7 @@ def _scaler_class(use_fsdp: bool) -> Any:
     return ShardedGradScaler
 
 
-# --- The effective batch: gradients summed up over several steps, and learning rates that follow its size ---
+# --- Effective batch: accumulated gradients, and learning rates that follow its size ---
 # effective batch = samples a step and rank x ranks x accumulated steps
 
 RULES = ("linear", "sqrt")
@@ -89,7 +89,7 @@ _META_KEY = "learning_rate_factor"
 
 @HOOKS.register_module()
 class AccumulationHook(Hook):
-    """Counts accumulated steps anew in every epoch, so that none ends with gradients that are lost.
+    """Restarts the count of accumulated steps in every epoch, so that no epoch ends with unused gradients.
 
     mmengine counts through the whole training: an accumulation may then reach over the end of an epoch,
     and a checkpoint written there lacks the gradients gathered so far. Here the last steps of an epoch
@@ -97,7 +97,7 @@ class AccumulationHook(Hook):
     """
 
     def before_train_epoch(self, runner: Any) -> None:
-        """Start counting; a resumed epoch goes on from the batches it has done."""
+        """Start counting; a resumed epoch counts from the batches it has done."""
         wrapper, batches = runner.optim_wrapper, len(runner.train_dataloader)
         # What OptimWrapper.initialize_count_status does, without its warning about batch norms.
         elastic = getattr(runner.train_loop, "elastic", None)
@@ -112,7 +112,7 @@ class ScaledLearningRateHook(Hook):
     """Multiplies all learning rates by a factor that follows the effective batch.
 
     The factor is kept in checkpoints. A run that is resumed with another effective batch, as on another
-    number of ranks, goes on with the rates of the new one.
+    number of ranks, uses the rates of the new one.
 
     Args:
         batch_size: samples a step and rank.
@@ -134,7 +134,7 @@ class ScaledLearningRateHook(Hook):
         self.factor = 1.0
 
     def before_run(self, runner: Any) -> None:
-        """Scale the rates of the optimizer and what the schedulers have taken from it."""
+        """Scale the rates of the optimizer and the schedulers' base values."""
         if not hasattr(runner.optim_wrapper, "param_groups"):
             return  # nothing is trained
         effective = self.batch_size * get_world_size() * runner.optim_wrapper._accumulative_counts
@@ -148,11 +148,11 @@ class ScaledLearningRateHook(Hook):
         )
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Keep the factor that the saved rates have in them."""
+        """Save the factor that the saved rates contain."""
         checkpoint["meta"][_META_KEY] = self.factor
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Bring saved rates to this run's effective batch; without a factor they were saved as they are."""
+        """Rescale saved rates to this run's effective batch."""
         change = self.factor / checkpoint["meta"].get(_META_KEY, 1.0)
         if change == 1.0:
             return
@@ -163,11 +163,11 @@ class ScaledLearningRateHook(Hook):
 
 
 def learning_rate_factor(effective_batch: int, base_batch_size: int, rule: str) -> float:
-    """What learning rates are multiplied by.
+    """The factor on all learning rates.
 
     Args:
-        effective_batch: samples between two changes of the weights.
-        base_batch_size: those that the rates are meant for.
+        effective_batch: samples between two updates of the weights.
+        base_batch_size: the effective batch that the rates are meant for.
         rule: one of :data:`RULES`.
     """
     ratio = effective_batch / base_batch_size
@@ -175,7 +175,7 @@ def learning_rate_factor(effective_batch: int, base_batch_size: int, rule: str) 
 
 
 def scale_groups(groups: Iterable[dict[str, Any]], factor: float) -> None:
-    """Multiply the present and the initial learning rate of an optimizer's groups, in place."""
+    """Multiply the current and the initial learning rate of an optimizer's groups, in place."""
     for group in groups:
         for name in ("lr", "initial_lr"):
             if name in group:

@@ -73,14 +73,14 @@ def test_absent_classes():
     cat = ClassScore("cat", 5, 3, 0.0, num_training_boxes=0)
     alarm = absent_classes([car, dog, cat])
     assert (
-        alarm.text.startswith("2 classes are never found: dog") and "no training box: cat" in alarm.causes[0]
+        alarm.text.startswith("2 classes are never predicted correctly: dog") and "no training box: cat" in alarm.causes[0]
     )
     assert absent_classes([car]) is None
     assert absent_classes([dog, cat]) is None  # nothing is found at all: that is another alarm
 
 
 class Scores(BaseMetric):
-    """Gives AP50s, one a validation, and a result with two classes of which one is never found."""
+    """Gives AP50s, one a validation, and a result with two classes of which one is never predicted."""
 
     default_prefix = "coco"
 
