@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "datasets": BASE,
     "convert": BASE | {"datasets"},
     "evaluation": BASE | {"datasets"},
-    "engine": BASE | {"datasets", "evaluation", "models", "weights"},  # models: where a step's stages begin
+    "engine": BASE | {"convert", "datasets", "evaluation", "models", "weights"},  # models: where a step's stages begin
     "deploy": BASE | {"models", "weights"},
     "register": BASE | {"models", "datasets", "evaluation", "engine"},
     "preflight": BASE | {"spec", "datasets", "weights", "evaluation", "engine"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 import functools
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,40 +13,18 @@ import numpy as np
 from mmdet.registry import METRICS
 from mmengine.dist import all_gather_object
 from mmengine.evaluator import BaseMetric
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from ddetr_mm.convert.kitti import kitti_line
+from ddetr_mm.datasets.images import read_image
 from ddetr_mm.errors import DataError, Problem, SpecError
 from ddetr_mm.files import write_text_whole, written_whole
 
 # --- Label files ---
-# A KITTI line has 16 fields: class name, truncation, occlusion, alpha, box (x1, y1, x2, y2 in pixels of the
-# original image), three dimensions, three coordinates, rotation, score. Detection in 2D knows the name, the
-# box and the score; the others are zero. White space in a class name becomes ``_``, since the format
-# separates fields by spaces (TAO writes such names as they are, and its files then have more columns).
-
 LABELS_FOLDER = "labels"
 IMAGES_FOLDER = "images_annotated"
 
 Color = tuple[int, int, int]
-
-
-def kitti_line(name: str, box_xyxy: Sequence[float] | np.ndarray, score: float) -> str:
-    """One detection as a 16-column KITTI line, without the line's end.
-
-    Args:
-        name: class name; runs of white space become ``_``.
-        box_xyxy: x1, y1, x2, y2 in pixels of the original image.
-        score: confidence.
-
-    Raises:
-        ValueError: an empty name.
-    """
-    word = re.sub(r"\s+", "_", name.strip())
-    if not word:
-        raise ValueError("a KITTI line needs a class name")
-    x1, y1, x2, y2 = (float(value) for value in box_xyxy)
-    box = f"{x1:.3f} {y1:.3f} {x2:.3f} {y2:.3f}"
-    return f"{word} 0.00 0 0.00 {box} 0.00 0.00 0.00 0.00 0.00 0.00 0.00 {float(score):.3f}"
 
 
 def write_kitti_labels(
@@ -55,40 +32,20 @@ def write_kitti_labels(
     names: Sequence[str],
     boxes_xyxy: np.ndarray,
     scores: np.ndarray,
-    conf_threshold: float = 0.0,
-) -> int:
-    """Write the detections of one image; an empty file where none passes.
+) -> None:
+    """Write the detections of one image, in the 16 columns of :func:`ddetr_mm.convert.kitti.kitti_line`.
 
     Args:
         path: the file.
         names: (n,) class name of each detection.
         boxes_xyxy: (n, 4) pixels of the original image.
         scores: (n,).
-        conf_threshold: detections of at least this score are written.
-
-    Returns:
-        How many lines were written.
     """
     lines = [
         kitti_line(name, box, score)
         for name, box, score in zip(names, boxes_xyxy, scores, strict=True)
-        if score >= conf_threshold
     ]
     write_text_whole(Path(path), "".join(f"{line}\n" for line in lines))
-    return len(lines)
-
-
-def load_upright_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """An image as RGB, turned the way its EXIF tag says it was taken.
-
-    Raises:
-        DataError: the file is missing, no image, broken, or so large that it looks like an attack.
-    """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(Problem(f"cannot be read as an image: {error}", file=path)) from error
 
 
 def parse_color_map(color_map: Mapping[str, str]) -> dict[str, Color]:
@@ -123,15 +80,6 @@ def palette(names: Sequence[str]) -> dict[str, Color]:
     return colors
 
 
-def box_colors(names: Sequence[str], color_map: Mapping[str, str] | None) -> dict[str, Color]:
-    """The colours to draw with: those of ``color_map``, or without one a palette of all classes.
-
-    Raises:
-        SpecError: colours that are not known.
-    """
-    return palette(names) if color_map is None else parse_color_map(color_map)
-
-
 def draw_detections(
     image: Image.Image | np.ndarray,
     boxes_xyxy: np.ndarray,
@@ -147,7 +95,7 @@ def draw_detections(
         boxes_xyxy: (n, 4) pixels of this image.
         names: (n,) class name of each detection.
         scores: (n,).
-        colors: colour by class name (:func:`box_colors`); classes without one are not drawn.
+        colors: colour by class name; classes without one are not drawn.
         outline_width: pixels.
     """
     drawn = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB").copy()
@@ -340,7 +288,7 @@ class DetectionWriter(BaseMetric):
         claim_targets(self._written, targets, image)
         write_kitti_labels(labels_file, names=classes, boxes_xyxy=boxes_xyxy, scores=scores)
         colors = palette([*self._class_names(), *classes]) if self.colors is None else self.colors
-        picture = load_upright_rgb(image)
+        picture = read_image(image)
         drawn = draw_detections(
             picture,
             names=classes,

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ddetr_mm.datasets.image_size import UnreadableImage, read_image_size
-from ddetr_mm.datasets.images import image_errors_named
-from ddetr_mm.datasets.transforms import TAOLoadImageFromFile
+from ddetr_mm.datasets.images import image_errors_named, read_image
 from ddetr_mm.datasets.sources import read_coco_sources
-from ddetr_mm.engine.detections import load_upright_rgb
+from ddetr_mm.datasets.transforms import TAOLoadImageFromFile
 from ddetr_mm.errors import DataError
 
 # --- annotations ---
@@ -132,6 +131,6 @@ def test_damaged_image(tmp_path_factory: pytest.TempPathFactory, kind: str, data
         except DataError as error:
             assert str(path) in str(error)
         try:
-            load_upright_rgb(path)
+            read_image(path)
         except DataError as error:
             assert str(path) in str(error)

@@ -73,7 +73,8 @@ def test_absent_classes():
     cat = ClassScore("cat", 5, 3, 0.0, num_training_boxes=0)
     alarm = absent_classes([car, dog, cat])
     assert (
-        alarm.text.startswith("2 classes are never predicted correctly: dog") and "no training box: cat" in alarm.causes[0]
+        alarm.text.startswith("2 classes are never predicted correctly: dog")
+        and "no training box: cat" in alarm.causes[0]
     )
     assert absent_classes([car]) is None
     assert absent_classes([dog, cat]) is None  # nothing is found at all: that is another alarm

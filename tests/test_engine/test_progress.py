@@ -21,6 +21,7 @@ from ddetr_mm.engine import progress
 from ddetr_mm.engine.hooks import ProgressHook, validations_left
 from ddetr_mm.engine.progress import Progress, is_live_terminal, track
 
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that only the test moves."""

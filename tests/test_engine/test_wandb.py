@@ -135,7 +135,9 @@ def test_scalars_are_not_sent_twice_with_tensorboard(recorder, tmp_path: Path):
         (dict(refuses=True), "no such project"),
     ],
 )
-def test_a_run_continues_without_it_and_one_line_says_so(recorder, monkeypatch, tmp_path, caplog, options, words):
+def test_a_run_continues_without_it_and_one_line_says_so(
+    recorder, monkeypatch, tmp_path, caplog, options, words
+):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     package = None
     if options is None:
