@@ -1,8 +1,8 @@
-"""The errors a user can cause, and how they are told.
+"""Errors that a user can cause.
 
-Every command turns an :class:`InputError` into one message on standard error and exit status 2;
-anything else is a defect of ours (exit status 1). The module imports nothing, so that every layer
-may use it.
+Every command turns an :class:`InputError` into one message on standard error and exit status 2; any other
+exception is a defect of this package (exit status 1). The module imports nothing, so that every layer may
+use it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ _UNSET: Any = type("Unset", (), {"__repr__": lambda self: "<unset>"})()
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with the input, with all a user needs to mend it.
+    """One fault of the input, with all that a user needs to fix it.
 
     Attributes:
         what: the fault in a few words, e.g. ``"is not an option"``.
-        file: the file it was found in.
+        file: the file with the fault.
         where: a dotted key path, a line (``"line 12"``), or both.
         value: the offending value; left out of the message when not given.
         allowed: what would be accepted, in words or as a list.
-        mend: what to do about it.
+        hint: what the user can do.
     """
 
     what: str
@@ -57,8 +57,8 @@ class InputError(Exception):
     """Wrong input: a spec, a data file, a checkpoint, an argument or the environment.
 
     Args:
-        problems: one or several :class:`Problem`, or plain text. All are shown at once. Torch raises an
-            error of a data worker anew with its traceback as the only text: then the message alone is kept.
+        problems: one or several :class:`Problem`, or plain text. All are shown at once. PyTorch re-raises an
+            error of a data worker with the traceback as its only text: of that the message is kept.
     """
 
     exit_status = 2
@@ -101,13 +101,13 @@ class ExportError(InputError):
 
 
 class RunError(InputError):
-    """A run was ended by something that is no fault of the input: a killed process, too little memory."""
+    """A run was ended by the machine: a killed process, too little memory."""
 
     exit_status = 1
 
 
 class TrainingError(InputError):
-    """A training cannot go on, through no fault that a spec or file shows: its loss is not finite."""
+    """A training run cannot continue because its loss or gradients are not finite."""
 
     exit_status = 1
 
@@ -117,14 +117,14 @@ class StackError(InputError):
 
 
 class RankFailure(Exception):
-    """A process of a distributed run has failed, and the run with it.
+    """A rank of a distributed run has failed, and the run with it.
 
     Args:
-        reason: which one and why, for the user.
+        reason: which rank and why, for the user.
         rank: its number in the job.
-        exit_status: what the command ends with.
+        exit_status: exit status of the command.
         killed: whether a signal killed it.
-        details: its traceback, where it left one.
+        details: its traceback, if there is one.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Files and processes: names that appear only when complete, usable cores, pauses of the garbage collector."""
+"""Atomic writes, the cores that a process may use, and pauses of the garbage collector."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# --- Writing files so that a name never stands for half a file ---
+# --- Atomic writes ---
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; rename it onto ``path`` when the block succeeds.
+    """Give a temporary path beside ``path``, and rename it to ``path`` when the block succeeds.
 
-    The folder is made if missing. When the block raises, the temporary file is removed and whatever
-    stood under ``path`` before stays.
+    The folder is made if missing. When the block raises, the temporary file is removed and an earlier file
+    under ``path`` stays.
 
     Args:
         path: the final name.
@@ -32,7 +32,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename is None:  # a full disk, say: writing knows no names
+        if error.filename is None:  # write() does not know the name, for example on a full disk
             error.filename = str(path)
         raise
     finally:
@@ -46,7 +46,7 @@ def write_text_whole(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
-# --- The processor cores a process may use ---
+# --- Processes ---
 
 
 def usable_cores() -> int:
@@ -56,15 +56,12 @@ def usable_cores() -> int:
     return os.cpu_count() or 1  # no affinity on macOS and Windows
 
 
-# --- Keeping the garbage collector away from code that makes many objects and no cycles ---
-
-
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
     """Pause cyclic garbage collection inside the block.
 
-    Every few hundred new lists the collector walks over young objects. Where hundreds of thousands of
-    short-lived lists are made, that is a third of the time, for nothing.
+    For code that makes hundreds of thousands of short-lived objects and no cycles, where the collector takes
+    a third of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()

@@ -28,7 +28,7 @@ from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 
 from ddetr_mm.engine.distributed import is_first_rank
-from ddetr_mm.errors import InputError, Problem
+from ddetr_mm.errors import InputError, Problem, WeightsError
 from ddetr_mm.files import write_text_whole, written_whole
 from ddetr_mm.weights.encryption import (
     encrypt_file,
@@ -38,6 +38,7 @@ from ddetr_mm.weights.encryption import (
     is_whole_encrypted,
     plain_file,
 )
+from ddetr_mm.weights.load import require_resumable
 
 # --- Random states ---
 # Tensors, numbers, strings, lists and dicts only, so that ``torch.load(weights_only=True)`` reads them.
@@ -162,6 +163,7 @@ def load_from_local_or_encrypted(filename: str, map_location: Any = None) -> Any
 # beginning), and ``dd_model_latest.pth``, which points at the newest of them.
 
 LATEST_NAME = "dd_model_latest.pth"
+RESUME_KEY = "train.resume_training_checkpoint_path"
 
 _NAME = re.compile(r"model_epoch_(?P<epoch>\d{3,})(?:_step_(?P<step>\d{5,}))?\.pth")
 _LEFTOVER = re.compile(r"\.tmp-\d+-(?:model_epoch_.*|dd_model_latest)\.pth")
@@ -224,6 +226,37 @@ def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     if latest.is_file() and is_whole(latest):
         return latest
     return next((path.resolve() for path in reversed(list_checkpoints(folder)) if is_whole(path)), None)
+
+
+def checkpoint_to_resume(folder: Path, named: str | None = None) -> Path | None:
+    """The checkpoint that a training run resumes from, checked to hold a whole training state.
+
+    Args:
+        folder: results folder; its latest checkpoint counts where none is named.
+        named: ``train.resume_training_checkpoint_path`` of the spec.
+
+    Returns:
+        The file; None where the run begins.
+
+    Raises:
+        WeightsError: the named checkpoint does not exist, or the file holds weights alone.
+    """
+    if named:
+        if not Path(named).is_file():
+            raise WeightsError(
+                Problem(
+                    "does not exist",
+                    file=named,
+                    where=RESUME_KEY,
+                    hint="name a checkpoint of this run, or remove the key to resume from the latest",
+                )
+            )
+        require_resumable(named, where=RESUME_KEY)
+        return Path(named)
+    latest = find_latest_checkpoint(folder)
+    if latest is not None:
+        require_resumable(latest, where="results_dir")
+    return latest
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
