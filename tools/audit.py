@@ -1,7 +1,7 @@
-"""Looks for known vulnerabilities in the installed packages, by pip-audit, where the network allows it.
+"""Audits the installed packages for known vulnerabilities, with pip-audit.
 
-Part of ``make lint``. Ends with 1 when a package has a known vulnerability that a newer version mends. Those
-without a mend are printed; and where the advisories cannot be reached one line says so.
+Part of ``make lint``. Exits with 1 when a newer version fixes a known vulnerability. Vulnerabilities without
+a fix are printed only, and so is the reason where the advisories cannot be reached.
 
     python tools/audit.py
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PIP_AUDIT = "pip-audit==2.10.1"
-"""Run by uv in an environment of its own: it shares no dependency with the project."""
+"""Runs in an environment of its own, made by uv."""
 
 OUR_UV = Path.home() / ".cache" / "ddetr_mm" / "uv" / "bin" / "uv"
 TIMEOUT_S = 300
@@ -27,12 +27,12 @@ Run = Callable[[Sequence[str]], "subprocess.CompletedProcess[str]"]
 
 
 def run_command(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command and keep what it prints."""
+    """Run a command and capture its output."""
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
 def find_uv() -> str | None:
-    """The ``uv`` on the path, or the one that ``make env`` has put into our cache."""
+    """The ``uv`` on PATH, or the one that ``make env`` has put into the cache."""
     return shutil.which("uv") or (str(OUR_UV) if os.access(OUR_UV, os.X_OK) else None)
 
 
@@ -40,7 +40,7 @@ def audit(uv: str | None, packages: Path, run: Run = run_command) -> tuple[int, 
     """Audit the packages of a folder.
 
     Args:
-        uv: the program that runs pip-audit; None where there is none.
+        uv: path of uv, which runs pip-audit; None where it is missing.
         packages: a ``site-packages`` folder.
         run: runs a command.
 
@@ -57,7 +57,7 @@ def audit(uv: str | None, packages: Path, run: Run = run_command) -> tuple[int, 
     try:
         found = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError, TypeError):
-        reason = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         return 0, [f"dependencies not audited: {reason[:200]}"]
     audited = [item for item in found if "vulns" in item]
     if not audited:
@@ -67,17 +67,15 @@ def audit(uv: str | None, packages: Path, run: Run = run_command) -> tuple[int, 
 
 def report(audited: Sequence[dict]) -> tuple[int, list[str]]:
     """The exit status and a line for every vulnerability."""
-    lines, mendable = [], 0
+    lines, fixable = [], 0
     for item in audited:
         for vulnerability in item["vulns"]:
-            hints = ", ".join(vulnerability["fix_versions"])
-            mendable += bool(hints)
-            hint = f"mended in {mends}" if hints else "no version mends it yet"
-            lines.append(f"{item['name']} {item['version']}: {vulnerability['id']}, {mend}")
-    lines.append(
-        f"{len(audited)} packages audited, {len(lines)} known vulnerabilities, {mendable} with a mend"
-    )
-    return int(mendable > 0), lines
+            versions = ", ".join(vulnerability["fix_versions"])
+            fixable += bool(versions)
+            fix = f"fixed in {versions}" if versions else "no version fixes it yet"
+            lines.append(f"{item['name']} {item['version']}: {vulnerability['id']}, {fix}")
+    lines.append(f"{len(audited)} packages audited, {len(lines)} known vulnerabilities, {fixable} with a fix")
+    return int(fixable > 0), lines
 
 
 def main() -> int:

@@ -1,9 +1,8 @@
-"""An answer for ``mmcv._ext`` where mmcv has no compiled ops.
+"""Provides the module ``mmcv._ext`` where mmcv has no compiled ops.
 
-``mmcv-lite`` has all of mmcv's Python, ``mmcv.ops`` included, which fails on import for want of the
-extension module ``mmcv._ext``. The hook here, last in line, supplies that module only when no real
-one is found: compiled ops, where they are, are used and nothing is touched. What the module answers
-with is in :mod:`ddetr_mm.compat.torch_ops`.
+``mmcv-lite`` has all of mmcv's Python code, but ``mmcv.ops`` cannot be imported without the extension module
+``mmcv._ext``. The last import hook provides one with the ops of :mod:`ddetr_mm.compat.torch_ops`. Where mmcv
+has its compiled ops, those are found first.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ INSTALL_COMMAND = "ddetr-mm install-ops"
 
 
 class StandInFinder:
-    """Meta-path finder and loader of the stand-in for ``mmcv._ext``."""
+    """Meta-path finder and loader of the replacement for ``mmcv._ext``."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The stand-in's spec for ``mmcv._ext``; None for every other module."""
+        """The spec for ``mmcv._ext``; None for every other module."""
         if fullname != EXTENSION:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, origin="ddetr_mm stand-in")  # type: ignore[arg-type]
@@ -37,31 +36,31 @@ class StandInFinder:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Fill the module; torch is imported here, not before (``mmcv.ops`` has imported it already)."""
+        """Add the ops; imports torch, which ``mmcv.ops`` has imported already."""
         from ddetr_mm.compat import torch_ops
 
         torch_ops.fill(module)
 
 
 def install_stand_in() -> None:
-    """Put the hook last in the import system's line; a second call does nothing.
+    """Append the hook to ``sys.meta_path``, once.
 
     Raises:
-        StackImportError: mmcv's ops or mmdet were imported before, and broke off half-way.
+        StackImportError: an import of mmcv's ops or mmdet has failed before.
     """
     if any(isinstance(finder, StandInFinder) for finder in sys.meta_path):
         return
     broken = _half_imported(sys.modules)
     if broken and not has_compiled_ops():
         raise StackImportError(
-            f"{broken} was imported before ddetr_mm, and broke off because mmcv has no compiled ops; "
-            f"start Python anew and import ddetr_mm first, or run `{INSTALL_COMMAND}`"
+            f"{broken} was imported before ddetr_mm and failed because mmcv has no compiled ops; "
+            f"restart Python and import ddetr_mm first, or run `{INSTALL_COMMAND}`"
         )
     sys.meta_path.append(StandInFinder())
 
 
 def has_compiled_ops() -> bool:
-    """Whether the installed mmcv has its compiled ops (the file is there; it is not loaded)."""
+    """Whether the installed mmcv has the file of its compiled ops; does not load it."""
     try:
         mmcv = importlib.util.find_spec("mmcv")
     except (ImportError, ValueError):
@@ -75,7 +74,7 @@ def has_compiled_ops() -> bool:
 
 
 def _half_imported(modules: dict[str, ModuleType]) -> str | None:
-    """The first mmcv or mmdet package whose parts are loaded while it is not: its import failed."""
+    """The first mmcv or mmdet package that is not loaded while a module of it is: its import failed."""
     for name in sorted(modules):
         if name.startswith(("mmcv.", "mmdet.")):
             parent = name.rpartition(".")[0]

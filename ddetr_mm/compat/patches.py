@@ -1,4 +1,4 @@
-"""Patches of mmengine and mmdet for today's torch, each applied by name."""
+"""Changes to mmengine, mmdet and OpenCV at run time, each applied by name: :data:`PATCHES`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# --- The classes beyond tensors that a checkpoint may hold and still be read with ``weights_only=True`` ---
+# --- classes that ``torch.load`` may build with ``weights_only=True`` ---
 # mmengine saves its log history (``HistoryBuffer``, numpy arrays and scalars) with the weights, and the
-# first Deformable DETR releases hold an ``argparse.Namespace``. All of it is plain data; the protection
-# of ``torch.load`` stays on for everything else.
+# first Deformable DETR releases hold an ``argparse.Namespace``: plain data. Everything else stays refused.
 
 SafeGlobal = Callable[..., Any] | tuple[Callable[..., Any], str]
 
@@ -26,10 +25,10 @@ _NUMBER_TYPES = "? i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8"
 
 
 def safe_globals() -> list[SafeGlobal]:
-    """What to hand to ``torch.serialization.safe_globals`` or ``add_safe_globals``.
+    """The argument of ``torch.serialization.safe_globals`` and ``add_safe_globals``.
 
     Returns:
-        Callables, and pairs of a callable and the name that the file knows it by.
+        Callables, and pairs of a callable and its name in the file.
     """
     import numpy as np
     from mmengine.logging import HistoryBuffer
@@ -51,9 +50,7 @@ def safe_globals() -> list[SafeGlobal]:
 
 
 def _history_buffer_method(owner: Any, name: str) -> Any:
-    """What ``getattr`` may do in a checkpoint: name one of ``HistoryBuffer``'s own statistics.
-
-    ``HistoryBuffer`` pickles references to its methods ``min``, ``max``, ``current`` and ``mean``.
+    """``getattr`` for a checkpoint: looks up the four methods that a pickled ``HistoryBuffer`` refers to.
 
     Raises:
         pickle.UnpicklingError: any other attribute of anything is asked for.
@@ -65,43 +62,42 @@ def _history_buffer_method(owner: Any, name: str) -> Any:
     raise pickle.UnpicklingError(f"the file asks for attribute {name!r} of {owner!r}, which is no plain data")
 
 
-# --- A limit on the pixels of an image, so that a small file cannot claim gigabytes when it is decoded ---
+# --- limit on the pixels of an image: a small file must not take gigabytes when it is decoded ---
 
 MAX_IMAGE_PIXELS = 178_956_970
-"""Pixels that an image may have: where Pillow suspects an attack (its ``DecompressionBombError``). They take
-0.5 GB of memory. OpenCV's own limit of 2**30 lets a file of a few kilobytes take 3 GB in every worker."""
+"""Most pixels of an image: Pillow's limit (``DecompressionBombError``), 0.5 GB decoded. OpenCV's own limit of
+2**30 lets a file of a few kilobytes take 3 GB in every worker."""
 
 OPENCV_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
 
 
 def limit_decoded_images() -> None:
-    """Give OpenCV the same limit, unless the environment sets one; it is read when OpenCV is imported."""
+    """Set OpenCV's limit, which it reads when imported, unless the environment sets one."""
     os.environ.setdefault(OPENCV_VARIABLE, str(MAX_IMAGE_PIXELS))
 
 
 def size_refused(width: int, height: int) -> str | None:
-    """What is wrong with an image of this size in pixels; None where it may be decoded."""
+    """The message for an image that is too large to decode (sizes in pixels); None for any other."""
     if width * height <= MAX_IMAGE_PIXELS:
         return None
     return f"has {width} x {height} pixels, more than the {MAX_IMAGE_PIXELS:,} that are decoded"
 
 
-# --- Importing mmdet without what only its language models need ---
+# --- importing mmdet without transformers ---
 
 
 @contextmanager
 def without_language_models() -> Iterator[None]:
-    """A block in which mmdet, imported for the first time, finds no ``transformers``.
+    """Hide ``transformers`` from mmdet's first import, inside the block.
 
-    mmdet imports it for GLIP and Grounding DINO wherever it is installed, which takes a third of the time
-    that all of mmdet takes; without it those two alone cannot be built. For processes that run a spec: its
-    detector is never one of them. Where ``transformers`` is loaded already, nothing changes.
+    mmdet imports it for GLIP and Grounding DINO, a third of its import time; without it only those two cannot
+    be built, and a spec never asks for them. Where ``transformers`` is loaded already, nothing changes.
     """
     name = "transformers"
     if name in sys.modules:
         yield
         return
-    # None makes an import fail as one of a package that is not installed.
+    # With None, an import fails as if the package were not installed.
     sys.modules[name] = None  # type: ignore[assignment]
     try:
         yield
@@ -110,18 +106,17 @@ def without_language_models() -> Iterator[None]:
             del sys.modules[name]
 
 
-# --- Small mends of mmengine at run time. Each is applied by a call, once, and a second call does nothing ---
+# --- patches ---
 
 _SKIPPED = re.compile(r"^\.?(?P<parameter>\S+) is skipped since its requires_grad=False$")
 
 
 def allow_mmengine_checkpoint_classes() -> None:
-    """Let ``torch.load`` read what mmengine saves beside the weights, its protection left on.
+    """Let ``torch.load`` read mmengine's own classes in a checkpoint (:func:`safe_globals`), and no others.
 
-    mmengine calls ``torch.load`` without arguments, which since torch 2.6 refuses every class that it
-    does not know; mmengine's own checkpoints are full of them. See :mod:`ddetr_mm.compat.patches`.
-    The fork onedl-mmengine reads a refused file once more without protection, and would run what code it
-    holds: it is kept from that.
+    mmengine calls ``torch.load`` without arguments, and since torch 2.6 that refuses them. The fork
+    onedl-mmengine loads a refused file again with ``weights_only=False``, which would run code from the file:
+    its function is replaced.
     """
     import torch
     from mmengine.runner import checkpoint
@@ -132,12 +127,7 @@ def allow_mmengine_checkpoint_classes() -> None:
 
 
 def _protected_torch_load(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    """``torch.load`` with its protection, in the place of onedl-mmengine's function of these arguments.
-
-    Args:
-        file: as for ``torch.load``.
-        map_location: likewise.
-        weights_only: not looked at: the protection stays on whatever is asked for.
+    """``torch.load`` with ``weights_only=True`` whatever is asked for; replaces onedl-mmengine's function.
 
     Raises:
         pickle.UnpicklingError: the file holds a class that is not allowed.
@@ -150,8 +140,8 @@ def _protected_torch_load(file: Any, map_location: Any = None, weights_only: boo
 def find_our_configs() -> None:
     """Let mmengine resolve ``ddetr_mm::deformable_detr/…`` as it resolves ``mmdet::…``.
 
-    mmengine knows the packages of OpenMMLab by a table. And up to 0.10.7 it looks for a package beside its
-    metadata, where an editable install has nothing; its own answer counts wherever that folder exists.
+    mmengine has a table of OpenMMLab's packages. Up to 0.10.7 it looks for a package beside its metadata,
+    which fails for an editable install; where mmengine finds an existing folder, that one is used.
     """
     from mmengine.config.utils import MODULE2PACKAGE
     from mmengine.utils import package_utils
@@ -183,15 +173,15 @@ def find_our_configs() -> None:
 
 
 def quiet_frozen_parameter_warnings() -> None:
-    """Make mmengine tell the frozen parameters in one line instead of one WARNING for each.
+    """Make mmengine log the frozen parameters in one line instead of one WARNING each.
 
-    It logs ``backbone.conv1.weight is skipped since its requires_grad=False`` for every one of them,
-    hundreds of lines, while it builds an optimizer with ``paramwise_cfg``.
+    Building an optimizer with ``paramwise_cfg``, it logs ``backbone.conv1.weight is skipped since its
+    requires_grad=False`` for every one of them, hundreds of lines.
     """
     from mmengine.optim import DefaultOptimWrapperConstructor
 
     original = DefaultOptimWrapperConstructor.__call__
-    if getattr(original, "tells_frozen_in_one_line", False):
+    if getattr(original, "logs_frozen_in_one_line", False):
         return
 
     @functools.wraps(original)
@@ -199,47 +189,45 @@ def quiet_frozen_parameter_warnings() -> None:
         with frozen_parameters_in_one_line():
             return original(self, model)
 
-    call.tells_frozen_in_one_line = True  # type: ignore[attr-defined]
+    call.logs_frozen_in_one_line = True  # type: ignore[attr-defined]
     DefaultOptimWrapperConstructor.__call__ = call
 
 
 @contextmanager
 def frozen_parameters_in_one_line() -> Iterator[None]:
-    """Hold back mmengine's lines on frozen parameters inside the block; log their sum at its end."""
+    """Replace mmengine's lines on frozen parameters inside the block by one line at its end."""
     from mmengine.logging import MMLogger
 
     logger = MMLogger.get_current_instance()
-    held_back: list[str] = []
+    frozen: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
         match = _SKIPPED.match(record.getMessage())
         if match:
-            held_back.append(match["parameter"])
+            frozen.append(match["parameter"])
         return match is None
 
     with _filtered(logger, keep):
         yield
-    if held_back:
-        logger.info(
-            f"{len(held_back)} frozen parameters stay out of the optimizer: {summarise_names(held_back)}"
-        )
+    if frozen:
+        logger.info(f"{len(frozen)} frozen parameters stay out of the optimizer: {summarise_names(frozen)}")
 
 
 def summarise_names(parameters: Iterable[str], depth: int = 2, limit: int = 8) -> str:
-    """Parameter names as counts of their first ``depth`` parts: ``backbone.layer1 (30), …``.
+    """Parameter names counted by their first parts: ``backbone.layer1 (30), …``.
 
     Args:
         parameters: dotted names.
-        depth: how many parts of a name count.
-        limit: how many groups are told; the rest is counted.
+        depth: parts of a name that form a group.
+        limit: groups to name; the others are counted.
     """
     groups: dict[str, int] = {}
     for name in parameters:
         group = ".".join(name.split(".")[:depth])
         groups[group] = groups.get(group, 0) + 1
-    told = [f"{group} ({count})" for group, count in groups.items()]
-    rest = len(told) - limit
-    return ", ".join(told[:limit]) + (f" and {rest} more groups" if rest > 0 else "")
+    names = [f"{group} ({count})" for group, count in groups.items()]
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more groups" if rest > 0 else "")
 
 
 @contextmanager
@@ -267,10 +255,10 @@ PATCHES: dict[str, Callable[[], None]] = {
     "frozen parameters in one line": quiet_frozen_parameter_warnings,
     "warnings without remedy": quiet_warnings_without_remedy,
 }
-"""Every patch by name. Each may be applied several times; from the second time on it changes nothing."""
+"""Every patch by name; applying one again changes nothing."""
 
 AT_IMPORT = ("decoded image limit",)
-"""Applied by ``import ddetr_mm``: they import nothing heavy."""
+"""Applied by ``import ddetr_mm``; they import nothing heavy."""
 
 AT_REGISTRATION = tuple(name for name in PATCHES if name not in AT_IMPORT)
 """Applied by ``import ddetr_mm.register``."""

@@ -16,7 +16,7 @@ _MAX_POOLING = 0  # mmcv's number for it in roi_align; 1 is average pooling
 
 
 def fill(module: ModuleType) -> None:
-    """Give ``module`` the ops of this file, and an answer for every other name."""
+    """Add the ops of this file to ``module``; any other op raises :class:`StackError` when called."""
     for op in OPS:
         setattr(module, op.__name__, op)
     module.__getattr__ = _missing_op  # type: ignore[method-assign]
@@ -26,10 +26,10 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     """Indices of the boxes that greedy non-maximum suppression keeps, best score first.
 
     Args:
-        boxes: (N, 4).
+        boxes: (N, 4), x1, y1, x2, y2 in pixels.
         scores: (N,).
-        iou_threshold: a box goes when its IoU with a better one is above this.
-        offset: 0, or 1 where x2 and y2 are the last pixels inside: width is then x2 - x1 + 1.
+        iou_threshold: a box is removed when its IoU with a better one is above this.
+        offset: 0, or 1 where x2 and y2 are the last pixels inside (width is then x2 - x1 + 1).
     """
     if offset:
         boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
@@ -97,10 +97,10 @@ def roi_align_backward(
         _raise_missing("roi_align_backward (max pooling)")
     bins = (aligned_height, aligned_width)
     with torch.enable_grad():
-        # The op is linear in its input, so the gradient is the same wherever it is taken.
-        anywhere = torch.zeros_like(grad_input, requires_grad=True)
-        pooled = _torchvision_ops().roi_align(anywhere, rois, bins, spatial_scale, sampling_ratio, aligned)
-        (gradient,) = torch.autograd.grad(pooled, anywhere, grad_output)
+        # The op is linear in its input, so its gradient is the same for every input.
+        zeros = torch.zeros_like(grad_input, requires_grad=True)
+        pooled = _torchvision_ops().roi_align(zeros, rois, bins, spatial_scale, sampling_ratio, aligned)
+        (gradient,) = torch.autograd.grad(pooled, zeros, grad_output)
     grad_input.copy_(gradient)
 
 
@@ -113,22 +113,22 @@ def ms_deform_attn_forward(
     *,
     im2col_step: int,
 ) -> Tensor:
-    """Multi-scale deformable attention by mmcv's PyTorch form.
+    """Multi-scale deformable attention by mmcv's PyTorch implementation.
 
     Args:
         value: (batch, keys of all levels, heads, channels per head).
         value_spatial_shapes: (levels, 2): height, width.
-        value_level_start_index: not needed by this form.
+        value_level_start_index: unused.
         sampling_locations: (batch, queries, heads, levels, points, 2): x, y in [0, 1].
         attention_weights: (batch, queries, heads, levels, points).
-        im2col_step: not needed by this form.
+        im2col_step: unused.
 
     Returns:
         (batch, queries, heads * channels per head).
     """
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    # Plain numbers, read once: per level they would be read from the GPU one by one.
+    # One transfer from the GPU instead of one per number.
     shapes_hw = value_spatial_shapes.tolist()
     return multi_scale_deformable_attn_pytorch(value, shapes_hw, sampling_locations, attention_weights)
 
@@ -173,11 +173,11 @@ def sigmoid_focal_loss_forward(
 
     Args:
         input: (N, C) logits.
-        target: (N,) class numbers; C, or any number that is no class, for background.
+        target: (N,) class indices; C, or any other number outside [0, C), is background.
         weight: (C,) factor by the target's class, or empty.
         output: (N, C), written.
-        gamma: exponent that plays easy examples down.
-        alpha: share of the positives.
+        gamma: focusing exponent.
+        alpha: weight of the positives; negatives have 1 - alpha.
     """
     probability, is_target, smallest = _focal_terms(input, target)
     positive = (1 - probability).pow(gamma) * probability.clamp(min=smallest).log()
@@ -199,12 +199,12 @@ def sigmoid_focal_loss_backward(
 
 
 def get_compiler_version() -> str:
-    """What mmcv's environment report says of the compiler."""
+    """The compiler in mmcv's environment report."""
     return f"none: no compiled ops (`{INSTALL_COMMAND}` installs them)"
 
 
 def get_compiling_cuda_version() -> str:
-    """What mmcv's environment report says of CUDA."""
+    """The CUDA version in mmcv's environment report."""
     return "not available"
 
 
@@ -222,9 +222,9 @@ OPS: tuple[Callable[..., Any], ...] = (
 
 
 def _focal_terms(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Probabilities (N, C), where they are the target's class (N, C), and the least argument of log."""
+    """Probabilities (N, C), mask of the target's class (N, C), smallest argument of log."""
     classes = torch.arange(input.size(1), device=target.device)
-    # mmcv's kernel bounds its logarithms with FLT_MIN, whatever the type.
+    # mmcv's kernel clamps to FLT_MIN for every dtype.
     return input.sigmoid(), target[:, None] == classes, torch.finfo(torch.float32).tiny
 
 
@@ -238,7 +238,7 @@ def _weight_of_target(target: Tensor, weight: Tensor) -> Tensor | float:
 
 
 def _torchvision_ops() -> ModuleType:
-    """``torchvision.ops``, imported when an op needs it."""
+    """``torchvision.ops``, imported on first use."""
     try:
         from torchvision import ops
     except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
@@ -250,7 +250,7 @@ def _torchvision_ops() -> ModuleType:
 
 
 def _missing_op(name: str) -> Callable[..., NoReturn]:
-    """The module's ``__getattr__``: something callable for every op that is not here."""
+    """The module's ``__getattr__``: a function for every missing op, which raises when called."""
     if name.startswith("__"):
         raise AttributeError(name)
 

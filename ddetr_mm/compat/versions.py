@@ -1,7 +1,8 @@
-"""Do the installed torch, mmengine, mmdet and mmcv fit? Asked of their metadata: none is imported."""
+"""Checks by metadata that the installed torch, mmengine, mmdet and mmcv fit; imports none of them."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import sys
 from collections.abc import Callable
@@ -10,12 +11,12 @@ from pathlib import Path
 
 from ddetr_mm.errors import Problem, StackError
 
-# Looks a distribution's version up; raises importlib.metadata.PackageNotFoundError.
 VersionOf = Callable[[str], str]
+"""Looks up a distribution's version; raises ``importlib.metadata.PackageNotFoundError``."""
 
 
 class StackImportError(StackError, ImportError):
-    """The environment does not fit, found while ``ddetr_mm`` is imported.
+    """The installed packages do not fit, found while ``ddetr_mm`` is imported.
 
     An :class:`ImportError`, so that ``try: import ddetr_mm`` works as for any package, and a
     :class:`~ddetr_mm.errors.StackError`, so that the command line shows it as one message.
@@ -24,13 +25,12 @@ class StackImportError(StackError, ImportError):
 
 @dataclass(frozen=True)
 class Requirement:
-    """One package that must be there.
+    """A package that must be installed.
 
     Attributes:
         module: the name it is imported by.
-        distributions: every distribution that gives this module, with the versions of it that fit
-            (``>=`` and ``<`` clauses, joined by commas; empty for any).
-        install: what to hand to ``pip install`` when none is there.
+        distributions: every distribution that provides this module, with the range of versions that fit.
+        install: the argument of ``pip install`` where none is installed.
     """
 
     module: str
@@ -38,8 +38,8 @@ class Requirement:
     install: str
 
 
-# The ranges of pyproject.toml (a test holds the two together), and the maintained forks, which number
-# their versions on from the originals'. mmdet < 3.4 takes no mmcv from 2.2 on; the fork takes its own.
+# The ranges of pyproject.toml, and the maintained forks (onedl-*), whose versions continue the originals'.
+# mmdet < 3.4 refuses mmcv >= 2.2; the fork accepts its own.
 REQUIREMENTS = (
     Requirement("torch", {"torch": ">=2.6"}, "torch torchvision"),
     Requirement("torchvision", {"torchvision": ">=0.21"}, "torchvision"),
@@ -58,8 +58,8 @@ _deferred: StackImportError | None = None
 def check_on_import() -> None:
     """Check the versions when the package is imported.
 
-    The ``ddetr-mm`` command defers the error (:func:`raise_deferred`): its ``-h`` must answer, and
-    ``install-ops`` must run, in an environment that is not complete yet.
+    The ``ddetr-mm`` command defers the error (:func:`raise_deferred`): ``-h`` and ``install-ops`` must work
+    in an environment that is not complete yet.
 
     Raises:
         StackImportError: something is missing or does not fit; the message holds the ``pip`` line.
@@ -74,19 +74,19 @@ def check_on_import() -> None:
 
 
 def raise_deferred() -> None:
-    """Raise what :func:`check_on_import` found and put off for the command line; nothing if all fits."""
+    """Raise the error that :func:`check_on_import` deferred for the command line, if any."""
     if _deferred is not None:
         raise _deferred
 
 
 def check_versions(version_of: VersionOf = importlib.metadata.version) -> None:
-    """Raise one error with everything about the installed versions that does not fit.
+    """Raise one error for all installed versions that do not fit.
 
     Args:
         version_of: looks up a distribution's version.
 
     Raises:
-        StackImportError: a package is missing, of a version that does not fit, or there twice.
+        StackImportError: a package is missing, has a version that does not fit, or is installed twice.
     """
     problems: list[Problem] = []
     found: dict[str, str] = {}
@@ -98,44 +98,34 @@ def check_versions(version_of: VersionOf = importlib.metadata.version) -> None:
 
 
 def _check(requirement: Requirement, version_of: VersionOf, found: dict[str, str]) -> list[Problem]:
-    """The problems with one package; its version goes into ``found`` under the distribution's name."""
-    here: dict[str, str] = {}
+    """The problems with one package; ``found`` gets its version, by distribution."""
+    installed: dict[str, str] = {}
     for name in requirement.distributions:
-        try:
-            here[name] = version_of(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    found.update(here)
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = version_of(name)
+    found.update(installed)
     hint = f"run: pip install {_quoted(requirement.install)}"
-    if not here:
+    if not installed:
         return [Problem(f"{requirement.module} is not installed", hint=hint)]
-    if len(here) > 1:
-        names = " and ".join(here)
-        return [
-            Problem(
-                f"{names} are both installed and overwrite each other's files",
-                hint=f"run: pip uninstall -y {' '.join(here)} && pip install {_quoted(requirement.install)}",
-            )
-        ]
-    ((name, version),) = here.items()
+    if len(installed) > 1:
+        what = f"{' and '.join(installed)} are both installed and overwrite each other's files"
+        uninstall = f"pip uninstall -y {' '.join(installed)}"
+        return [Problem(what, hint=f"run: {uninstall} && pip install {_quoted(requirement.install)}")]
+    ((name, version),) = installed.items()
     allowed = requirement.distributions[name]
     if fits(version, allowed):
         return []
     pin = requirement.install if requirement.install.startswith(f"{name}==") else f"{name}{allowed}"
     return [
-        Problem(
-            f"{name} {version} does not fit",
-            allowed=allowed,
-            hint=f"run: pip install {_quoted(pin)}",
-        )
+        Problem(f"{name} {version} does not fit", allowed=allowed, hint=f"run: pip install {_quoted(pin)}")
     ]
 
 
 def _check_torchvision(found: dict[str, str]) -> list[Problem]:
-    """Torchvision names the torch it was built for; with another one it fails on import."""
+    """The problem of a torchvision that was built for another torch, with which its import fails."""
     for line in importlib.metadata.requires("torchvision") or ():
         name, _, built_for = line.replace(" ", "").partition("==")
-        if name == "torch" and built_for and release(built_for)[:2] != release(found["torch"])[:2]:
+        if name == "torch" and built_for and built_for.split(".")[:2] != found["torch"].split(".")[:2]:
             return [
                 Problem(
                     f"torchvision {found['torchvision']} was built for torch {built_for}, "
@@ -146,33 +136,13 @@ def _check_torchvision(found: dict[str, str]) -> list[Problem]:
     return []
 
 
-def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version's release part: ``"2.11.0+cu130"`` gives ``(2, 11, 0)``."""
-    numbers = []
-    for part in version.partition("+")[0].split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-        if digits != part:  # 2rc1, 0a0: what follows is no number
-            break
-    return tuple(numbers)
-
-
 def fits(version: str, allowed: str) -> bool:
-    """Whether a version is within ``>=`` and ``<`` clauses; a pre-release counts as its release.
+    """Whether a version is in a range such as ``>=2.6,<3``; a pre-release counts as its release."""
+    # Imported here: where nothing is installed, the message about that must still come.
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
 
-    ``packaging`` has the full rules; it is not used because it would double the time of the import.
-    """
-    for clause in filter(None, allowed.split(",")):
-        at_least = clause.startswith(">=")
-        bound = release(clause[2:] if at_least else clause[1:])
-        length = max(len(bound), len(release(version)))
-        have = release(version) + (0,) * (length - len(release(version)))
-        bound += (0,) * (length - len(bound))
-        if (have < bound) if at_least else (have >= bound):
-            return False
-    return True
+    return Version(Version(version).base_version) in SpecifierSet(allowed)
 
 
 def _quoted(requirements: str) -> str:

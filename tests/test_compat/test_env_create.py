@@ -154,15 +154,15 @@ def test_interpreters_by_name_version_and_path(create):
 
 
 @pytest.mark.parametrize(
-    ("asked", "preferred", "told"),
+    ("asked", "preferred", "message"),
     [
         ("no-such-python", ("3.11",), "PYTHON=no-such-python: there is no such interpreter"),
         (sys.executable, ("3.0",), "supported are 3.0"),
         ("", ("3.0",), "no Python 3.0 was found: install one"),
     ],
 )
-def test_interpreters_that_do_not_do(create, asked, preferred, told):
-    with pytest.raises(create.SetupError, match=told):
+def test_interpreters_that_do_not_do(create, asked, preferred, message):
+    with pytest.raises(create.SetupError, match=message):
         create.interpreter(asked, preferred)
 
 
@@ -188,7 +188,7 @@ def test_uv_of_our_own_is_found_where_path_has_none(create, tmp_path, monkeypatc
     assert create.find_uv("python") == str(uv)
 
 
-def test_without_uv_and_pip_the_fallback_is_told(create, tmp_path, monkeypatch, capfd):
+def test_without_uv_and_pip_the_fallback_is_reported(create, tmp_path, monkeypatch, capfd):
     bare = tmp_path / "python"
     bare.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     bare.chmod(0o755)

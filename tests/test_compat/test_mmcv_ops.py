@@ -19,7 +19,6 @@ from ddetr_mm.compat import mmcv_ops, torch_ops
 from ddetr_mm.compat.mmcv_ops import INSTALL_COMMAND
 from ddetr_mm.errors import StackError
 
-
 REPO = Path(__file__).resolve().parents[2]
 only_without_ops = pytest.mark.skipif(mmcv_ops.has_compiled_ops(), reason="mmcv has its compiled ops here")
 
@@ -101,7 +100,7 @@ def test_import_after_a_failed_mmdet_is_explained():
     answer = run_python("try:\n    import mmdet.models\nexcept ImportError:\n    pass\nimport ddetr_mm")
     assert answer.returncode == 1
     assert "imported before ddetr_mm" in answer.stderr
-    assert "start Python anew" in answer.stderr
+    assert "restart Python" in answer.stderr
 
 
 @pytest.mark.full_ops

@@ -65,7 +65,7 @@ def wheel(wheel_path):
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = wheel.namelist()
     assert {name.partition("/")[0] for name in names} == {"ddetr_mm", "ddetr_mm-0.1.0.dist-info"}
-    assert {"ddetr_mm/py.typed", "ddetr_mm/stack/cxx_with_header.sh"} <= set(names)
+    assert "ddetr_mm/py.typed" in names
     sources = {path.relative_to(REPO).as_posix() for path in (REPO / "ddetr_mm").rglob("*.py")}
     carried = {name for name in names if name.startswith("ddetr_mm/.mim/")}
     assert {name for name in names if name.endswith(".py")} - carried == sources
@@ -94,7 +94,7 @@ READ_CONFIGS = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
 import ddetr_mm
-from ddetr_mm.compat.patches import find_our_configs  # what `import ddetr_mm.register` does among other things
+from ddetr_mm.compat.patches import find_our_configs  # one of the patches of `import ddetr_mm.register`
 from mmengine.config import Config
 find_our_configs()
 inherited = Config.fromfile("mine.py").model

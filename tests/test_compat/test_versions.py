@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from packaging.requirements import Requirement as PackagingRequirement
 from packaging.specifiers import SpecifierSet
 
@@ -35,7 +33,7 @@ def looking_up(installed):
     return version_of
 
 
-def complaint(installed):
+def error_message(installed):
     with pytest.raises(versions.StackImportError) as caught:
         versions.check_versions(looking_up(installed))
     return str(caught.value)
@@ -69,7 +67,7 @@ def test_versions_that_fit_pass(changed, torchvision_for):
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "parts"),
     [
         ({"torch": None}, ["torch is not installed", "pip install torch torchvision"]),
         ({"mmcv-lite": None}, ["mmcv is not installed", "pip install mmcv-lite==2.1.0"]),
@@ -91,20 +89,20 @@ def test_versions_that_fit_pass(changed, torchvision_for):
         ({"torch": "2.1.0"}, ["torch 2.1.0 does not fit", ">=2.6"]),
     ],
 )
-def test_what_does_not_fit_is_told_with_the_command(changed, told, torchvision_for):
+def test_what_does_not_fit_is_reported_with_the_command(changed, parts, torchvision_for):
     installed = {name: version for name, version in {**GOOD, **changed}.items() if version}
-    message = complaint(installed)
-    for part in told:
+    message = error_message(installed)
+    for part in parts:
         assert part in message
 
 
-def test_everything_missing_is_told_at_once():
-    assert len(complaint({}).splitlines()) == len(versions.REQUIREMENTS)
+def test_all_missing_packages_are_reported_at_once():
+    assert len(error_message({}).splitlines()) == len(versions.REQUIREMENTS)
 
 
-def test_torchvision_for_another_torch_is_told(torchvision_for):
+def test_torchvision_for_another_torch_is_reported(torchvision_for):
     torchvision_for("torch==2.11.0")
-    message = complaint(GOOD)
+    message = error_message(GOOD)
     assert "torchvision 0.29.1 was built for torch 2.11.0" in message
     assert "pip install torch==2.14.1 torchvision" in message
 
@@ -115,22 +113,19 @@ def test_error_is_an_import_error_and_wrong_input():
     assert error.exit_status == 2
 
 
-numbers = st.integers(0, 30)
-plain_versions = st.lists(numbers, min_size=1, max_size=4).map(lambda parts: ".".join(map(str, parts)))
-
-
-@given(plain_versions, plain_versions, plain_versions)
-def test_ranges_agree_with_packaging(version, low, high):
-    allowed = f">={low},<{high}"
-    assert versions.fits(version, allowed) == SpecifierSet(allowed).contains(version)
-
-
 @pytest.mark.parametrize(
-    ("version", "release"),
-    [("2.14.1+cu130", (2, 14, 1)), ("2.0.0rc4", (2, 0, 0)), ("2.9.0.dev2025", (2, 9, 0)), ("3.3", (3, 3))],
+    ("version", "allowed", "expected"),
+    [
+        ("2.6.0a0+ecf3bae40a.nv25.01", ">=2.6", True),  # torch of NVIDIA's containers
+        ("2.14.1+cu130", ">=2.6", True),
+        ("2.10", ">=2.6", True),
+        ("2.2.0rc1", ">=2.0,<2.2", False),
+        ("3.3", ">=3.3,<3.4", True),
+        ("3.4.0", ">=3.3,<3.4", False),
+    ],
 )
-def test_release_part(version, release):
-    assert versions.release(version) == release
+def test_range(version, allowed, expected):
+    assert versions.fits(version, allowed) is expected
 
 
 def test_ranges_are_those_of_the_package_metadata():
@@ -157,7 +152,7 @@ def test_import_is_light():
     code = "import ddetr_mm, sys; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = run_python("-c", code).stdout.split()
     assert "ddetr_mm" in loaded
-    assert not {"torch", "torchvision", "numpy", "mmengine", "mmcv", "mmdet", "packaging"} & set(loaded)
+    assert not {"torch", "torchvision", "numpy", "mmengine", "mmcv", "mmdet"} & set(loaded)
 
 
 def test_import_without_the_stack_names_every_command():

@@ -40,7 +40,7 @@ RIVALS = {"opencv-python-headless": "opencv-python", "mmcv-lite": "mmcv"}
 
 
 class SetupError(Exception):
-    """The environment cannot be made; the text says why and what mends it."""
+    """The environment cannot be made; the text says why and what to do."""
 
 
 def main(argv: list[str] | None = None) -> int:
