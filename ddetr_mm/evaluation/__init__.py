@@ -1,1 +1,1 @@
-"""Scores of detections by COCO's rules: pure functions, and the metric that mmdet runs them by."""
+"""COCO evaluation: the twelve metrics, the mmdet metric that computes them, and the report."""

@@ -1,4 +1,9 @@
-"""COCO's twelve metrics from columns of boxes."""
+"""Computes COCO's twelve box metrics from columns of ground truth and detections.
+
+Legend: I images, N ground-truth boxes, D detections, K classes, T = 10 IoU thresholds (0.50, 0.55 … 0.95),
+R = 101 recall thresholds (0.00, 0.01 … 1.00), A = 4 area ranges (all, small < 32², medium, large > 96²
+pixels), M = 3 limits of detections per image and class (1, 10, 100).
+"""
 
 from __future__ import annotations
 
@@ -17,9 +22,8 @@ import numpy as np
 from ddetr_mm.errors import DataError, Problem, StackError
 from ddetr_mm.files import write_text_whole
 
-# --- Ground truth and detections as columns: what evaluation is computed from ---
-# Legend: I images, N ground-truth boxes, D detections. Boxes are (x, y, width, height) in pixels of the
-# original image, x and y being the top left corner.
+# --- ground truth and detections as columns ---
+# Boxes are (x, y, width, height) in pixels of the original image; x, y is the top left corner.
 
 
 def _column(values: object, dtype: type, shape: tuple[int, ...], name: str) -> np.ndarray:
@@ -33,16 +37,16 @@ def _column(values: object, dtype: type, shape: tuple[int, ...], name: str) -> n
 
 @dataclass(frozen=True)
 class GroundTruthColumns:
-    """What is really in the images.
+    """The ground truth of a data set.
 
     Attributes:
-        image_ids: (I,) every image, those without boxes too.
-        box_image_ids: (N,) the image a box is in.
+        image_ids: (I,) every image, also those without boxes.
+        box_image_ids: (N,) the image of each box.
         boxes_xywh: (N, 4) float64.
         category_ids: (N,) COCO category ids.
-        iscrowd: (N,) bool; detections on a crowd region count neither for nor against.
-        areas: (N,) float64 square pixels, by which COCO tells small from large.
-        category_names: category id → name, for every category, those without boxes too.
+        iscrowd: (N,) bool; detections on a crowd region are neither true nor false positives.
+        areas: (N,) float64 square pixels, for COCO's area ranges.
+        category_names: category id → name, for every category, also those without boxes.
     """
 
     image_ids: np.ndarray
@@ -85,12 +89,12 @@ class GroundTruthColumns:
 
 @dataclass(frozen=True)
 class DetectionColumns:
-    """What a detector found.
+    """The detections in a data set.
 
     Attributes:
-        image_ids: (D,) the image a detection is in.
+        image_ids: (D,) the image of each detection.
         boxes_xywh: (D, 4) float64.
-        scores: (D,) float64; of equal scores in one image the first given ranks first.
+        scores: (D,) float64; equal scores of one image rank in the given order.
         category_ids: (D,) COCO category ids.
     """
 
@@ -115,7 +119,7 @@ class DetectionColumns:
 
     @classmethod
     def empty(cls) -> DetectionColumns:
-        """No detections at all."""
+        """No detections."""
         return cls(*(np.zeros(0) for _ in fields(cls)))
 
     def rows(self, keep: np.ndarray) -> DetectionColumns:
@@ -123,7 +127,7 @@ class DetectionColumns:
         return DetectionColumns(*(getattr(self, column.name)[keep] for column in fields(self)))
 
     def finite_rows(self) -> np.ndarray:
-        """(D,) bool: whether box and score are ordinary numbers."""
+        """(D,) bool: whether box and score are finite."""
         return np.isfinite(self.boxes_xywh).all(axis=1) & np.isfinite(self.scores)
 
     def select(self, image_ids: np.ndarray, category_ids: np.ndarray) -> DetectionColumns:
@@ -143,11 +147,9 @@ def _check_lengths(columns: object, names: Sequence[str]) -> None:
         raise ValueError(f"columns differ in length: {lengths}")
 
 
-# --- The two evaluators that match detections to ground truth and give COCO's precision and recall arrays ---
-# Legend: T overlap thresholds, R recall thresholds, K classes, A area ranges, M limits of detections.
-#
-# Boxes get their own running ids, from 1. pycocotools takes the annotation id 0 for "no match", so files
-# numbered from 0 would otherwise lose one box.
+# --- backends: hotcoco and pycocotools match detections with ground truth ---
+# Boxes get new ids from 1 on: pycocotools reads the annotation id 0 as "no match", and would lose a box of
+# files numbered from 0.
 
 BACKENDS = ("auto", "fast", "pycocotools")
 
@@ -158,10 +160,10 @@ Runner = Callable[[GroundTruthColumns, DetectionColumns, np.ndarray, np.ndarray]
 
 
 def choose_backend(name: str) -> tuple[str, Runner]:
-    """The name and the function of the evaluator that one of :data:`BACKENDS` stands for.
+    """The name and the function of a backend; ``auto`` takes hotcoco where it is installed.
 
-    A fork of a process that has used hotcoco gets pycocotools whatever the name: hotcoco's threads are not
-    in the fork, which would wait for them for ever.
+    A fork of a process that has used hotcoco gets pycocotools: hotcoco's threads do not exist in the fork,
+    which would wait for them forever.
 
     Raises:
         StackError: ``fast`` is asked for and hotcoco is not installed.
@@ -185,11 +187,11 @@ def choose_backend(name: str) -> tuple[str, Runner]:
 
 
 _hotcoco_processes: set[int] = set()
-"""The processes, this one or those it was forked from, that have started hotcoco's threads."""
+"""Ids of processes with hotcoco's threads: this one, and those that it was forked from."""
 
 
 def _run_hotcoco(
-    truth: GroundTruthColumns, found: DetectionColumns, images: np.ndarray, categories: np.ndarray
+    truth: GroundTruthColumns, detections: DetectionColumns, images: np.ndarray, categories: np.ndarray
 ) -> Arrays:
     import hotcoco
 
@@ -204,12 +206,12 @@ def _run_hotcoco(
         area=truth.areas,
         iscrowd=truth.iscrowd.astype(np.int64),
     )
-    evaluator = hotcoco.COCOeval(annotations, annotations.load_res(_result_table(found)), "bbox")
+    evaluator = hotcoco.COCOeval(annotations, annotations.load_res(_result_table(detections)), "bbox")
     return _run_evaluator(evaluator)
 
 
 def _run_pycocotools(
-    truth: GroundTruthColumns, found: DetectionColumns, images: np.ndarray, categories: np.ndarray
+    truth: GroundTruthColumns, detections: DetectionColumns, images: np.ndarray, categories: np.ndarray
 ) -> Arrays:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -233,7 +235,7 @@ def _run_pycocotools(
         }
         for number, (image, category, box, area, crowd) in enumerate(boxes, start=1)
     ]
-    # pycocotools reports its progress by print; the log already says what is going on.
+    # pycocotools prints its progress.
     with contextlib.redirect_stdout(io.StringIO()):
         annotations = COCO()
         annotations.dataset = {
@@ -243,10 +245,10 @@ def _run_pycocotools(
             "annotations": records,
         }
         annotations.createIndex()
-        if len(found):
-            results = annotations.loadRes(_result_table(found))
+        if len(detections):
+            results = annotations.loadRes(_result_table(detections))
         else:
-            # loadRes looks at the first detection to learn what kind it is.
+            # loadRes reads the first detection to choose the kind of results.
             results = COCO()
             results.dataset = {**annotations.dataset, "annotations": []}
             results.createIndex()
@@ -261,7 +263,7 @@ def _run_evaluator(evaluator: Any) -> Arrays:
 
 
 def _image_records(images: np.ndarray) -> list[dict[str, Any]]:
-    # Box evaluation never looks at sizes or names.
+    # Box evaluation reads neither sizes nor names.
     return [{"id": number, "width": 1, "height": 1, "file_name": ""} for number in images.tolist()]
 
 
@@ -269,47 +271,45 @@ def _category_records(truth: GroundTruthColumns, categories: np.ndarray) -> list
     return [{"id": number, "name": truth.category_names[number]} for number in categories.tolist()]
 
 
-def _result_table(found: DetectionColumns) -> np.ndarray:
+def _result_table(detections: DetectionColumns) -> np.ndarray:
     """(D, 7): image id, x, y, width, height, score, category id, as ``loadRes`` of both backends takes."""
-    columns = (found.image_ids[:, None], found.boxes_xywh, found.scores[:, None], found.category_ids[:, None])
+    columns = (
+        detections.image_ids[:, None],
+        detections.boxes_xywh,
+        detections.scores[:, None],
+        detections.category_ids[:, None],
+    )
     return np.concatenate([column.astype(np.float64) for column in columns], axis=1)
 
 
-# --- Box detections scored by COCO's rules, from columns of numbers to the twelve figures ---
-# Legend: I images, N ground-truth boxes, D detections, K classes, T = 10 overlap thresholds
-# (0.50, 0.55 … 0.95), R = 101 recall thresholds (0.00, 0.01 … 1.00), A = 4 area ranges
-# (all, small < 32², medium, large > 96² pixels), M = 3 limits of detections an image and class (1, 10, 100).
-#
-# Two backends do the matching (:mod:`ddetr_mm.evaluation.coco_eval`). ``fast`` is hotcoco, which takes and
-# gives arrays; ``pycocotools`` is the reference, and what ``auto`` falls back to where hotcoco is missing.
-# Both return the same precision, recall and score arrays, so everything here is shared.
+# --- the twelve metrics ---
 
 METRIC_NAMES = (
     "AP", "AP50", "AP75", "APs", "APm", "APl",
     "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl",
 )  # fmt: skip
-"""The twelve figures, in the order in which COCO prints them."""
+"""The twelve metrics in COCO's order."""
 
 MAX_DETECTIONS = (1, 10, 100)
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
 UNDEFINED = -1.0
-"""COCO's value for a figure that nothing was there to compute from."""
+"""COCO's value for a metric without ground truth."""
 
 _ALL, _SMALL, _MEDIUM, _LARGE = range(4)
 
 
 @dataclass(frozen=True)
 class ClassResult:
-    """Scores of one class; a figure is -1 where the class has no ground truth of that size.
+    """Metrics of one class; -1 where the class has no ground truth of that size.
 
     Attributes:
         category_id: COCO category id.
         name: its name.
-        AP, AP50, AP75, APs, APm, APl: average precision, as for all classes.
+        AP, AP50, AP75, APs, APm, APl: average precision.
         AR: average recall at 100 detections.
-        num_boxes: ground-truth boxes that count (crowds left out).
-        num_detections: detections of this class that were scored.
+        num_boxes: ground-truth boxes without crowds.
+        num_detections: detections of this class.
     """
 
     category_id: int
@@ -327,19 +327,19 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class CocoResult:
-    """What an evaluation yields.
+    """The result of an evaluation.
 
     Attributes:
-        metrics: the twelve figures by :data:`METRIC_NAMES`, each in 0..1, or -1 if undefined.
-        per_class: one entry a class, in the order of ``category_ids``.
-        category_ids: (K,) classes that were scored, ascending.
+        metrics: the twelve metrics by :data:`METRIC_NAMES`, each in 0..1, or -1 if undefined.
+        per_class: one entry per class, in the order of ``category_ids``.
+        category_ids: (K,) scored classes, ascending.
         precision: (T, R, K) interpolated precision, all areas, 100 detections; -1 without ground truth.
-        scores: (T, R, K) the score at which each recall is reached; 0 where it never is.
-        num_images: images that were scored.
-        num_boxes: ground-truth boxes that count (crowds left out).
-        num_detections: detections that were scored.
-        backend: ``"hotcoco"`` or ``"pycocotools"``, or ``"none"`` when there was nothing to score.
-        notes: sentences a reader of the figures should know.
+        scores: (T, R, K) the score at which each recall is reached; 0 where it is not reached.
+        num_images: scored images.
+        num_boxes: ground-truth boxes without crowds.
+        num_detections: scored detections.
+        backend: ``"hotcoco"`` or ``"pycocotools"``, or ``"none"`` without classes or images.
+        notes: warnings about the metrics, as sentences.
     """
 
     metrics: dict[str, float]
@@ -365,15 +365,15 @@ def evaluate_boxes(
     image_ids: Sequence[int] | np.ndarray | None = None,
     backend: str = "auto",
 ) -> CocoResult:
-    """Score detections by COCO's rules.
+    """Compute COCO's metrics.
 
     Args:
         ground_truth: images, boxes and categories.
-        detections: boxes with scores; those of other images or classes are left out, those with
-            non-finite numbers too, which is noted.
-        category_ids: classes to score; all of the ground truth's categories when None.
-        image_ids: images to score; all of the ground truth's images when None.
-        backend: one of :data:`ddetr_mm.evaluation.coco_eval.BACKENDS`.
+        detections: boxes with scores. Those of other images or classes are left out, and so are those with
+            non-finite numbers, with a note.
+        category_ids: classes to score; None for all categories of the ground truth.
+        image_ids: images to score; None for all images of the ground truth.
+        backend: one of :data:`BACKENDS`.
 
     Raises:
         DataError: a class or image is asked for that the ground truth does not have.
@@ -384,8 +384,8 @@ def evaluate_boxes(
     images = _chosen_images(ground_truth, image_ids)
     truth = ground_truth.select(images, categories)
     finite = detections.finite_rows()
-    found = detections.rows(finite).select(images, categories)
-    notes = _notes(truth, found, num_broken=int(len(finite) - finite.sum()))
+    detections = detections.rows(finite).select(images, categories)
+    notes = _notes(truth, detections, num_non_finite=int(len(finite) - finite.sum()))
     if len(categories) == 0 or len(images) == 0:
         shape = (len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), len(categories), 4, len(MAX_DETECTIONS))
         precision, scores = np.full(shape, UNDEFINED), np.full(shape, UNDEFINED)
@@ -393,34 +393,34 @@ def evaluate_boxes(
         name = "none"
     else:
         name, run = choose_backend(backend)
-        precision, recall, scores = run(truth, found, images, categories)
+        precision, recall, scores = run(truth, detections, images, categories)
     return CocoResult(
         metrics=_summary(precision, recall),
-        per_class=_per_class(truth, found, categories, precision, recall),
+        per_class=_per_class(truth, detections, categories, precision, recall),
         category_ids=categories,
         precision=precision[:, :, :, _ALL, -1],
         scores=scores[:, :, :, _ALL, -1],
         num_images=len(images),
         num_boxes=int((~truth.iscrowd).sum()),
-        num_detections=len(found),
+        num_detections=len(detections),
         backend=name,
         notes=tuple(notes),
     )
 
 
 def write_results_json(path: str | Path, result: CocoResult) -> Path:
-    """Write the twelve figures as one JSON object, as the reference's evaluation does.
+    """Write the twelve metrics as one JSON object, as TAO does; undefined ones are -1.
 
-    A figure that is undefined is -1, as in COCO. The file is written whole or not at all.
+    The file is written whole or not at all.
     """
-    figures = {name: result.metrics[name] for name in METRIC_NAMES}
-    return write_text_whole(path, json.dumps(figures, indent=2) + "\n")
+    metrics = {name: result.metrics[name] for name in METRIC_NAMES}
+    return write_text_whole(path, json.dumps(metrics, indent=2) + "\n")
 
 
 def write_details_json(
     path: str | Path, result: CocoResult, sources: Mapping[str, CocoResult] | None = None
 ) -> Path:
-    """Write all of a result but its curves as JSON: figures, classes, counts, notes, and each source's.
+    """Write a result without its curves as JSON: metrics, classes, counts and notes, also of each source.
 
     The file is written whole or not at all.
     """
@@ -471,17 +471,17 @@ def _chosen_images(ground_truth: GroundTruthColumns, wanted: Sequence[int] | np.
     return chosen
 
 
-def _notes(truth: GroundTruthColumns, found: DetectionColumns, num_broken: int) -> list[str]:
+def _notes(truth: GroundTruthColumns, detections: DetectionColumns, num_non_finite: int) -> list[str]:
     notes = []
-    if num_broken:
-        notes.append(f"{num_broken} detections with non-finite boxes or scores were left out.")
+    if num_non_finite:
+        notes.append(f"{num_non_finite} detections with non-finite boxes or scores were left out.")
     if not (~truth.iscrowd).any():
         notes.append(
-            "The ground truth has no boxes of the scored classes: every figure is undefined (-1). "
+            "The ground truth has no boxes of the scored classes: every metric is undefined (-1). "
             "Check the annotation file and the scored class ids."
         )
-    elif len(found) == 0:
-        notes.append("There are no detections of the scored classes: every figure is 0.")
+    elif len(detections) == 0:
+        notes.append("There are no detections of the scored classes: every metric is 0.")
     return notes
 
 
@@ -491,7 +491,7 @@ def _mean(values: np.ndarray) -> float:
     return float(defined.mean()) if defined.size else UNDEFINED
 
 
-def _precision_figures(precision: np.ndarray) -> dict[str, float]:
+def _precision_metrics(precision: np.ndarray) -> dict[str, float]:
     """AP, AP50, AP75, APs, APm, APl of a (T, R, K, A, M) array."""
     at_50, at_75 = 0, 5
     return {
@@ -506,7 +506,7 @@ def _precision_figures(precision: np.ndarray) -> dict[str, float]:
 
 def _summary(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
     return dict(
-        **_precision_figures(precision),
+        **_precision_metrics(precision),
         ARmax1=_mean(recall[:, :, _ALL, 0]),
         ARmax10=_mean(recall[:, :, _ALL, 1]),
         ARmax100=_mean(recall[:, :, _ALL, 2]),
@@ -518,18 +518,18 @@ def _summary(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
 
 def _per_class(
     truth: GroundTruthColumns,
-    found: DetectionColumns,
+    detections: DetectionColumns,
     categories: np.ndarray,
     precision: np.ndarray,
     recall: np.ndarray,
 ) -> tuple[ClassResult, ...]:
     num_boxes = _counts(truth.category_ids[~truth.iscrowd])
-    num_detections = _counts(found.category_ids)
+    num_detections = _counts(detections.category_ids)
     return tuple(
         ClassResult(
             category_id=category,
             name=truth.category_names[category],
-            **_precision_figures(precision[:, :, column : column + 1]),
+            **_precision_metrics(precision[:, :, column : column + 1]),
             AR=_mean(recall[:, column, _ALL, 2]),
             num_boxes=num_boxes.get(category, 0),
             num_detections=num_detections.get(category, 0),

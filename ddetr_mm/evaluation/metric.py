@@ -1,4 +1,4 @@
-"""The COCO box metric for mmdet configs: collects detections, scores them fast, writes result files."""
+"""``FastCocoMetric``: COCO's box metrics for mmdet configs, with tables for the log and result files."""
 
 from __future__ import annotations
 
@@ -32,128 +32,20 @@ from ddetr_mm.evaluation.coco_eval import (
 )
 from ddetr_mm.files import written_whole
 
-# --- Detections as a COCO result file ---
-
-
-def write_predictions_json(path: str | Path, detections: DetectionColumns, table: CocoTable | None) -> Path:
-    """Write detections in COCO's result format: a list of image_id, category_id, bbox (xywh), score.
-
-    Image ids are those of the annotation files. Where several sources were read, ids may occur in more
-    than one of them, so each entry also says ``source`` (position in the list of sources, from 0) and
-    ``file_name``; readers of the format pass over both. Detections with non-finite numbers are left out,
-    for JSON has none.
-
-    Args:
-        path: the file, written whole or not at all.
-        detections: with the table's unique image ids.
-        table: the sources read; None when the ids already are the original ones.
-    """
-    detections = detections.rows(detections.finite_rows())
-    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write("[")
-        for number, record in enumerate(_records(detections, table)):
-            file.write(",\n" if number else "\n")
-            file.write(json.dumps(record, ensure_ascii=False))
-        file.write("\n]\n")
-    return Path(path)
-
-
-def _records(detections: DetectionColumns, table: CocoTable | None) -> Iterator[dict[str, Any]]:
-    columns = zip(
-        detections.image_ids.tolist(),
-        detections.category_ids.tolist(),
-        detections.boxes_xywh.tolist(),
-        detections.scores.tolist(),
-        strict=True,
-    )
-    if table is None:
-        for image, category, box, score in columns:
-            yield {"image_id": image, "category_id": category, "bbox": box, "score": score}
-        return
-    rows = dict(zip(table.image_ids.tolist(), range(table.num_images), strict=True))
-    original = table.original_image_ids.tolist()
-    several = bool(np.any(table.source_indices != table.source_indices[0])) if table.num_images else False
-    for image, category, box, score in columns:
-        row = rows[image]
-        record = {"image_id": original[row], "category_id": category, "bbox": box, "score": score}
-        if several:
-            record |= {"source": int(table.source_indices[row]), "file_name": table.file_name(row)}
-        yield record
-
-
-# --- Evaluation results as plain-text tables for a log ---
-
-_PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-
-
-def class_table(result: CocoResult) -> str:
-    """One line a class: id, name, ground-truth boxes, detections, and its precisions and recall.
-
-    A figure that is undefined is shown as ``-``. The last line holds the figures over all classes.
-    """
-    rows: list[Sequence[str]] = [
-        (
-            str(entry.category_id),
-            entry.name,
-            str(entry.num_boxes),
-            str(entry.num_detections),
-            *(_figure(getattr(entry, name)) for name in _PRECISIONS),
-            _figure(entry.AR),
-        )
-        for entry in result.per_class
-    ]
-    totals = [_figure(result[name]) for name in (*_PRECISIONS, "ARmax100")]
-    rows.append(("", "all", str(result.num_boxes), str(result.num_detections), *totals))
-    return _render(("id", "class", "boxes", "found", *_PRECISIONS, "AR"), rows)
-
-
-def source_table(results: Mapping[str, CocoResult]) -> str:
-    """One line a source, with its twelve figures."""
-    rows = [
-        (name, str(result.num_images), *(_figure(result[metric]) for metric in METRIC_NAMES))
-        for name, result in results.items()
-    ]
-    return _render(("source", "images", *METRIC_NAMES), rows)
-
-
-def _figure(value: float) -> str:
-    return "-" if value == UNDEFINED else f"{value:.3f}"
-
-
-def _render(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The table as text, as wide as its content: a log has no width."""
-    table = Table(box=box.ASCII)
-    for header in headers:
-        is_text = header in ("class", "source")
-        table.add_column(header, justify="left" if is_text else "right")
-    lines = list(rows)
-    for row in lines:
-        # A class may be called "[bold]": it is text, not markup.
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
-    width = 10 + sum(
-        3 + max(len(header), *(len(row[column]) for row in lines)) for column, header in enumerate(headers)
-    )
-    console = Console(
-        file=io.StringIO(), width=width, color_system=None, force_terminal=False, highlight=False
-    )
-    console.print(table)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
-
-
-# --- Results of many ranks brought together: packed into few arrays to travel, one entry an image after ---
+# --- gathering the results of all ranks ---
 
 
 @dataclass
 class ImageResult:
-    """Detections of one image, best first as the model gave them.
+    """Detections of one image, best first.
 
     Attributes:
         image_id: the dataset's id.
         boxes_xyxy: (n, 4) float32 pixels of the original image.
         scores: (n,) float32.
-        labels: (n,) class numbers of the model.
-        instances: the image's ground truth as mmdet's data samples carry it, where that is used.
-        image_path: the image file, where pictures will be drawn.
+        labels: (n,) the model's class indices.
+        instances: the image's ground truth from mmdet's data samples, where that is used.
+        image_path: the image file, where pictures are drawn.
     """
 
     image_id: int
@@ -166,7 +58,7 @@ class ImageResult:
 
 @dataclass
 class PackedResults:
-    """Results of one rank as seven objects, however many images there are."""
+    """Results of one rank in a few arrays, which are gathered faster than an object per image."""
 
     image_ids: np.ndarray
     counts: np.ndarray
@@ -191,9 +83,9 @@ def pack(results: Sequence[ImageResult]) -> PackedResults:
 
 
 def merge_ranks(parts: Sequence[PackedResults]) -> list[ImageResult]:
-    """All ranks' images, each once, ordered by id.
+    """The images of all ranks, each once, ordered by id.
 
-    A distributed sampler gives some images to two ranks to make their shares equal; both find the same.
+    A distributed sampler repeats some images so that all ranks get equally many.
     """
     merged: dict[int, ImageResult] = {}
     for part in parts:
@@ -215,7 +107,7 @@ def merge_ranks(parts: Sequence[PackedResults]) -> list[ImageResult]:
     return [merged[image_id] for image_id in sorted(merged)]
 
 
-# --- The COCO box metric for mmdet configs: collects detections, scores them fast, writes result files ---
+# --- the metric ---
 
 MMDET_NAMES = {
     "bbox_mAP": "AP",
@@ -231,41 +123,40 @@ MMDET_NAMES = {
     "bbox_AR_m@100": "ARm",
     "bbox_AR_l@100": "ARl",
 }
-"""Metric keys as mmdet's hooks know them → COCO's names."""
+"""mmdet's metric keys → COCO's names."""
 
 
 @METRICS.register_module()
 class FastCocoMetric(BaseMetric):
-    """COCO's box metrics, in the place of mmdet's ``CocoMetric``.
+    """COCO's box metrics; replaces mmdet's ``CocoMetric``.
 
     Metrics are reported as ``coco/bbox_mAP``, ``coco/bbox_mAP_50`` … (:data:`MMDET_NAMES`), unrounded.
-    After :meth:`evaluate` the first rank has the full result in :attr:`result` and those of single
-    sources in :attr:`source_results`.
+    After :meth:`evaluate` the first rank has the full result in :attr:`result` and that of each source in
+    :attr:`source_results`.
 
-    Ground truth comes from ``sources``, or ``ann_file``, or, with neither, from ``instances`` in the data
-    samples (as with ``CocoMetric``). Every image of the ground truth counts, also one that no sample was
-    given for.
+    The ground truth comes from ``sources`` or ``ann_file``, or with neither from ``instances`` in the data
+    samples, as with ``CocoMetric``. All its images are scored, also those without a sample.
 
-    A label becomes a category id by ``dataset_meta['category_ids']`` where the dataset has it (None there:
-    detections of this label are dropped); else, as in mmdet, label ``i`` is the ``i``-th category of the
-    file among those that ``dataset_meta['classes']`` names.
+    A label becomes a category id by ``dataset_meta['category_ids']`` where the dataset has it (None:
+    detections of this label are dropped). Without it, as in mmdet, label ``i`` is the ``i``-th category of
+    the file among ``dataset_meta['classes']``.
 
     Args:
         ann_file: COCO annotation file (or pattern, or folder of shards).
         sources: several ``dict(image_dir=…, json_file=…)``; exclusive with ``ann_file``.
-        eval_class_ids: category ids to score; all when None.
+        eval_class_ids: category ids to score; None for all.
         conf_threshold: detections below this score are dropped.
-        classwise: log a table of the scores of each class.
-        per_source: with several sources, score each one by itself too.
-        image_ids: score these images only (the dataset's ids); all of the ground truth when None.
-        results_dir: folder for ``results.json`` (the twelve figures), ``results_detail.json`` (by class
+        classwise: log a table of the metrics of each class.
+        per_source: with several sources, also score each alone.
+        image_ids: images to score (the dataset's ids); None for all of the ground truth.
+        results_dir: folder for ``results.json`` (the twelve metrics), ``results_detail.json`` (by class
             and source), ``predictions.json``, plots and ``report.html``.
         outfile_prefix: also write predictions as ``<prefix>.bbox.json``, as ``CocoMetric`` does.
         format_only: only write the predictions, for data without ground truth.
         backend: see :func:`ddetr_mm.evaluation.coco_eval.evaluate_boxes`.
-        metric: only ``"bbox"``; there so that configs of ``CocoMetric`` can be kept.
-        collect_device: unused, results are gathered directly; there for the same reason.
-        backend_args: only None; there for the same reason.
+        metric: only ``"bbox"``; accepted for configs of ``CocoMetric``, as the next two.
+        collect_device: unused; results are gathered directly.
+        backend_args: only None.
         prefix: see ``BaseMetric``.
 
     Raises:
@@ -317,18 +208,18 @@ class FastCocoMetric(BaseMetric):
         self._table: CocoTable | None = None
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
-        """Keep what is needed of one batch: arrays of the detections above the threshold."""
+        """Keep the detections of one batch above the threshold, as arrays."""
         for sample in data_samples:
-            found = sample["pred_instances"]
-            scores = found["scores"].detach().cpu().float().numpy()
-            # Not `scores >= threshold`: a NaN must get through to be counted and told.
+            predicted = sample["pred_instances"]
+            scores = predicted["scores"].detach().cpu().float().numpy()
+            # Not `scores >= threshold`: a NaN must pass, so that it is counted and reported.
             keep = ~(scores < self.conf_threshold)
             self.results.append(
                 ImageResult(
                     image_id=int(sample["img_id"]),
-                    boxes_xyxy=found["bboxes"].detach().cpu().float().numpy().reshape(-1, 4)[keep],
+                    boxes_xyxy=predicted["bboxes"].detach().cpu().float().numpy().reshape(-1, 4)[keep],
                     scores=scores[keep],
-                    labels=found["labels"].detach().cpu().numpy()[keep],
+                    labels=predicted["labels"].detach().cpu().numpy()[keep],
                     instances=None if self.sources is not None else sample.get("instances"),
                     image_path=sample.get("img_path") if self.results_dir is not None else None,
                 )
@@ -337,38 +228,41 @@ class FastCocoMetric(BaseMetric):
     def evaluate(self, size: int) -> dict[str, float]:
         """Gather the results of all ranks and score them on the first; all ranks return the metrics.
 
-        Unlike ``BaseMetric.evaluate`` this neither writes files to exchange results nor relies on the
-        order in which samples went to ranks: an image that a sampler gave out twice counts once.
+        Unlike ``BaseMetric.evaluate`` this exchanges no files and does not rely on the order of samples: an
+        image that the sampler repeats is scored once.
 
         Args:
             size: number of images of the dataset.
 
         Raises:
-            RuntimeError: scoring failed on the first rank; there, what it failed with.
+            RuntimeError: scoring failed on the first rank, which raises its own error.
         """
         parts = gather_object(pack(self.results))
         self.results.clear()
-        answer: list[Any] = [None, None]
+        metrics_and_error: list[Any] = [None, None]
         failure: BaseException | None = None
         if is_main_process():
             try:
-                answer[0] = self.compute_metrics(merge_ranks(parts or []), expected=size)
+                metrics_and_error[0] = self.compute_metrics(merge_ranks(parts or []), expected=size)
             except Exception as error:
-                # The other ranks wait for an answer, whatever it is; then this one tells the error.
-                failure, answer[1] = error, f"{type(error).__name__}: {error}"
-        broadcast_object_list(answer)
+                # The other ranks wait for the broadcast; the error is raised after it.
+                failure, metrics_and_error[1] = error, f"{type(error).__name__}: {error}"
+        broadcast_object_list(metrics_and_error)
         if failure is not None:
             raise failure
-        if answer[1] is not None:
-            raise RuntimeError(f"evaluation failed on the first rank: {answer[1]}")
-        return {f"{self.prefix}/{key}" if self.prefix else key: value for key, value in answer[0].items()}
+        if metrics_and_error[1] is not None:
+            raise RuntimeError(f"evaluation failed on the first rank: {metrics_and_error[1]}")
+        return {
+            f"{self.prefix}/{key}" if self.prefix else key: value
+            for key, value in metrics_and_error[0].items()
+        }
 
     def compute_metrics(self, results: list[ImageResult], expected: int | None = None) -> dict[str, float]:
         """Score the merged results of all ranks.
 
         Args:
-            results: one entry an image, each image once.
-            expected: how many images there should be; a smaller number is warned about.
+            results: one entry per image.
+            expected: number of images of the dataset; fewer results are logged as a warning.
 
         Returns:
             Keys of :data:`MMDET_NAMES` without the prefix; empty with ``format_only``.
@@ -377,23 +271,23 @@ class FastCocoMetric(BaseMetric):
         if expected is not None and len(results) < expected:
             logger.warning(f"Only {len(results)} of {expected} images have been evaluated.")
         truth = self._ground_truth(results)
-        found = self._detections(results, truth)
-        self._write_predictions(found)
+        detections = self._detections(results, truth)
+        self._write_predictions(detections)
         if self.format_only:
             return {}
         classes = self._scored_classes(truth)
         self.result = evaluate_boxes(
-            truth, found, category_ids=classes, image_ids=self.image_ids, backend=self.backend
+            truth, detections, category_ids=classes, image_ids=self.image_ids, backend=self.backend
         )
-        self.source_results = self._score_sources(truth, found)
+        self.source_results = self._score_sources(truth, detections)
         self._report(logger, self.result)
         if self.results_dir is not None:
-            # Drawing needs matplotlib, which validation during training should not wait for.
+            # Imports matplotlib, which validation during training does not need.
             from ddetr_mm.evaluation.report import write_report
 
             paths = {one.image_id: one.image_path for one in results if one.image_path}
-            page = write_report(self.results_dir, self.result, self.source_results, truth, found, paths)
-            logger.info(f"Figures and pictures: {page}")
+            page = write_report(self.results_dir, self.result, self.source_results, truth, detections, paths)
+            logger.info(f"Evaluation report: {page}")
         return {key: self.result[name] for key, name in MMDET_NAMES.items()}
 
     def _ground_truth(self, results: list[ImageResult]) -> GroundTruthColumns:
@@ -404,15 +298,15 @@ class FastCocoMetric(BaseMetric):
         return truth_of_table(self._table)
 
     def _detections(self, results: list[ImageResult], truth: GroundTruthColumns) -> DetectionColumns:
-        """Detections of all images, ordered by image id, with category ids in the place of labels."""
+        """Detections of all images, ordered by image id, with category ids instead of labels."""
         known = set(truth.image_ids.tolist())
-        stray = next((result.image_id for result in results if result.image_id not in known), None)
-        if stray is not None:
+        unknown = next((result.image_id for result in results if result.image_id not in known), None)
+        if unknown is not None:
             raise DataError(
                 Problem(
                     "a sample's image id is not in the annotations that it is evaluated with",
                     where="val_evaluator",
-                    value=stray,
+                    value=unknown,
                     hint="give the evaluator the same ann_file or sources as the dataset",
                 )
             )
@@ -424,7 +318,7 @@ class FastCocoMetric(BaseMetric):
         if len(labels) and (labels.max() >= len(label_ids) or labels.min() < 0):
             raise DataError(
                 Problem(
-                    "the model gives labels that the dataset has no class for",
+                    "the model predicts labels that the dataset has no class for",
                     value=int(labels.max() if labels.max() >= len(label_ids) else labels.min()),
                     allowed=f"0 to {len(label_ids) - 1}",
                     hint="make the model's number of classes fit the dataset's",
@@ -442,14 +336,14 @@ class FastCocoMetric(BaseMetric):
         return detections.rows(category_ids >= 0)
 
     def _scored_classes(self, truth: GroundTruthColumns) -> list[int]:
-        """The classes asked for; without such a wish those that the dataset has labels for."""
+        """``eval_class_ids``, by default the classes that the dataset has labels for."""
         if self.eval_class_ids is not None:
             return self.eval_class_ids
         labelled = set(self._label_ids(truth).tolist())
         return [number for number in truth.category_names if number in labelled]
 
     def _label_ids(self, truth: GroundTruthColumns | None) -> np.ndarray:
-        """(labels,) int64 category id of each label; -1 where the label stands for no category."""
+        """(labels,) int64 category id of each label; -1 for a label without a category."""
         meta = self.dataset_meta or {}
         if meta.get("category_ids") is not None:
             ids = [-1 if number is None else int(number) for number in meta["category_ids"]]
@@ -463,20 +357,22 @@ class FastCocoMetric(BaseMetric):
     def _class_names(self) -> list[str]:
         return list((self.dataset_meta or {}).get("classes") or ())
 
-    def _write_predictions(self, found: DetectionColumns) -> None:
+    def _write_predictions(self, detections: DetectionColumns) -> None:
         paths = [] if self.results_dir is None else [self.results_dir / "predictions.json"]
         if self.outfile_prefix is not None:
             paths.append(Path(f"{self.outfile_prefix}.bbox.json"))
         for path in paths:
-            write_predictions_json(path, found, self._table)
+            write_predictions_json(path, detections, self._table)
 
-    def _score_sources(self, truth: GroundTruthColumns, found: DetectionColumns) -> dict[str, CocoResult]:
+    def _score_sources(
+        self, truth: GroundTruthColumns, detections: DetectionColumns
+    ) -> dict[str, CocoResult]:
         if not self.per_source or self._table is None or self.sources is None or len(self.sources) < 2:
             return {}
         return {
             f"{number}: {source['json_file']}": evaluate_boxes(
                 truth,
-                found,
+                detections,
                 category_ids=self._scored_classes(truth),
                 image_ids=self._table.image_ids[self._table.source_indices == number],
                 backend=self.backend,
@@ -494,7 +390,7 @@ class FastCocoMetric(BaseMetric):
 
 
 def truth_of_table(table: CocoTable) -> GroundTruthColumns:
-    """The ground truth of read sources, under their unique image ids."""
+    """The ground truth of sources, with the table's unique image ids."""
     return GroundTruthColumns(
         image_ids=table.image_ids,
         box_image_ids=table.image_ids[table.box_image_rows],
@@ -509,13 +405,13 @@ def truth_of_table(table: CocoTable) -> GroundTruthColumns:
 def _truth_of_samples(
     results: list[ImageResult], label_ids: np.ndarray, class_names: list[str]
 ) -> GroundTruthColumns:
-    """The ground truth that the data samples carry: boxes xyxy, areas from the boxes."""
+    """The ground truth in the data samples' instances; areas are those of the boxes."""
     rows: list[tuple[int, Sequence[float], int, bool]] = []
     for result in results:
         if result.instances is None:
             raise DataError(
                 Problem(
-                    "has nothing to compare detections with",
+                    "has no ground truth to compare detections with",
                     where="val_evaluator",
                     hint="give it ann_file or sources, or let PackDetInputs pass on 'instances'",
                 )
@@ -544,3 +440,110 @@ def _truth_of_samples(
             if number >= 0
         },
     )
+
+
+# --- detections as a COCO result file ---
+
+
+def write_predictions_json(path: str | Path, detections: DetectionColumns, table: CocoTable | None) -> Path:
+    """Write detections in COCO's result format: a list of image_id, category_id, bbox (xywh), score.
+
+    Image ids are those of the annotation files. With several sources an id may occur twice, so each entry
+    also has ``source`` (index in the list of sources) and ``file_name``, which readers of the format ignore.
+    Detections with non-finite numbers, which JSON lacks, are left out.
+
+    Args:
+        path: the file, written whole or not at all.
+        detections: with the table's unique image ids.
+        table: the sources; None where the ids are those of the file already.
+    """
+    detections = detections.rows(detections.finite_rows())
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write("[")
+        for number, record in enumerate(_records(detections, table)):
+            file.write(",\n" if number else "\n")
+            file.write(json.dumps(record, ensure_ascii=False))
+        file.write("\n]\n")
+    return Path(path)
+
+
+def _records(detections: DetectionColumns, table: CocoTable | None) -> Iterator[dict[str, Any]]:
+    columns = zip(
+        detections.image_ids.tolist(),
+        detections.category_ids.tolist(),
+        detections.boxes_xywh.tolist(),
+        detections.scores.tolist(),
+        strict=True,
+    )
+    if table is None:
+        for image, category, box, score in columns:
+            yield {"image_id": image, "category_id": category, "bbox": box, "score": score}
+        return
+    rows = dict(zip(table.image_ids.tolist(), range(table.num_images), strict=True))
+    original = table.original_image_ids.tolist()
+    several = bool(np.any(table.source_indices != table.source_indices[0])) if table.num_images else False
+    for image, category, box, score in columns:
+        row = rows[image]
+        record = {"image_id": original[row], "category_id": category, "bbox": box, "score": score}
+        if several:
+            record |= {"source": int(table.source_indices[row]), "file_name": table.file_name(row)}
+        yield record
+
+
+# --- results as tables for the log ---
+
+_PRECISIONS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def class_table(result: CocoResult) -> str:
+    """One line per class: id, name, ground-truth boxes, detections, average precisions and recall.
+
+    Undefined metrics are shown as ``-``. The last line has the metrics over all classes.
+    """
+    rows: list[Sequence[str]] = [
+        (
+            str(entry.category_id),
+            entry.name,
+            str(entry.num_boxes),
+            str(entry.num_detections),
+            *(_metric_text(getattr(entry, name)) for name in _PRECISIONS),
+            _metric_text(entry.AR),
+        )
+        for entry in result.per_class
+    ]
+    totals = [_metric_text(result[name]) for name in (*_PRECISIONS, "ARmax100")]
+    rows.append(("", "all", str(result.num_boxes), str(result.num_detections), *totals))
+    return _render(("id", "class", "boxes", "detections", *_PRECISIONS, "AR"), rows)
+
+
+def source_table(results: Mapping[str, CocoResult]) -> str:
+    """One line per source, with its twelve metrics."""
+    rows = [
+        (name, str(result.num_images), *(_metric_text(result[metric]) for metric in METRIC_NAMES))
+        for name, result in results.items()
+    ]
+    return _render(("source", "images", *METRIC_NAMES), rows)
+
+
+def _metric_text(value: float) -> str:
+    return "-" if value == UNDEFINED else f"{value:.3f}"
+
+
+def _render(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The table as text, as wide as its content."""
+    table = Table(box=box.ASCII)
+    for header in headers:
+        is_text = header in ("class", "source")
+        table.add_column(header, justify="left" if is_text else "right")
+    lines = list(rows)
+    for row in lines:
+        # A class may be named "[bold]", which rich would read as markup.
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    width = 10 + sum(
+        3 + max(len(header), *(len(row[column]) for row in lines)) for column, header in enumerate(headers)
+    )
+    console = Console(
+        file=io.StringIO(), width=width, color_system=None, force_terminal=False, highlight=False
+    )
+    console.print(table)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

@@ -1,4 +1,8 @@
-"""Match predictions with ground truth, count errors, and find the worst images."""
+"""Matches detections with the ground truth, counts the errors by class, and draws the worst images.
+
+For pictures and counts of errors at one score threshold; AP comes from :mod:`ddetr_mm.evaluation.coco_eval`.
+Legend: N ground-truth boxes, D detections, K classes.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +16,30 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ddetr_mm.evaluation.coco_eval import DetectionColumns, GroundTruthColumns
 
-# --- Which detections hit which objects at an overlap of one half: for pictures of mistakes, not for AP ---
-# Legend: I images, N ground-truth boxes, D detections. Overlap is intersection over union; with a crowd region
-# it is the share of the detection that lies inside, as COCO has it.
+# --- true positives, false positives and false negatives ---
 
-OVERLAP = 0.5
+MATCH_IOU = 0.5
+"""Least IoU of a match."""
 LEAST_SCORE = 0.05
-"""Detections below are left out: they are many, and no threshold in use lets them through."""
+"""Detections with lower scores are left out: they are many, and below any threshold in use."""
 
 
 @dataclass(frozen=True)
 class Matching:
-    """What became of every detection and every object.
+    """The matches between detections and ground truth.
 
     Attributes:
         truth: the ground truth.
-        detections: those that were matched, with scores of :data:`LEAST_SCORE` or more.
-        object_of: (D,) the row in ``truth`` of the object of its own class that a detection hit, first come
-            by score; -1 for none.
-        on_crowd: (D,) whether a detection that hit no object lies on a crowd region of its class.
-        threshold: the score from which on detections count, where the F1 score over all classes is best;
-            0.5 where nothing is hit.
+        detections: those with scores of :data:`LEAST_SCORE` or more.
+        truth_row_of: (D,) the row in ``truth`` that a detection matches, of its own class; -1 for none.
+        on_crowd: (D,) whether a detection without a match lies on a crowd region of its class.
+        threshold: the score threshold with the best F1 over all classes; 0.5 where there is no match.
         precision, recall, f1: at that threshold, over all classes, 0..1.
     """
 
     truth: GroundTruthColumns
     detections: DetectionColumns
-    object_of: npt.NDArray[np.int64]
+    truth_row_of: npt.NDArray[np.int64]
     on_crowd: npt.NDArray[np.bool_]
     threshold: float
     precision: float
@@ -47,111 +48,116 @@ class Matching:
 
     @property
     def counts(self) -> npt.NDArray[np.bool_]:
-        """(D,) whether a detection counts: its score reaches the threshold and it lies on no crowd."""
+        """(D,) detections whose score reaches the threshold, without those on crowds."""
         return (self.detections.scores >= self.threshold) & ~self.on_crowd
 
     @property
-    def hits(self) -> npt.NDArray[np.bool_]:
-        """(D,) detections that count and hit an object of their class."""
-        return self.counts & (self.object_of >= 0)
+    def true_positives(self) -> npt.NDArray[np.bool_]:
+        """(D,) detections that count and match a box of their class."""
+        return self.counts & (self.truth_row_of >= 0)
 
     @property
-    def missed(self) -> npt.NDArray[np.bool_]:
-        """(N,) objects, crowds aside, that no detection that counts has hit."""
-        missed = ~self.truth.iscrowd
-        missed[self.object_of[self.hits]] = False
-        return missed
+    def false_negatives(self) -> npt.NDArray[np.bool_]:
+        """(N,) ground-truth boxes, without crowds, that no detection that counts matches."""
+        unmatched = ~self.truth.iscrowd
+        unmatched[self.truth_row_of[self.true_positives]] = False
+        return unmatched
 
 
 def match(truth: GroundTruthColumns, detections: DetectionColumns) -> Matching:
-    """Match by COCO's rule at one overlap: best score first, each to the free object it overlaps most."""
-    rows = detections.finite_rows()
-    rows[rows] = detections.scores[rows] >= LEAST_SCORE
-    chosen = detections.rows(rows)
-    object_of = np.full(len(chosen), -1, dtype=np.int64)
+    """Match by COCO's rule at one IoU: best score first, each with the unmatched box of the highest IoU."""
+    keep = detections.finite_rows()
+    keep[keep] = detections.scores[keep] >= LEAST_SCORE
+    chosen = detections.rows(keep)
+    truth_row_of = np.full(len(chosen), -1, dtype=np.int64)
     on_crowd = np.zeros(len(chosen), dtype=bool)
-    for objects, found in _by_image(truth, chosen):
-        overlaps = overlap_matrix(chosen.boxes_xywh[found], truth.boxes_xywh[objects], truth.iscrowd[objects])
-        same = chosen.category_ids[found][:, None] == truth.category_ids[objects][None]
-        overlaps = np.where(same & (overlaps >= OVERLAP), overlaps, 0.0)
-        crowd = truth.iscrowd[objects]
-        free = ~crowd
-        for place in np.argsort(-chosen.scores[found], kind="stable"):
-            candidates = overlaps[place] * free
+    for truth_rows, rows in _by_image(truth, chosen):
+        crowd = truth.iscrowd[truth_rows]
+        ious = iou_matrix(chosen.boxes_xywh[rows], truth.boxes_xywh[truth_rows], crowd)
+        same = chosen.category_ids[rows][:, None] == truth.category_ids[truth_rows][None]
+        ious = np.where(same & (ious >= MATCH_IOU), ious, 0.0)
+        unmatched = ~crowd
+        for place in np.argsort(-chosen.scores[rows], kind="stable"):
+            candidates = ious[place] * unmatched
             best = int(candidates.argmax())
             if candidates[best] > 0:
-                object_of[found[place]] = objects[best]
-                free[best] = False
-            elif (overlaps[place] * crowd).any():
-                on_crowd[found[place]] = True
-    return Matching(truth, chosen, object_of, on_crowd, *_best_threshold(truth, chosen, object_of, on_crowd))
+                truth_row_of[rows[place]] = truth_rows[best]
+                unmatched[best] = False
+            elif (ious[place] * crowd).any():
+                on_crowd[rows[place]] = True
+    best_threshold = _best_threshold(truth, chosen, truth_row_of, on_crowd)
+    return Matching(truth, chosen, truth_row_of, on_crowd, *best_threshold)
 
 
 def _by_image(
     truth: GroundTruthColumns, detections: DetectionColumns
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """Rows of objects and rows of detections of every image that has both."""
-    object_order = np.argsort(truth.box_image_ids, kind="stable")
-    found_order = np.argsort(detections.image_ids, kind="stable")
-    object_ids, found_ids = truth.box_image_ids[object_order], detections.image_ids[found_order]
-    for image in np.intersect1d(object_ids, found_ids):
-        objects = object_order[slice(*np.searchsorted(object_ids, [image, image + 1]))]
-        found = found_order[slice(*np.searchsorted(found_ids, [image, image + 1]))]
-        yield objects, found
+    """Ground-truth rows and detection rows of every image that has both."""
+    truth_order = np.argsort(truth.box_image_ids, kind="stable")
+    order = np.argsort(detections.image_ids, kind="stable")
+    truth_ids, ids = truth.box_image_ids[truth_order], detections.image_ids[order]
+    for image in np.intersect1d(truth_ids, ids):
+        truth_rows = truth_order[slice(*np.searchsorted(truth_ids, [image, image + 1]))]
+        yield truth_rows, order[slice(*np.searchsorted(ids, [image, image + 1]))]
 
 
-def overlap_matrix(
-    found_xywh: npt.NDArray[np.float64], objects_xywh: npt.NDArray[np.float64], crowd: npt.NDArray[np.bool_]
+def iou_matrix(
+    boxes_xywh: npt.NDArray[np.float64], truth_xywh: npt.NDArray[np.float64], crowd: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.float64]:
-    """(d, n) overlaps of detections (d, 4) with objects (n, 4), those with ``crowd`` (n,) by COCO's rule."""
-    found_end, object_end = found_xywh[:, :2] + found_xywh[:, 2:], objects_xywh[:, :2] + objects_xywh[:, 2:]
-    sides = np.minimum(found_end[:, None], object_end[None]) - np.maximum(
-        found_xywh[:, None, :2], objects_xywh[None, :, :2]
-    )
-    common = np.clip(sides, 0, None).prod(axis=2)
-    areas = found_xywh[:, 2:].prod(axis=1)[:, None]
-    union = np.where(crowd[None], areas, areas + objects_xywh[:, 2:].prod(axis=1)[None] - common)
-    return common / np.maximum(union, 1e-12)
+    """(D, N) IoU of detections (D, 4) and ground truth (N, 4).
+
+    For a crowd region (``crowd``, (N,)) it is the share of the detection inside it, as in COCO.
+    """
+    ends, truth_ends = boxes_xywh[:, :2] + boxes_xywh[:, 2:], truth_xywh[:, :2] + truth_xywh[:, 2:]
+    starts = np.maximum(boxes_xywh[:, None, :2], truth_xywh[None, :, :2])
+    sides = np.minimum(ends[:, None], truth_ends[None]) - starts
+    intersection = np.clip(sides, 0, None).prod(axis=2)
+    areas = boxes_xywh[:, 2:].prod(axis=1)[:, None]
+    union = np.where(crowd[None], areas, areas + truth_xywh[:, 2:].prod(axis=1)[None] - intersection)
+    return intersection / np.maximum(union, 1e-12)
 
 
 def _best_threshold(
     truth: GroundTruthColumns,
     detections: DetectionColumns,
-    object_of: npt.NDArray[np.int64],
+    truth_row_of: npt.NDArray[np.int64],
     on_crowd: npt.NDArray[np.bool_],
 ) -> tuple[float, float, float, float]:
-    """The threshold with the best F1 score, and precision, recall and F1 there."""
-    num_objects = int((~truth.iscrowd).sum())
+    """The score threshold with the best F1, and precision, recall and F1 there."""
+    num_truth = int((~truth.iscrowd).sum())
     counted = np.flatnonzero(~on_crowd)
     order = counted[np.argsort(-detections.scores[counted], kind="stable")]
-    if not len(order) or not num_objects:
+    if not len(order) or not num_truth:
         return 0.5, 0.0, 0.0, 0.0
-    hits = np.cumsum(object_of[order] >= 0)
-    if not hits[-1]:
+    num_true = np.cumsum(truth_row_of[order] >= 0)
+    if not num_true[-1]:
         return 0.5, 0.0, 0.0, 0.0
-    f1 = 2 * hits / (np.arange(1, len(order) + 1) + num_objects)
-    # Detections of one score come through together.
+    f1 = 2 * num_true / (np.arange(1, len(order) + 1) + num_truth)
+    # A threshold lets detections of equal scores pass together.
     scores = detections.scores[order]
     last_of_score = np.append(scores[1:] < scores[:-1], True)
     best = int(np.where(last_of_score, f1, -1).argmax())
     return (
         float(scores[best]),
-        float(hits[best] / (best + 1)),
-        float(hits[best] / num_objects),
+        float(num_true[best] / (best + 1)),
+        float(num_true[best] / num_truth),
         float(f1[best]),
     )
 
 
+# --- the confusion matrix ---
+
+
 @dataclass(frozen=True)
-class Confusions:
-    """Who was taken for whom at the matching's threshold.
+class ConfusionMatrix:
+    """The confusion matrix at the matching's score threshold.
 
     Attributes:
         category_ids: (K,) classes, ascending.
-        counts: (K + 1, K + 1) rows are what is there, columns what was found; the last row is "nothing
-            there", the last column "not found".
-        confused_with: (D,) for detections that count and hit no object of their class: the row of a missed
-            object of another class that they overlap; -1 for the others.
+        counts: (K + 1, K + 1) rows are the ground truth, columns the predicted class; the last of both is
+            background: false positives in the last row, false negatives in the last column.
+        confused_with: (D,) for detections that count and match no box of their class: the row of the
+            unmatched ground-truth box of another class that they match; -1 for the others.
     """
 
     category_ids: npt.NDArray[np.int64]
@@ -159,12 +165,12 @@ class Confusions:
     confused_with: npt.NDArray[np.int64]
 
 
-def confusions(matching: Matching, category_ids: npt.NDArray[np.int64]) -> Confusions:
-    """Match what is left over after :func:`match` between classes, and count."""
-    truth, found = matching.truth, matching.detections
-    confused_with = np.full(len(found), -1, dtype=np.int64)
-    wrong = np.flatnonzero(matching.counts & ~matching.hits)
-    missed = np.flatnonzero(matching.missed)
+def confusion_matrix(matching: Matching, category_ids: npt.NDArray[np.int64]) -> ConfusionMatrix:
+    """Match what :func:`match` left unmatched across classes, and count."""
+    truth, detections = matching.truth, matching.detections
+    confused_with = np.full(len(detections), -1, dtype=np.int64)
+    wrong = np.flatnonzero(matching.counts & ~matching.true_positives)
+    missed = np.flatnonzero(matching.false_negatives)
     left_truth = GroundTruthColumns(
         image_ids=truth.image_ids,
         box_image_ids=truth.box_image_ids[missed],
@@ -174,111 +180,110 @@ def confusions(matching: Matching, category_ids: npt.NDArray[np.int64]) -> Confu
         areas=truth.areas[missed],
         category_names=truth.category_names,
     )
-    left_found = found.rows(wrong)
-    for objects, rows in _by_image(left_truth, left_found):
-        overlaps = overlap_matrix(
-            left_found.boxes_xywh[rows], left_truth.boxes_xywh[objects], left_truth.iscrowd[objects]
+    left = detections.rows(wrong)
+    for truth_rows, rows in _by_image(left_truth, left):
+        ious = iou_matrix(
+            left.boxes_xywh[rows], left_truth.boxes_xywh[truth_rows], left_truth.iscrowd[truth_rows]
         )
-        free = np.ones(len(objects), dtype=bool)
-        for place in np.argsort(-left_found.scores[rows], kind="stable"):
-            candidates = np.where(overlaps[place] >= OVERLAP, overlaps[place], 0) * free
+        unmatched = np.ones(len(truth_rows), dtype=bool)
+        for place in np.argsort(-left.scores[rows], kind="stable"):
+            candidates = np.where(ious[place] >= MATCH_IOU, ious[place], 0) * unmatched
             best = int(candidates.argmax())
             if candidates[best] > 0:
-                confused_with[wrong[rows[place]]] = missed[objects[best]]
-                free[best] = False
-    return Confusions(category_ids, _counted(matching, category_ids, confused_with), confused_with)
+                confused_with[wrong[rows[place]]] = missed[truth_rows[best]]
+                unmatched[best] = False
+    return ConfusionMatrix(category_ids, _counted(matching, category_ids, confused_with), confused_with)
 
 
 def _counted(
     matching: Matching, category_ids: npt.NDArray[np.int64], confused_with: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    truth, found = matching.truth, matching.detections
+    """The counts of :class:`ConfusionMatrix`."""
     size = len(category_ids)
     counts = np.zeros((size + 1, size + 1), dtype=np.int64)
-    object_places = np.searchsorted(category_ids, truth.category_ids)
-    found_places = np.searchsorted(category_ids, found.category_ids)
-    np.add.at(counts, (found_places[matching.hits],) * 2, 1)
+    truth_places = np.searchsorted(category_ids, matching.truth.category_ids)
+    places = np.searchsorted(category_ids, matching.detections.category_ids)
+    np.add.at(counts, (places[matching.true_positives],) * 2, 1)
     confused = np.flatnonzero(confused_with >= 0)
-    np.add.at(counts, (object_places[confused_with[confused]], found_places[confused]), 1)
-    nothing = matching.counts & ~matching.hits & (confused_with < 0)
-    np.add.at(counts[size], found_places[nothing], 1)
-    missed = matching.missed
-    missed[confused_with[confused]] = False
-    np.add.at(counts[:, size], object_places[missed], 1)
+    np.add.at(counts, (truth_places[confused_with[confused]], places[confused]), 1)
+    background = matching.counts & ~matching.true_positives & (confused_with < 0)
+    np.add.at(counts[size], places[background], 1)
+    unmatched = matching.false_negatives
+    unmatched[confused_with[confused]] = False
+    np.add.at(counts[:, size], truth_places[unmatched], 1)
     return counts
 
 
-# --- The images with the most mistakes, drawn with what is there and what was found ---
+# --- the images with the most mistakes ---
 
 MOST_IMAGES = 50
 LONG_SIDE_PX = 640
 
-RIGHT, MISSED, WRONG_CLASS, NOTHING_THERE = "#2ca02c", "#e377c2", "#ff7f0e", "#d62728"
-"""Colours: found; not found; found as another class; found where nothing is."""
+TRUE_POSITIVE, FALSE_NEGATIVE, WRONG_CLASS, FALSE_POSITIVE = "#2ca02c", "#e377c2", "#ff7f0e", "#d62728"
+"""Colours of boxes; a detection that matches a box of another class is drawn as wrong class."""
 
 
 @dataclass(frozen=True)
 class WorstImage:
-    """One image and its mistakes at the matching's threshold.
+    """An image and its mistakes at the matching's score threshold.
 
     Attributes:
         image_id: the dataset's id.
-        path: the image file, or None where it is not known.
-        num_missed: objects that were not found.
-        num_wrong_class: objects that were found as another class.
-        num_nothing_there: detections where nothing is.
-        num_right: objects that were found.
+        path: the image file; None where it is unknown.
+        num_false_negatives: ground-truth boxes without a match.
+        num_wrong_class: detections that match a box of another class.
+        num_false_positives: detections on background.
+        num_true_positives: detections that match a box of their class.
     """
 
     image_id: int
     path: str | None
-    num_missed: int
+    num_false_negatives: int
     num_wrong_class: int
-    num_nothing_there: int
-    num_right: int
+    num_false_positives: int
+    num_true_positives: int
 
     @property
     def num_mistakes(self) -> int:
-        """All mistakes."""
-        return self.num_missed + self.num_wrong_class + self.num_nothing_there
+        """The sum of all mistakes."""
+        return self.num_false_negatives + self.num_wrong_class + self.num_false_positives
 
 
 def worst_images(
-    matching: Matching, mistaken: Confusions, paths: Mapping[int, str], most: int = MOST_IMAGES
+    matching: Matching, matrix: ConfusionMatrix, paths: Mapping[int, str], most: int = MOST_IMAGES
 ) -> list[WorstImage]:
     """The images with the most mistakes, the worst first; images without a mistake are left out.
 
     Args:
         matching: from :func:`ddetr_mm.evaluation.mistakes.match`.
-        mistaken: from :func:`ddetr_mm.evaluation.mistakes.confusions`.
+        matrix: from :func:`ddetr_mm.evaluation.mistakes.confusion_matrix`.
         paths: image id → file.
-        most: how many at most.
+        most: the largest number of images.
     """
-    truth, found = matching.truth, matching.detections
-    ids = truth.image_ids
-    wrong_class = mistaken.confused_with >= 0
-    missed = matching.missed
-    missed[mistaken.confused_with[wrong_class]] = False
-    nothing = matching.counts & ~matching.hits & ~wrong_class
+    truth, detections = matching.truth, matching.detections
+    wrong_class = matrix.confused_with >= 0
+    false_negatives = matching.false_negatives
+    false_negatives[matrix.confused_with[wrong_class]] = False
+    false_positives = matching.counts & ~matching.true_positives & ~wrong_class
+    sorted_ids = np.sort(truth.image_ids)
 
     def per_image(image_ids: np.ndarray) -> np.ndarray:
         known, counts = np.unique(image_ids, return_counts=True)
-        total = np.zeros(len(ids), dtype=np.int64)
+        total = np.zeros(len(sorted_ids), dtype=np.int64)
         total[np.searchsorted(sorted_ids, known)] = counts
         return total
 
-    sorted_ids = np.sort(ids)
     figures = np.stack(
         [
-            per_image(truth.box_image_ids[missed]),
-            per_image(found.image_ids[wrong_class]),
-            per_image(found.image_ids[nothing]),
-            per_image(found.image_ids[matching.hits]),
+            per_image(truth.box_image_ids[false_negatives]),
+            per_image(detections.image_ids[wrong_class]),
+            per_image(detections.image_ids[false_positives]),
+            per_image(detections.image_ids[matching.true_positives]),
         ]
     )
     mistakes = figures[:3].sum(axis=0)
-    share_right = figures[3] / np.maximum(mistakes + figures[3], 1)
-    order = np.lexsort((sorted_ids, share_right, -mistakes))[:most]
+    share_true = figures[3] / np.maximum(mistakes + figures[3], 1)
+    order = np.lexsort((sorted_ids, share_true, -mistakes))[:most]
     return [
         WorstImage(int(sorted_ids[row]), paths.get(int(sorted_ids[row])), *figures[:, row].tolist())
         for row in order
@@ -286,36 +291,37 @@ def worst_images(
     ]
 
 
-def draw_worst_image(worst: WorstImage, matching: Matching, mistaken: Confusions) -> bytes | None:
-    """A JPEG of an image with its objects and detections; None where its file cannot be read."""
+def draw_worst_image(worst: WorstImage, matching: Matching, matrix: ConfusionMatrix) -> bytes | None:
+    """A JPEG of an image with its true positives and mistakes; None where the file cannot be read."""
     if worst.path is None:
         return None
     try:
         with Image.open(worst.path) as image:
             picture = ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None  # evaluation is over: a picture less is no reason to fail
+        return None  # the report is written without this picture
     scale = min(LONG_SIDE_PX / max(picture.size), 4.0)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
     picture = picture.resize(size, Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(picture)
-    truth, found = matching.truth, matching.detections
+    truth, detections = matching.truth, matching.detections
     names = truth.category_names
-    of_image = found.image_ids == worst.image_id
-    missed = matching.missed & (truth.box_image_ids == worst.image_id)
-    confused = mistaken.confused_with >= 0
-    missed[mistaken.confused_with[confused]] = False
-    for row in np.flatnonzero(matching.hits & of_image):
-        _box(draw, found.boxes_xywh[row] * scale, RIGHT, "", width=1)
-    for row in np.flatnonzero(missed):
-        _box(draw, truth.boxes_xywh[row] * scale, MISSED, f"missed {names[int(truth.category_ids[row])]}")
-    for row in np.flatnonzero(matching.counts & ~matching.hits & of_image):
-        name = f"{names.get(int(found.category_ids[row]), '?')} {found.scores[row]:.2f}"
+    of_image = detections.image_ids == worst.image_id
+    false_negatives = matching.false_negatives & (truth.box_image_ids == worst.image_id)
+    confused = matrix.confused_with >= 0
+    false_negatives[matrix.confused_with[confused]] = False
+    for row in np.flatnonzero(matching.true_positives & of_image):
+        _box(draw, detections.boxes_xywh[row] * scale, TRUE_POSITIVE, "", width=1)
+    for row in np.flatnonzero(false_negatives):
+        name = names[int(truth.category_ids[row])]
+        _box(draw, truth.boxes_xywh[row] * scale, FALSE_NEGATIVE, f"not detected: {name}")
+    for row in np.flatnonzero(matching.counts & ~matching.true_positives & of_image):
+        name = f"{names.get(int(detections.category_ids[row]), '?')} {detections.scores[row]:.2f}"
         if confused[row]:
-            real = names[int(truth.category_ids[mistaken.confused_with[row]])]
-            _box(draw, found.boxes_xywh[row] * scale, WRONG_CLASS, f"{name}, is {real}")
+            truth_name = names[int(truth.category_ids[matrix.confused_with[row]])]
+            _box(draw, detections.boxes_xywh[row] * scale, WRONG_CLASS, f"{name}, is {truth_name}")
         else:
-            _box(draw, found.boxes_xywh[row] * scale, NOTHING_THERE, name)
+            _box(draw, detections.boxes_xywh[row] * scale, FALSE_POSITIVE, name)
     content = io.BytesIO()
     picture.save(content, format="JPEG", quality=82)
     return content.getvalue()

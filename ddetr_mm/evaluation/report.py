@@ -1,4 +1,4 @@
-"""Plots and the HTML report of an evaluation."""
+"""Writes the report of an evaluation: JSON files, plots, and an HTML page with the worst images."""
 
 from __future__ import annotations
 
@@ -26,32 +26,31 @@ from ddetr_mm.evaluation.coco_eval import (
     write_results_json,
 )
 from ddetr_mm.evaluation.mistakes import (
+    FALSE_NEGATIVE,
+    FALSE_POSITIVE,
     LEAST_SCORE,
-    MISSED,
-    NOTHING_THERE,
-    RIGHT,
+    TRUE_POSITIVE,
     WRONG_CLASS,
-    Confusions,
+    ConfusionMatrix,
     Matching,
     WorstImage,
-    confusions,
+    confusion_matrix,
     draw_worst_image,
     match,
     worst_images,
 )
 from ddetr_mm.files import garbage_collection_paused, write_text_whole, written_whole
 
-# --- Matplotlib figures that give their memory back when they have been drawn ---
+# --- matplotlib figures ---
 
 
 @contextmanager
 def freed_figures() -> Iterator[None]:
-    """Free the figures that are made within; as a decorator, those of a function.
+    """Free the figures made inside the block, or by the decorated function.
 
-    A figure, its axes and its canvas refer to each other, so only Python's search for unreachable cycles
-    frees them: about 8 MB each. The full search is rare in a long run and slow, and until then every drawing
-    adds to the process. Here nothing is searched while the figures grow, so they are all among the youngest
-    objects at the end, and searching those alone takes milliseconds.
+    A figure, its axes and its canvas form a reference cycle of about 8 MB, which a long run would keep until
+    the next full garbage collection. With collection paused meanwhile, the figures stay in the youngest
+    generation, which is collected at the end in milliseconds.
     """
     with garbage_collection_paused():
         try:
@@ -63,7 +62,7 @@ def freed_figures() -> Iterator[None]:
 def save_png(path: str | Path, figure: Figure) -> Path:
     """Draw a figure into a PNG file, written whole or not at all.
 
-    The figure gets a canvas of its own: pyplot would keep every figure, and pick a display.
+    The figure gets its own canvas, since pyplot would keep every figure and choose a display.
     """
     canvas = FigureCanvasAgg(figure)
     with written_whole(path) as temporary:
@@ -71,7 +70,7 @@ def save_png(path: str | Path, figure: Figure) -> Path:
     return Path(path)
 
 
-# --- Pictures of an evaluation: precision over recall, classes, confusions, scores ---
+# --- plots ---
 
 MOST_NAMED_CLASSES = 10
 MOST_BARS = 60
@@ -80,24 +79,24 @@ MOST_CONFUSED = 30
 
 @freed_figures()
 def draw_precision_recall(path: str | Path, result: CocoResult) -> Path:
-    """Precision over recall: over all classes at four overlaps, and by class at an overlap of 0.5.
+    """Precision over recall: of all classes at four IoU thresholds, and by class at IoU 0.5.
 
-    With many classes only the :data:`MOST_NAMED_CLASSES` with most ground truth are drawn by themselves.
+    By class, the :data:`MOST_NAMED_CLASSES` with the most ground truth are drawn.
 
     Args:
         path: a PNG file, written whole or not at all.
         result: the evaluation; classes without ground truth are left out.
     """
     figure = Figure(figsize=(11, 5), dpi=110, layout="constrained")
-    by_overlap, by_class = figure.subplots(1, 2, sharey=True)
+    by_iou, by_class = figure.subplots(1, 2, sharey=True)
     precision = np.where(result.precision > UNDEFINED, result.precision, np.nan)  # (T, R, K)
     with_truth = np.asarray(~np.isnan(precision).all(axis=(0, 1)))
-    for overlap in (0.5, 0.6, 0.75, 0.9):
+    for iou in (0.5, 0.6, 0.75, 0.9):
         if with_truth.any():
-            row = int(np.argmin(np.abs(IOU_THRESHOLDS - overlap)))
+            row = int(np.argmin(np.abs(IOU_THRESHOLDS - iou)))
             mean = np.nanmean(precision[row][:, with_truth], axis=1)
-            by_overlap.plot(RECALL_THRESHOLDS, mean, label=f"overlap {overlap:.2f}: AP {np.mean(mean):.3f}")
-    by_overlap.set_title("all classes")
+            by_iou.plot(RECALL_THRESHOLDS, mean, label=f"IoU {iou:.2f}: AP {np.mean(mean):.3f}")
+    by_iou.set_title("all classes")
     columns = [column for column in range(len(result.per_class)) if with_truth[column]]
     columns.sort(key=lambda column: -result.per_class[column].num_boxes)
     for column in columns[:MOST_NAMED_CLASSES]:
@@ -105,13 +104,13 @@ def draw_precision_recall(path: str | Path, result: CocoResult) -> Path:
         label = f"{_short(entry.name)}: AP50 {entry.AP50:.3f}"
         by_class.plot(RECALL_THRESHOLDS, precision[0, :, column], label=label, linewidth=1.2)
     left_out = len(columns) - MOST_NAMED_CLASSES
-    by_class.set_title("overlap 0.50" + (f" ({left_out} rarer classes not drawn)" if left_out > 0 else ""))
-    for axes in (by_overlap, by_class):
+    by_class.set_title("IoU 0.50" + (f" ({left_out} rarer classes not drawn)" if left_out > 0 else ""))
+    for axes in (by_iou, by_class):
         axes.set(xlabel="recall", xlim=(0, 1), ylim=(0, 1.02))
         axes.grid(True, alpha=0.3)
         if axes.lines:
             axes.legend(loc="lower left", fontsize=8)
-    by_overlap.set_ylabel("precision")
+    by_iou.set_ylabel("precision")
     return save_png(path, figure)
 
 
@@ -133,7 +132,7 @@ def draw_class_precision(path: str | Path, result: CocoResult) -> Path:
     axes.barh(places, [max(entry.AP50, 0) for entry in shown], color="#c6dbef", label="AP50")
     axes.barh(places, [max(entry.AP, 0) for entry in shown], height=0.5, color="#2171b5", label="AP")
     axes.set_yticks(places, [f"{_short(entry.name)} ({entry.num_boxes})" for entry in shown], fontsize=8)
-    axes.set(xlim=(0, 1), xlabel="average precision (in brackets: boxes of the ground truth)")
+    axes.set(xlim=(0, 1), xlabel="average precision (in brackets: ground-truth boxes)")
     if len(entries) > len(shown):
         axes.set_title(f"the {len(shown)} worst of {len(entries)} classes")
     axes.grid(True, axis="x", alpha=0.3)
@@ -142,35 +141,35 @@ def draw_class_precision(path: str | Path, result: CocoResult) -> Path:
 
 
 @freed_figures()
-def draw_confusions(
-    path: str | Path, mistaken: Confusions, names: Mapping[int, str], threshold: float
+def draw_confusion_matrix(
+    path: str | Path, matrix: ConfusionMatrix, names: Mapping[int, str], threshold: float
 ) -> Path:
-    """The confusion matrix: rows are what is there, columns what was found, shares of each row as shades.
+    """The confusion matrix: rows are the ground truth, columns the predicted class, shades the row's shares.
 
-    With more than :data:`MOST_CONFUSED` classes those with the most mistakes are drawn.
+    With more than :data:`MOST_CONFUSED` classes, those with the most mistakes are drawn.
 
     Args:
         path: a PNG file, written whole or not at all.
-        mistaken: from :func:`ddetr_mm.evaluation.mistakes.confusions`.
+        matrix: from :func:`ddetr_mm.evaluation.mistakes.confusion_matrix`.
         names: category id → name.
-        threshold: the score from which on detections count, for the title.
+        threshold: the score threshold, for the title.
     """
-    size = len(mistaken.category_ids)
-    wrong = mistaken.counts.sum(axis=1) + mistaken.counts.sum(axis=0) - 2 * np.diag(mistaken.counts)
+    size = len(matrix.category_ids)
+    wrong = matrix.counts.sum(axis=1) + matrix.counts.sum(axis=0) - 2 * np.diag(matrix.counts)
     chosen = np.sort(np.argsort(-wrong[:size], kind="stable")[:MOST_CONFUSED])
     places = np.append(chosen, size)
-    counts = mistaken.counts[np.ix_(places, places)]
-    labels = [_short(names.get(int(number), str(number)), 18) for number in mistaken.category_ids[chosen]]
+    counts = matrix.counts[np.ix_(places, places)]
+    labels = [_short(names.get(int(number), str(number)), 18) for number in matrix.category_ids[chosen]]
     side = 3.2 + 0.42 * len(places)
     figure = Figure(figsize=(side + 0.8, side), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(shown, ax=axes, label="share of the row", shrink=0.8)
-    axes.set_xticks(range(len(places)), [*labels, "not found"], rotation=45, ha="right", fontsize=8)
-    axes.set_yticks(range(len(places)), [*labels, "nothing there"], fontsize=8)
-    axes.set(xlabel="found", ylabel="there")
-    title = f"overlap 0.5, scores from {threshold:.2f}"
+    axes.set_xticks(range(len(places)), [*labels, "background"], rotation=45, ha="right", fontsize=8)
+    axes.set_yticks(range(len(places)), [*labels, "background"], fontsize=8)
+    axes.set(xlabel="predicted", ylabel="ground truth")
+    title = f"IoU 0.5, scores from {threshold:.2f}"
     axes.set_title(
         title if size <= MOST_CONFUSED else f"{title}; {MOST_CONFUSED} of {size} classes", fontsize=10
     )
@@ -183,7 +182,7 @@ def draw_confusions(
 
 @freed_figures()
 def draw_score_histogram(path: str | Path, matching: Matching) -> Path:
-    """How scores of detections that hit an object differ from those that do not; detections on crowds aside.
+    """Histogram of the scores of true and false positives; detections on crowds are left out.
 
     Args:
         path: a PNG file, written whole or not at all.
@@ -192,9 +191,9 @@ def draw_score_histogram(path: str | Path, matching: Matching) -> Path:
     figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     scores = matching.detections.scores
-    right = (matching.object_of >= 0) & ~matching.on_crowd
-    wrong = (matching.object_of < 0) & ~matching.on_crowd
-    parts = ((wrong, "hit nothing", "#d62728"), (right, "hit an object", "#2ca02c"))
+    true = (matching.truth_row_of >= 0) & ~matching.on_crowd
+    false = (matching.truth_row_of < 0) & ~matching.on_crowd
+    parts = ((false, "false positives", FALSE_POSITIVE), (true, "true positives", TRUE_POSITIVE))
     counts, _, _ = axes.hist(
         [scores[rows] for rows, _, _ in parts],
         bins=np.linspace(0, 1, 26).tolist(),
@@ -213,14 +212,14 @@ def draw_score_histogram(path: str | Path, matching: Matching) -> Path:
 
 
 def _short(name: str, limit: int = 30) -> str:
-    """A class name as plain text of bounded length; ``$`` would begin a formula."""
+    """A class name of bounded length, with ``$`` escaped, which would start a formula."""
     name = name.replace("$", r"\$")
     return name if len(name) <= limit else name[: limit - 1] + "…"
 
 
-# --- An evaluation as one HTML file that needs nothing else: pictures inside, no script, names escaped ---
+# --- the HTML page: one file with its pictures, without scripts, names escaped ---
 
-# A page that could load or run anything would not be safe to open: class and file names come from outside.
+# Class and file names come from outside, so the page may neither load nor run anything.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 _STYLE = """
@@ -257,14 +256,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Page:
-    """What an evaluation's page shows.
+    """The content of an evaluation's page.
 
     Attributes:
-        result: the figures.
-        sources: those of single sources, by name.
-        matching: the matching that pictures of mistakes were drawn from.
+        result: the metrics.
+        sources: the metrics of each source, by name.
+        matching: the matches at the best score threshold.
         plots: pictures of the whole evaluation.
-        worst: images with mistakes, the worst first, each with its picture where it could be drawn.
+        worst: images with mistakes, the worst first, each with its picture; None where it could not be drawn.
     """
 
     result: CocoResult
@@ -283,11 +282,11 @@ def page_text(page: Page) -> str:
     """The page as HTML."""
     result, matching = page.result, page.matching
     parts = [
-        f"<h1>Evaluation: AP {_figure(result['AP'])}</h1>",
-        f'<p class="quiet">{result.num_images:,} images, {result.num_boxes:,} objects, '
+        f"<h1>Evaluation: AP {_metric_text(result['AP'])}</h1>",
+        f'<p class="quiet">{result.num_images:,} images, {result.num_boxes:,} ground-truth boxes, '
         f"{result.num_detections:,} detections; scored by {_text(result.backend)} with COCO's rules.</p>",
         *(f'<p class="note">{_text(sentence)}</p>' for sentence in result.notes),
-        _table(METRIC_NAMES, [[_figure(result[name]) for name in METRIC_NAMES]]),
+        _table(METRIC_NAMES, [[_metric_text(result[name]) for name in METRIC_NAMES]]),
         _threshold_sentence(matching),
     ]
     for picture in page.plots:
@@ -302,19 +301,18 @@ def page_text(page: Page) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width">\n'
-        f"<title>Evaluation: AP {_figure(result['AP'])}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
+        f"<title>Evaluation: AP {_metric_text(result['AP'])}</title>\n"
+        f"<style>{_STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
 
 
 def _threshold_sentence(matching: Matching) -> str:
     if not matching.f1:
-        return "<p>No detection hits an object of its class at an overlap of 0.5.</p>"
+        return "<p>No detection matches a ground-truth box of its class at IoU 0.5.</p>"
     return (
-        f"<p>In use, a score threshold of <b>{matching.threshold:.2f}</b> gives the best balance at an "
-        f"overlap of 0.5: precision {matching.precision:.3f}, recall {matching.recall:.3f}, "
-        f"F1 {matching.f1:.3f} over all classes.</p>"
+        f"<p>The score threshold with the best F1 at IoU 0.5 is <b>{matching.threshold:.2f}</b>: "
+        f"precision {matching.precision:.3f}, recall {matching.recall:.3f}, F1 {matching.f1:.3f} "
+        "over all classes.</p>"
     )
 
 
@@ -326,16 +324,16 @@ def _class_table(result: CocoResult) -> str:
             entry.name,
             f"{entry.num_boxes:,}",
             f"{entry.num_detections:,}",
-            *(_figure(getattr(entry, name)) for name in columns),
+            *(_metric_text(getattr(entry, name)) for name in columns),
         ]
         for entry in result.per_class
     ]
-    return _table(("id", "class", "objects", "detections", *columns), rows, name_column=1)
+    return _table(("id", "class", "ground truth", "predicted", *columns), rows, name_column=1)
 
 
 def _source_table(sources: Mapping[str, CocoResult]) -> str:
     rows = [
-        [name, f"{one.num_images:,}", *(_figure(one[metric]) for metric in METRIC_NAMES)]
+        [name, f"{one.num_images:,}", *(_metric_text(one[metric]) for metric in METRIC_NAMES)]
         for name, one in sources.items()
     ]
     return _table(("source", "images", *METRIC_NAMES), rows, name_column=0)
@@ -345,17 +343,17 @@ def _worst_section(page: Page) -> list[str]:
     if not page.worst:
         return ["<h2>Worst images</h2>", "<p>No image has a mistake at this threshold.</p>"]
     keys = (
-        (RIGHT, "found"),
-        (MISSED, "missed"),
+        (TRUE_POSITIVE, "true positive"),
+        (FALSE_NEGATIVE, "false negative"),
         (WRONG_CLASS, "wrong class"),
-        (NOTHING_THERE, "nothing there"),
+        (FALSE_POSITIVE, "false positive"),
     )
     legend = "".join(f'<span class="key" style="background:{color}"></span>{name}' for color, name in keys)
     figures = []
     for worst, content in page.worst:
         counts = (
-            f"{worst.num_missed} missed, {worst.num_wrong_class} wrong class, "
-            f"{worst.num_nothing_there} nothing there, {worst.num_right} found"
+            f"{worst.num_false_negatives} false negatives, {worst.num_wrong_class} wrong class, "
+            f"{worst.num_false_positives} false positives, {worst.num_true_positives} true positives"
         )
         name = worst.path or f"image {worst.image_id}"
         shown = _image(content, name) if content else '<p class="quiet">the picture cannot be read</p>'
@@ -385,16 +383,16 @@ def _image(content: bytes, alt: str) -> str:
     return f'<img alt="{_text(alt)}" src="data:image/{kind};base64,{data}">'
 
 
-def _figure(value: float) -> str:
+def _metric_text(value: float) -> str:
     return "–" if value == UNDEFINED else f"{value:.3f}"
 
 
 def _text(text: str) -> str:
-    """Text from outside, made harmless; bytes that are no UTF-8 (file names) become question marks."""
+    """Escaped text; bytes that are not UTF-8 (in file names) become question marks."""
     return html.escape(str(text).encode("utf-8", "replace").decode("utf-8"))
 
 
-# --- What an evaluation leaves besides ``predictions.json``: figures, plots, and one page with all of it ---
+# --- all files of a report ---
 
 PAGE_NAME = "report.html"
 
@@ -411,10 +409,10 @@ def write_report(
 
     Args:
         folder: the results folder.
-        result: the figures.
-        sources: those of single sources, by name.
-        truth: the ground truth that was scored against.
-        detections: what was scored.
+        result: the metrics.
+        sources: the metrics of each source, by name.
+        truth: the ground truth.
+        detections: the scored detections.
         image_paths: image id → image file, for the pictures of the worst images.
 
     Returns:
@@ -424,30 +422,30 @@ def write_report(
     write_details_json(folder / "results_detail.json", result, sources)
     scored = truth.select(truth.image_ids, result.category_ids)
     matching = match(scored, detections.select(truth.image_ids, result.category_ids))
-    mistaken = confusions(matching, result.category_ids)
+    matrix = confusion_matrix(matching, result.category_ids)
     plots = [
         _picture(
             draw_precision_recall(folder / "precision_recall.png", result),
             "Precision over recall",
-            "Going right, more objects are found at lower scores; high and flat is good.",
+            "From left to right the score threshold falls and recall rises; high and flat is good.",
         ),
         _picture(draw_class_precision(folder / "class_precision.png", result), "Average precision by class"),
         _picture(
-            draw_confusions(
-                folder / "confusion_matrix.png", mistaken, truth.category_names, matching.threshold
+            draw_confusion_matrix(
+                folder / "confusion_matrix.png", matrix, truth.category_names, matching.threshold
             ),
             "Confusion matrix",
-            "Rows are what is there, columns what was found. The last row counts detections where nothing "
-            "is, the last column objects that were not found.",
+            "Rows are the ground truth, columns the predicted class. The last row counts false positives, "
+            "the last column false negatives.",
         ),
         _picture(
             draw_score_histogram(folder / "score_histogram.png", matching),
             "Scores",
-            "The better the two colours are apart, the easier it is to choose a score threshold.",
+            "The further the two colours are apart, the easier it is to choose a score threshold.",
         ),
     ]
-    worst = worst_images(matching, mistaken, image_paths)
-    drawn = [(one, draw_worst_image(one, matching, mistaken)) for one in worst]
+    worst = worst_images(matching, matrix, image_paths)
+    drawn = [(one, draw_worst_image(one, matching, matrix)) for one in worst]
     return write_page(folder / PAGE_NAME, Page(result, sources, matching, plots, drawn))
 
 

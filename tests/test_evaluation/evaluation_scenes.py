@@ -36,20 +36,26 @@ def random_scene(
         areas=boxes[:, 2] * boxes[:, 3] * rng.uniform(0.5, 1, num_boxes),
         category_names={int(number): f"class {number}" for number in category_of},
     )
-    hits = np.flatnonzero(rng.random(num_boxes) < 0.8)
-    hits = np.concatenate([hits, rng.choice(hits, size=len(hits) // 3)]) if len(hits) else hits
-    near = boxes[hits] + rng.normal(0, 0.07, (len(hits), 4)) * boxes[hits, 2:][:, [0, 1, 0, 1]]
-    num_stray = int(rng.poisson(3 * num_images))
-    stray = np.concatenate([rng.uniform(0, 400, (num_stray, 2)), rng.uniform(2, 200, (num_stray, 2))], axis=1)
-    wrong = rng.random(len(hits)) < 0.15
+    near_rows = np.flatnonzero(rng.random(num_boxes) < 0.8)
+    near_rows = (
+        np.concatenate([near_rows, rng.choice(near_rows, size=len(near_rows) // 3)])
+        if len(near_rows)
+        else near_rows
+    )
+    near = boxes[near_rows] + rng.normal(0, 0.07, (len(near_rows), 4)) * boxes[near_rows, 2:][:, [0, 1, 0, 1]]
+    num_random = int(rng.poisson(3 * num_images))
+    random_boxes = np.concatenate(
+        [rng.uniform(0, 400, (num_random, 2)), rng.uniform(2, 200, (num_random, 2))], axis=1
+    )
+    wrong = rng.random(len(near_rows)) < 0.15
     detections = DetectionColumns(
-        image_ids=np.concatenate([box_image_ids[hits], rng.choice(image_ids, size=num_stray)]),
-        boxes_xywh=np.concatenate([near, stray]),
-        scores=rng.integers(1, score_levels, len(hits) + num_stray) / score_levels,
+        image_ids=np.concatenate([box_image_ids[near_rows], rng.choice(image_ids, size=num_random)]),
+        boxes_xywh=np.concatenate([near, random_boxes]),
+        scores=rng.integers(1, score_levels, len(near_rows) + num_random) / score_levels,
         category_ids=np.concatenate(
             [
-                np.where(wrong, rng.choice(category_of, len(hits)), category_ids[hits]),
-                rng.choice(category_of, num_stray),
+                np.where(wrong, rng.choice(category_of, len(near_rows)), category_ids[near_rows]),
+                rng.choice(category_of, num_random),
             ]
         ),
     )
@@ -98,10 +104,10 @@ def data_samples(
         mine = mine[np.argsort(-detections.scores[mine], kind="stable")]
         corners = detections.boxes_xywh[mine].copy()
         corners[:, 2:] += corners[:, :2]
-        found = {
+        predicted = {
             "bboxes": torch.from_numpy(corners).float(),
             "scores": torch.from_numpy(detections.scores[mine]).float(),
             "labels": torch.tensor([labels[int(number)] for number in detections.category_ids[mine]]).long(),
         }
-        samples.append({"img_id": image, "pred_instances": found, "ori_shape": (1000, 1000)})
+        samples.append({"img_id": image, "pred_instances": predicted, "ori_shape": (1000, 1000)})
     return samples

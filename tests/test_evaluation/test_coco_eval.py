@@ -82,13 +82,11 @@ def pycocotools_stats(truth, detections, category_ids=None, image_ids=None):
 @pytest.mark.parametrize("seed", range(6))
 def test_twelve_figures_equal_pycocotools(make_scene, backend, seed):
     truth, detections = make_scene(seed)
-    reference = pycocotools_stats(truth, detections)
+    expected = pycocotools_stats(truth, detections)
     result = evaluate_boxes(truth, detections, backend=backend)
-    np.testing.assert_allclose([result[name] for name in METRIC_NAMES], reference.stats, atol=1e-6, rtol=0)
-    np.testing.assert_allclose(
-        result.precision, reference.eval["precision"][:, :, :, 0, 2], atol=1e-6, rtol=0
-    )
-    np.testing.assert_allclose(result.scores, reference.eval["scores"][:, :, :, 0, 2], atol=1e-6, rtol=0)
+    np.testing.assert_allclose([result[name] for name in METRIC_NAMES], expected.stats, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(result.precision, expected.eval["precision"][:, :, :, 0, 2], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(result.scores, expected.eval["scores"][:, :, :, 0, 2], atol=1e-6, rtol=0)
     assert 0 < result["AP"] < 1
     assert result.backend == {"fast": "hotcoco", "pycocotools": "pycocotools"}[backend]
 
@@ -116,9 +114,9 @@ def test_backends_agree_on_any_scene(
 def test_chosen_classes_and_images(make_scene, backend):
     truth, detections = make_scene(3)
     classes, images = [3, 9], sorted(truth.image_ids)[:7]
-    reference = pycocotools_stats(truth, detections, classes, images)
+    expected = pycocotools_stats(truth, detections, classes, images)
     result = evaluate_boxes(truth, detections, category_ids=classes, image_ids=images, backend=backend)
-    np.testing.assert_allclose([result[name] for name in METRIC_NAMES], reference.stats, atol=1e-6, rtol=0)
+    np.testing.assert_allclose([result[name] for name in METRIC_NAMES], expected.stats, atol=1e-6, rtol=0)
     assert result.category_ids.tolist() == classes
     assert result.num_images == 7
 
@@ -178,7 +176,7 @@ def test_nothing_at_all_is_undefined():
     assert result.per_class == ()
 
 
-def test_non_finite_detections_are_left_out_and_told(make_scene):
+def test_non_finite_detections_are_left_out_with_a_note(make_scene):
     truth, detections = make_scene(2)
     boxes, scores = detections.boxes_xywh.copy(), detections.scores.copy()
     boxes[0, 1], scores[3] = np.nan, np.inf

@@ -18,7 +18,6 @@ from ddetr_mm.errors import DataError
 from ddetr_mm.evaluation.coco_eval import METRIC_NAMES, DetectionColumns, GroundTruthColumns, evaluate_boxes
 from ddetr_mm.evaluation.metric import MMDET_NAMES, FastCocoMetric, class_table, source_table
 
-
 LABELS = {3: 0, 6: 1, 9: 2, 12: 3}
 META = {"classes": tuple(f"class {number}" for number in LABELS), "category_ids": tuple(LABELS)}
 
@@ -210,7 +209,7 @@ def test_ground_truth_from_the_samples(scene_file):
         run(FastCocoMetric(), samples)
 
 
-def test_no_detections_and_nan_are_told_not_crashed_on(scene_file, caplog):
+def test_no_detections_and_nan_are_reported(scene_file, caplog):
     (truth, detections), path = scene_file(0)
     nothing = data_samples(DetectionColumns.empty(), LABELS, truth.image_ids)
     metric = FastCocoMetric(ann_file=str(path))
@@ -380,7 +379,7 @@ def test_class_table_shows_every_class_and_the_total():
     found = DetectionColumns([1, 1], [[0, 0, 50, 50], [200, 200, 5, 5]], [0.9, 0.8], [1, 7])
     lines = class_table(evaluate_boxes(truth, found)).splitlines()
     body = [cells(line) for line in lines if line.startswith("| ")]
-    assert body[0] == ["id", "class", "boxes", "found", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR"]
+    assert body[0] == ["id", "class", "boxes", "detections", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR"]
     assert body[1] == ["1", "car", "1", "1", "1.000", "1.000", "1.000", "-", "1.000", "-", "1.000"]
     assert body[2][1:4] == [names[2].strip(), "0", "0"]
     assert body[3][1:6] == ["[bold]person", "1", "1", "0.000", "0.000"]

@@ -1,5 +1,3 @@
-"""Figures are written and freed at once: a run that draws for days must not carry what it has drawn."""
-
 from __future__ import annotations
 
 import dataclasses
@@ -26,7 +24,7 @@ from ddetr_mm.evaluation.report import (
     write_report,
 )
 
-# --- The page of an evaluation: complete, self-contained, harmless whatever names it shows ---
+# --- the page: complete, self-contained, safe for any names ---
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>$\\frac{1}'
 
@@ -69,7 +67,7 @@ def read(folder: Path) -> Reader:
     return reader
 
 
-def test_everything_is_there(folder):
+def test_report_is_complete(folder):
     assert {path.name for path in folder.iterdir()} == {
         "results.json", "results_detail.json", "report.html", "precision_recall.png", "class_precision.png",
         "confusion_matrix.png", "score_histogram.png",
@@ -158,7 +156,7 @@ def test_a_real_browser_shows_it(folder, tmp_path):
         assert (np.abs(pixels.astype(int) - color).max(axis=1) <= 3).sum() > 200
 
 
-# ---  ---
+# --- plots ---
 
 
 def num_colors(path):
@@ -192,7 +190,7 @@ def test_many_classes_and_odd_names(make_scene, tmp_path):
     assert num_colors(draw_precision_recall(tmp_path / "b.png", result)) > 20
 
 
-# --- Figures are written and freed at once: a run that draws for days must not carry what it has drawn ---
+# --- figures are freed, so that a long run does not keep them ---
 
 
 def draw(path, size_px: int = 100):
