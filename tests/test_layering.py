@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "convert": BASE | {"datasets"},
     "evaluation": BASE | {"datasets"},
     "engine": BASE | {"convert", "datasets", "evaluation", "models", "weights"},  # models: where a step's stages begin
-    "deploy": BASE | {"models", "weights"},
+    "deploy": BASE | {"datasets", "models", "weights"},
     "register": BASE | {"models", "datasets", "evaluation", "engine"},
     "preflight": BASE | {"spec", "datasets", "weights", "evaluation", "engine"},
     "translate": BASE | {"spec", "datasets", "models", "weights"},

@@ -1,6 +1,6 @@
 """Convert a detector with mmdeploy: ``tools/deploy.py DEPLOY_CFG MODEL_CFG CHECKPOINT IMAGE [options]``.
 
-The arguments are those of mmdeploy's tool; an experiment spec may stand for the model config.
+The arguments are those of mmdeploy's tool; an experiment spec may replace the model config.
 """
 
 import sys

@@ -1,4 +1,9 @@
-"""ONNX files and TensorRT engines as mmdet detectors."""
+"""ONNX files and TensorRT engines as mmdet detectors, for mmengine's Runner, metrics and writers.
+
+A graph gives logits and relative boxes; the head's own function chooses and scales the detections. The test
+pipeline resizes images to the graph's input without keeping their ratio. The last, incomplete batch of a
+graph of fixed batch is filled with zeros, whose results are dropped.
+"""
 
 from __future__ import annotations
 
@@ -14,35 +19,31 @@ from mmdet.structures import SampleList
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, ort_session, read_signature
+from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, GraphSignature, ort_session, read_signature
 from ddetr_mm.deploy.tensorrt import EngineRunner
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.models.head import detection_size_hw, top_detections
 
-# --- Exported graphs as mmdet detectors, so that the Runner, metrics and writers drive them like a model ---
-# The graph gives logits and relative boxes; choosing and scaling the detections is the head's own function. The
-# graph's input has one size, so the test pipeline stretches images to it; a graph of fixed batch gets its last,
-# incomplete batch filled up, and the filling's results are thrown away.
-
 
 class ExportedDetector(BaseDetector):
-    """What graphs of all runtimes share.
+    """Base of detectors that run an exported graph.
 
     Args:
-        input_size_hw: the graph's input.
-        batch_size: its fixed batch, or None.
-        max_batch_size: the largest batch it takes, or None.
+        signature: the graph's inputs and outputs.
+        num_classes: class columns that it must have; None for any.
         max_per_img: detections of an image.
         background_column: whether class column 0 is the background and never a label.
         data_preprocessor: normalisation, as in training, without padding.
+
+    Raises:
+        WeightsError: the graph has another number of class columns.
     """
 
     def __init__(
         self,
         *,
-        input_size_hw: tuple[int, int],
-        batch_size: int | None,
-        max_batch_size: int | None = None,
+        signature: GraphSignature,
+        num_classes: int | None = None,
         max_per_img: int = 100,
         background_column: bool = True,
         data_preprocessor: dict | None = None,
@@ -50,9 +51,19 @@ class ExportedDetector(BaseDetector):
         if isinstance(data_preprocessor, dict):
             data_preprocessor = MODELS.build(data_preprocessor)
         super().__init__(data_preprocessor=data_preprocessor)
-        self.input_size_hw = tuple(input_size_hw)
-        self.batch_size = batch_size
-        self.max_batch_size = batch_size or max_batch_size
+        if None not in (num_classes, signature.num_classes) and num_classes != signature.num_classes:
+            raise WeightsError(
+                Problem(
+                    "has another number of class columns than the spec",
+                    file=signature.path,
+                    where="dataset.num_classes",
+                    value=num_classes,
+                    allowed=str(signature.num_classes),
+                )
+            )
+        self.input_size_hw = tuple(signature.input_size_hw)
+        self.batch_size = signature.batch_size
+        self.max_batch_size = signature.batch_size or signature.max_batch_size
         self.max_per_img = max_per_img
         self.background_column = background_column
 
@@ -61,10 +72,10 @@ class ExportedDetector(BaseDetector):
         """Normalised images (B, 3, H, W), float32 → logits (B, Q, C) and boxes_cxcywh (B, Q, 4)."""
 
     def outputs(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`run_graph`, for any number of images.
+        """Run the graph on any number of images, see :meth:`run_graph`.
 
         Raises:
-            WeightsError: for images of another size than the graph's.
+            WeightsError: the images have another size than the graph's input.
         """
         if images.shape[2:] != self.input_size_hw:
             raise WeightsError(
@@ -89,7 +100,7 @@ class ExportedDetector(BaseDetector):
     def predict(
         self, batch_inputs: Tensor, batch_data_samples: SampleList, rescale: bool = True
     ) -> SampleList:
-        """Detections of a batch, in the original images' pixels with ``rescale``."""
+        """Return the detections of a batch, in the original images' pixels with ``rescale``."""
         logits, boxes = (
             torch.from_numpy(np.asarray(part, np.float32))
             for part in self.outputs(batch_inputs.cpu().numpy())
@@ -106,16 +117,16 @@ class ExportedDetector(BaseDetector):
         return self.add_pred_to_datasample(batch_data_samples, results)
 
     def _forward(self, batch_inputs: Tensor, batch_data_samples: Any = None) -> tuple[Tensor, Tensor]:
-        """The graph's raw outputs, with a first axis of one layer as a detector's."""
+        """Return the graph's outputs with a first axis of one decoder layer, as a detector does."""
         logits, boxes = self.outputs(batch_inputs.cpu().numpy())
         return torch.from_numpy(logits)[None], torch.from_numpy(boxes)[None]
 
     def extract_feat(self, batch_inputs: Tensor) -> Any:
-        """Not in a graph."""
-        raise NotImplementedError("an exported graph shows no features")
+        """Not available."""
+        raise NotImplementedError("an exported graph has no feature output")
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: Sequence) -> dict:
-        """Not in a graph."""
+        """Not available."""
         raise NotImplementedError("an exported graph cannot be trained")
 
 
@@ -124,44 +135,23 @@ class OnnxDetector(ExportedDetector):
     """An ONNX file run by onnxruntime.
 
     Args:
-        onnx_file: exported by this package or by the reference, with standard operators.
-        num_classes: class columns it must have; None for any.
+        onnx_file: exported by this package or by TAO, with standard operators.
         providers: onnxruntime's execution providers; by default CUDA where available, else CPU.
         **kwargs: see :class:`ExportedDetector`.
 
     Raises:
-        WeightsError: when the file is missing, is no such graph or has other class columns.
-        StackError: without onnxruntime.
+        WeightsError: the file is missing, is no such graph or has other class columns.
+        StackError: onnxruntime is missing.
     """
 
-    def __init__(
-        self,
-        onnx_file: str,
-        num_classes: int | None = None,
-        providers: Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        signature = read_signature(onnx_file)
-        super().__init__(input_size_hw=signature.input_size_hw, batch_size=signature.batch_size, **kwargs)
-        if None not in (num_classes, signature.num_classes) and num_classes != signature.num_classes:
-            raise WeightsError(
-                Problem(
-                    "has another number of class columns than the spec",
-                    file=onnx_file,
-                    where="dataset.num_classes",
-                    value=num_classes,
-                    allowed=str(signature.num_classes),
-                )
-            )
+    def __init__(self, onnx_file: str, providers: Sequence[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(signature=read_signature(onnx_file), **kwargs)
         self.session = ort_session(onnx_file, providers)
 
     def run_graph(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`ExportedDetector`."""
-        logits, boxes = self.session.run(list(OUTPUT_NAMES), {"inputs": images})
-        return logits, boxes
-
-
-# --- A TensorRT engine as an mmdet detector ---
+        logits, boxes_cxcywh = self.session.run(list(OUTPUT_NAMES), {"inputs": images})
+        return logits, boxes_cxcywh
 
 
 @MODELS.register_module()
@@ -170,35 +160,18 @@ class TensorrtDetector(ExportedDetector):
 
     Args:
         engine_file: the engine.
-        num_classes: class columns it must have; None for any.
-        **kwargs: see :class:`~ddetr_mm.deploy.detectors.ExportedDetector`.
+        **kwargs: see :class:`ExportedDetector`.
 
     Raises:
-        WeightsError: when TensorRT refuses the file, or it has other class columns.
-        StackError: without TensorRT or GPU.
+        WeightsError: TensorRT cannot load the file, or it has other class columns.
+        StackError: TensorRT or a GPU is missing.
     """
 
-    def __init__(self, engine_file: str, num_classes: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, engine_file: str, **kwargs: Any) -> None:
         engine = EngineRunner(engine_file)
-        signature = engine.signature
-        super().__init__(
-            input_size_hw=signature.input_size_hw,
-            batch_size=signature.batch_size,
-            max_batch_size=signature.max_batch_size,
-            **kwargs,
-        )
-        if None not in (num_classes, signature.num_classes) and num_classes != signature.num_classes:
-            raise WeightsError(
-                Problem(
-                    "has another number of class columns than the spec",
-                    file=engine_file,
-                    where="dataset.num_classes",
-                    value=num_classes,
-                    allowed=str(signature.num_classes),
-                )
-            )
+        super().__init__(signature=engine.signature, **kwargs)
         self.engine = engine
 
     def run_graph(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See :class:`~ddetr_mm.deploy.detectors.ExportedDetector`."""
+        """See :class:`ExportedDetector`."""
         return self.engine(images)

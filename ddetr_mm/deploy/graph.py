@@ -1,15 +1,15 @@
-"""The detector's forward pass as an exporter should see it: one input size, no padding, few nodes.
+"""The detector's forward pass for export: one input size, no padding, few nodes.
 
 Shape legend: B batch · Q queries · C hidden dim · M heads · D = C / M · L levels · P points ·
 S feature points of all levels together.
 
-With the input size fixed, everything but the batch is static: feature sizes, sine positions, reference
-points of the encoder and the whole first self-attention of the decoder are constants. The memory is (B, S, C)
-in the graph with plugin nodes and (B, 1, S, C) in that of standard operators, which uses convolutions of 1x1
-for its large projections; the reasons stand in :mod:`ddetr_mm.deploy.graph_attention`.
+With a fixed input size everything but the batch is static: feature sizes, sine positions, reference points of
+the encoder and the first self-attention of the decoder are constants. The memory is (B, S, C) with plugin
+nodes and (B, 1, S, C) with standard operators, where 1x1 convolutions do the large projections (see
+:mod:`ddetr_mm.deploy.graph_attention`).
 
-The modules of the detector are used as they are (their weights are the graph's weights); only the order
-of reshapes and the treatment of constants differ from :class:`mmdet.models.DeformableDETR`.
+The detector's own modules and weights are used; only the order of reshapes and the constants differ from
+:class:`mmdet.models.DeformableDETR`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class ExportGraph(nn.Module):
             ``mmdeploy`` for the one of mmdeploy's library.
 
     Raises:
-        ExportError: for a two-stage detector, which has no fixed first queries, and for a size that the
-            backbone cannot use.
+        ExportError: the detector is two-stage (its first queries depend on the image), or the backbone cannot
+            use the size.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ExportGraph(nn.Module):
 
     @property
     def output_sizes(self) -> dict[str, tuple[int, ...]]:
-        """Sizes of the outputs, all but the batch."""
+        """Sizes of the outputs without the batch."""
         num_queries = self.detector.num_queries
         return {
             "pred_logits": (num_queries, self.detector.bbox_head.cls_out_channels),
@@ -100,7 +100,7 @@ class ExportGraph(nn.Module):
         return torch.cat(parts, dim=1)
 
     def _encoder_centres(self, device: torch.device) -> Tensor:
-        """Every feature point's own centre as (x, y) in 0..1, ``(1, S, 2)``."""
+        """Centre of every feature point as (x, y) in 0..1, ``(1, S, 2)``."""
         centres = []
         for height, width in self.sizes_hw:
             y = (torch.arange(height, device=device) + 0.5) / height
@@ -110,11 +110,11 @@ class ExportGraph(nn.Module):
         return torch.cat(centres)[None]
 
     def _in_sampling_form(self, centres: Tensor) -> Tensor:
-        """Centres (B, n, 2) in 0..1 in the range and with the axes that the attention takes."""
+        """Convert centres (B, n, 2) in 0..1 to the range and axes that the attention takes."""
         return centres[:, :, None] if self.plugin else (2 * centres - 1)[:, None]
 
     def _prepare_decoder(self) -> None:
-        """Queries, their positions and first references: the same for every image."""
+        """Precompute queries, their positions and first references, which are the same for every image."""
         detector = self.detector
         width = detector.embed_dims
         query_pos, query = torch.split(detector.query_embedding.weight[None], width, dim=2)
@@ -150,7 +150,7 @@ class ExportGraph(nn.Module):
         return self._decode(memory)
 
     def _decode(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoder layers and the last prediction layer, on the memory as the encoder leaves it."""
+        """Run the decoder and the last prediction layer on the encoder's memory."""
         detector, head = self.detector, self.detector.bbox_head
         layers = list(detector.decoder.layers)
         query = self.first_query.expand(memory.shape[0], -1, -1)
@@ -181,7 +181,7 @@ class ExportGraph(nn.Module):
     def _attend(
         self, attend: nn.Module, query: Tensor, memory: Tensor, centres: Tensor, sizes: Tensor | None
     ) -> Tensor:
-        """Cross attention of queries (B, Q, C), whichever form the memory has."""
+        """Cross attention of queries (B, Q, C) to a memory of either form."""
         positioned = query + self.query_pos
         if self.plugin:
             return attend(positioned, memory, centres, sizes)
@@ -191,10 +191,10 @@ class ExportGraph(nn.Module):
 def extract_features(
     detector: nn.Module, input_size_hw: tuple[int, int], device: torch.device
 ) -> tuple[Tensor, ...]:
-    """The levels of an empty image of one size.
+    """Return the feature levels of an empty image.
 
     Raises:
-        ExportError: when backbone or neck cannot use the size.
+        ExportError: backbone or neck cannot use the size.
     """
     problem = Problem(
         "cannot be used by the backbone",
@@ -213,7 +213,7 @@ def extract_features(
 
 
 def self_attention(module: nn.Module, num_queries: int, query: Tensor, query_pos: Tensor) -> Tensor:
-    """mmcv's ``MultiheadAttention`` among the queries, residual included: (B, Q, C) → (B, Q, C)."""
+    """Compute mmcv's ``MultiheadAttention`` among the queries with its residual: (B, Q, C) → (B, Q, C)."""
     attention = module.attn
     width, heads = attention.embed_dim, attention.num_heads
     positioned = query + query_pos
@@ -231,18 +231,18 @@ def self_attention(module: nn.Module, num_queries: int, query: Tensor, query_pos
 
 
 def feed_forward(module: nn.Module, inputs: Tensor) -> Tensor:
-    """mmcv's ``FFN`` without its residual."""
+    """Compute mmcv's ``FFN`` without its residual."""
     return module.layers(inputs)
 
 
 def clamped_logits(logits: Tensor) -> Tensor:
-    """What mmdet's ``inverse_sigmoid`` makes of ``sigmoid(logits)``: a bound near ±11.5."""
+    """Compute mmdet's ``inverse_sigmoid(sigmoid(logits))``: logits clamped near ±11.5."""
     bound = math.log(1 / INVERSE_SIGMOID_EPS)
     return logits.clamp(-bound, bound)
 
 
 def add_reference(offsets: Tensor, reference_logits: Tensor) -> Tensor:
-    """Box offsets (B, Q, 4) onto reference boxes (…, 4), or onto the centres of reference points (…, 2)."""
+    """Add box offsets (B, Q, 4) to reference boxes (…, 4) or to the centres of reference points (…, 2)."""
     if reference_logits.shape[-1] == 4:
         return offsets + reference_logits
     return offsets + F.pad(reference_logits, (0, 2))

@@ -1,15 +1,14 @@
-"""Multi-scale deformable attention over levels of known size, in the two forms that are exported.
+"""Multi-scale deformable attention over levels of known size, for export.
 
 Shape legend: B batch · Q queries · C hidden dim · M heads · D = C / M · L levels · P points ·
 S feature points of all levels together.
 
-:class:`StandardAttention` samples with GridSample, which takes and gives a channel's values side by side.
-Three things make it quick on a CPU. Projections are convolutions of 1x1: onnxruntime lays them out anew for
-the processor and adds bias and activation on the way. Every level is weighted and added up by itself, so that
-the samples of all levels are never copied together, and so is every part of many queries
-(:data:`POINTS_AT_ONCE`). And the points of a query lie on an axis before that of the queries, so that
-weighting and adding runs over long rows. :class:`PluginAttention` writes one plugin node
-and keeps the plugin's order of axes.
+:class:`StandardAttention` samples with GridSample, whose layout is channels first. Three choices make it
+fast on a CPU: projections are 1x1 convolutions, for which onnxruntime chooses the memory layout and fuses
+bias and activation; each level is weighted and summed by itself, and so is each chunk of many queries
+(:data:`POINTS_AT_ONCE`), so that the samples of all levels are never copied together; and the axis of points
+precedes that of queries, so that weighting and summing run over long rows. :class:`PluginAttention` writes
+one plugin node and keeps the plugin's order of axes.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from torch import Tensor, nn
 from ddetr_mm.deploy.plugin import level_tensors, plugin_attention
 
 POINTS_AT_ONCE = 1 << 14
-"""Most sampling points of one GridSample node and head. onnxruntime works out 56 bytes for each and reads
-them once for every channel: this many stay in a processor's second cache."""
+"""Largest number of sampling points of one GridSample node and head. onnxruntime computes 56 bytes for each
+and reads them once for every channel: this many fit into a processor's L2 cache."""
 
 
 class _AttentionOfKnownSizes(nn.Module):
-    """What both forms share: the offsets' weights, scaled to the coordinates that are sampled with.
+    """Base of both forms: the offsets' weights, scaled to the sampling coordinates.
 
     Args:
         attention: the module whose weights are used.
-        num_queries: Q. All sizes but the batch are numbers, so that no shape arithmetic enters the graph.
+        num_queries: Q. All sizes but the batch are constants, so that the graph has no shape arithmetic.
         sizes_hw: height and width of every level.
-        box_references: whether references are boxes (offsets then count in parts of the box), or points
-            (offsets then count in pixels of the level).
-        extent: length of the coordinate range that spans a level: 2 for -1..1, 1 for 0..1.
+        box_references: whether references are boxes (offsets are relative to the box), or points (offsets are
+            in pixels of the level).
+        extent: length of the coordinate range of a level: 2 for -1..1, 1 for 0..1.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class StandardAttention(_AttentionOfKnownSizes):
 
 
 def sampled_sum(levels: Sequence[Tensor], grids: Tensor, shares: Tensor, points: int) -> Tensor:
-    """Samples of all levels, weighted and added up.
+    """Sample all levels and return the weighted sum.
 
     Args:
         levels: L values (B * M, D, height, width).
@@ -154,17 +153,17 @@ def sampled_sum(levels: Sequence[Tensor], grids: Tensor, shares: Tensor, points:
 
 
 def even_parts(count: int, parts: int) -> list[int]:
-    """``count`` in so many parts that differ by one at most."""
+    """Split ``count`` into parts that differ by one at most."""
     return [count // parts + (index < count % parts) for index in range(parts)]
 
 
 def parts_of(tensor: Tensor, sizes: list[int], dim: int) -> Sequence[Tensor]:
-    """``tensor.split``, without a node where there is only one part."""
+    """Split a tensor, without a node where there is only one part."""
     return [tensor] if len(sizes) == 1 else tensor.split(sizes, dim=dim)
 
 
 class PluginAttention(_AttentionOfKnownSizes):
-    """The same through one node of a TensorRT plugin.
+    """Deformable attention as one plugin node, without its residual.
 
     Args:
         attention: this and the next three as in the base class.
@@ -218,19 +217,19 @@ class PluginAttention(_AttentionOfKnownSizes):
 
 
 def pointwise(module: nn.Module, rows: Tensor) -> Tensor:
-    """Linear layers, and what stands between them, as convolutions: (B, 1, n, C) → (B, 1, n, C').
+    """Apply linear layers and activations as 1x1 convolutions: (B, 1, n, C) → (B, 1, n, C').
 
-    onnxruntime runs a transpose and a convolution as one, and adds bias and activation on the way.
+    onnxruntime fuses the transposes, bias and activation into the convolution.
 
     Args:
-        module: a linear layer, a sequence of such, or a function of single values.
-        rows: the channels of ``n`` places.
+        module: a linear layer, a sequence of such, or an elementwise function.
+        rows: channels last.
     """
     return pointwise_planes(module, rows.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def pointwise_planes(module: nn.Module, planes: Tensor) -> Tensor:
-    """The same with the channels first: (B, C, 1, n) → (B, C', 1, n)."""
+    """Apply the same with channels first: (B, C, 1, n) → (B, C', 1, n)."""
     if isinstance(module, nn.Linear):
         return F.conv2d(planes, module.weight[..., None, None], module.bias)
     if isinstance(module, nn.Sequential):

@@ -1,7 +1,7 @@
-"""Our detector for mmdeploy: name this module in a deploy config's ``codebase_config.module``.
+"""Rewriter of the detector for mmdeploy: name this module in a deploy config's ``codebase_config.module``.
 
-mmdeploy replaces the detector by :class:`DeployedDetector` before it traces, so that its graph is the lean
-one of :mod:`ddetr_mm.deploy.graph` with the choice of detections behind it. Outputs are mmdeploy's: ``dets``
+mmdeploy replaces the detector by :class:`DeployedDetector` before it traces, so that its graph is that of
+:mod:`ddetr_mm.deploy.graph` followed by the choice of detections. Outputs are mmdeploy's: ``dets``
 (N, K, 5) as x1, y1, x2, y2, score in pixels of the network's input, and ``labels`` (N, K).
 
 ``codebase_config.attention`` chooses the sampling: ``standard`` (GridSample, the default), ``nvidia``
@@ -33,7 +33,7 @@ class DeployedDetector(nn.Module):
         cfg: the deploy config.
 
     Raises:
-        ExportError: without a fixed input size, or for an unknown attention.
+        ExportError: the input size is not fixed, or the attention is unknown.
     """
 
     def __init__(self, module: nn.Module, cfg: Any) -> None:
@@ -52,7 +52,7 @@ class DeployedDetector(nn.Module):
         attention = get_codebase_config(cfg).get("attention", "standard")
         if attention not in ATTENTIONS:
             where = "codebase_config.attention"
-            raise ExportError(Problem("is not known", where=where, value=attention, allowed=list(ATTENTIONS)))
+            raise ExportError(Problem("is unknown", where=where, value=attention, allowed=list(ATTENTIONS)))
         size_hw = (int(shape_wh[1]), int(shape_wh[0]))
         # A float32 model on the CPU is what mmdeploy traces, whatever its device argument says.
         self.graph = ExportGraph(module.eval().float().cpu(), size_hw, ATTENTIONS[attention]).eval()
@@ -62,7 +62,7 @@ class DeployedDetector(nn.Module):
         self.background_column = head.background_column
 
     def forward(self, batch_inputs: Tensor, data_samples: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, H, W) → ``dets`` and ``labels``; the samples do not matter."""
+        """Return ``dets`` and ``labels`` of images (N, 3, H, W); the samples are ignored."""
         logits, boxes_cxcywh = self.graph(batch_inputs)
         scores, labels, boxes_xyxy = top_detections(
             logits, boxes_cxcywh, self.size_hw, self.max_per_img, self.background_column

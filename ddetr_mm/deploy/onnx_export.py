@@ -1,4 +1,10 @@
-"""A detector as an ONNX file that has been checked before it gets its name."""
+"""Export a detector to ONNX, and refuse a graph that does not compute what PyTorch computes.
+
+:func:`export_onnx` traces :class:`~ddetr_mm.deploy.graph.ExportGraph`, simplifies the graph with onnxslim and
+compares it with the detector's own forward. :func:`export_half` converts the result to float16 and compares
+it likewise. A file gets its name only after onnx's checker and the comparison; ``<name>.parity.json`` is
+written beside it.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,6 @@ import torch
 from torch import nn
 
 from ddetr_mm.deploy.graph import ExportGraph
-from ddetr_mm.deploy.lean import drop_dead, sort_nodes
 from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, check_file, ort_forward, require, write_meta
 from ddetr_mm.deploy.parity import Forward, ParityReport, compare_batches, generated_images
 from ddetr_mm.deploy.plugin import (
@@ -31,119 +36,30 @@ from ddetr_mm.files import written_whole
 if TYPE_CHECKING:
     import onnx
 
-
-# --- The same graph in half precision, for runtimes and hardware that compute float16 natively ---
-
-TOLERANCE_LOGITS = 0.2
-TOLERANCE_BOXES = 0.02
-"""float16 keeps 11 bits: sampling places move by up to a pixel of a large level."""
-
-KEPT_IN_FLOAT32 = ("GridSample", "Resize", "Range", "Min", "Max", "TopK", "RoiAlign", "InstanceNormalization")
-"""Operators without a float16 kernel in onnxruntime, or that overflow in it."""
-
-
-def half_file(onnx_file: str | Path) -> Path:
-    """``<name>.fp16.onnx`` beside the float32 file."""
-    path = Path(onnx_file)
-    return path.with_name(f"{path.stem}.fp16{path.suffix}")
-
-
-def export_half(
-    detector: nn.Module,
-    onnx_file: str | Path,
-    options: ExportOptions,
-    *,
-    images: ImageSource | None = None,
-    images_are: str = "given",
-    say: Callable[[str], None] = print,
-) -> ParityReport:
-    """Convert an exported graph to float16 weights and arithmetic; inputs and outputs stay float32.
-
-    Args:
-        detector: the detector the graph was exported from.
-        onnx_file: the float32 graph; the result goes to :func:`half_file`, with its parity report.
-        options: what it was exported with.
-        images: as in :func:`ddetr_mm.deploy.onnx_export.export_onnx`.
-        images_are: likewise.
-        say: receives one line per step.
-
-    Raises:
-        ExportError: when the result is beyond the tolerance of half precision.
-        StackError: without onnxruntime's converter.
-    """
-    onnx_package = require("onnx")
-    converter = require("onnxruntime.transformers.float16")
-    target = half_file(onnx_file)
-    blocked = [*KEPT_IN_FLOAT32, PLUGIN_NAME]
-    model = onnx_package.load(str(onnx_file))
-    for node in plugin_nodes(model):
-        # The converter asks for types, and nobody tells it what a plugin gives.
-        output = onnx_package.helper.make_tensor_value_info(
-            node.output[0], onnx_package.TensorProto.FLOAT, [None] * INPUT_RANKS[0]
-        )
-        model.graph.value_info.append(output)
-    model = converter.convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked)
-    del model.graph.value_info[:]
-    drop_repeated_casts(model)
-    sort_nodes(model)  # the converter puts its casts at the end
-    drop_dead(model)
-    with written_whole(target) as temporary:
-        onnx_package.save(model, str(temporary))
-        report = ParityReport(
-            onnx_file=str(target),
-            runtime="onnxruntime, float16",
-            opset=next(entry.version for entry in model.opset_import if not entry.domain),
-            num_nodes=check_file(temporary),
-            input_size_hw=options.input_size_hw,
-            tolerance_logits=TOLERANCE_LOGITS,
-            tolerance_boxes=TOLERANCE_BOXES,
-            images=images_are if images else "generated",
-        )
-        make = images or (lambda count: generated_images(count, options.input_size_hw))
-        batches = [make(size) for size in options.test_batches]
-        compare_batches(report, batches, torch_forward(detector), graph_forward(temporary, options.plugin))
-        say(report.summary())
-        report.require()
-        report.write(parity_file(target))
-    return report
-
-
-def drop_repeated_casts(model: onnx.ModelProto) -> None:
-    """Keep one of the casts that the converter writes anew, under one name, for every reader of a weight."""
-    made: set[str] = set()
-    kept = []
-    for node in model.graph.node:
-        if node.op_type == "Cast" and node.output[0] in made:
-            continue
-        made.update(node.output)
-        kept.append(node)
-    if len(kept) != len(model.graph.node):
-        copies = [type(node).FromString(node.SerializeToString()) for node in kept]
-        del model.graph.node[:]
-        model.graph.node.extend(copies)
-
-
-# --- A detector as an ONNX file that has been checked before it gets its name ---
-
-DEFAULT_OPSET = 17
-MIN_OPSET = 16
-"""GridSample came with opset 16; asking for less gives :data:`DEFAULT_OPSET`, as in the reference."""
-MIN_PLUGIN_OPSET = 11
-"""The oldest opset the graph around plugin nodes is written in (Clip with bounds as inputs)."""
-MAX_OPSET = 20
-"""The newest opset that torch's TorchScript exporter writes."""
-
-DYNAMIC_TEST_BATCHES = (1, 2, 7)
-
 ImageSource = Callable[[int], np.ndarray]
 """Number of images → normalised images (B, 3, H, W), float32."""
 
+Log = Callable[[str], None]
+"""Receives one line per step."""
+
+# --- Options ---
+
+DEFAULT_OPSET = 17
+MIN_OPSET = 16
+"""GridSample came with opset 16; a smaller request gives :data:`DEFAULT_OPSET`, as in TAO."""
+MIN_PLUGIN_OPSET = 11
+"""The smallest opset for a graph with plugin nodes (Clip with bounds as inputs)."""
+MAX_OPSET = 20
+"""The largest opset that torch's TorchScript exporter writes."""
+
+DYNAMIC_TEST_BATCHES = (1, 2, 7)
+
 
 def usable_opset(requested: int, plugin: bool = False) -> int:
-    """The opset to write for a requested one.
+    """Return the opset to write for a requested one.
 
     Args:
-        requested: what the user asked for.
+        requested: the user's value.
         plugin: whether the graph samples with plugin nodes and so needs no GridSample.
 
     Raises:
@@ -173,8 +89,8 @@ class ExportOptions:
         batch_size: a fixed batch; None or below 1 for a dynamic one.
         opset: see :func:`usable_opset`.
         plugin: sample with TensorRT's plugin nodes instead of GridSample.
-        verbose: let the exporter print its graph and its warnings.
-        meta: what the file shall say about itself (:func:`ddetr_mm.deploy.onnx_file.write_meta`).
+        verbose: print the exporter's graph and warnings.
+        meta: metadata of the file (:func:`ddetr_mm.deploy.onnx_file.write_meta`).
         tolerance_logits: largest accepted difference of a logit.
         tolerance_boxes: largest accepted difference of a box coordinate (0..1).
     """
@@ -195,8 +111,11 @@ class ExportOptions:
 
     @property
     def test_batches(self) -> tuple[int, ...]:
-        """The batch sizes that the graph is compared at."""
+        """The batch sizes at which the graph is compared with PyTorch."""
         return DYNAMIC_TEST_BATCHES if self.fixed_batch is None else (self.fixed_batch,)
+
+
+# --- Export and comparison ---
 
 
 def export_onnx(
@@ -205,36 +124,35 @@ def export_onnx(
     options: ExportOptions,
     *,
     images: ImageSource | None = None,
-    images_are: str = "given",
-    say: Callable[[str], None] = print,
+    images_from: str = "given",
+    log: Log = print,
 ) -> ParityReport:
     """Write ``onnx_file`` and, beside it, ``<name>.parity.json``.
 
     The graph has the input ``inputs`` (N, 3, H, W) and the outputs ``pred_logits`` (N, Q, C) and
-    ``pred_boxes`` (N, Q, 4; cxcywh in 0..1), all float32. Before the file gets its name it passes onnx's
-    checker and is run against the detector's own forward: by onnxruntime, plugin nodes by numpy.
+    ``pred_boxes`` (N, Q, 4; cxcywh in 0..1), all float32. It is compared with the detector's own forward:
+    by onnxruntime, plugin nodes by numpy.
 
     Args:
         detector: one-stage Deformable DETR with its weights loaded.
-        onnx_file: where to put it; a file there is replaced.
-        options: what to write.
-        images: gives images for the comparison; generated ones by default.
-        images_are: a word on where ``images`` come from, for the report.
-        say: receives one line per step.
+        onnx_file: the file to write; an existing one is replaced.
+        options: see the class.
+        images: images for the comparison; generated ones by default.
+        images_from: where ``images`` come from, for the report.
+        log: receives one line per step.
 
     Raises:
-        ExportError: when the graph is not valid or does not agree with PyTorch; nothing is left then.
-        StackError: without onnx or onnxruntime.
+        ExportError: the graph is not valid or does not agree with PyTorch; nothing is written then.
+        StackError: onnx or onnxruntime is missing.
     """
-    onnx_file = Path(onnx_file)
     opset = usable_opset(options.opset, options.plugin)
     if opset != options.opset:
-        say(f"opset {options.opset} has no GridSample: writing {opset}")
+        log(f"opset {options.opset} has no GridSample: writing {opset}")
     detector = detector.eval().float().cpu()
     height, width = options.input_size_hw
-    with written_whole(onnx_file) as temporary:
-        say(f"tracing the model at {width}x{height} (width x height)")
-        trace_to_file(detector, temporary, options, opset)
+    with written_whole(Path(onnx_file)) as temporary:
+        log(f"tracing the model at {width}x{height} (width x height)")
+        simplification = trace_to_file(detector, temporary, options, opset)
         report = ParityReport(
             onnx_file=str(onnx_file),
             runtime="onnxruntime, plugin nodes in numpy" if options.plugin else "onnxruntime",
@@ -243,28 +161,68 @@ def export_onnx(
             input_size_hw=options.input_size_hw,
             tolerance_logits=options.tolerance_logits,
             tolerance_boxes=options.tolerance_boxes,
-            images=images_are if images else "generated",
+            images=images_from if images else "generated",
+            simplification=simplification,
         )
-        say(f"{report.num_nodes} nodes; comparing with PyTorch on {report.images} images")
-        make = images or (lambda count: generated_images(count, options.input_size_hw))
-        batches = [make(size) for size in options.test_batches]
-        compare_batches(report, batches, torch_forward(detector), graph_forward(temporary, options.plugin))
-        say(report.summary())
-        report.require()
-        report.write(parity_file(onnx_file))
+        log(f"{report.num_nodes} nodes ({simplification}); comparing with PyTorch on {report.images} images")
+        compare_with_detector(report, temporary, detector, options, images, log)
     return report
 
 
+def compare_with_detector(
+    report: ParityReport,
+    temporary: Path,
+    detector: nn.Module,
+    options: ExportOptions,
+    images: ImageSource | None,
+    log: Log,
+) -> None:
+    """Compare a written graph with the detector and write the report beside the graph's final name.
+
+    Args:
+        report: filled in; its ``onnx_file`` is the final name.
+        temporary: where the graph is now.
+        detector: in eval mode, float32, on the CPU.
+        options: see the class; ``test_batches`` are compared.
+        images: see :func:`export_onnx`.
+        log: receives the summary.
+
+    Raises:
+        ExportError: a difference is beyond the report's tolerances.
+    """
+    make = images or (lambda count: generated_images(count, options.input_size_hw))
+    batches = [make(size) for size in options.test_batches]
+    compare_batches(report, batches, torch_forward(detector), graph_forward(temporary, options.plugin))
+    log(report.summary())
+    report.require()
+    report.write(parity_file(report.onnx_file))
+
+
 def parity_file(onnx_file: str | Path) -> Path:
-    """Where the report of an export goes: ``<name>.parity.json`` beside it."""
+    """Return the path of a graph's parity report: ``<name>.parity.json`` beside it."""
     return Path(onnx_file).with_name(f"{Path(onnx_file).stem}.parity.json")
 
 
+def torch_forward(detector: nn.Module) -> Forward:
+    """Return the detector's forward on unpadded images: logits and boxes of the last decoder layer."""
+
+    def forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with torch.no_grad():
+            logits, boxes_cxcywh = detector(torch.from_numpy(images), None, mode="tensor")
+        return logits[-1].numpy(), boxes_cxcywh[-1].numpy()
+
+    return forward
+
+
 def graph_forward(path: Path, plugin: bool) -> Forward:
-    """The file as a function, whichever of the two forms it has.
+    """Return an ONNX file as a function.
+
+    Args:
+        path: the file.
+        plugin: whether it has plugin nodes, which numpy computes.
 
     Raises:
-        ExportError: when a plugin node is not what TensorRT expects.
+        ExportError: a plugin node is not what TensorRT expects.
     """
     if not plugin:
         return ort_forward(path)
@@ -273,15 +231,19 @@ def graph_forward(path: Path, plugin: bool) -> Forward:
     return plugin_graph_forward(model)
 
 
-def trace_to_file(detector: nn.Module, path: Path, options: ExportOptions, opset: int) -> None:
-    """Trace the lean graph with torch's TorchScript exporter and trim what it writes.
+# --- Tracing and simplification ---
 
-    That exporter is marked as deprecated, but the newer one needs a further package and does not export
-    this model with a dynamic batch; its own warnings say nothing to a user.
+
+def trace_to_file(detector: nn.Module, path: Path, options: ExportOptions, opset: int) -> str:
+    """Trace the detector with torch's TorchScript exporter and simplify the graph.
+
+    That exporter is deprecated, but the newer one needs a further package and does not export this model with
+    a dynamic batch; its own warnings say nothing to a user.
+
+    Returns:
+        What :func:`simplify` did, in words.
     """
-    onnx = require("onnx")
-    from ddetr_mm.deploy.lean import lean
-
+    onnx_package = require("onnx")
     graph = ExportGraph(detector, options.input_size_hw, "nvidia" if options.plugin else None).eval()
     example = torch.zeros(options.fixed_batch or 2, 3, *options.input_size_hw)
     dynamic = {name: {0: "batch"} for name in ("inputs", *OUTPUT_NAMES)}
@@ -299,11 +261,17 @@ def trace_to_file(detector: nn.Module, path: Path, options: ExportOptions, opset
             verbose=options.verbose,
             dynamo=False,
         )
-    model = lean(onnx.load(str(path)))
-    state_output_sizes(model, graph.output_sizes)
+    model = onnx_package.load(str(path))
+    # The exporter loses the sizes of the outputs behind reshapes.
+    for output in model.graph.output:
+        axes = output.type.tensor_type.shape.dim[1:]
+        for axis, size in zip(axes, graph.output_sizes[output.name], strict=True):
+            axis.dim_value = size
+    model, simplification = simplify(model)
     if options.meta:
         write_meta(model, options.meta)
-    onnx.save(model, str(path))
+    onnx_package.save(model, str(path))
+    return simplification
 
 
 @contextlib.contextmanager
@@ -317,24 +285,122 @@ def _exporter_warnings(verbose: bool) -> Iterator[None]:
         yield
 
 
-def state_output_sizes(model: Any, sizes: Mapping[str, tuple[int, ...]]) -> None:
-    """Write the known sizes of the outputs into a model; the exporter loses them behind reshapes.
+def simplify(model: onnx.ModelProto) -> tuple[onnx.ModelProto, str]:
+    """Simplify a graph with onnxslim: constants folded, equal and unused nodes removed.
 
     Args:
-        model: changed in place.
-        sizes: output name → all sizes but the batch.
+        model: its recorded sizes of inner values are deleted.
+
+    Returns:
+        The simplified model and what was done, in words; the given model and the reason where onnxslim
+        fails.
     """
-    for output in model.graph.output:
-        for dimension, size in zip(output.type.tensor_type.shape.dim[1:], sizes[output.name], strict=True):
-            dimension.dim_value = size
+    # The exporter records the traced example's batch size in them, which onnxslim would fold in.
+    del model.graph.value_info[:]
+    before = len(model.graph.node)
+    plain = type(model).FromString(model.SerializeToString())
+    try:
+        simplified = require("onnxslim").slim(model)
+        # onnxslim's records lack a plugin node's output type, which onnx's checker demands.
+        del simplified.graph.value_info[:]
+        require("onnx").checker.check_model(simplified)
+    except Exception as error:  # whatever onnxslim's passes raise on a graph: the plain one is as good
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return plain, f"not simplified, onnxslim failed: {reason}"
+    finally:
+        require("onnxruntime").set_default_logger_severity(2)  # onnxslim silences its warnings
+    return simplified, f"simplified from {before}"
 
 
-def torch_forward(detector: nn.Module) -> Forward:
-    """The detector's own forward on images that fill the batch: last layer's logits and boxes."""
+# --- float16 ---
 
-    def forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        with torch.no_grad():
-            logits, boxes_cxcywh = detector(torch.from_numpy(images), None, mode="tensor")
-        return logits[-1].numpy(), boxes_cxcywh[-1].numpy()
+HALF_TOLERANCE_LOGITS = 0.2
+HALF_TOLERANCE_BOXES = 0.02
+"""float16 keeps 11 bits: sampling locations move by up to a pixel of a large level."""
 
-    return forward
+KEPT_IN_FLOAT32 = ("GridSample", "Resize", "Range", "Min", "Max", "TopK", "RoiAlign", "InstanceNormalization")
+"""Operators without a float16 kernel in onnxruntime, or that overflow in it."""
+
+
+def half_file(onnx_file: str | Path) -> Path:
+    """Return ``<name>.fp16.onnx`` beside the float32 file."""
+    path = Path(onnx_file)
+    return path.with_name(f"{path.stem}.fp16{path.suffix}")
+
+
+def export_half(
+    detector: nn.Module,
+    onnx_file: str | Path,
+    options: ExportOptions,
+    *,
+    images: ImageSource | None = None,
+    images_from: str = "given",
+    log: Log = print,
+) -> ParityReport:
+    """Convert an exported graph to float16 weights and arithmetic; inputs and outputs stay float32.
+
+    Args:
+        detector: the detector that the graph was exported from.
+        onnx_file: the float32 graph; the result is written to :func:`half_file`, with its parity report.
+        options: those of the float32 export.
+        images: see :func:`export_onnx`.
+        images_from: likewise.
+        log: likewise.
+
+    Raises:
+        ExportError: the result is beyond the tolerance of float16.
+        StackError: onnxruntime's converter is missing.
+    """
+    target = half_file(onnx_file)
+    model = half_model(require("onnx").load(str(onnx_file)))
+    with written_whole(target) as temporary:
+        require("onnx").save(model, str(temporary))
+        report = ParityReport(
+            onnx_file=str(target),
+            runtime="onnxruntime, float16",
+            opset=next(entry.version for entry in model.opset_import if not entry.domain),
+            num_nodes=check_file(temporary),
+            input_size_hw=options.input_size_hw,
+            tolerance_logits=HALF_TOLERANCE_LOGITS,
+            tolerance_boxes=HALF_TOLERANCE_BOXES,
+            images=images_from if images else "generated",
+            simplification="as the float32 graph",
+        )
+        compare_with_detector(report, temporary, detector, options, images, log)
+    return report
+
+
+def half_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model with float16 weights and arithmetic, by onnxruntime's converter."""
+    onnx_package = require("onnx")
+    converter = require("onnxruntime.transformers.float16")
+    onnx_model = require("onnxruntime.transformers.onnx_model")
+    for node in plugin_nodes(model):
+        # The converter needs the type of every value, and shape inference does not know a plugin's.
+        output = onnx_package.helper.make_tensor_value_info(
+            node.output[0], onnx_package.TensorProto.FLOAT, [None] * INPUT_RANKS[0]
+        )
+        model.graph.value_info.append(output)
+    blocked = [*KEPT_IN_FLOAT32, PLUGIN_NAME]
+    model = converter.convert_float_to_float16(model, keep_io_types=True, op_block_list=blocked)
+    del model.graph.value_info[:]
+    drop_repeated_casts(model)
+    editor = onnx_model.OnnxModel(model)
+    editor.topological_sort()  # the converter appends its casts at the end
+    editor.prune_graph(allow_remove_graph_inputs=False)
+    return editor.model
+
+
+def drop_repeated_casts(model: onnx.ModelProto) -> None:
+    """Drop the copies of a cast that the converter writes under one name for every reader of a weight."""
+    made: set[str] = set()
+    kept = []
+    for node in model.graph.node:
+        if node.op_type == "Cast" and node.output[0] in made:
+            continue
+        made.update(node.output)
+        kept.append(node)
+    if len(kept) != len(model.graph.node):
+        copies = [type(node).FromString(node.SerializeToString()) for node in kept]
+        del model.graph.node[:]
+        model.graph.node.extend(copies)

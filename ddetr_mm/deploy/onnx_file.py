@@ -1,74 +1,51 @@
-"""An ONNX file: its signature, and the images that go into it."""
+"""Read and run exported graphs: signature, metadata, onnxruntime session, and images as graph inputs."""
 
 from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cv2
 import numpy as np
 
-from ddetr_mm.compat.patches import MAX_IMAGE_PIXELS
-from ddetr_mm.errors import DataError, ExportError, Problem, StackError, WeightsError
+from ddetr_mm.datasets.images import read_image, resize_plain
+from ddetr_mm.errors import ExportError, Problem, StackError, WeightsError
 
-# --- Image files as the normalised arrays that an exported graph takes ---
+# --- Images as graph inputs ---
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and standard deviation of the colours red, green, blue, counted in 0..255."""
+    """Mean and standard deviation of red, green and blue, for values of 0..255."""
 
     mean_rgb: tuple[float, float, float]
     std_rgb: tuple[float, float, float]
 
     def apply(self, image_rgb: np.ndarray) -> np.ndarray:
-        """An image (H, W, 3) of 0..255 as (3, H, W) float32."""
+        """Normalise an image (H, W, 3) of 0..255; returns (3, H, W) float32."""
         mean, std = np.float32(self.mean_rgb), np.float32(self.std_rgb)
         return np.ascontiguousarray(((image_rgb.astype(np.float32) - mean) / std).transpose(2, 0, 1))
-
-
-def read_rgb(path: str | Path) -> np.ndarray:
-    """An image file as (H, W, 3) RGB, uint8, turned as its EXIF tag says.
-
-    Raises:
-        DataError: when it cannot be read.
-    """
-    try:
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    except cv2.error:  # an image of absurd size
-        image = None
-    if image is None:
-        allowed = f"images of at most {MAX_IMAGE_PIXELS:,} pixels"
-        hint = "copy the file again, or leave it out"
-        raise DataError(Problem("cannot be read as an image", path, allowed=allowed, hint=hint))
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def stretched(image_rgb: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Resize to exactly this height and width, as the reference's deployment does (OpenCV, bilinear)."""
-    return cv2.resize(image_rgb, size_hw[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def load_batch(
     paths: Sequence[str | Path], size_hw: tuple[int, int], normalisation: Normalisation
 ) -> np.ndarray:
-    """Image files as one array (B, 3, H, W), float32.
+    """Read images as one array (B, 3, H, W), float32, resized without keeping their ratio as TAO does.
 
     Raises:
-        DataError: when a file cannot be read.
+        DataError: a file cannot be read.
     """
-    return np.stack([normalisation.apply(stretched(read_rgb(path), size_hw)) for path in paths])
+    return np.stack([normalisation.apply(resize_plain(read_image(path), size_hw)) for path in paths])
 
 
 def cycling_source(
     paths: Sequence[str | Path], size_hw: tuple[int, int], normalisation: Normalisation
 ) -> Callable[[int], np.ndarray]:
-    """A source of batches of any size: the files in order, again from the start when they run out."""
+    """Return a function from a batch size to a batch: the first files, repeated where they are too few."""
 
     def take(count: int) -> np.ndarray:
         return load_batch([paths[index % len(paths)] for index in range(count)], size_hw, normalisation)
@@ -76,30 +53,25 @@ def cycling_source(
     return take
 
 
-def batches_of(paths: Sequence[Path], batch_size: int, batches: int) -> Iterator[list[Path]]:
-    """The first ``batches`` groups of ``batch_size`` files."""
-    for start in range(0, batches * batch_size, batch_size):
-        yield list(paths[start : start + batch_size])
-
-
-# --- An exported ONNX file from outside: what it takes and gives, what it says of itself, how to run it ---
+# --- Signature and metadata ---
 
 OUTPUT_NAMES = ("pred_logits", "pred_boxes")
 META_KEY = "ddetr_mm"
-"""Our files carry a JSON object of class names, mean and standard deviation under this metadata key."""
+"""Metadata key of our files; its value is a JSON object of class names, mean and standard deviation."""
 
 
 @dataclass(frozen=True)
-class OnnxSignature:
-    """What an exported detector takes and gives.
+class GraphSignature:
+    """Inputs and outputs of an exported detector, an ONNX file or a TensorRT engine.
 
     Attributes:
         path: the file.
         input_size_hw: height and width in pixels.
         batch_size: the fixed batch, or None for any.
-        num_queries: Q.
-        num_classes: class columns C.
-        meta: what the file says about itself; empty for files of other exporters.
+        num_queries: Q, where known.
+        num_classes: class columns C, where known.
+        meta: the file's metadata; empty for files of other exporters.
+        max_batch_size: the largest batch of an engine.
     """
 
     path: Path
@@ -108,10 +80,11 @@ class OnnxSignature:
     num_queries: int | None
     num_classes: int | None
     meta: Mapping[str, Any]
+    max_batch_size: int | None = None
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """A name for every class column, where the file has them."""
+        """A name for every class column, where the metadata has them."""
         names = self.meta.get("class_names")
         return tuple(str(name) for name in names) if isinstance(names, list) and names else None
 
@@ -120,7 +93,7 @@ def require(package: str) -> ModuleType:
     """Import a package that exporting needs.
 
     Raises:
-        StackError: when it is not installed.
+        StackError: it is not installed.
     """
     try:
         return importlib.import_module(package)
@@ -130,15 +103,15 @@ def require(package: str) -> ModuleType:
         ) from error
 
 
-def read_signature(path: str | Path, *, where: str | None = None) -> OnnxSignature:
-    """Read what an ONNX file of a Deformable DETR takes and gives.
+def read_signature(path: str | Path, *, where: str | None = None) -> GraphSignature:
+    """Read the signature of a Deformable DETR's ONNX file.
 
     Args:
-        path: a file of ours or of the reference's export.
+        path: a file exported by this package or by TAO.
         where: the spec key that named it, for messages.
 
     Raises:
-        WeightsError: when the file is missing, is no ONNX file or is not such a detector.
+        WeightsError: the file is missing, not ONNX, or not such a detector.
     """
     onnx = require("onnx")
     path = Path(path)
@@ -155,7 +128,7 @@ def read_signature(path: str | Path, *, where: str | None = None) -> OnnxSignatu
     if list(inputs) != ["inputs"] or not set(OUTPUT_NAMES) <= set(outputs) or len(image) != 4:
         raise WeightsError(
             Problem(
-                "is not a Deformable DETR exported with this contract",
+                "is not a Deformable DETR exported by this package or TAO",
                 file=path,
                 where=where,
                 value=f"inputs {sorted(map(str, inputs))}, outputs {sorted(map(str, outputs))}",
@@ -165,7 +138,7 @@ def read_signature(path: str | Path, *, where: str | None = None) -> OnnxSignatu
     if image[2] is None or image[3] is None:
         raise WeightsError(Problem("has no fixed input height and width", file=path, where=where))
     logits = (*outputs["pred_logits"], None, None, None)
-    return OnnxSignature(path, (image[2], image[3]), image[0], logits[1], logits[2], read_meta(model))
+    return GraphSignature(path, (image[2], image[3]), image[0], logits[1], logits[2], read_meta(model))
 
 
 def _sizes(value: Any) -> tuple[int | None, ...]:
@@ -174,13 +147,13 @@ def _sizes(value: Any) -> tuple[int | None, ...]:
 
 
 def write_meta(model: Any, meta: Mapping[str, Any]) -> None:
-    """Put what the file says about itself into the model's metadata."""
+    """Write an object into the model's metadata."""
     entry = model.metadata_props.add()
     entry.key, entry.value = META_KEY, json.dumps(dict(meta))
 
 
 def read_meta(model: Any) -> dict[str, Any]:
-    """What :func:`write_meta` wrote; empty where there is nothing of ours."""
+    """Read what :func:`write_meta` wrote; empty for other files."""
     for entry in model.metadata_props:
         if entry.key == META_KEY:
             try:
@@ -191,16 +164,19 @@ def read_meta(model: Any) -> dict[str, Any]:
     return {}
 
 
+# --- Running and checking ---
+
+
 def ort_session(path: str | Path, providers: Sequence[str] | None = None) -> Any:
-    """An onnxruntime session.
+    """Open an onnxruntime session.
 
     Args:
         path: the file.
-        providers: execution providers; by default CUDA's where onnxruntime has it, and the CPU's.
+        providers: execution providers; by default CUDA where onnxruntime has it, and the CPU.
 
     Raises:
-        StackError: without onnxruntime.
-        WeightsError: when onnxruntime refuses the file.
+        StackError: onnxruntime is missing.
+        WeightsError: onnxruntime cannot load the file.
     """
     onnxruntime = require("onnxruntime")
     if providers is None:
@@ -211,13 +187,13 @@ def ort_session(path: str | Path, providers: Sequence[str] | None = None) -> Any
     except Exception as error:  # onnxruntime's errors share no public base class
         reason = str(error)
         hint = "export it with export.on_cpu=true" if "Plugin_TRT" in reason else None
-        raise WeightsError(Problem(f"onnxruntime refuses it: {reason}", file=path, hint=hint)) from error
+        raise WeightsError(Problem(f"onnxruntime cannot load it: {reason}", file=path, hint=hint)) from error
 
 
 def ort_forward(
     path: str | Path, providers: Sequence[str] | None = ("CPUExecutionProvider",)
 ) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """An onnxruntime session of the file as a function: images (B, 3, H, W) → logits and boxes."""
+    """Return a file as a function: images (B, 3, H, W) → logits and boxes, see :func:`ort_session`."""
     session = ort_session(path, providers)
 
     def forward(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -231,11 +207,11 @@ def check_file(path: Path) -> int:
     """Run onnx's checker; returns the number of nodes.
 
     Raises:
-        ExportError: when the checker refuses the file.
+        ExportError: the file is not valid.
     """
     onnx = require("onnx")
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except onnx.checker.ValidationError as error:
-        raise ExportError(Problem(f"onnx refuses the exported graph: {error}", file=path)) from error
+        raise ExportError(Problem(f"the exported graph is not valid ONNX: {error}", file=path)) from error
     return len(onnx.load(str(path), load_external_data=False).graph.node)

@@ -1,4 +1,7 @@
-"""Proof that an exported graph computes what PyTorch computes."""
+"""Compare an exported graph with PyTorch, and report the differences.
+
+:class:`ParityReport` is the content of ``<name>.parity.json``; :func:`compare_batches` fills it in.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,22 @@ class BatchParity:
 
 @dataclass
 class ParityReport:
-    """The comparison of one export, as written to ``<name>.parity.json``."""
+    """The comparison of one export, as written to ``<name>.parity.json``.
+
+    Attributes:
+        onnx_file: the graph or engine that was compared.
+        runtime: what ran it.
+        opset: of the graph.
+        num_nodes: of the graph.
+        input_size_hw: of the graph.
+        tolerance_logits: largest accepted difference of a logit.
+        tolerance_boxes: largest accepted difference of a box coordinate (0..1).
+        images: where the images come from.
+        least_agreement: smallest accepted :attr:`top_agreement`.
+        reference: what it was compared with.
+        simplification: what was done to simplify the traced graph, in words.
+        batches: one comparison for each batch size.
+    """
 
     onnx_file: str
     runtime: str
@@ -51,6 +69,7 @@ class ParityReport:
     images: str
     least_agreement: float = 0.0
     reference: str = "PyTorch"
+    simplification: str = ""
     batches: list[BatchParity] = field(default_factory=list)
 
     @property
@@ -65,7 +84,7 @@ class ParityReport:
 
     @property
     def top_agreement(self) -> float:
-        """The smallest share of equal best detections over all batches."""
+        """The smallest share of equal best detections of a batch."""
         return min(batch.top_agreement for batch in self.batches)
 
     @property
@@ -78,7 +97,7 @@ class ParityReport:
         )
 
     def summary(self) -> str:
-        """One line for the screen."""
+        """Return the result in one line."""
         sizes = ", ".join(str(batch.batch_size) for batch in self.batches)
         return (
             f"{self.runtime} against {self.reference}, batches of {sizes}: "
@@ -150,13 +169,13 @@ def compare_outputs(expected: Outputs, actual: Outputs, top: int = 100) -> Batch
 def compare_batches(
     report: ParityReport, batches: Sequence[np.ndarray], expected: Forward, actual: Forward
 ) -> None:
-    """Run both on every batch and append the comparisons to ``report``."""
+    """Run both functions on every batch and append the comparisons to ``report``."""
     for batch in batches:
         report.batches.append(compare_outputs(expected(batch), actual(batch)))
 
 
 def generated_images(batch_size: int, size_hw: tuple[int, int], seed: int = 0) -> np.ndarray:
-    """Normalised pictures (B, 3, H, W) for a comparison: smooth patches plus fine noise, mean 0, spread 1."""
+    """Return normalised images (B, 3, H, W) of patches plus noise: mean 0, standard deviation near 1."""
     rng = np.random.default_rng(seed)
     height, width = size_hw
     coarse = rng.standard_normal((batch_size, 3, -(-height // 32), -(-width // 32)))

@@ -1,4 +1,9 @@
-"""TensorRT engines: settings, calibration, building, running."""
+"""Build, check and run TensorRT engines.
+
+Sections: settings of a build (and the same as a ``trtexec`` command line), INT8 calibration images, engines
+at run time, the build itself and the comparison of an engine with its ONNX graph. The first two need no
+TensorRT; ``tensorrt`` is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import fnmatch
 import json
 import random
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,60 +19,57 @@ from typing import Any
 
 import numpy as np
 
-from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, Normalisation, OnnxSignature, batches_of, load_batch
+from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, GraphSignature, Normalisation, load_batch
 from ddetr_mm.deploy.parity import Forward, ParityReport, compare_batches
 from ddetr_mm.errors import DataError, ExportError, Problem, StackError, WeightsError
 from ddetr_mm.files import written_whole
 
-# --- What a TensorRT build is told, worked out without TensorRT, and the same as a command line ---
+# --- Settings of a build ---
 
 MIB = 1 << 20
 PRECISIONS = ("fp32", "fp16", "int8")
 TOLERANCES = {"fp32": (0.05, 0.005), "fp16": (0.5, 0.03), "int8": (4.0, 0.5)}
-"""Accepted differences of logits and boxes from the ONNX graph. fp32 leaves room for TF32."""
+"""Accepted differences of logits and boxes from the ONNX graph; fp32 allows for TF32."""
 LEAST_AGREEMENT = {"fp32": 0.95, "fp16": 0.8, "int8": 0.5}
-"""Least share of the best 100 detections that engine and graph must have in common."""
+"""Smallest accepted share of the best 100 detections that engine and graph have in common."""
 
 
 @dataclass(frozen=True)
 class BatchProfile:
-    """Smallest, tuned-for and largest batch of an engine."""
+    """Minimum, optimum and maximum batch of an engine."""
 
-    smallest: int
-    tuned: int
-    largest: int
+    minimum: int
+    optimum: int
+    maximum: int
 
     def shapes(self, size_hw: tuple[int, int]) -> tuple[tuple[int, int, int, int], ...]:
-        """The three input shapes (B, 3, H, W)."""
-        smallest, tuned, largest = (
-            (batch, 3, *size_hw) for batch in (self.smallest, self.tuned, self.largest)
-        )
-        return smallest, tuned, largest
+        """Return the three input shapes (B, 3, H, W)."""
+        return tuple((batch, 3, *size_hw) for batch in (self.minimum, self.optimum, self.maximum))
 
 
 @dataclass(frozen=True)
 class LayerPrecision:
-    """A precision for the layers whose names match a pattern (``*`` stands for anything)."""
+    """A precision for the layers whose names match a pattern (``*`` matches anything)."""
 
     pattern: str
     precision: str
 
     def matches(self, layer_name: str) -> bool:
-        """Whether a layer's name matches."""
+        """Return whether a layer's name matches."""
         return fnmatch.fnmatchcase(layer_name, self.pattern)
 
 
 @dataclass(frozen=True)
 class BuilderSettings:
-    """Everything a build is told.
+    """Everything that a build depends on.
 
     Attributes:
-        precision: ``fp32``, ``fp16`` or ``int8``; int8 allows fp16 too, as the reference does.
+        precision: ``fp32``, ``fp16`` or ``int8``; int8 allows fp16 too, as in TAO.
         input_size_hw: the graph's input.
-        profile: the batches; all three equal for a graph of fixed batch.
-        dynamic_batch: whether the graph's batch is open, so that the engine needs the profile.
-        workspace_bytes: most memory of a tactic; 0 leaves it to TensorRT.
-        layers: precisions of single layers, the first match counts.
+        profile: batch sizes; all three are equal for a graph of fixed batch.
+        dynamic_batch: whether the graph takes any batch, so that the engine needs the profile.
+        workspace_bytes: memory limit of a tactic; 0 for TensorRT's default.
+        layers: precisions of single layers; the first match counts.
         timing_cache: file of timings, read and updated, or None.
         verbose: print TensorRT's own messages.
     """
@@ -89,20 +91,20 @@ class BuilderSettings:
         flags += tuple(
             name.upper() for name in ("fp16", "int8") if name in wanted and name.upper() not in flags
         )
-        return (*flags, "PREFER_PRECISION_CONSTRAINTS") if self.obeyed_layers else flags
+        return (*flags, "PREFER_PRECISION_CONSTRAINTS") if self.effective_layers else flags
 
     @property
-    def obeyed_layers(self) -> tuple[LayerPrecision, ...]:
-        """The layer precisions that act: an fp32 engine has nothing to be told apart."""
+    def effective_layers(self) -> tuple[LayerPrecision, ...]:
+        """The layer precisions that have an effect: none in an fp32 engine."""
         return () if self.precision == "fp32" else self.layers
 
     def layer_precision(self, layer_name: str) -> str | None:
-        """The precision asked for a layer, or None."""
-        return next((layer.precision for layer in self.obeyed_layers if layer.matches(layer_name)), None)
+        """Return the precision requested for a layer, or None."""
+        return next((layer.precision for layer in self.effective_layers if layer.matches(layer_name)), None)
 
 
 def builder_settings(
-    signature: OnnxSignature,
+    signature: GraphSignature,
     *,
     data_type: str,
     workspace_mib: int,
@@ -111,31 +113,31 @@ def builder_settings(
     timing_cache: str | None = None,
     verbose: bool = False,
 ) -> BuilderSettings:
-    """Settings from a spec's values.
+    """Return the settings for a spec's values.
 
     Args:
         signature: the graph to build from.
         data_type: FP32, FP16 or INT8, any case.
-        workspace_mib: memory of a tactic in MiB. (The reference divides it by 1024 to whole GiB, so that less
-            than 1024 becomes nothing; here it is taken as it stands.)
-        batches: smallest, tuned and largest batch; a graph of fixed batch overrules them.
+        workspace_mib: memory limit of a tactic in MiB. (TAO rounds it down to whole GiB, so that less than
+            1024 becomes 0.)
+        batches: minimum, optimum and maximum batch; a graph of fixed batch overrides them.
         layers_precision: ``name:precision`` each.
         timing_cache: path or None.
         verbose: print TensorRT's messages.
 
     Raises:
-        ExportError: for batches out of order, or another precision.
+        ExportError: unknown precision, or batches out of order.
     """
     precision = data_type.lower()
     if precision not in PRECISIONS:
         where = "gen_trt_engine.tensorrt.data_type"
-        raise ExportError(Problem("is no precision", where=where, value=data_type, allowed=PRECISIONS))
+        raise ExportError(Problem("is not a precision", where=where, value=data_type, allowed=PRECISIONS))
     if signature.batch_size is not None:
         batches = (signature.batch_size,) * 3
     if not 1 <= batches[0] <= batches[1] <= batches[2]:
         raise ExportError(
             Problem(
-                "batches must not fall",
+                "batch sizes are out of order",
                 where="gen_trt_engine.tensorrt.{min,opt,max}_batch_size",
                 value=batches,
                 allowed="min <= opt <= max, all at least 1",
@@ -154,16 +156,16 @@ def builder_settings(
 
 
 def parse_layer(text: str) -> LayerPrecision:
-    """``name:precision`` in parts; the name may hold colons.
+    """Parse ``name:precision``; the name may hold colons.
 
     Raises:
-        ExportError: for anything else.
+        ExportError: the text has another form.
     """
     pattern, _, precision = text.rpartition(":")
     if not pattern or precision.lower() not in PRECISIONS:
         where = "gen_trt_engine.tensorrt.layers_precision"
         raise ExportError(
-            Problem("is no layer precision", where=where, value=text, allowed="name:fp32, *:fp16 …")
+            Problem("is not a layer precision", where=where, value=text, allowed="name:fp32, *:fp16 …")
         )
     return LayerPrecision(pattern, precision.lower())
 
@@ -174,9 +176,9 @@ def trtexec_command(
     engine_file: str | Path,
     calibration_cache: str | None = None,
 ) -> str:
-    """The same build as a ``trtexec`` command line, for another machine.
+    """Return the ``trtexec`` command line of the same build, for another machine.
 
-    trtexec reads a calibration cache and cannot make one from images.
+    trtexec reads a calibration cache but cannot create one from images.
     """
     words = ["trtexec", f"--onnx={onnx_file}", f"--saveEngine={engine_file}"]
     if settings.workspace_bytes:
@@ -189,8 +191,8 @@ def trtexec_command(
     words += [f"--{flag.lower()}" for flag in settings.flags if flag in ("FP16", "INT8")]
     if settings.precision == "int8" and calibration_cache:
         words.append(f"--calib={calibration_cache}")
-    if settings.obeyed_layers:
-        pairs = ",".join(f"{layer.pattern}:{layer.precision}" for layer in settings.obeyed_layers)
+    if settings.effective_layers:
+        pairs = ",".join(f"{layer.pattern}:{layer.precision}" for layer in settings.effective_layers)
         words += ["--precisionConstraints=prefer", f"--layerPrecisions={pairs}"]
     if settings.timing_cache:
         words.append(f"--timingCacheFile={settings.timing_cache}")
@@ -199,32 +201,32 @@ def trtexec_command(
     return shlex.join(words)
 
 
-# --- Images for INT8 calibration, and the rules of its cache. Nothing here needs TensorRT ---
+# --- INT8 calibration ---
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".JPEG", ".JPG", ".PNG")
 WHERE = "gen_trt_engine.tensorrt.calibration"
 
 
 def calibration_images(folders: Sequence[str | Path], *, at_least: int, seed: int = 0) -> list[Path]:
-    """All images below the folders, in a shuffled order that repeats itself.
+    """List all images below the folders, shuffled reproducibly.
 
     Args:
         folders: searched to any depth.
-        at_least: how many the calibration will take.
-        seed: of the shuffling.
+        at_least: images that the calibration needs.
+        seed: of the shuffle.
 
     Raises:
-        DataError: for a missing or empty folder, or too few images.
+        DataError: a folder is missing or empty, or there are too few images.
     """
     where = f"{WHERE}.cal_image_dir"
     if not folders:
         raise DataError(
-            Problem("is not given", where=where, hint="name folders of images like those of training")
+            Problem("is not given", where=where, hint="give folders with images like those of training")
         )
     found: set[Path] = set()
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise DataError(Problem("is no folder", file=folder, where=where))
+            raise DataError(Problem("is not a folder", file=folder, where=where))
         here = {path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()}
         if not here:
             raise DataError(Problem("holds no images", file=folder, where=where, allowed=SUFFIXES))
@@ -245,15 +247,15 @@ def calibration_images(folders: Sequence[str | Path], *, at_least: int, seed: in
 
 @dataclass
 class Calibration:
-    """One calibration: which images in which batches, and the cache.
+    """The images and the cache file of a calibration.
 
     Attributes:
         paths: shuffled image files.
-        batch_size: images in a batch; a graph of fixed batch decides it.
-        batches: how many.
-        cache_file: where the result is kept, or None.
+        batch_size: images in a batch.
+        batches: number of batches.
+        cache_file: read if it exists, else written; or None.
         size_hw: the graph's input.
-        normalisation: that of the training.
+        normalisation: that of training.
     """
 
     paths: Sequence[Path]
@@ -265,26 +267,27 @@ class Calibration:
 
     @property
     def uses_cache(self) -> bool:
-        """Whether a cache is there, so that no image is read."""
+        """Whether the cache exists, so that no image is read."""
         return self.cache_file is not None and self.cache_file.is_file()
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """The batches (B, 3, H, W), float32; none with a cache.
+        """Yield the batches (B, 3, H, W), float32; none with a cache.
 
         Raises:
-            DataError: when an image cannot be read.
+            DataError: an image cannot be read.
         """
         if self.uses_cache:
             return
-        for group in batches_of(self.paths, self.batch_size, self.batches):
-            yield load_batch(group, self.size_hw, self.normalisation)
+        for start in range(0, self.batches * self.batch_size, self.batch_size):
+            paths = self.paths[start : start + self.batch_size]
+            yield load_batch(paths, self.size_hw, self.normalisation)
 
     def read_cache(self) -> bytes | None:
-        """The cache's content, or None without one."""
+        """Return the cache's content, or None without one."""
         return self.cache_file.read_bytes() if self.cache_file is not None and self.uses_cache else None
 
     def write_cache(self, content: bytes) -> None:
-        """Keep the result of the calibration; an existing cache stays as it is."""
+        """Write the result of the calibration; an existing cache is not replaced."""
         if self.cache_file is not None and not self.uses_cache:
             with written_whole(self.cache_file) as temporary:
                 temporary.write_bytes(bytes(content))
@@ -300,19 +303,19 @@ def plan_calibration(
     size_hw: tuple[int, int],
     normalisation: Normalisation,
 ) -> Calibration:
-    """Check everything a calibration needs; with a cache too, as the reference does.
+    """Check the images and batch sizes of a calibration; with a cache too, as TAO does.
 
     Args:
         folders: ``cal_image_dir``.
-        batch_size: ``cal_batch_size``; ``fixed_batch`` goes before it.
+        batch_size: ``cal_batch_size``; overridden by ``fixed_batch``.
         batches: ``cal_batches``.
         cache_file: ``cal_cache_file``.
         fixed_batch: the graph's batch, or None.
         size_hw: the graph's input.
-        normalisation: that of the training.
+        normalisation: that of training.
 
     Raises:
-        DataError: see :func:`calibration_images`; also for counts below 1.
+        DataError: see :func:`calibration_images`; or a count is below 1.
     """
     for name, value in (("cal_batch_size", batch_size), ("cal_batches", batches)):
         if value < 1:
@@ -322,18 +325,16 @@ def plan_calibration(
     return Calibration(paths, size, batches, Path(cache_file) if cache_file else None, size_hw, normalisation)
 
 
-# --- TensorRT engines at run time: what they take and give, and running them through the current API ---
-# Execution is ``execute_async_v3`` with named tensors; the binding calls of older releases are not used.
-# Buffers are torch's. ``tensorrt`` is imported when it is needed, for it is installed on few machines.
+# --- Engines at run time ---
 
 INSTALL = "pip install tensorrt (with the libraries for your CUDA version), on a machine with an NVIDIA GPU"
 
 
 def require_tensorrt() -> ModuleType:
-    """The ``tensorrt`` package.
+    """Import the ``tensorrt`` package.
 
     Raises:
-        StackError: where it cannot be imported, or there is no GPU.
+        StackError: it cannot be imported, or there is no GPU.
     """
     try:
         import tensorrt
@@ -346,35 +347,17 @@ def require_tensorrt() -> ModuleType:
     return tensorrt
 
 
-@dataclass(frozen=True)
-class EngineSignature:
-    """What an engine takes and gives; see :class:`ddetr_mm.deploy.onnx_file.OnnxSignature`."""
-
-    path: Path
-    input_size_hw: tuple[int, int]
-    batch_size: int | None
-    max_batch_size: int
-    num_classes: int | None
-    meta: Mapping[str, Any]
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """A name for every class column, where a report beside the engine has them."""
-        names = self.meta.get("class_names")
-        return tuple(str(name) for name in names) if isinstance(names, list) and names else None
-
-
 def meta_file(engine_file: str | Path) -> Path:
-    """What an engine says about itself stands beside it: an engine has no place for it."""
+    """Return the path of an engine's metadata, a file beside it: an engine cannot hold any."""
     path = Path(engine_file)
     return path.with_name(f"{path.name}.json")
 
 
 def read_engine_meta(engine_file: str | Path) -> dict[str, Any]:
-    """The content of :func:`meta_file`; empty where there is none.
+    """Read :func:`meta_file`; empty where it does not exist.
 
     Raises:
-        WeightsError: when the file is there and cannot be read.
+        WeightsError: the file cannot be read.
     """
     path = meta_file(engine_file)
     if not path.is_file():
@@ -387,15 +370,15 @@ def read_engine_meta(engine_file: str | Path) -> dict[str, Any]:
 
 
 class EngineRunner:
-    """An engine in memory.
+    """A loaded engine as a function, run by ``execute_async_v3`` on buffers of torch.
 
     Args:
-        engine_file: built by :mod:`ddetr_mm.deploy.tensorrt`, by the reference or by ``trtexec``.
+        engine_file: built by this package, TAO or ``trtexec``.
         where: the spec key that named it, for messages.
 
     Raises:
-        StackError: without TensorRT or GPU.
-        WeightsError: when TensorRT refuses the file, or it has other inputs and outputs.
+        StackError: TensorRT or a GPU is missing.
+        WeightsError: TensorRT cannot load the file, or it has other inputs and outputs.
     """
 
     def __init__(self, engine_file: str | Path, *, where: str | None = None) -> None:
@@ -409,7 +392,7 @@ class EngineRunner:
         if self.engine is None:
             raise WeightsError(
                 Problem(
-                    "TensorRT refuses the engine: it was built by another version or for another GPU",
+                    "TensorRT cannot load the engine: it was built by another version or for another GPU",
                     file=path,
                     where=where,
                     hint="build it here with `ddetr-mm gen_trt_engine`",
@@ -425,20 +408,21 @@ class EngineRunner:
         shape = tuple(self.engine.get_tensor_shape("inputs"))
         largest = tuple(self.engine.get_tensor_profile_shape("inputs", 0)[2])
         classes = tuple(self.engine.get_tensor_shape("pred_logits"))[2]
-        self.signature = EngineSignature(
+        self.signature = GraphSignature(
             path=path,
             input_size_hw=(shape[2], shape[3]),
             batch_size=shape[0] if shape[0] > 0 else None,
-            max_batch_size=int(largest[0]),
+            num_queries=None,
             num_classes=classes if classes > 0 else None,
             meta=read_engine_meta(path),
+            max_batch_size=int(largest[0]),
         )
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Normalised images (B, 3, H, W), float32 → logits (B, Q, C), boxes_cxcywh (B, Q, 4).
+        """Run on normalised images (B, 3, H, W), float32; returns logits (B, Q, C), boxes_cxcywh (B, Q, 4).
 
         Raises:
-            WeightsError: when the engine does not take this batch, or fails.
+            WeightsError: the engine does not take this batch size, or fails.
         """
         import torch
 
@@ -462,14 +446,12 @@ class EngineRunner:
         return logits, boxes_cxcywh
 
 
-def read_engine_signature(engine_file: str | Path, *, where: str | None = None) -> EngineSignature:
-    """What an engine takes and gives; raises as :class:`EngineRunner` does."""
+def read_engine_signature(engine_file: str | Path, *, where: str | None = None) -> GraphSignature:
+    """Load an engine and return its signature; raises as :class:`EngineRunner` does."""
     return EngineRunner(engine_file, where=where).signature
 
 
-# --- Building a TensorRT engine and proving that it computes what its ONNX graph computes ---
-# All decisions stand in :class:`~ddetr_mm.deploy.tensorrt.BuilderSettings`; this module hands them to
-# TensorRT and is the only one that builds.
+# --- Building and comparing an engine ---
 
 
 def build_engine(
@@ -482,13 +464,13 @@ def build_engine(
 
     Args:
         onnx_file: the graph.
-        engine_file: written in place; give a temporary name.
+        engine_file: written in place, so give a temporary name.
         settings: see the class.
         calibration: for int8.
 
     Raises:
-        StackError: without TensorRT or GPU, or when this TensorRT lacks what the settings ask for.
-        ExportError: when TensorRT cannot read the graph or build the engine.
+        StackError: TensorRT or a GPU is missing, or this TensorRT lacks what the settings need.
+        ExportError: TensorRT cannot read the graph or build the engine.
     """
     trt = require_tensorrt()
     logger = trt.Logger(trt.Logger.VERBOSE if settings.verbose else trt.Logger.WARNING)
@@ -512,7 +494,7 @@ def build_engine(
     if settings.precision == "int8":
         config.int8_calibrator = make_calibrator(trt, calibration)
         if settings.dynamic_batch:
-            # TensorRT feeds the calibrator with this profile's tuned batch, which must be the calibrator's.
+            # TensorRT calibrates with this profile's optimum batch, which must be the calibrator's.
             profile = builder.create_optimization_profile()
             batch = (calibration.batch_size, 3, *settings.input_size_hw)
             profile.set_shape("inputs", batch, batch, batch)
@@ -533,10 +515,10 @@ def build_engine(
 
 
 def builder_flag(trt: ModuleType, name: str) -> Any:
-    """One of TensorRT's builder flags.
+    """Return one of TensorRT's builder flags.
 
     Raises:
-        StackError: when this TensorRT has dropped it in favour of typed networks.
+        StackError: this TensorRT has replaced it by typed networks.
     """
     flag = getattr(trt.BuilderFlag, name, None)
     if flag is None:
@@ -551,7 +533,7 @@ def builder_flag(trt: ModuleType, name: str) -> Any:
 
 
 def set_layer_precisions(trt: ModuleType, network: Any, settings: BuilderSettings) -> None:
-    """Give layers the precisions that the settings name; layers of integers stay as they are."""
+    """Set the requested precisions of floating-point layers."""
     types = {"fp32": trt.float32, "fp16": trt.float16, "int8": trt.int8}
     for index in range(network.num_layers):
         layer = network.get_layer(index)
@@ -571,18 +553,18 @@ def load_timing_cache(config: Any, path: Path | None) -> Any:
 
 
 def save_timing_cache(config: Any, cache: Any, path: Path | None) -> None:
-    """Write the timings back, this build's included."""
+    """Write the timings, including those of this build."""
     if path is not None and cache is not None:
         with written_whole(path) as temporary:
             temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
 
 
 def make_calibrator(trt: ModuleType, calibration: Calibration | None) -> Any:
-    """TensorRT's entropy calibrator over a :class:`Calibration`.
+    """Return TensorRT's entropy calibrator for a :class:`Calibration`.
 
     Raises:
-        StackError: when this TensorRT has no calibrators any more.
-        ExportError: without a calibration.
+        StackError: this TensorRT has no calibrators.
+        ExportError: no calibration is given.
     """
     if calibration is None:
         raise ExportError(
@@ -596,7 +578,7 @@ def make_calibrator(trt: ModuleType, calibration: Calibration | None) -> Any:
     import torch
 
     class Calibrator(base):  # type: ignore[misc, valid-type]
-        """Feeds the batches; the memory of the last one stays alive until the next."""
+        """Gives TensorRT the batches; keeps the memory of the last one until the next."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -628,34 +610,34 @@ def verify_engine(
     settings: BuilderSettings,
     make_images: Callable[[int], Any],
     *,
-    images_are: str,
+    images_from: str,
     name: str,
     opset: int,
 ) -> ParityReport:
-    """Compare an engine with its ONNX graph (itself proven against PyTorch) at every batch of the profile.
+    """Compare an engine with its ONNX graph at every batch size of the profile.
 
     Args:
         engine_file: the engine.
-        expected: the graph, run without TensorRT.
-        settings: what it was built with; they decide the tolerance.
+        expected: the graph as a function.
+        settings: those of the build, which set the tolerance.
         make_images: batch size → images (B, 3, H, W).
-        images_are: a word on where the images come from.
+        images_from: where the images come from, for the report.
         name: the file's final name, for the report.
         opset: the graph's.
 
     Raises:
-        ExportError: when the engine disagrees.
+        ExportError: a difference is beyond the tolerance.
     """
-    report = engine_report(settings, name=name, opset=opset, images_are=images_are)
+    report = engine_report(settings, name=name, opset=opset, images_from=images_from)
     profile = settings.profile
-    sizes = sorted({profile.smallest, profile.tuned, profile.largest})
+    sizes = sorted({profile.minimum, profile.optimum, profile.maximum})
     compare_batches(report, [make_images(size) for size in sizes], expected, EngineRunner(engine_file))
     report.require()
     return report
 
 
-def engine_report(settings: BuilderSettings, *, name: str, opset: int, images_are: str) -> ParityReport:
-    """An empty report with the tolerances of the engine's precision."""
+def engine_report(settings: BuilderSettings, *, name: str, opset: int, images_from: str) -> ParityReport:
+    """Return an empty report with the tolerances of the engine's precision."""
     tolerance_logits, tolerance_boxes = TOLERANCES[settings.precision]
     return ParityReport(
         onnx_file=name,
@@ -665,7 +647,7 @@ def engine_report(settings: BuilderSettings, *, name: str, opset: int, images_ar
         input_size_hw=settings.input_size_hw,
         tolerance_logits=tolerance_logits,
         tolerance_boxes=tolerance_boxes,
-        images=images_are,
+        images=images_from,
         least_agreement=LEAST_AGREEMENT[settings.precision],
         reference="the ONNX graph",
     )

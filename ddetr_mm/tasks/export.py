@@ -1,4 +1,4 @@
-"""``ddetr-mm export``: a checkpoint as ONNX, checked against PyTorch before it gets its name."""
+"""``ddetr-mm export``: write a checkpoint as ONNX, compared with PyTorch before it gets its name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from ddetr_mm.deploy.onnx_export import ExportOptions, ImageSource
     from ddetr_mm.deploy.onnx_file import Normalisation
 
-MOST_TEST_IMAGES = 7
+MAX_TEST_IMAGES = 7
 
 
 def run(arguments: Namespace) -> None:
-    """Export; leaves the ONNX file, ``<name>.parity.json`` and, where asked for, DeepStream's files."""
+    """Write the ONNX file, ``<name>.parity.json`` and, if requested, DeepStream's files."""
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "export")
     spec = loaded.spec
     choose_device(spec, [spec.export.gpu_id])
@@ -31,7 +31,7 @@ def run(arguments: Namespace) -> None:
 
 
 def export(loaded: LoadedSpec, session: Session) -> None:
-    """The steps after all that can be refused at once has been."""
+    """Export, after the checks that need no model."""
     from ddetr_mm.deploy.deepstream import full_class_names, write_deepstream_files
     from ddetr_mm.deploy.onnx_export import export_half, export_onnx, usable_opset
     from ddetr_mm.tasks.runner import build_model
@@ -45,26 +45,26 @@ def export(loaded: LoadedSpec, session: Session) -> None:
     model, _ = build_model(loaded, "export", settings.checkpoint, where="export.checkpoint")
     options = export_options(spec, names)
     normalisation = spec_normalisation(spec)
-    images, images_are = test_images(spec, options.input_size_hw, normalisation)
+    images, images_from = test_images(spec, options.input_size_hw, normalisation)
     target = Path(settings.onnx_file)
-    report = export_onnx(model, target, options, images=images, images_are=images_are, say=say)
+    report = export_onnx(model, target, options, images=images, images_from=images_from, log=log)
     written = [report.onnx_file]
     if spec.ddetr_mm.export_fp16:
         written.append(
-            export_half(model, target, options, images=images, images_are=images_are, say=say).onnx_file
+            export_half(model, target, options, images=images, images_from=images_from, log=log).onnx_file
         )
     if settings.serialize_nvdsinfer:
         written += write_deepstream_files(target, options.input_size_hw, names, normalisation)
     print("written: " + ", ".join(str(path) for path in written))
 
 
-def say(line: str) -> None:
-    """One line of progress on standard error."""
+def log(line: str) -> None:
+    """Print a line on standard error."""
     print(line, file=sys.stderr)
 
 
 def export_options(spec: ExperimentSpec, class_names: list[str]) -> ExportOptions:
-    """The spec's ``export`` section in the exporter's words."""
+    """Return the exporter's options for the spec's ``export`` section."""
     from ddetr_mm.deploy.onnx_export import ExportOptions
 
     settings, augmentation = spec.export, spec.dataset.augmentation
@@ -84,7 +84,7 @@ def export_options(spec: ExperimentSpec, class_names: list[str]) -> ExportOption
 
 
 def spec_normalisation(spec: ExperimentSpec) -> Normalisation:
-    """The spec's mean and standard deviation, in 0..255."""
+    """Return the spec's mean and standard deviation, for values of 0..255."""
     from ddetr_mm.deploy.onnx_file import Normalisation
     from ddetr_mm.translate.model import three
 
@@ -99,7 +99,7 @@ def spec_normalisation(spec: ExperimentSpec) -> Normalisation:
 def test_images(
     spec: ExperimentSpec, size_hw: tuple[int, int], normalisation: Normalisation
 ) -> tuple[ImageSource | None, str]:
-    """Validation images for the comparison with PyTorch where the spec's are there, else None."""
+    """Return validation images for the comparison with PyTorch, or None; and where they come from."""
     from ddetr_mm.deploy.onnx_file import cycling_source
 
     paths = validation_images(spec)
@@ -109,7 +109,7 @@ def test_images(
 
 
 def validation_images(spec: ExperimentSpec) -> list[str]:
-    """Up to :data:`MOST_TEST_IMAGES` files of ``dataset.val_data_sources``; none where they are not there."""
+    """Return up to :data:`MAX_TEST_IMAGES` files of ``dataset.val_data_sources``; none if any is missing."""
     from ddetr_mm.datasets.sources import CocoSource, join_location, read_coco_sources
 
     sources = [CocoSource(one.image_dir, one.json_file) for one in spec.dataset.val_data_sources or []]
@@ -118,31 +118,31 @@ def validation_images(spec: ExperimentSpec) -> list[str]:
     try:
         table = read_coco_sources(sources, annotations_required=False)
     except DataError as error:
-        say(f"note: dataset.val_data_sources cannot be used for the comparison: {error}")
+        log(f"note: dataset.val_data_sources cannot be used for the comparison: {error}")
         return []
     paths = []
-    for row in range(min(MOST_TEST_IMAGES, len(table.image_ids))):
+    for row in range(min(MAX_TEST_IMAGES, len(table.image_ids))):
         folder = sources[table.source_indices[row]].image_dir
         paths.append(join_location(folder, table.file_name(row)))
     missing = [path for path in paths if not Path(path).is_file()]
     if missing:
-        say(f"note: {missing[0]} is not there: comparing on generated images")
+        log(f"note: {missing[0]} is missing: comparing on generated images")
         return []
     return paths
 
 
 def check_target(target: Path, suffix: str, where: str, *, force: bool) -> None:
-    """Refuse a target that cannot be written, before any work.
+    """Refuse a target that cannot be written.
 
     Args:
         target: the file to write.
-        suffix: the ending it should have.
+        suffix: its usual ending.
         where: the spec key that named it.
         force: whether a file there may be replaced.
 
     Raises:
-        ExportError: when it exists (without ``force``), would have to be encrypted, is a folder, or cannot be
-            made.
+        ExportError: it exists (without ``force``), would have to be encrypted, is a folder, or cannot be
+            created.
     """
     if target.suffix == ".etlt":
         raise ExportError(

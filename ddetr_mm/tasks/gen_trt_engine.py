@@ -1,4 +1,4 @@
-"""``ddetr-mm gen_trt_engine``: a TensorRT engine from an ONNX file, checked before it gets its name."""
+"""``ddetr-mm gen_trt_engine``: build a TensorRT engine and compare it with its ONNX file."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 from ddetr_mm.errors import Problem, StackError, WeightsError
 from ddetr_mm.files import write_text_whole, written_whole
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec, load_spec
-from ddetr_mm.tasks.export import check_target, say, spec_normalisation, test_images
+from ddetr_mm.tasks.export import check_target, log, spec_normalisation, test_images
 from ddetr_mm.tasks.session import Session, choose_device, open_session
 
 if TYPE_CHECKING:
-    from ddetr_mm.deploy.onnx_file import OnnxSignature
+    from ddetr_mm.deploy.onnx_file import GraphSignature
     from ddetr_mm.deploy.tensorrt import BuilderSettings, Calibration
 
 
 def run(arguments: Namespace) -> None:
-    """Build; leaves the engine, its parity report and a file of its class names.
+    """Write the engine, its parity report and its metadata.
 
     Raises:
         WeightsError: the ONNX file does not exist.
@@ -47,10 +47,10 @@ def run(arguments: Namespace) -> None:
 
 
 def generate(loaded: LoadedSpec, session: Session) -> None:
-    """Work out the settings, say how to build elsewhere, build, verify.
+    """Print the ``trtexec`` command of the build, then build and compare.
 
     Raises:
-        StackError: TensorRT is not installed here; the message has the ``trtexec`` command.
+        StackError: TensorRT is not installed.
     """
     from ddetr_mm.deploy.onnx_file import read_signature
     from ddetr_mm.deploy.tensorrt import require_tensorrt, trtexec_command
@@ -65,12 +65,12 @@ def generate(loaded: LoadedSpec, session: Session) -> None:
         options.trt_engine or Path(options.onnx_file).with_suffix(".engine"),
         options.tensorrt.calibration.cal_cache_file,
     )
-    print(f"the same build by TensorRT's own tool: {command}")
+    print(f"the same build with trtexec: {command}")
     try:
         require_tensorrt()
     except StackError as error:
         problem = error.problems[0]
-        hint = f"{problem.hint}; or run the trtexec command above where TensorRT is"
+        hint = f"{problem.hint}; or run the trtexec command above on a machine with TensorRT"
         raise StackError(Problem(problem.what, hint=hint)) from error
     with ExitStack() as stack:
         if options.trt_engine:
@@ -78,20 +78,20 @@ def generate(loaded: LoadedSpec, session: Session) -> None:
             temporary = stack.enter_context(written_whole(target))
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            target = temporary = Path(folder) / "proof.engine"
+            target = temporary = Path(folder) / "test.engine"
         build_and_verify(spec, signature, settings, calibration, temporary, target, session)
 
 
 def build_and_verify(
     spec: ExperimentSpec,
-    signature: OnnxSignature,
+    signature: GraphSignature,
     settings: BuilderSettings,
     calibration: Calibration | None,
     temporary: Path,
     target: Path,
     session: Session,
 ) -> None:
-    """Build into ``temporary`` and compare with the graph; the report goes beside ``target``."""
+    """Build ``temporary`` and compare it with the graph; the report is written beside ``target``."""
     import onnx
 
     from ddetr_mm.deploy.onnx_export import graph_forward
@@ -101,17 +101,17 @@ def build_and_verify(
 
     build_engine(signature.path, temporary, settings, calibration)
     graph = onnx.load(str(signature.path))
-    images, images_are = test_images(spec, signature.input_size_hw, spec_normalisation(spec))
+    images, images_from = test_images(spec, signature.input_size_hw, spec_normalisation(spec))
     report = verify_engine(
         temporary,
         graph_forward(signature.path, plugin=bool(plugin_nodes(graph))),
         settings,
         images or (lambda count: generated_images(count, signature.input_size_hw)),
-        images_are=images_are,
+        images_from=images_from,
         name=str(target),
         opset=max(entry.version for entry in graph.opset_import if not entry.domain),
     )
-    say(report.summary())
+    log(report.summary())
     if not spec.gen_trt_engine.trt_engine:
         report.write(session.folder / "engine.parity.json")
         print("the engine builds and agrees; gen_trt_engine.trt_engine is null, so it was not kept")
@@ -121,8 +121,8 @@ def build_and_verify(
     print(f"written: {target}")
 
 
-def engine_settings(spec: ExperimentSpec, signature: OnnxSignature) -> BuilderSettings:
-    """The spec's ``gen_trt_engine`` section in the builder's words."""
+def engine_settings(spec: ExperimentSpec, signature: GraphSignature) -> BuilderSettings:
+    """Return the builder's settings for the spec's ``gen_trt_engine`` section."""
     from ddetr_mm.deploy.tensorrt import builder_settings
 
     options = spec.gen_trt_engine
@@ -138,8 +138,8 @@ def engine_settings(spec: ExperimentSpec, signature: OnnxSignature) -> BuilderSe
     )
 
 
-def engine_calibration(spec: ExperimentSpec, signature: OnnxSignature) -> Calibration:
-    """The spec's calibration section, checked against the image folders."""
+def engine_calibration(spec: ExperimentSpec, signature: GraphSignature) -> Calibration:
+    """Return the calibration of the spec, with its images checked."""
     from ddetr_mm.deploy.tensorrt import plan_calibration
 
     settings = spec.gen_trt_engine.tensorrt.calibration

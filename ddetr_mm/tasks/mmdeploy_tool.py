@@ -1,4 +1,9 @@
-"""`tools/deploy.py`: mmdeploy's conversion, with patches for today's torch, calibration data and a parity check."""
+"""``tools/deploy.py``: mmdeploy's conversion on current torch, with standard operators or plugin nodes.
+
+Beyond mmdeploy's own tool: a spec may replace the model config, a checkpoint of another format is converted,
+the graph is simplified and compared with PyTorch before it gets its name. Sections: the command and its
+steps, configs, graph and comparison, calibration images, patches of mmdeploy.
+"""
 
 from __future__ import annotations
 
@@ -16,205 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from ddetr_mm.errors import ExportError, InputError, Problem, StackError
-from ddetr_mm.files import written_whole
+from ddetr_mm.files import write_text_whole, written_whole
 from ddetr_mm.tasks.mmdet_tools import SPEC_SUFFIXES, mmdet_checkpoint
-
-# --- What mmdeploy 1.3.1 needs on a new torch, mended for the time of a block ---
-# Three things, none of which does anything on the torch that mmdeploy was written for:
-#
-# 1. ``torch.onnx.export`` uses a new exporter by default since torch 2.9, which mmdeploy's rewriters do not
-#    fit. It gets ``dynamo=False``.
-# 2. mmdeploy treats torch's table of fx-wrapped functions as the list that it once was and takes the last entry
-#    off it; today it is a dict and that fails with ``KeyError: -1``. mmdeploy gets a list of its own: tracing
-#    does not use it.
-# 3. mmdeploy exports ``grid_sampler`` as an operator of its own runtime library. From opset 16 on ONNX has
-#    GridSample, so its record is taken out and torch's own export comes through.
-
-FIRST_OPSET_WITH_GRID_SAMPLE = 16
-
-
-@contextmanager
-def mended_mmdeploy(opset: int) -> Iterator[None]:
-    """Keep mmdeploy working inside the block.
-
-    Args:
-        opset: the opset that will be written; below 16 mmdeploy's own ``grid_sampler`` stays.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(_old_exporter())
-        stack.enter_context(_list_of_wrapped_functions())
-        if opset >= FIRST_OPSET_WITH_GRID_SAMPLE:
-            stack.enter_context(_standard_grid_sample())
-        yield
-
-
-@contextmanager
-def _old_exporter() -> Iterator[None]:
-    import torch
-
-    original = torch.onnx.export
-    if "dynamo" not in inspect.signature(original).parameters:
-        yield
-        return
-
-    @functools.wraps(original)
-    def export(*args: Any, **kwargs: Any) -> Any:
-        return original(*args, **{"dynamo": False, **kwargs})
-
-    torch.onnx.export = export
-    try:
-        yield
-    finally:
-        torch.onnx.export = original
-
-
-@contextmanager
-def _list_of_wrapped_functions() -> Iterator[None]:
-    from mmdeploy.core.rewriters import function_rewriter
-
-    original = function_rewriter._wrapped_fns_to_patch
-    if isinstance(original, list):
-        yield
-        return
-    function_rewriter._wrapped_fns_to_patch = []
-    try:
-        yield
-    finally:
-        function_rewriter._wrapped_fns_to_patch = original
-
-
-@contextmanager
-def _standard_grid_sample() -> Iterator[None]:
-    import mmdeploy.pytorch  # noqa: F401 - registers the record
-    from mmdeploy.core import SYMBOLIC_REWRITER
-
-    records = SYMBOLIC_REWRITER._registry._rewrite_records
-    taken = records.pop("grid_sampler", None)
-    try:
-        yield
-    finally:
-        if taken is not None:
-            records["grid_sampler"] = taken
-
-
-# --- Calibration images for mmdeploy's int8 engines, written as mmdeploy writes them. No TensorRT is needed ---
-# The file is HDF5: under ``calib_data/end2end/input`` one array (1, 3, H, W) an image, named from ``0`` on.
-# They are what the graph gets: loaded and resized as the graph's input demands, and normalised.
-
-LOADERS = ("val_dataloader", "test_dataloader")
-
-
-def write_calibration_data(
-    deploy_cfg: Any, model_cfg: Any, checkpoint: Path, dataset_cfg: str | None, folder: Path
-) -> Path | None:
-    """Write the file that ``calib_config`` of the deploy config names; nothing where it names none.
-
-    Args:
-        deploy_cfg: the deploy config, its input size filled in and its backend one that knows the CPU.
-        model_cfg: the model config.
-        checkpoint: the model's weights.
-        dataset_cfg: a config or spec whose validation (else test) images are used; None for those of the
-            model config.
-        folder: where the file goes.
-
-    Returns:
-        The file, or None.
-
-    Raises:
-        ExportError: when images are named and the deploy config does no calibration, or the other way round.
-        StackError: without h5py.
-    """
-    from mmdeploy.apis import create_calib_input_data
-    from mmdeploy.utils import get_calib_filename
-
-    name = get_calib_filename(deploy_cfg)
-    if name is None:
-        if dataset_cfg is None:
-            return None
-        raise ExportError(
-            Problem(
-                "has no effect: the deploy config does no calibration",
-                where="--calib-dataset-cfg",
-                value=dataset_cfg,
-                hint="leave it out, or use configs/deploy/tensorrt_int8.py",
-            )
-        )
-    if importlib.util.find_spec("h5py") is None:
-        raise StackError(Problem("mmdeploy keeps calibration images in HDF5", hint="pip install h5py"))
-    images = images_config(model_cfg, dataset_cfg, checkpoint, deploy_cfg.onnx_config.input_shape)
-    with written_whole(folder / name) as temporary:
-        create_calib_input_data(
-            str(temporary),
-            deploy_cfg,
-            model_cfg,
-            str(checkpoint),
-            dataset_cfg=images,
-            dataset_type="val",
-            device="cpu",
-        )
-    return folder / name
-
-
-def images_config(
-    model_cfg: Any, dataset_cfg: str | None, checkpoint: Path, input_shape: tuple[int, int]
-) -> Any:
-    """A config whose ``val_dataloader`` gives the calibration images at the graph's size.
-
-    Args:
-        model_cfg: the model config; its test pipeline is the one that is used.
-        dataset_cfg: see :func:`write_calibration_data`.
-        checkpoint: the weights that a spec is translated for.
-        input_shape: width and height of the graph's input.
-
-    Raises:
-        ExportError: when no data loader is there.
-    """
-    from mmengine.config import Config
-
-    if dataset_cfg is None:
-        named, source = "model_cfg", model_cfg
-    elif Path(dataset_cfg).suffix.lower() in SPEC_SUFFIXES:
-        named, source = dataset_cfg, Config.fromstring(spec_source(dataset_cfg, checkpoint), ".py")
-    else:
-        named, source = dataset_cfg, Config.fromfile(dataset_cfg)
-    loader = next((source[key] for key in LOADERS if source.get(key)), None)
-    if loader is None:
-        raise ExportError(
-            Problem(
-                "names no images for the calibration",
-                file=named,
-                allowed=" or ".join(LOADERS),
-                hint="give --calib-dataset-cfg",
-            )
-        )
-    steps = [step.to_dict() for step in model_cfg.test_pipeline]
-    for step in steps:
-        if step["type"] == "Resize":
-            step.update(scale=tuple(input_shape), keep_ratio=False)
-    loader.dataset.pipeline = steps
-    loader.num_workers, loader.persistent_workers = 0, False
-    return Config(dict(val_dataloader=loader.to_dict()))
-
-
-def spec_source(spec: str, checkpoint: Path) -> str:
-    """A spec's evaluation as config text."""
-    from ddetr_mm.spec import load_spec
-    from ddetr_mm.tasks.runner import config_source
-
-    loaded = load_spec(spec, [f"evaluate.checkpoint={checkpoint}"], "evaluate")
-    return config_source(loaded, "evaluate", str(checkpoint))
-
-
-# --- ``tools/deploy.py``: mmdeploy's conversion with its own signature, on torch of today, in plain operators ---
-# What mmdeploy's own tool does not do: a spec may stand for the model config, a checkpoint of another format is
-# converted, the graph is trimmed and run by plain onnxruntime against PyTorch before it is left there.
 
 TOLERANCE_BOXES_PIXELS = 0.05
 TOLERANCE_SCORES = 1e-3
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """mmdeploy's arguments, with its names and defaults."""
+    """Return the parser: mmdeploy's arguments, with its names and defaults."""
     parser = argparse.ArgumentParser(description="Convert a detector with mmdeploy.")
     parser.add_argument("deploy_cfg", help="deploy config, e.g. configs/deploy/onnxruntime_dynamic.py")
     parser.add_argument("model_cfg", help="model config, or an experiment spec")
@@ -231,9 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dump-info", action="store_true", help="write deploy.json, pipeline.json, detail.json"
     )
-    parser.add_argument("--quant-image-dir", help="accepted for mmdeploy's sake; ncnn only")
-    parser.add_argument("--quant", action="store_true", help="accepted for mmdeploy's sake; ncnn only")
-    parser.add_argument("--uri", default="192.168.1.1:60000", help="accepted for mmdeploy's sake; SNPE only")
+    parser.add_argument("--quant-image-dir", help="ncnn only; no effect")
+    parser.add_argument("--quant", action="store_true", help="ncnn only; no effect")
+    parser.add_argument("--uri", default="192.168.1.1:60000", help="SNPE only; no effect")
     return parser
 
 
@@ -249,10 +64,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def deploy(arguments: argparse.Namespace) -> None:
-    """The conversion, step by step.
+    """Run the steps of the conversion.
 
     Raises:
-        InputError: for anything that is wrong with the arguments or the environment.
+        InputError: the arguments or the environment are wrong.
     """
     require_mmdeploy()
     for name in ("deploy_cfg", "model_cfg", "checkpoint", "img", "calib_dataset_cfg"):
@@ -271,16 +86,16 @@ def deploy(arguments: argparse.Namespace) -> None:
     require_opset(deploy_cfg, arguments.deploy_cfg)
     ir_config = get_ir_config(deploy_cfg)
     target = folder / ir_config["save_file"]
-    with mended_mmdeploy(ir_config["opset_version"]):
+    with patched_mmdeploy(ir_config["opset_version"]):
         traced = traced_config(deploy_cfg)
         write_calibration_data(traced, model_cfg, checkpoint, arguments.calib_dataset_cfg, folder)
         export_graph(traced, model_cfg, checkpoint, arguments.img, target)
         if arguments.dump_info:
             from mmdeploy.backend.sdk.export_info import export2SDK
 
-            # mmdeploy refuses TensorRT beside the CPU, though nothing runs here.
+            # mmdeploy refuses TensorRT with the CPU, though nothing is run here.
             device = "cuda:0" if is_tensorrt(deploy_cfg) else arguments.device
-            # It renames values in the pipeline that it is given.
+            # It changes the pipeline that it is given.
             described = copy.deepcopy(model_cfg)
             export2SDK(deploy_cfg, described, str(folder), pth=str(checkpoint), device=device)
         files = backend_files(deploy_cfg, target, arguments)
@@ -293,7 +108,7 @@ def require_mmdeploy() -> None:
     """Check that mmdeploy can be imported.
 
     Raises:
-        StackError: when it, or a package it needs, is missing.
+        StackError: mmdeploy or a package that it needs is missing.
     """
     try:
         import mmdeploy.apis  # noqa: F401
@@ -303,15 +118,14 @@ def require_mmdeploy() -> None:
 
 
 def model_config(path: str, checkpoint: str, folder: Path) -> Any:
-    """The model config with a test pipeline that mmdeploy can fix to one size; a spec is translated.
+    """Read the model config, or translate a spec, with a test pipeline that mmdeploy can set to one size.
 
     Raises:
-        ExportError: when the config has no test pipeline.
+        ExportError: the config has no test pipeline.
     """
     from mmengine.config import Config
 
     if Path(path).suffix.lower() in SPEC_SUFFIXES:
-        from ddetr_mm.files import write_text_whole
         from ddetr_mm.spec import load_spec
         from ddetr_mm.tasks.runner import config_source
 
@@ -326,7 +140,7 @@ def model_config(path: str, checkpoint: str, folder: Path) -> Any:
     # The image fills the graph's input: there is nothing to pad.
     if config.model.data_preprocessor.get("pad_short_long") is not None:
         config.model.data_preprocessor.pad_short_long = None
-    # mmdeploy fixes the size of a step named Resize and knows no other.
+    # mmdeploy sets the size of a step named Resize only.
     for step in config.test_pipeline:
         if step.type == "TAORandomResize":
             long, short = step.pop("max_size") or step.scales[-1], step.pop("scales")[-1]
@@ -336,10 +150,10 @@ def model_config(path: str, checkpoint: str, folder: Path) -> Any:
 
 
 def deploy_config(path: str, model_cfg: Any) -> Any:
-    """The deploy config with the input size filled in from the test pipeline where it is left open.
+    """Read the deploy config, its input size taken from the test pipeline where it is not set.
 
     Raises:
-        ExportError: when neither names a size.
+        ExportError: neither names a size.
     """
     from mmengine.config import Config
 
@@ -350,7 +164,7 @@ def deploy_config(path: str, model_cfg: Any) -> Any:
         if shape is None:
             raise ExportError(
                 Problem(
-                    "no input size is named",
+                    "names no input size, nor does the test pipeline",
                     file=path,
                     where="onnx_config.input_shape",
                     hint="give (width, height)",
@@ -368,10 +182,10 @@ def deploy_config(path: str, model_cfg: Any) -> Any:
 
 
 def writable_folder(path: str) -> Path:
-    """The folder of that name, made where it is missing.
+    """Return a folder, created where it is missing.
 
     Raises:
-        ExportError: when it cannot be made or written to.
+        ExportError: it cannot be created or written to.
     """
     folder = Path(path)
     try:
@@ -389,7 +203,7 @@ def require_opset(deploy_cfg: Any, path: str) -> None:
     """Refuse an opset that the graph cannot be written in.
 
     Raises:
-        ExportError: below 16 without plugin nodes (there is no GridSample), and where the exporter ends.
+        ExportError: it is below 16 without plugin nodes (no GridSample), or above the exporter's largest.
     """
     from ddetr_mm.deploy.onnx_export import MAX_OPSET, MIN_OPSET, MIN_PLUGIN_OPSET
 
@@ -408,15 +222,15 @@ def require_opset(deploy_cfg: Any, path: str) -> None:
 
 
 def is_tensorrt(deploy_cfg: Any) -> bool:
-    """Whether a deploy config is for TensorRT."""
+    """Return whether a deploy config is for TensorRT."""
     return bool(deploy_cfg.backend_config.type == "tensorrt")
 
 
 def traced_config(deploy_cfg: Any) -> Any:
-    """The deploy config to trace with: ONNX Runtime's rewriters, whatever runs the graph later.
+    """Return the deploy config to trace with: ONNX Runtime's rewriters for every backend.
 
-    mmdeploy's rewriters for TensorRT put operators of its own library into the graph, for which standard ones
-    exist, and want a GPU that tracing does not need. The attention's plugin is our own rewriter's choice.
+    mmdeploy's rewriters for TensorRT write operators of its own library where standard ones exist, and need a
+    GPU. The attention's plugin is chosen by our own rewriter.
     """
     traced = deploy_cfg.copy()
     traced.backend_config = dict(type="onnxruntime")
@@ -424,34 +238,33 @@ def traced_config(deploy_cfg: Any) -> Any:
 
 
 def export_graph(deploy_cfg: Any, model_cfg: Any, checkpoint: Path, image: str, target: Path) -> None:
-    """mmdeploy's export, trimmed and compared with PyTorch on the image.
+    """Run mmdeploy's export, simplify the graph and compare it with PyTorch on the image.
 
     Raises:
-        ExportError: when they disagree; the file is removed then.
+        ExportError: they disagree; nothing is written then.
     """
     import onnx
     from mmdeploy.apis import torch2onnx
 
-    from ddetr_mm.deploy.lean import lean
+    from ddetr_mm.deploy.onnx_export import simplify
     from ddetr_mm.deploy.onnx_file import check_file
-    from ddetr_mm.files import written_whole
 
     with written_whole(target) as temporary:
         torch2onnx(
             image, str(target.parent), temporary.name, deploy_cfg, model_cfg, str(checkpoint), device="cpu"
         )
-        onnx.save(lean(onnx.load(str(temporary))), str(temporary))
+        model, simplification = simplify(onnx.load(str(temporary)))
+        onnx.save(model, str(temporary))
         nodes = check_file(temporary)
-        print(
-            f"{nodes} nodes; {compare(deploy_cfg, model_cfg, checkpoint, image, temporary)}", file=sys.stderr
-        )
+        agreement = compare(deploy_cfg, model_cfg, checkpoint, image, temporary)
+        print(f"{nodes} nodes ({simplification}); {agreement}", file=sys.stderr)
 
 
 def compare(deploy_cfg: Any, model_cfg: Any, checkpoint: Path, image: str, onnx_file: Path) -> str:
-    """Run PyTorch and the graph on an image and say how far they agree.
+    """Run PyTorch and the graph on an image; returns their agreement in words.
 
     Raises:
-        ExportError: beyond :data:`TOLERANCE_BOXES_PIXELS` or :data:`TOLERANCE_SCORES`.
+        ExportError: a difference is beyond :data:`TOLERANCE_BOXES_PIXELS` or :data:`TOLERANCE_SCORES`.
     """
     import torch
     from mmdeploy.apis.utils import build_task_processor
@@ -468,7 +281,7 @@ def compare(deploy_cfg: Any, model_cfg: Any, checkpoint: Path, image: str, onnx_
     boxes = (
         float((torch.from_numpy(dets[0, :, :4]) - expected.bboxes)[same].abs().max()) if same.any() else 0.0
     )
-    # Equal scores may change places; then their labels and boxes differ.
+    # The order of equal scores may differ, and with it their labels and boxes.
     if scores > TOLERANCE_SCORES or boxes > TOLERANCE_BOXES_PIXELS or same.float().mean() < 0.9:
         raise ExportError(
             Problem(
@@ -482,10 +295,10 @@ def compare(deploy_cfg: Any, model_cfg: Any, checkpoint: Path, image: str, onnx_
 
 
 def graph_runner(onnx_file: Path) -> tuple[str, Callable[[Any], tuple[Any, Any]]]:
-    """What runs a graph, in a word, and the graph as a function of images (N, 3, H, W): dets and labels.
+    """Return a graph's runtime in words, and the graph as a function of images (N, 3, H, W): dets and labels.
 
     Raises:
-        ExportError: for a plugin node that its plugin would refuse.
+        ExportError: the plugin would refuse a plugin node.
     """
     import onnx
     import onnxruntime
@@ -505,7 +318,7 @@ def backend_files(deploy_cfg: Any, target: Path, arguments: argparse.Namespace) 
     """What the backend runs: the graph itself, or an engine that mmdeploy builds from it.
 
     Raises:
-        StackError: for TensorRT where it is not installed; the graph is there.
+        StackError: TensorRT is needed and not installed; the graph is written.
     """
     if not is_tensorrt(deploy_cfg):
         return [str(target)]
@@ -550,3 +363,185 @@ def draw(
         visualize_model(
             model_cfg, deploy_cfg, model, image, arguments.device, backend, str(output), arguments.show
         )
+
+
+# --- Calibration images for int8 engines ---
+
+LOADERS = ("val_dataloader", "test_dataloader")
+
+
+def write_calibration_data(
+    deploy_cfg: Any, model_cfg: Any, checkpoint: Path, dataset_cfg: str | None, folder: Path
+) -> Path | None:
+    """Write the HDF5 file that ``calib_config`` of the deploy config names; nothing where it names none.
+
+    It holds one array (1, 3, H, W) for each image, resized and normalised, as mmdeploy's builder reads them.
+
+    Args:
+        deploy_cfg: from :func:`traced_config`, so that no GPU is needed.
+        model_cfg: the model config.
+        checkpoint: the model's weights.
+        dataset_cfg: a config or spec whose validation (else test) images are used; None for those of the
+            model config.
+        folder: the folder to write to.
+
+    Returns:
+        The file, or None.
+
+    Raises:
+        ExportError: ``dataset_cfg`` is given and the deploy config does no calibration, or no images are
+            named.
+        StackError: h5py is missing.
+    """
+    from mmdeploy.apis import create_calib_input_data
+    from mmdeploy.utils import get_calib_filename
+
+    name = get_calib_filename(deploy_cfg)
+    if name is None:
+        if dataset_cfg is None:
+            return None
+        raise ExportError(
+            Problem(
+                "has no effect: the deploy config does no calibration",
+                where="--calib-dataset-cfg",
+                value=dataset_cfg,
+                hint="leave it out, or use configs/deploy/tensorrt_int8.py",
+            )
+        )
+    if importlib.util.find_spec("h5py") is None:
+        raise StackError(Problem("mmdeploy keeps calibration images in HDF5", hint="pip install h5py"))
+    images = images_config(model_cfg, dataset_cfg, checkpoint, deploy_cfg.onnx_config.input_shape)
+    with written_whole(folder / name) as temporary:
+        create_calib_input_data(
+            str(temporary),
+            deploy_cfg,
+            model_cfg,
+            str(checkpoint),
+            dataset_cfg=images,
+            dataset_type="val",
+            device="cpu",
+        )
+    return folder / name
+
+
+def images_config(
+    model_cfg: Any, dataset_cfg: str | None, checkpoint: Path, input_shape: tuple[int, int]
+) -> Any:
+    """Return a config whose ``val_dataloader`` gives the calibration images at the graph's size.
+
+    Args:
+        model_cfg: the model config, whose test pipeline is used.
+        dataset_cfg: see :func:`write_calibration_data`.
+        checkpoint: the weights for which a spec is translated.
+        input_shape: width and height of the graph's input.
+
+    Raises:
+        ExportError: the config has no such data loader.
+    """
+    from mmengine.config import Config
+
+    if dataset_cfg is None:
+        named, source = "model_cfg", model_cfg
+    elif Path(dataset_cfg).suffix.lower() in SPEC_SUFFIXES:
+        named, source = dataset_cfg, Config.fromstring(spec_source(dataset_cfg, checkpoint), ".py")
+    else:
+        named, source = dataset_cfg, Config.fromfile(dataset_cfg)
+    loader = next((source[key] for key in LOADERS if source.get(key)), None)
+    if loader is None:
+        raise ExportError(
+            Problem(
+                "names no images for the calibration",
+                file=named,
+                allowed=" or ".join(LOADERS),
+                hint="give --calib-dataset-cfg",
+            )
+        )
+    steps = [step.to_dict() for step in model_cfg.test_pipeline]
+    for step in steps:
+        if step["type"] == "Resize":
+            step.update(scale=tuple(input_shape), keep_ratio=False)
+    loader.dataset.pipeline = steps
+    loader.num_workers, loader.persistent_workers = 0, False
+    return Config(dict(val_dataloader=loader.to_dict()))
+
+
+def spec_source(spec: str, checkpoint: Path) -> str:
+    """Translate a spec for ``evaluate``."""
+    from ddetr_mm.spec import load_spec
+    from ddetr_mm.tasks.runner import config_source
+
+    loaded = load_spec(spec, [f"evaluate.checkpoint={checkpoint}"], "evaluate")
+    return config_source(loaded, "evaluate", str(checkpoint))
+
+
+# --- Patches of mmdeploy 1.3.1 for current torch ---
+
+FIRST_OPSET_WITH_GRID_SAMPLE = 16
+
+
+@contextmanager
+def patched_mmdeploy(opset: int) -> Iterator[None]:
+    """Patch mmdeploy inside the block.
+
+    Args:
+        opset: the opset to write; from 16 on ``grid_sampler`` becomes ONNX's GridSample, not mmdeploy's
+            operator.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_old_exporter())
+        stack.enter_context(_list_of_wrapped_functions())
+        if opset >= FIRST_OPSET_WITH_GRID_SAMPLE:
+            stack.enter_context(_standard_grid_sample())
+        yield
+
+
+@contextmanager
+def _old_exporter() -> Iterator[None]:
+    """Export with ``dynamo=False``: torch 2.9 changed the default, which mmdeploy's rewriters do not fit."""
+    import torch
+
+    original = torch.onnx.export
+    if "dynamo" not in inspect.signature(original).parameters:
+        yield
+        return
+
+    @functools.wraps(original)
+    def export(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{"dynamo": False, **kwargs})
+
+    torch.onnx.export = export
+    try:
+        yield
+    finally:
+        torch.onnx.export = original
+
+
+@contextmanager
+def _list_of_wrapped_functions() -> Iterator[None]:
+    """Give mmdeploy the list that torch's table of fx-wrapped functions once was; tracing does not use it."""
+    from mmdeploy.core.rewriters import function_rewriter
+
+    original = function_rewriter._wrapped_fns_to_patch
+    if isinstance(original, list):
+        yield
+        return
+    function_rewriter._wrapped_fns_to_patch = []
+    try:
+        yield
+    finally:
+        function_rewriter._wrapped_fns_to_patch = original
+
+
+@contextmanager
+def _standard_grid_sample() -> Iterator[None]:
+    """Remove mmdeploy's record of ``grid_sampler``, so that torch exports GridSample."""
+    import mmdeploy.pytorch  # noqa: F401 - registers the record
+    from mmdeploy.core import SYMBOLIC_REWRITER
+
+    records = SYMBOLIC_REWRITER._registry._rewrite_records
+    taken = records.pop("grid_sampler", None)
+    try:
+        yield
+    finally:
+        if taken is not None:
+            records["grid_sampler"] = taken

@@ -1,8 +1,11 @@
-"""DeepStream's files, and the replay of its parser against our choice of detections."""
+"""DeepStream's files, and the replay of its parser."""
 
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,17 +18,22 @@ from test_onnx_export import export_onnx, tiny_detector
 from ddetr_mm.deploy.deepstream import (
     CONFIG_NAME,
     LABELS_NAME,
-    NvinferConfig,
-    check_deepstream,
-    compare_detections,
     full_class_names,
-    main,
-    our_detections,
-    replay_parser,
     write_deepstream_files,
 )
 from ddetr_mm.deploy.onnx_file import Normalisation
 from ddetr_mm.errors import ExportError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+from deepstream_replay import (
+    NvinferConfig,
+    check_deepstream,
+    compare_detections,
+    main,
+    our_detections,
+    replay_parser,
+)
 
 IMAGENET = Normalisation((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 REAL_IMAGE = BCCD / "val" / "images" / "BloodImage_00000.jpg"
@@ -41,7 +49,7 @@ def logit(score):
     return float(np.log(score / (1 - score)))
 
 
-def test_the_files_hold_the_contract_and_the_specs_own_numbers(tmp_path):
+def test_the_files_hold_the_contract_and_the_values_of_the_spec(tmp_path):
     written_config(tmp_path, size_hw=(544, 960))
     content = yaml.safe_load((tmp_path / CONFIG_NAME).read_text())
     assert content["class-attrs-all"] == {"pre-cluster-threshold": 0.5, "topk": 20}
@@ -140,15 +148,25 @@ def test_an_exported_graph_gives_deepstream_our_boxes(tmp_path, std, nearest, re
     assert agreement.parsed > 3 and agreement.matched >= agreement.parsed - 1
     assert agreement.max_box_difference < nearest and agreement.max_score_difference < 0.05
     assert main([str(tmp_path / CONFIG_NAME), str(image)]) == 0
-    assert "DeepStream's parser" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{agreement.summary()}\n"
 
 
-def test_bad_configs_are_told(tmp_path, capsys):
+def test_bad_configs_are_refused(tmp_path, capsys):
     broken = tmp_path / "x.yaml"
     broken.write_text("property: {infer-dims: 3;4}\n")
-    with pytest.raises(ExportError, match="no config for nvinfer"):
+    with pytest.raises(ExportError, match="is not a config for nvinfer"):
         NvinferConfig.read(broken)
     assert main([str(broken), "a.png"]) == 2 and "error:" in capsys.readouterr().err
+
+
+def test_the_module_runs_the_tool(tmp_path):
+    broken = tmp_path / "x.yaml"
+    broken.write_text("property: {infer-dims: 3;4}\n")
+    command = [sys.executable, "-m", "ddetr_mm.deploy.deepstream"]
+    result = subprocess.run([*command, broken, "a.png"], capture_output=True, text=True)
+    assert result.returncode == 2 and "is not a config for nvinfer" in result.stderr
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("usage:")
 
 
 def test_frames_keep_their_ratio_on_black(tmp_path):

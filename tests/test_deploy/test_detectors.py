@@ -1,4 +1,4 @@
-"""Exported graphs in mmdet's place of a model."""
+"""Exported graphs as mmdet detectors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_it_predicts_what_the_detector_predicts(tmp_path, batch_size):
         assert other.pred_instances.labels.min() >= 1
 
 
-def test_wrong_files_sizes_and_classes_are_told(tmp_path):
+def test_wrong_files_sizes_and_classes_are_refused(tmp_path):
     export_onnx(tiny_detector(tmp_path, 2), tmp_path / "m.onnx", input_size_hw=SIZE_HW, batch_size=1)
     with pytest.raises(WeightsError, match=r"dataset\.num_classes.*got 91.*allowed: 6"):
         onnx_detector(tmp_path / "m.onnx", num_classes=91)
@@ -84,7 +84,7 @@ def test_half_precision_has_its_own_file_and_report(tmp_path, plugin):
     detector = tiny_detector(tmp_path)
     options = ExportOptions(input_size_hw=SIZE_HW, plugin=plugin)
     export_onnx(detector, tmp_path / "m.onnx", input_size_hw=SIZE_HW, plugin=plugin)
-    report = export_half(detector, tmp_path / "m.onnx", options, say=lambda _: None)
+    report = export_half(detector, tmp_path / "m.onnx", options, log=lambda _: None)
     half = half_file(tmp_path / "m.onnx")
     assert half.name == "m.fp16.onnx" and (tmp_path / "m.fp16.parity.json").is_file()
     assert 0 < report.max_abs_diff_logits < report.tolerance_logits and report.top_agreement > 0.8

@@ -1,4 +1,4 @@
-"""Exported graphs compute what the detector computes, and stay lean."""
+"""Exported graphs compute what the detector computes, with few nodes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import onnx
+import onnxslim
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -25,9 +26,9 @@ from ddetr_mm.translate import to_config
 LEVELS = {1: "[1]", 2: "[1,2]", 3: "[1,2,3]", 4: "[1,2,3,4]", 5: "[0,1,2,3,4]"}
 
 
-def export_onnx(detector, path, say=lambda _: None, **options):
+def export_onnx(detector, path, log=lambda _: None, **options):
     """Export with these options, quietly."""
-    return onnx_export.export_onnx(detector, path, ExportOptions(**options), say=say)
+    return onnx_export.export_onnx(detector, path, ExportOptions(**options), log=log)
 
 
 def tiny_config(tmp_path, num_levels=4, refine=True, gcvit=False):
@@ -51,7 +52,7 @@ def tiny_config(tmp_path, num_levels=4, refine=True, gcvit=False):
 
 
 def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False, gcvit=False):
-    """A small detector with random, lively weights (offsets and boxes are zero at initialisation)."""
+    """A small detector with random weights everywhere (offsets and boxes are zero at initialisation)."""
     config = tiny_config(tmp_path, num_levels, refine, gcvit)
     config["as_two_stage"] = two_stage
     init_default_scope("mmdet")
@@ -70,7 +71,7 @@ def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False, gcvit=Fa
 @pytest.mark.parametrize("refine", [True, False])
 def test_the_graph_equals_the_detector(tmp_path, num_levels, refine):
     detector = tiny_detector(tmp_path, num_levels, refine)
-    report = export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 96), say=lambda _: None)
+    report = export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 96))
     assert [batch.batch_size for batch in report.batches] == [1, 2, 7]
     assert report.max_abs_diff_boxes < 1e-5 and report.max_abs_diff_logits < 1e-4
     written = json.loads((tmp_path / "m.parity.json").read_text())
@@ -91,7 +92,7 @@ def test_a_graph_with_gcvit_equals_the_detector(tmp_path, num_levels, refine, pl
 
 def test_names_types_and_axes_are_those_of_the_contract(tmp_path):
     detector = tiny_detector(tmp_path)
-    export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 96), opset=17, say=lambda _: None)
+    export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 96), opset=17)
     model = onnx.load(str(tmp_path / "m.onnx"))
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -109,7 +110,7 @@ def test_names_types_and_axes_are_those_of_the_contract(tmp_path):
 
 def test_only_standard_operators_and_no_shape_arithmetic(tmp_path):
     detector = tiny_detector(tmp_path)
-    export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 96), say=lambda _: None)
+    export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 96))
     nodes = onnx.load(str(tmp_path / "m.onnx")).graph.node
     counts = collections.Counter(node.op_type for node in nodes)
     assert {node.domain for node in nodes} == {""}
@@ -134,6 +135,33 @@ def test_no_node_is_dead_or_stands_twice(tmp_path):
         for node in graph.node
     ]
     assert len(set(works)) == len(works)
+
+
+@pytest.mark.parametrize("plugin", [False, True])
+def test_simplification_drops_nodes_and_keeps_the_outputs(tmp_path, monkeypatch, plugin):
+    outputs, nodes, lines = [], [], []
+    for name in ("simplified", "plain"):
+        if name == "plain":
+            monkeypatch.setattr(onnxslim, "slim", fail)
+        path = tmp_path / f"{name}.onnx"
+        detector = tiny_detector(tmp_path, 2)
+        report = export_onnx(detector, path, lines.append, input_size_hw=(64, 96), plugin=plugin)
+        images = generated_images(2, (64, 96), seed=5)
+        outputs.append(onnx_export.graph_forward(path, plugin)(images))
+        nodes.append(report.num_nodes)
+        written = json.loads((tmp_path / f"{name}.parity.json").read_text())
+        assert written["simplification"] == report.simplification
+    assert nodes[0] < 0.9 * nodes[1]
+    for one, other in zip(*outputs, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    failed = "not simplified, onnxslim failed: an operator is unknown"
+    assert report.simplification == failed and any(failed in line for line in lines)
+
+
+def fail(model, **options):
+    """onnxslim on a graph that it cannot simplify, which it leaves half changed."""
+    del model.graph.node[:]
+    raise RuntimeError("an operator is unknown")
 
 
 def test_many_queries_are_sampled_in_parts(tmp_path, monkeypatch):
@@ -215,9 +243,7 @@ def test_a_size_the_backbone_cannot_use(tmp_path, monkeypatch):
 
 def test_a_fixed_batch_has_no_dynamic_axis(tmp_path):
     detector = tiny_detector(tmp_path, 2)
-    report = export_onnx(
-        detector, tmp_path / "m.onnx", input_size_hw=(64, 64), batch_size=3, say=lambda _: None
-    )
+    report = export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 64), batch_size=3)
     assert [batch.batch_size for batch in report.batches] == [3]
     shape = onnx.load(str(tmp_path / "m.onnx")).graph.input[0].type.tensor_type.shape
     assert [dim.dim_value for dim in shape.dim] == [3, 3, 64, 64]
@@ -226,9 +252,7 @@ def test_a_fixed_batch_has_no_dynamic_axis(tmp_path):
 def test_a_graph_that_disagrees_is_not_left_there(tmp_path):
     detector = tiny_detector(tmp_path, 2)
     with pytest.raises(ExportError, match="does not compute what PyTorch computes"):
-        export_onnx(
-            detector, tmp_path / "m.onnx", input_size_hw=(64, 64), tolerance_boxes=0.0, say=lambda _: None
-        )
+        export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 64), tolerance_boxes=0.0)
     assert [path.name for path in tmp_path.iterdir()] == ["spec.yaml"]
 
 

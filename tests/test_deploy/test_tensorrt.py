@@ -1,4 +1,4 @@
-"""Images for INT8 calibration and the cache's rules."""
+"""Settings of a TensorRT build, and INT8 calibration; no TensorRT is needed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ddetr_mm.deploy.onnx_file import Normalisation, OnnxSignature, load_batch
+from ddetr_mm.deploy.onnx_file import GraphSignature, Normalisation, load_batch
 from ddetr_mm.deploy.tensorrt import (
     builder_settings,
     calibration_images,
@@ -18,10 +18,10 @@ from ddetr_mm.deploy.tensorrt import (
 )
 from ddetr_mm.errors import DataError, ExportError
 
-# --- From spec values to what a TensorRT build is told, and its command line ---
+# --- Settings and trtexec ---
 
-DYNAMIC = OnnxSignature(Path("m.onnx"), (544, 960), None, 300, 91, {})
-FIXED = OnnxSignature(Path("m.onnx"), (544, 960), 4, 300, 91, {})
+DYNAMIC = GraphSignature(Path("m.onnx"), (544, 960), None, 300, 91, {})
+FIXED = GraphSignature(Path("m.onnx"), (544, 960), 4, 300, 91, {})
 
 
 def settings(signature=DYNAMIC, **changes):
@@ -47,7 +47,7 @@ def test_batches_of_a_dynamic_and_a_fixed_graph():
     assert profile.shapes((544, 960)) == ((1, 3, 544, 960), (2, 3, 544, 960), (8, 3, 544, 960))
     fixed = settings(FIXED)
     assert not fixed.dynamic_batch and fixed.profile.shapes((2, 3))[0] == fixed.profile.shapes((2, 3))[2]
-    assert fixed.profile.tuned == 4
+    assert fixed.profile.optimum == 4
     with pytest.raises(ExportError, match="min <= opt <= max"):
         settings(batches=(4, 2, 8))
 
@@ -84,7 +84,7 @@ def test_trtexec_builds_the_same():
     )
 
 
-# --- Images for INT8 calibration and the cache's rules ---
+# --- Calibration ---
 
 HALF = Normalisation((0.0, 100.0, 0.0), (255.0, 50.0, 255.0))
 
@@ -128,7 +128,7 @@ def test_too_few_images_and_bad_folders(tmp_path):
     with pytest.raises(DataError, match=r"fewer images.*got 5.*6 or more"):
         plan(folder, batches=3)
     (tmp_path / "empty").mkdir()
-    for wrong, words in ((tmp_path / "empty", "no images"), (tmp_path / "nowhere", "no folder")):
+    for wrong, words in ((tmp_path / "empty", "no images"), (tmp_path / "nowhere", "not a folder")):
         with pytest.raises(DataError, match=words):
             plan(wrong)
     with pytest.raises(DataError, match="cal_batches"):

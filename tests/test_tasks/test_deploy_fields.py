@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ddetr_mm.deploy.onnx_file import OnnxSignature
+from ddetr_mm.deploy.onnx_file import GraphSignature
 from ddetr_mm.deploy.tensorrt import trtexec_command
 from ddetr_mm.errors import SpecError, StackError
 from ddetr_mm.spec import ExperimentSpec, load_spec
@@ -18,7 +18,7 @@ from ddetr_mm.tasks.export import export_options
 from ddetr_mm.tasks.gen_trt_engine import engine_calibration, engine_settings
 from ddetr_mm.tasks.session import choose_device
 
-SIGNATURE = OnnxSignature(Path("m.onnx"), (544, 960), None, 300, 91, {})
+SIGNATURE = GraphSignature(Path("m.onnx"), (544, 960), None, 300, 91, {})
 TRT = "gen_trt_engine.tensorrt."
 
 

@@ -262,22 +262,22 @@ def test_the_mends_are_undone():
     from mmdeploy.core import SYMBOLIC_REWRITER
     from mmdeploy.core.rewriters import function_rewriter
 
-    from ddetr_mm.tasks.mmdeploy_tool import mended_mmdeploy
+    from ddetr_mm.tasks.mmdeploy_tool import patched_mmdeploy
 
     before = (torch.onnx.export, function_rewriter._wrapped_fns_to_patch)
-    with mended_mmdeploy(17):
+    with patched_mmdeploy(17):
         assert isinstance(function_rewriter._wrapped_fns_to_patch, list)
         assert "grid_sampler" not in SYMBOLIC_REWRITER._registry._rewrite_records
     assert before == (torch.onnx.export, function_rewriter._wrapped_fns_to_patch)
     assert "grid_sampler" in SYMBOLIC_REWRITER._registry._rewrite_records
-    with mended_mmdeploy(11):
+    with patched_mmdeploy(11):
         assert "grid_sampler" in SYMBOLIC_REWRITER._registry._rewrite_records
 
 
 def test_on_an_old_torch_the_mends_do_nothing(monkeypatch):
     from mmdeploy.core.rewriters import function_rewriter
 
-    from ddetr_mm.tasks.mmdeploy_tool import mended_mmdeploy
+    from ddetr_mm.tasks.mmdeploy_tool import patched_mmdeploy
 
     def old_export(model, args, f):  # as before torch 2.5: no `dynamo`
         return None
@@ -285,6 +285,6 @@ def test_on_an_old_torch_the_mends_do_nothing(monkeypatch):
     old_table: list = []
     monkeypatch.setattr(torch.onnx, "export", old_export)
     monkeypatch.setattr(function_rewriter, "_wrapped_fns_to_patch", old_table)
-    with mended_mmdeploy(11):
+    with patched_mmdeploy(11):
         assert torch.onnx.export is old_export
         assert function_rewriter._wrapped_fns_to_patch is old_table
