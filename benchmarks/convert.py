@@ -1,8 +1,8 @@
 """KITTI to COCO: our converter beside a straightforward one, at several sizes, in one run.
 
-The straightforward converter is what one writes first, and near what the reference does: Pillow decodes
-every image, ``numpy.genfromtxt`` reads every label, ``json.dump`` writes, one process. A second one only
-opens the images (header), all else alike.
+The straightforward converter is what one writes first, and close to TAO's: Pillow decodes every image,
+``numpy.genfromtxt`` reads every label, ``json.dump`` writes, one process. A second one only opens the images
+(header), all else alike.
 
 For each size a folder of 640x480 JPEG files with 8 to 20 labels each is generated (separate files; a few
 distinct pixel contents) and read once, so that all files are in the page cache. Then the converters take
@@ -10,8 +10,8 @@ turns, each in a process of its own, and the ratio is that of neighbours. The sl
 ``--baseline-images`` images only; their rate does not depend on the number. Peak memory is the sum of the
 peak resident sizes of all processes of a converter.
 
-``headers`` tells how much the JPEG headers differ: ``alike`` as the frames of one camera, ``distinct`` with
-a comment of its own in each file, which keeps our reader from recognising a header.
+``headers``: JPEG headers are ``alike``, as the frames of one camera, or ``distinct``, with a comment of its
+own in each file.
 
 Run: ``python benchmarks/convert.py`` (``--sizes 1000 --rounds 1`` for a quick look; ``--record`` writes
 ``benchmarks/records/convert.{json,md}``).
@@ -140,6 +140,7 @@ def stages(folder: Path, num_images: int = 4096) -> dict[str, float]:
 
     from ddetr_mm.convert import kitti, plan, reader
     from ddetr_mm.convert.kitti import DEFAULT_CLASS_MAPPING, category_ids
+    from ddetr_mm.convert.sequences import KittiSequence
     from ddetr_mm.datasets import image_size
     from ddetr_mm.files import garbage_collection_paused
 
@@ -149,15 +150,13 @@ def stages(folder: Path, num_images: int = 4096) -> dict[str, float]:
     labels = [f"{label_dir}/{name[:-4]}.txt" for name in names]
     ids = category_ids(DEFAULT_CLASS_MAPPING.values())
     class_ids = {name: ids[category] for name, category in DEFAULT_CLASS_MAPPING.items()}
-    reader = reader.ChunkReader(reader.ReadingRules(class_ids))
+    piece_reader = reader.PieceReader(reader.ReadingRules(class_ids))
+    sequence = KittiSequence("seq", folder, image_dir, label_dir, "seq/images/", "seq/labels/")
     lookup = kitti.ClassLookup(class_ids)
     texts = [Path(path).read_bytes() for path in labels]
-    pieces = [texts[start : start + 256] for start in range(0, len(texts), 256)]
-    chunks = [
-        reader.Chunk(str(image_dir), str(label_dir), "seq/images/", "seq/labels/", names[start : start + 256])
-        for start in range(0, len(names), 256)
-    ]
-    contents = [reader.read(chunk) for chunk in chunks]
+    batches = [texts[start : start + 256] for start in range(0, len(texts), 256)]
+    pieces = [plan.Piece(sequence, 0, 0, names[start : start + 256]) for start in range(0, len(names), 256)]
+    contents = [piece_reader.read(piece) for piece in pieces]
 
     def pillow(path: str) -> None:
         with Image.open(path) as image:
@@ -165,27 +164,22 @@ def stages(folder: Path, num_images: int = 4096) -> dict[str, float]:
 
     def write() -> None:
         writer = plan.ShardWriter(folder / "stage.json", "", [], 0, 0)
-        for chunk, content in zip(chunks, contents, strict=True):
+        for piece, content in zip(pieces, contents, strict=True):
             writer.add(
-                chunk.names, content.sizes_wh, content.boxes_xywh, content.category_ids, content.image_index
+                piece.names, content.sizes_wh, content.boxes_xywh, content.category_ids, content.image_index
             )
         writer.close()
-
-    def known_headers_forgotten(path: str) -> None:
-        image_size._known_headers.clear()
-        image_size.read_image_size(path)
 
     work: dict[str, Callable[[], Any]] = {
         "list a folder": lambda: sorted(os.listdir(image_dir)),
         "read a label file": lambda: _drain(map(reader._read_file, labels)),
-        "size: ours, header seen before": lambda: _drain(map(image_size.read_image_size, images)),
-        "size: ours, header new": lambda: _drain(map(known_headers_forgotten, images)),
+        "size: ours": lambda: _drain(map(image_size.read_image_size, images)),
         "size: imagesize alone": lambda: _drain(map(imagesize.get, images)),
         "size: Pillow, header only": lambda: _drain(map(pillow, images)),
         "size: a lean reader": lambda: _drain(map(lean_size, images)),
-        "parse labels": lambda: _drain(kitti.parse_labels(piece, lookup) for piece in pieces),
+        "parse labels": lambda: _drain(kitti.parse_labels(batch, lookup) for batch in batches),
         "parse labels line by line": lambda: _drain(map(parse_simply, texts)),
-        "chunk as a whole": lambda: _drain(map(reader.read, chunks)),
+        "piece as a whole": lambda: _drain(map(piece_reader.read, pieces)),
         "encode and write": write,
     }
     table = {}
@@ -269,16 +263,10 @@ def limit(stages: dict[str, float]) -> list[str]:
     """Where the limit is: the stages that every image must pass, and what would move it."""
     shared = [stages[name] for name in ("list a folder", "read a label file", "parse labels")]
     lines = ["## The limit", ""]
-    for headers, size in (("seen before", "ours, header seen before"), ("new", "ours, header new")):
-        total = sum(shared) + stages[f"size: {size}"] + stages["encode and write"]
-        lines.append(
-            f"- JPEG header {headers}: the stages take {total:.0f} us an image, so one core cannot pass "
-            f"{1e6 / total:,.0f} images a second, nor two {2e6 / total:,.0f} "
-            f"({2e6 / total / REFERENCE_RATE:.0f} times {REFERENCE_RATE})."
-        )
-    saved = stages["size: ours, header new"] - stages["size: a lean reader"]
+    total = sum(shared) + stages["size: ours"] + stages["encode and write"]
     lines += [
-        f"- A header reader of our own in place of the library would save {saved:.0f} us of a new header.",
+        f"- The stages take {total:.0f} us an image, so one core cannot pass {1e6 / total:,.0f} images a "
+        f"second, nor two {2e6 / total:,.0f} ({2e6 / total / REFERENCE_RATE:.0f} times {REFERENCE_RATE}).",
         "- Opening, reading and closing two files are system calls that no code avoids; a box costs about a",
         "  microsecond each to split, to convert and to encode, which only compiled code would change.",
         "- One writer gives the numbers, in order: encoding is not spread over processes.",

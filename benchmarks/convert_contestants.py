@@ -82,8 +82,7 @@ def convert_simply(folder: Path, output: Path, num_images: int, decode: bool) ->
 
 def convert_ours(folder: Path, output: Path, num_workers: int | None) -> int:
     """Our converter with 32 shards; returns the number of images."""
-    from ddetr_mm.convert.convert import convert_kitti
-    from ddetr_mm.convert.plan import ConvertOptions
+    from ddetr_mm.convert.convert import ConvertOptions, convert_kitti
 
     options = ConvertOptions(
         folder / "sequences.txt", output, folder, "images", "labels", num_shards=32, num_workers=num_workers

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from ddetr_mm.convert.plan import ConvertOptions
+from ddetr_mm.convert.convert import ConvertOptions
 
 MAPPING = {"Car": "car", "Truck": "car", "person": "person"}
 CATEGORY_IDS = {"person": 1, "car": 2}

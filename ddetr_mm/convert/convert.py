@@ -1,39 +1,58 @@
-"""Convert KITTI folders to sharded COCO JSON."""
+"""Convert KITTI folders to sharded COCO JSON: options, report, and the order of the steps.
+
+The images of every sequence are listed (:mod:`~ddetr_mm.convert.sequences`) and cut into partitions, shards
+and pieces (:mod:`~ddetr_mm.convert.plan`); the pieces are read on several processes
+(:mod:`~ddetr_mm.convert.reader`), the shards written in order, and all files put in place at once
+(:mod:`~ddetr_mm.convert.result_folder`).
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ddetr_mm.convert.kitti import coco_categories
-from ddetr_mm.convert.plan import (
-    STATS_NAME,
-    WARNINGS_NAME,
-    ConvertOptions,
-    ConvertReport,
-    Plan,
-    SequenceReport,
-    ShardReport,
-    ShardWriter,
-    Step,
-    shard_file,
+from ddetr_mm.convert.kitti import (
+    DEFAULT_CLASS_MAPPING,
+    category_ids,
+    check_class_mapping,
+    coco_categories,
+    load_class_mapping,
 )
-from ddetr_mm.convert.problems import FoundProblem, ProblemList
-from ddetr_mm.convert.reader import Chunk, ChunkContent, can_fork, ordered_map, prepare_process, read_chunk
+from ddetr_mm.convert.plan import Piece, ShardWriter, assign_sequences, partition_pieces, shard_file
+from ddetr_mm.convert.problems import PROBLEM_KINDS, FoundProblem, ProblemList
+from ddetr_mm.convert.reader import (
+    PieceContent,
+    ReadingRules,
+    can_fork,
+    ordered_map,
+    prepare_process,
+    read_piece,
+)
 from ddetr_mm.convert.result_folder import ResultFolder
-from ddetr_mm.convert.sequences import KittiSequence, NameList, count_labels, labels_without_image
+from ddetr_mm.convert.sequences import (
+    KittiSequence,
+    count_labels,
+    image_names,
+    labels_without_image,
+    read_sequences,
+)
 from ddetr_mm.errors import DataError, Problem
 from ddetr_mm.files import garbage_collection_paused, usable_cores
+
+STATS_NAME = "stats.txt"
+WARNINGS_NAME = "warnings.json"
+_RESERVED_NAMES = (STATS_NAME, WARNINGS_NAME, "status.json")
 
 # Starting a process, forked or spawned, takes about as long as reading so many images.
 _IMAGES_WORTH_A_FORK = 3_000
@@ -44,16 +63,153 @@ _SHARD_NAME = re.compile(r".+-shard-\d{5}-of-\d{5}\.json")
 Progress = Callable[[int, int], None]
 Status = Callable[[str], None]
 
+# --- Options and report ---
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Options of a conversion. The spec checks their values (bounds in its schema, ``spec/rules.py``).
+
+    Attributes:
+        input_source: text file with one sequence folder a line.
+        results_dir: folder of the shards, ``stats.txt`` and ``warnings.json``.
+        data_root: folder that the lines of ``input_source`` are relative to; None: the current folder.
+        image_dir_name: folder of the images inside each sequence; None: the sequence folder itself.
+        label_dir_name: the same for labels.
+        num_shards: JSON files of each sequence and partition, at least 1.
+        num_partitions: 1 without a mode, 2 with ``random``, up to the number of sequences with ``sequence``.
+        partition_mode: None: all in one; ``"random"``: each sequence is split into fold 0 (validation) and
+            fold 1; ``"sequence"``: every sequence goes as a whole into one partition.
+        val_split: percent of the images that go to fold 0, from 0 to 100. With ``"sequence"`` it acts only
+            for two partitions and above 0; otherwise partitions are equally large.
+        image_extension: the only extension of an image, e.g. ``".jpg"``; None: every common one.
+        mapping: label class → category.
+        mapping_path: JSON file with the same; without either, TAO's default.
+        strict: stop at the first bad input.
+        pad_shards: fill shorter shards with repeated images (chosen by ``seed``) until all shards of a
+            partition list equally many.
+        num_workers: processes besides the calling one; None: chosen by the number of images and cores.
+        seed: fixes random partitions and repeats.
+        decode_images: decode every image, which finds damage that headers do not show, and is far slower.
+    """
+
+    input_source: Path
+    results_dir: Path
+    data_root: Path | None = None
+    image_dir_name: str | None = None
+    label_dir_name: str | None = None
+    num_shards: int = 32
+    num_partitions: int = 1
+    partition_mode: str | None = None
+    val_split: float = 0.0
+    image_extension: str | None = None
+    mapping: Mapping[str, str] | None = None
+    mapping_path: Path | None = None
+    strict: bool = False
+    pad_shards: bool = False
+    num_workers: int | None = None
+    seed: int = 0
+    decode_images: bool = False
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """One shard; ``file`` is relative to the results folder."""
+
+    file: str
+    partition: int
+    num_images: int
+    num_annotations: int
+    first_image_id: int
+    first_annotation_id: int
+
+
+@dataclass
+class SequenceReport:
+    """One sequence.
+
+    Attributes:
+        name: as in ``file_name`` and in the shards' paths.
+        image_root: folder that the ``file_name`` of its images is relative to.
+        num_images: images written (repeats included).
+        num_annotations: boxes written.
+        first_image_id: first id of its images.
+        first_annotation_id: first id of its boxes.
+        shards: in the order of writing.
+    """
+
+    name: str
+    image_root: Path
+    num_images: int
+    num_annotations: int
+    first_image_id: int
+    first_annotation_id: int
+    shards: list[ShardReport] = field(default_factory=list)
+
+
+@dataclass
+class ConvertReport:
+    """Result of a conversion.
+
+    Attributes:
+        results_dir: folder of the files.
+        num_images: images written (repeats included).
+        num_annotations: boxes written.
+        category_ids: category → id.
+        boxes_per_category: category → number of boxes.
+        sequences: in the order of ``input_source``.
+        problem_counts: kind of problem → number of cases.
+        unknown_classes: class without a mapping → number of dropped lines.
+        seconds: time taken.
+    """
+
+    results_dir: Path
+    num_images: int
+    num_annotations: int
+    category_ids: dict[str, int]
+    boxes_per_category: dict[str, int]
+    sequences: list[SequenceReport]
+    problem_counts: dict[str, int]
+    unknown_classes: dict[str, int]
+    seconds: float
+
+    @property
+    def shard_paths(self) -> list[Path]:
+        """Every shard, in the order of writing."""
+        return [self.results_dir / shard.file for sequence in self.sequences for shard in sequence.shards]
+
+    @property
+    def stats_path(self) -> Path:
+        """The file with counts and offsets."""
+        return self.results_dir / STATS_NAME
+
+    @property
+    def warnings_path(self) -> Path:
+        """The file that lists every problem."""
+        return self.results_dir / WARNINGS_NAME
+
+    @property
+    def images_per_second(self) -> float:
+        """Speed of the whole conversion."""
+        return self.num_images / self.seconds if self.seconds else math.inf
+
+    def warning_lines(self) -> list[str]:
+        """One line for each kind of problem, the most frequent first."""
+        by_number = sorted(self.problem_counts.items(), key=lambda item: (-item[1], item[0]))
+        return [f"{number:,} x {PROBLEM_KINDS[kind]} ({kind})" for kind, number in by_number]
+
+
+# --- Conversion ---
+
 
 def convert_kitti(
     options: ConvertOptions, *, progress: Progress | None = None, status: Status | None = None
 ) -> ConvertReport:
     """Convert KITTI folders to COCO JSON shards.
 
-    The results folder gets ``<sequence>/<sequence>[-fold-PPP-of-NNN]-shard-SSSSS-of-NNNNN.json``, each
-    a COCO file of its own, ``stats.txt`` (JSON with counts and offsets) and ``warnings.json`` (every bad
-    input with file and line). What a former conversion left there is replaced as a whole when everything
-    else is done; other files stay.
+    The results folder gets ``<sequence>/<sequence>[-fold-PPP-of-NNN]-shard-SSSSS-of-NNNNN.json``, each a COCO
+    file of its own, ``stats.txt`` (JSON with counts and offsets) and ``warnings.json`` (every bad input with
+    file and line). The files of an earlier conversion are replaced all at once, at the end; other files stay.
 
     Args:
         options: what to convert.
@@ -61,146 +217,213 @@ def convert_kitti(
         status: called with a sentence at each step.
 
     Raises:
-        DataError: a list, folder or mapping is missing or wrong; no image was found; the results folder
-            cannot be written; with ``options.strict``, any bad input.
+        DataError: a list, folder or mapping is missing or wrong; there is no image; the results folder cannot
+            be written to; with ``options.strict``, any bad input.
     """
     started = time.monotonic()
     say = status or (lambda message: None)
-    options.check()
-    plan = Plan(options)
+    conversion = _Conversion(options, progress or (lambda done, total: None), say)
     say("Generating partitions")
-    with _disk_errors_told(options), ResultFolder(options.results_dir) as folder:
-        folder.check_free(_planned_files(plan) + _foreign_shards(plan, folder))
-        writing = _Writing(plan, folder, progress or (lambda done, total: None), say)
-        try:
-            writing.run()
-        finally:
-            writing.discard()
-        _write_stats(folder.staged(STATS_NAME), plan, writing)
-        folder.commit([*writing.files, WARNINGS_NAME, STATS_NAME])
+    with _disk_errors_named(options), ResultFolder(options.results_dir) as folder:
+        folder.check_free(conversion.planned_files() + conversion.foreign_shards(folder.path))
+        conversion.write(folder)
+        folder.staged(STATS_NAME).write_text(conversion.stats(), encoding="utf-8")
+        folder.commit([*conversion.files, WARNINGS_NAME, STATS_NAME])
     say("Json generation complete.")
-    names = {number: name for name, number in plan.category_ids.items()}
+    names = {number: name for name, number in conversion.category_ids.items()}
+    boxes = sorted(conversion.boxes_per_category.items())
     return ConvertReport(
         results_dir=options.results_dir,
-        num_images=writing.num_images,
-        num_annotations=writing.num_annotations,
-        category_ids=plan.category_ids,
-        boxes_per_category={
-            names[number]: count for number, count in sorted(writing.boxes_per_category.items())
-        },
-        sequences=writing.sequences,
-        problem_counts=dict(writing.problems.counts),
-        unknown_classes=dict(writing.problems.unknown_classes),
+        num_images=conversion.num_images,
+        num_annotations=conversion.num_annotations,
+        category_ids=conversion.category_ids,
+        boxes_per_category={names[number]: count for number, count in boxes},
+        sequences=conversion.sequence_reports,
+        problem_counts=dict(conversion.problem_counts),
+        unknown_classes=dict(conversion.unknown_classes),
         seconds=time.monotonic() - started,
     )
 
 
 @contextmanager
-def _disk_errors_told(options: ConvertOptions) -> Iterator[None]:
-    """A full disk or a folder that vanishes is told like other wrong input."""
+def _disk_errors_named(options: ConvertOptions) -> Iterator[None]:
+    """Report a full disk, or a folder that vanishes, like other wrong input."""
     try:
         yield
     except OSError as error:
-        raise DataError(
-            Problem(
-                f"the conversion stopped: {error.strerror or error}",
-                file=error.filename or options.results_dir,
-                hint="mend this and start again",
-            )
-        ) from error
+        what = f"the conversion stopped: {error.strerror or error}"
+        file = error.filename or options.results_dir
+        raise DataError(Problem(what, file=file, hint="correct this and start again")) from error
 
 
-class _Writing:
-    """Writes the shards of a plan.
+class _Conversion:
+    """One conversion.
 
     Attributes:
-        files: shards written, relative to the folder.
-        sequences: reports of what was written.
-        problems: the list of bad input.
+        category_ids: category → id.
+        files: shards written, relative to the results folder.
+        sequence_reports: in the order of ``input_source``.
         num_images, num_annotations: written so far.
         boxes_per_category: category id → number of boxes.
+        problem_counts, unknown_classes: see :class:`~ddetr_mm.convert.problems.ProblemList`.
     """
 
-    def __init__(self, plan: Plan, folder: ResultFolder, progress: Progress, status: Status) -> None:
-        self.plan = plan
-        self.folder = folder
+    def __init__(self, options: ConvertOptions, progress: Progress, status: Status) -> None:
+        self.options = options
+        self._progress, self._status = progress, status
+        mapping = _class_mapping(options)
+        self.category_ids = category_ids(mapping.values())
+        self._rules = ReadingRules(
+            category_of_class={name: self.category_ids[category] for name, category in mapping.items()},
+            image_extension=options.image_extension,
+            decode_images=options.decode_images,
+        )
+        self._sequences = read_sequences(
+            options.input_source, options.data_root, options.image_dir_name, options.label_dir_name
+        )
+        _check_names(self._sequences, options.input_source)
+        self._listed = [image_names(sequence, options.image_extension) for sequence in self._sequences]
+        self._total = sum(len(names) for names, _ in self._listed)
+        if self._total == 0:
+            ending = options.image_extension or "any common image extension"
+            what = f"none of the listed sequences has an image with {ending}"
+            hint = "check image_dir_name and image_extension"
+            raise DataError(Problem(what, file=options.input_source, hint=hint))
+        self._partitions = self._partitions_of_sequences()
         self.files: list[str] = []
-        self.sequences: list[SequenceReport] = []
-        self.problems = ProblemList(folder.staged(WARNINGS_NAME))
+        self.sequence_reports: list[SequenceReport] = []
         self.num_images = self.num_annotations = 0
         self.boxes_per_category: Counter[int] = Counter()
-        self._progress = progress
-        self._status = status
-        self._done = 0
-        self._missing_labels = 0
-        self._shard: ShardWriter | None = None
-        self._categories = coco_categories(plan.category_ids)
+        self.problem_counts: Counter[str] = Counter()
+        self.unknown_classes: Counter[str] = Counter()
+        self._done = self._missing_labels = 0
 
-    def run(self) -> None:
-        """Read and write everything."""
-        on_the_way: deque[Step] = deque()
+    def planned_files(self) -> list[str]:
+        """All files that the conversion will write."""
+        shards = [
+            self._shard_file(sequence, partition, shard)
+            for sequence, partitions in zip(self._sequences, self._partitions, strict=True)
+            for partition in partitions
+            for shard in range(self.options.num_shards)
+        ]
+        return [*shards, WARNINGS_NAME, STATS_NAME]
 
-        def chunks() -> Iterator[Chunk]:
-            for step in self.plan.steps():
-                on_the_way.append(step)
-                yield self.plan.chunk(step)
+    def foreign_shards(self, results_dir: Path) -> list[str]:
+        """Shards in the folders of the sequences: a glob would mix those of others with ours."""
+        return [
+            f"{sequence.name}/{name}"
+            for sequence in self._sequences
+            if (results_dir / sequence.name).is_dir()
+            for name in sorted(os.listdir(results_dir / sequence.name))
+            if _SHARD_NAME.fullmatch(name)
+        ]
 
-        self._progress(0, self.plan.total)
+    def write(self, folder: ResultFolder) -> None:
+        """Read all pieces and write all shards and ``warnings.json``, into the folder's staged files."""
+        problems = ProblemList(folder.staged(WARNINGS_NAME))
+        self.problem_counts, self.unknown_classes = problems.counts, problems.unknown_classes
+        writer: ShardWriter | None = None
+        current: KittiSequence | None = None
+        categories = coco_categories(self.category_ids)
+        self._progress(0, self._total)
         reading = ordered_map(
-            read_chunk, chunks(), self._num_processes(), prepare_process, (self.plan.rules,)
+            read_piece, self._pieces(), self._num_processes(), prepare_process, (self._rules,)
         )
-        with closing(reading) as contents:
-            for content in contents:
-                with garbage_collection_paused():
-                    self._write(on_the_way.popleft(), content)
-        self.problems.close()
+        try:
+            with closing(reading):
+                for piece, content in reading:
+                    if piece.sequence is not current:
+                        self._end_sequence(problems)
+                        current = piece.sequence
+                        self._begin_sequence(current, problems)
+                    self._report(problems, content.problems)
+                    if writer is None:
+                        self._status(f"Writing partition {piece.partition}, shard {piece.shard}")
+                        path = folder.staged(self._shard_file(current, piece.partition, piece.shard))
+                        info = f"KITTI sequence {current.name}"
+                        writer = ShardWriter(path, info, categories, self.num_images, self.num_annotations)
+                    with garbage_collection_paused():
+                        self._write_piece(writer, piece, content)
+                    if piece.ends_shard:
+                        writer.close()
+                        self._end_shard(writer, piece)
+                        writer = None
+            self._end_sequence(problems)
+            problems.close()
+        finally:
+            problems.discard()
+            if writer is not None:
+                writer.discard()
 
-    def discard(self) -> None:
-        """Let go of open files; harmless when all are finished."""
-        self.problems.discard()
-        if self._shard is not None:
-            self._shard.discard()
+    def stats(self) -> str:
+        """The content of ``stats.txt``; the same data give the same text wherever they are."""
+        sequences: list[dict[str, Any]] = [asdict(report) for report in self.sequence_reports]
+        for sequence in sequences:
+            del sequence["image_root"]
+        stats = {
+            "num_images": self.num_images,
+            "num_annotations": self.num_annotations,
+            "next_image_id": self.num_images,
+            "next_annotation_id": self.num_annotations,
+            "num_partitions": self.options.num_partitions,
+            "partition_mode": self.options.partition_mode,
+            "num_shards": self.options.num_shards,
+            "categories": [
+                {**category, "num_annotations": self.boxes_per_category[category["id"]]}
+                for category in coco_categories(self.category_ids)
+            ],
+            "problems": dict(sorted(self.problem_counts.items())),
+            "sequences": sequences,
+        }
+        return json.dumps(stats, indent=1) + "\n"
+
+    def _partitions_of_sequences(self) -> list[list[int]]:
+        """The partitions that each sequence has shards in."""
+        options = self.options
+        if options.partition_mode != "sequence":
+            return [list(range(options.num_partitions))] * len(self._sequences)
+        if options.num_partitions > len(self._sequences):
+            raise DataError(
+                Problem(
+                    "more partitions than sequences",
+                    where="num_partitions",
+                    value=options.num_partitions,
+                    allowed=f"at most {len(self._sequences)} with partition_mode sequence",
+                )
+            )
+        shares = [1.0] * options.num_partitions
+        if options.num_partitions == 2 and options.val_split > 0:
+            shares = [options.val_split, 100 - options.val_split]
+        return [[one] for one in assign_sequences([len(names) for names, _ in self._listed], shares)]
+
+    def _pieces(self) -> Iterator[Piece]:
+        options = self.options
+        for sequence, (names, _), partitions in zip(
+            self._sequences, self._listed, self._partitions, strict=True
+        ):
+            for partition in partitions:
+                yield from partition_pieces(
+                    sequence,
+                    names,
+                    partition,
+                    num_shards=options.num_shards,
+                    val_percent=options.val_split if options.partition_mode == "random" else None,
+                    pad_shards=options.pad_shards,
+                    seed=options.seed,
+                )
 
     def _num_processes(self) -> int:
-        wanted = self.plan.options.num_workers
-        if wanted is not None:
-            return wanted
+        if self.options.num_workers is not None:
+            return self.options.num_workers
         worth = _IMAGES_WORTH_A_FORK if can_fork() else _IMAGES_WORTH_A_PROCESS
-        # Writing takes this process a quarter of the time that reading takes another, so it needs no core to
-        # itself; on a single core there is nothing to share.
+        # Writing takes this process a quarter of the time that reading takes another: no core of its own.
         cores = usable_cores()
-        return min(cores, self.plan.total // worth) if cores > 1 else 0
+        return min(cores, self._total // worth) if cores > 1 else 0
 
-    def _write(self, step: Step, content: ChunkContent) -> None:
-        sequence = self.plan.sequences[step.sequence]
-        self._report([*step.problems, *content.problems])
-        if len(self.sequences) == step.sequence:
-            self._begin_sequence(sequence)
-        if self._shard is None:
-            self._shard = self._begin_shard(sequence, step)
-        self._shard.add(
-            [sequence.image_prefix + step.names[position] for position in content.kept],
-            content.sizes_wh,
-            content.boxes_xywh,
-            content.category_ids,
-            content.image_index,
-        )
-        for number, count in enumerate(np.bincount(content.category_ids).tolist()):
-            if count:
-                self.boxes_per_category[number] += count
-        if step.ends_shard:
-            self._end_shard(self._shard, step)
-            self._shard = None
-        if not step.repeats:
-            self._missing_labels += content.num_missing_labels
-            self._done += len(step.names)
-            self._progress(self._done, self.plan.total)
-        if step.ends_sequence is not None:
-            self._end_sequence(sequence, step.ends_sequence)
-
-    def _begin_sequence(self, sequence: KittiSequence) -> None:
+    def _begin_sequence(self, sequence: KittiSequence, problems: ProblemList) -> None:
+        names, duplicates = self._listed[len(self.sequence_reports)]
         self._missing_labels = 0
-        self.sequences.append(
+        self.sequence_reports.append(
             SequenceReport(
                 name=sequence.name,
                 image_root=sequence.image_root,
@@ -210,57 +433,68 @@ class _Writing:
                 first_annotation_id=self.num_annotations,
             )
         )
+        found = [
+            FoundProblem("duplicate_name", sequence.image_prefix + name, 0, "same name as an earlier image")
+            for name in duplicates
+        ]
+        if not names:
+            found.append(FoundProblem("no_images", sequence.image_prefix, 0, "no image"))
+        self._report(problems, found)
 
-    def _begin_shard(self, sequence: KittiSequence, step: Step) -> ShardWriter:
-        self._status(f"Writing partition {step.partition}, shard {step.shard}")
-        return ShardWriter(
-            self.folder.staged(self._file_of(step)),
-            f"KITTI sequence {sequence.name}",
-            self._categories,
-            self.num_images,
-            self.num_annotations,
+    def _write_piece(self, writer: ShardWriter, piece: Piece, content: PieceContent) -> None:
+        writer.add(
+            [piece.sequence.image_prefix + piece.names[position] for position in content.kept],
+            content.sizes_wh,
+            content.boxes_xywh,
+            content.category_ids,
+            content.image_index,
         )
+        for number, count in enumerate(np.bincount(content.category_ids).tolist()):
+            if count:
+                self.boxes_per_category[number] += count
+        if not piece.is_repeat:
+            self._missing_labels += content.num_missing_labels
+            self._done += len(piece.names)
+            self._progress(self._done, self._total)
 
-    def _file_of(self, step: Step) -> str:
-        options = self.plan.options
-        name = self.plan.sequences[step.sequence].name
-        return str(shard_file(name, step.partition, options.num_partitions, step.shard, options.num_shards))
-
-    def _end_shard(self, shard: ShardWriter, step: Step) -> None:
-        shard.close()
-        report = self.sequences[step.sequence]
-        report.shards.append(
-            ShardReport(
-                file=self._file_of(step),
-                partition=step.partition,
-                num_images=shard.num_images,
-                num_annotations=shard.num_annotations,
-                first_image_id=self.num_images,
-                first_annotation_id=self.num_annotations,
-            )
+    def _end_shard(self, writer: ShardWriter, piece: Piece) -> None:
+        report = self.sequence_reports[-1]
+        shard = ShardReport(
+            file=self._shard_file(piece.sequence, piece.partition, piece.shard),
+            partition=piece.partition,
+            num_images=writer.num_images,
+            num_annotations=writer.num_annotations,
+            first_image_id=self.num_images,
+            first_annotation_id=self.num_annotations,
         )
-        self.files.append(self._file_of(step))
+        report.shards.append(shard)
+        self.files.append(shard.file)
         self.num_images += shard.num_images
         self.num_annotations += shard.num_annotations
         report.num_images += shard.num_images
         report.num_annotations += shard.num_annotations
 
-    def _end_sequence(self, sequence: KittiSequence, images: NameList) -> None:
-        """Report the labels that no image belongs to; looks for them only when the numbers show some."""
+    def _end_sequence(self, problems: ProblemList) -> None:
+        """Report labels without an image; they are looked for only where the numbers differ."""
+        if not self.sequence_reports:
+            return
+        index = len(self.sequence_reports) - 1
+        sequence, (images, _) = self._sequences[index], self._listed[index]
         if count_labels(sequence) > len(images) - self._missing_labels:
-            extension = self.plan.options.image_extension
+            names = labels_without_image(sequence, images, self.options.image_extension)
             self._report(
+                problems,
                 [
                     FoundProblem(
                         "label_without_image", sequence.label_prefix + _printable(name), 0, "no image"
                     )
-                    for name in labels_without_image(sequence, images, extension)
-                ]
+                    for name in names
+                ],
             )
 
-    def _report(self, problems: Sequence[FoundProblem]) -> None:
-        self.problems.extend(problems)
-        if problems and self.plan.options.strict:
+    def _report(self, problems: ProblemList, found: Sequence[FoundProblem]) -> None:
+        problems.extend(found)
+        if found and self.options.strict:
             shown = [
                 Problem(
                     problem.kind.replace("_", " "),
@@ -268,61 +502,37 @@ class _Writing:
                     where=f"line {problem.line}" if problem.line else None,
                     value=problem.detail,
                 )
-                for problem in problems[:_SHOWN_WHEN_STRICT]
+                for problem in found[:_SHOWN_WHEN_STRICT]
             ]
-            hint = "mend the input, or set strict to false to go on and get the whole list in warnings.json"
-            raise DataError(
-                *shown, Problem("strict is set, so the first bad input ends the conversion", hint=hint)
-            )
+            hint = "correct the input, or set strict to false and get the whole list in warnings.json"
+            what = "strict is set, so the first bad input ends the conversion"
+            raise DataError(*shown, Problem(what, hint=hint))
+
+    def _shard_file(self, sequence: KittiSequence, partition: int, shard: int) -> str:
+        options = self.options
+        return str(shard_file(sequence.name, partition, options.num_partitions, shard, options.num_shards))
+
+
+def _class_mapping(options: ConvertOptions) -> dict[str, str]:
+    if options.mapping is not None:
+        return check_class_mapping(options.mapping)
+    if options.mapping_path is not None:
+        return load_class_mapping(options.mapping_path)
+    return DEFAULT_CLASS_MAPPING
+
+
+def _check_names(sequences: Sequence[KittiSequence], input_source: Path) -> None:
+    DataError.collect(
+        Problem(
+            "a sequence cannot have this name, which the results folder needs",
+            file=input_source,
+            value=sequence.name,
+            hint="rename the folder, or list it relative to a data_root further up",
+        )
+        for sequence in sequences
+        if sequence.name.split("/")[0] in _RESERVED_NAMES
+    )
 
 
 def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-def _planned_files(plan: Plan) -> list[str]:
-    options = plan.options
-    shards = [
-        str(shard_file(sequence.name, partition, options.num_partitions, shard, options.num_shards))
-        for sequence, partitions in zip(plan.sequences, plan.partitions, strict=True)
-        for partition in partitions
-        for shard in range(options.num_shards)
-    ]
-    return [*shards, WARNINGS_NAME, STATS_NAME]
-
-
-def _foreign_shards(plan: Plan, folder: ResultFolder) -> list[str]:
-    """Shards in the folders of the sequences: a glob would mix those of others with ours."""
-    found = []
-    for sequence in plan.sequences:
-        place = folder.path / sequence.name
-        if place.is_dir():
-            found += [
-                f"{sequence.name}/{name}" for name in sorted(os.listdir(place)) if _SHARD_NAME.fullmatch(name)
-            ]
-    return found
-
-
-def _write_stats(path: Path, plan: Plan, writing: _Writing) -> None:
-    options = plan.options
-    boxes = writing.boxes_per_category
-    sequences: list[dict[str, Any]] = []
-    for sequence in writing.sequences:
-        sequences.append(asdict(sequence))
-        del sequences[-1]["image_root"]  # the same data give the same file wherever they lie
-    stats = {
-        "num_images": writing.num_images,
-        "num_annotations": writing.num_annotations,
-        "next_image_id": writing.num_images,
-        "next_annotation_id": writing.num_annotations,
-        "num_partitions": options.num_partitions,
-        "partition_mode": options.partition_mode,
-        "num_shards": options.num_shards,
-        "categories": [
-            {**category, "num_annotations": boxes[category["id"]]}
-            for category in coco_categories(plan.category_ids)
-        ],
-        "problems": dict(sorted(writing.problems.counts.items())),
-        "sequences": sequences,
-    }
-    path.write_text(json.dumps(stats, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,10 @@
-"""KITTI labels: lines to boxes and back, and the mapping of class names."""
+"""KITTI labels: class names to categories, label files to boxes, and boxes to lines.
+
+One line describes one object in 15 columns, or 16 with a score:
+``class truncated occluded alpha x1 y1 x2 y2 height width length x y z rotation_y [score]``. Only the class
+and the box (columns 4 to 7, pixels of the image as shown) are kept, but every column after the class has to be
+a finite number: a line that breaks this rule is most often shifted by a column, and its box wrong.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +20,9 @@ from numpy.typing import NDArray
 
 from ddetr_mm.errors import DataError, Problem
 
-# --- Class names of labels, the categories they become, and the ids of those categories ---
-# A mapping says which label class becomes which category, e.g. ``{"Rider": "person"}``. Several label
-# classes may share a category; a label class that is not in the mapping is left out of the result.
+# --- Classes ---
+# A mapping says which label class becomes which category, e.g. ``{"Rider": "person"}``. Several label classes
+# may share a category; a label class that is not in the mapping is left out.
 
 #: The mapping that applies when the user gives none (TAO 5.5 documentation, "Sharding the Data").
 DEFAULT_CLASS_MAPPING: dict[str, str] = {
@@ -132,7 +138,7 @@ def _is_name(value: Any) -> bool:
 def category_ids(category_names: Iterable[str]) -> dict[str, int]:
     """Ids of the categories: the distinct names in reverse alphabetical order, counted from 1.
 
-    The reference counts so; id 0 stays free for the background.
+    So does TAO; id 0 is the background.
 
     >>> category_ids(["bag", "face", "person", "bag"])
     {'person': 1, 'face': 2, 'bag': 3}
@@ -145,15 +151,9 @@ def coco_categories(ids: Mapping[str, int]) -> list[dict[str, Any]]:
     return [{"id": number, "name": name} for name, number in sorted(ids.items(), key=lambda item: item[1])]
 
 
-# --- KITTI label files: many at once into columns, and single lines back out ---
-# One line describes one object in 15 columns, or 16 with a score:
-# ``class truncated occluded alpha x1 y1 x2 y2 height width length x y z rotation_y [score]``.
-# Only the class and the box (columns 4 to 7, pixels of the image as shown) are kept, but every column
-# after the class has to be a finite number: a line that breaks this rule is most often shifted by a
-# column, and its box cannot be trusted.
-#
-# Reading is a matter of millions of lines, so whole batches of files are split and converted together;
-# files that are in any way unusual are read again line by line, which finds out what is wrong and where.
+# --- Label files to columns ---
+# There may be millions of lines, so batches of files are split and converted together. Unusual files are read
+# again line by line, which finds out what is wrong and where.
 
 #: Columns of a line without and with a score.
 NUM_COLUMNS = (15, 16)
@@ -185,7 +185,7 @@ class LabelProblem(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelColumns:
-    """The usable lines of a batch of label files, in the order of files and lines.
+    """The usable lines of a batch of label files, in the order of files and lines. n lines.
 
     Attributes:
         boxes_xyxy: ``(n, 4)`` float64 pixels, as written (not clipped, possibly reversed).
@@ -201,9 +201,9 @@ class LabelColumns:
 
 
 class ClassLookup(dict[bytes, int]):
-    """Class name as it stands in a label file → category id, 0 for a class that is not mapped.
+    """Class name in a label file → category id, 0 for a class that is not mapped.
 
-    The exact name is looked for first, then the lower-cased one.
+    The exact name comes first, then the lower-cased one.
 
     Args:
         category_of_class: label class → category id (from 1).
@@ -225,14 +225,14 @@ class ClassLookup(dict[bytes, int]):
 
 
 class _Irregular(Exception):
-    """A batch holds something that only reading line by line can name."""
+    """A batch has to be read line by line."""
 
 
 def parse_labels(texts: Sequence[bytes], lookup: ClassLookup) -> tuple[LabelColumns, list[LabelProblem]]:
     """Read the contents of label files.
 
     Args:
-        texts: one per file; UTF-8, any line ends, blank lines are passed over.
+        texts: one per file; UTF-8, any line ends, blank lines are skipped.
         lookup: which classes are wanted.
 
     Returns:
@@ -257,7 +257,7 @@ def parse_labels(texts: Sequence[bytes], lookup: ClassLookup) -> tuple[LabelColu
 
 
 def _is_plain(text: bytes) -> bool:
-    """Whether lines can be told apart and class names read without looking twice."""
+    """Whether lines end plainly and class names are UTF-8."""
     if not text or b"\r" in text:
         return False
     return text.isascii() or (_is_utf8(text) and not text.startswith(_BYTE_ORDER_MARK))
@@ -290,10 +290,10 @@ def _joined(parts: Sequence[LabelColumns]) -> LabelColumns:
 def _read_regular(
     ended: Sequence[bytes], members: Sequence[int], lookup: ClassLookup, problems: list[LabelProblem]
 ) -> list[tuple[Sequence[int], LabelColumns]]:
-    """Read all files without a fault together; those with one are found by halving.
+    """Read all regular files together; irregular ones are found by halving.
 
     Returns:
-        Pairs of files and their content; files with faults are in none.
+        Pairs of files and their content, without the irregular files.
     """
     if not members:
         return []
@@ -312,7 +312,7 @@ def _read_regular(
 def _read_together(
     ended: Sequence[bytes], members: Sequence[int], lookup: ClassLookup, problems: list[LabelProblem]
 ) -> LabelColumns:
-    """Read files of which every line is right, an unknown class aside.
+    """Read files whose lines are all regular, apart from unknown classes.
 
     Raises:
         _Irregular: some line is not.
@@ -329,7 +329,7 @@ def _read_together(
         raise _Irregular
     names, *unused_columns = columns[: _BOX_COLUMNS.start]
     unused = set().union(*unused_columns)
-    for rest in set(columns[-1]):  # few differ: most tools fill the unused columns with zeros
+    for rest in set(columns[-1]):  # most tools fill the unused columns with zeros, so few differ
         fields = rest.split()
         if len(fields) + _NUM_FIRST_COLUMNS not in NUM_COLUMNS:
             raise _Irregular
@@ -445,6 +445,8 @@ def _number(field: bytes) -> float | None:
     except ValueError:
         return None
 
+
+# --- Boxes ---
 
 #: Verdicts of :func:`clip_boxes`; the text is the kind of problem.
 BOX_VERDICTS = ("", "box_clipped", "box_reversed", "box_zero_area", "box_outside")

@@ -1,4 +1,4 @@
-"""What can be wrong with a KITTI dataset, and the file that lists every case."""
+"""Problems in KITTI data: their kinds, and ``warnings.json``, which lists every case."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROBLEM_KINDS: dict[str, str] = {
     "label_without_image": "a label file that belongs to no image: it is not used",
     "empty_label": "a label file without any line: the image is kept, without boxes",
     "duplicate_name": "an image whose name, but for the extension, an earlier one has: it is left out",
-    "name_not_utf8": "a file name that is not UTF-8 and so cannot stand in JSON: the image is left out",
+    "name_not_utf8": "a file name that is not UTF-8, which JSON cannot hold: the image is left out",
     "undecodable_image": "an image that cannot be read or decoded: it is left out",
     "truncated_image": "an image file that ends too early: it is left out",
     "no_images": "a sequence folder without any image",
@@ -54,7 +54,7 @@ _encoder = msgspec.json.Encoder()
 
 
 class ProblemList:
-    """Counts problems and writes them to a JSON file as they come.
+    """Counts problems and writes them to a JSON file, one by one.
 
     The file holds ``problems`` (``kind``, ``file``, ``line`` or null, ``detail``), ``counts`` by kind,
     ``meanings`` of the kinds found, and ``unknown_classes`` with the number of lines of each
@@ -62,8 +62,7 @@ class ProblemList:
 
     Args:
         path: the file.
-        max_listed: cases listed of each kind; more are only counted, and their number stands under
-            ``not_listed``.
+        max_listed: cases listed of each kind; more are only counted, under ``not_listed``.
     """
 
     def __init__(self, path: Path, max_listed: int = 1_000_000) -> None:
@@ -75,7 +74,7 @@ class ProblemList:
         self._separator = b"\n"
 
     def extend(self, problems: Iterable[FoundProblem]) -> None:
-        """Add problems in the order they shall be listed."""
+        """Add problems in the order of the list."""
         for problem in problems:
             self.counts[problem.kind] += 1
             if problem.kind == "unknown_class":
@@ -105,5 +104,5 @@ class ProblemList:
         self.discard()
 
     def discard(self) -> None:
-        """Let go of the file without finishing it; harmless after :meth:`close`."""
+        """Close the file without finishing it; harmless after :meth:`close`."""
         self._file.close()

@@ -1,10 +1,9 @@
-"""A folder whose files are replaced as one: all of the new ones, or none.
+"""A results folder whose files are replaced all at once, or not at all.
 
-New files are made in a hidden folder inside the results folder (so that a rename is enough even where
-the results folder is a mount point), under names that no search for ``*.json`` finds. What a run wrote
-is listed in ``.ddetr_mm_convert.manifest``; the next run takes away exactly that and leaves everything else
-alone. While files change places the list says so first: a run that is killed in that moment is completed
-by the next one. A lock keeps two runs apart.
+New files are made in a hidden folder inside the results folder (so that a rename is enough even where that is
+a mount point), under names that no search for ``*.json`` finds. ``.ddetr_mm_convert.manifest`` lists the files
+of a run; the next run removes exactly those. Before files are moved the manifest says so: when a run is killed
+then, the next one completes it. A lock keeps two runs apart.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ class ResultFolder:
                     f"the results folder cannot be written to: {error.strerror}",
                     file=self.path,
                     where="results_dir",
-                    hint="choose another results_dir or mend its permissions",
+                    hint="choose another results_dir or correct its permissions",
                 )
             ) from error
         except BaseException:
@@ -106,7 +105,7 @@ class ResultFolder:
         return path
 
     def check_free(self, files: Iterable[str]) -> None:
-        """Make sure that no file of someone else stands where one of ``files`` shall go.
+        """Check that none of ``files`` would replace a file of someone else.
 
         Args:
             files: paths relative to the results folder.
@@ -128,21 +127,21 @@ class ResultFolder:
             )
 
     def commit(self, files: Sequence[str]) -> None:
-        """Take away the last run's files and put the staged ones in their places.
+        """Replace the last run's files by the staged ones.
 
         Args:
-            files: paths relative to the results folder; the last one is put in place last, so it can
-                stand for the whole.
+            files: paths relative to the results folder; the last one is moved last, so that it shows that
+                all are there.
         """
         self.check_free(files)
         for file in files:
             os.rename(self.staged(file), self._staging / file)
         manifest = {"move_from": self._staging.name, "files": list(files), "former_files": self._former}
-        self._keep_staging = True  # from here on it may hold the only copy of a result
+        self._keep_staging = True  # from here on it may hold the only copy
         try:
             self._write_manifest(manifest)
             self._finish_moving(manifest)
-        except KeyboardInterrupt:  # what is left takes a moment
+        except KeyboardInterrupt:  # finishing takes a moment
             self._write_manifest(manifest)
             self._finish_moving(manifest)
             self._keep_staging = False
@@ -150,7 +149,7 @@ class ResultFolder:
         self._keep_staging = False
 
     def _finish_moving(self, manifest: dict[str, Any]) -> None:
-        """Remove and move what is left to do; may be called again after a kill at any point."""
+        """Do the removals and moves that are left; can be repeated after a kill at any point."""
         staging = self.path / manifest["move_from"]
         files = manifest["files"]
         for file in reversed(manifest["former_files"]):
@@ -230,7 +229,7 @@ class ResultFolder:
 
 
 def _is_manifest(manifest: Any) -> bool:
-    """Whether a manifest that was read is ours, and names nothing outside the results folder."""
+    """Whether a manifest is ours, and names nothing outside the results folder."""
     if not isinstance(manifest, dict):
         return False
     lists = [manifest.get("files"), manifest.get("former_files", [])]

@@ -1,83 +1,18 @@
-"""The sequence folders of a conversion: images and label files by name."""
+"""The sequence folders of a conversion, and the images and label files in them.
+
+A sequence has a folder of images and one of labels, with the same names. Everything written about it uses the
+sequence's *name*, a relative path that never leads out of its folder.
+"""
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ddetr_mm.datasets.image_size import IMAGE_EXTENSIONS
 from ddetr_mm.errors import DataError, Problem
-
-# --- File names of a folder in a few bytes each, for folders of millions of files ---
-
-_NAMES_AT_ONCE = 2**16
-
-
-class NameList:
-    """Names in one array of bytes: about as many bytes a name as the longest one has characters.
-
-    Args:
-        names: ``(n,)`` array of fixed-width bytes (file names hold no NUL, which such arrays drop).
-    """
-
-    def __init__(self, names: NDArray[np.bytes_]) -> None:
-        self._names = names
-
-    @classmethod
-    def of(cls, names: Iterable[bytes]) -> NameList:
-        """Collect names; they may come from a generator."""
-        iterator = iter(names)
-        parts: list[NDArray[np.bytes_]] = []
-        while batch := list(itertools.islice(iterator, _NAMES_AT_ONCE)):
-            parts.append(np.array(batch, dtype=np.bytes_))
-        return cls(np.concatenate(parts) if parts else np.zeros(0, dtype="S1"))
-
-    @classmethod
-    def of_folder(cls, folder: Path, wanted: Callable[[bytes], bool]) -> NameList:
-        """The sorted names in a folder that are ``wanted``."""
-        with os.scandir(os.fsencode(folder)) as entries:
-            found = cls.of(name for name in (entry.name for entry in entries) if wanted(name))
-        found._names.sort()
-        return found
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def part(self, start: int, stop: int) -> list[str]:
-        """The names from ``start`` up to ``stop``."""
-        return [os.fsdecode(name) for name in self._names[start:stop].tolist()]
-
-    def take(self, which: NDArray[Any]) -> NameList:
-        """The names at these positions, or where this mask is true."""
-        return NameList(self._names[which])
-
-    def map(self, function: Callable[[bytes], bytes]) -> NameList:
-        """``function`` of every name, in the same order."""
-        starts = range(0, len(self), _NAMES_AT_ONCE)
-        batches = (self._names[start : start + _NAMES_AT_ONCE].tolist() for start in starts)
-        return NameList.of(function(name) for batch in batches for name in batch)
-
-    def first_of_each(self) -> NDArray[np.bool_]:
-        """``(n,)`` mask: False where the same name stands further up."""
-        mask = np.zeros(len(self), dtype=bool)
-        mask[np.unique(self._names, return_index=True)[1]] = True
-        return mask
-
-    def missing_in(self, other: NameList) -> NDArray[np.bool_]:
-        """``(n,)`` mask: True for names that ``other`` does not have."""
-        return ~np.isin(self._names, other._names)
-
-
-# --- The sequences of a KITTI-style dataset: one folder each, with images and labels of the same names ---
-# Everything that is written about a sequence uses its *name*, a relative path that never climbs out of
-# the folder it is relative to.
 
 LABEL_EXTENSION = ".txt"
 _LABEL_ENDING = LABEL_EXTENSION.encode()
@@ -110,7 +45,7 @@ def read_sequences(
 ) -> list[KittiSequence]:
     """The sequences that a text file lists, one folder a line.
 
-    Blank lines and lines that begin with ``#`` are passed over.
+    Blank lines and lines that begin with ``#`` are skipped.
 
     Args:
         input_source: the text file.
@@ -153,7 +88,7 @@ def read_sequences(
         sequence = _sequence(name, image_root, names["image_dir_name"], names["label_dir_name"])
         faults = _missing_folders(sequence)
         problems.extend(
-            Problem(fault, file=input_source, where=where, value=str(folder), hint=_mend(data_root))
+            Problem(fault, file=input_source, where=where, value=str(folder), hint=_folder_hint(data_root))
             for fault, folder in faults
         )
         sequences.append(sequence)
@@ -161,12 +96,10 @@ def read_sequences(
     return sequences
 
 
-def _mend(data_root: Path | None) -> str:
-    root = (
-        "data_root is not set, so lines are relative to the current folder"
-        if data_root is None
-        else (f"lines are relative to data_root {str(data_root)!r}")
-    )
+def _folder_hint(data_root: Path | None) -> str:
+    root = "data_root is not set, so lines are relative to the current folder"
+    if data_root is not None:
+        root = f"lines are relative to data_root {str(data_root)!r}"
     return f"check the line, image_dir_name and label_dir_name ({root})"
 
 
@@ -264,54 +197,56 @@ def image_stem(file_name: str, image_extension: str | None) -> str:
     return file_name.rpartition(".")[0]
 
 
-def list_images(sequence: KittiSequence, image_extension: str | None) -> tuple[NameList, NameList]:
-    """File names of the sequence's images in alphabetical order (of their bytes).
+def image_names(sequence: KittiSequence, image_extension: str | None) -> tuple[list[str], list[str]]:
+    """File names of a sequence's images, sorted by their bytes.
 
     Args:
         sequence: where to look.
-        image_extension: the only ending that counts, case and all; None: every common image type.
+        image_extension: the only extension that counts, in this case; None: every common image type.
 
     Returns:
-        The images, and those left out because an image of the same name but another type comes before
-        them (``a.jpg`` before ``a.png``: both would use the label ``a.txt``). Hidden files are no images.
+        The images, and those left out because an image of the same name but another type comes before them
+        (``a.jpg`` before ``a.png``: both would use the label ``a.txt``). Hidden files are no images.
     """
+    found = os.listdir(os.fsencode(sequence.image_dir))
     if image_extension is not None:
         ending = os.fsencode(image_extension)
-        return NameList.of_folder(sequence.image_dir, lambda name: _has_ending(name, ending)), NameList.of(())
-    endings: set[bytes] = set()
-
-    def is_image(name: bytes) -> bool:
-        ending = name[name.rfind(b".") :]
-        if name.startswith(b".") or ending.lower() not in _IMAGE_ENDINGS:
-            return False
-        endings.add(ending)
-        return True
-
-    names = NameList.of_folder(sequence.image_dir, is_image)
-    if len(endings) <= 1:  # then no two names can differ in it alone
-        return names, NameList.of(())
-    first = names.map(lambda name: name.rpartition(b".")[0]).first_of_each()
-    return names.take(first), names.take(~first)
+        return _sorted_names(name for name in found if _has_ending(name, ending)), []
+    endings = {name: name[name.rfind(b".") :] for name in found if not name.startswith(b".")}
+    images = {name: ending for name, ending in endings.items() if ending.lower() in _IMAGE_ENDINGS}
+    names = _sorted_names(images)
+    if len(set(images.values())) <= 1:  # then no two names differ in it alone
+        return names, []
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(image_stem(name, None), name)
+    kept = list(first.values())
+    return kept, [name for name in names if first[image_stem(name, None)] != name]
 
 
 def count_labels(sequence: KittiSequence) -> int:
-    """How many label files the sequence has."""
-    with os.scandir(os.fsencode(sequence.label_dir)) as entries:
-        return sum(_has_ending(entry.name, _LABEL_ENDING) for entry in entries)
+    """Number of label files of a sequence."""
+    return sum(_has_ending(name, _LABEL_ENDING) for name in os.listdir(os.fsencode(sequence.label_dir)))
 
 
-def labels_without_image(sequence: KittiSequence, images: NameList, image_extension: str | None) -> list[str]:
-    """Label files that no image belongs to, in alphabetical order.
+def labels_without_image(
+    sequence: KittiSequence, images: Iterable[str], image_extension: str | None
+) -> list[str]:
+    """Label files that no image belongs to, sorted.
 
     Args:
         sequence: where to look.
         images: its images.
-        image_extension: as in :func:`list_images`.
+        image_extension: as in :func:`image_names`.
     """
-    labels = NameList.of_folder(sequence.label_dir, lambda name: _has_ending(name, _LABEL_ENDING))
-    stems = images.map(lambda name: os.fsencode(image_stem(os.fsdecode(name), image_extension)))
-    orphans = labels.take(labels.map(lambda name: name[: -len(_LABEL_ENDING)]).missing_in(stems))
-    return orphans.part(0, len(orphans))
+    used = {image_stem(name, image_extension) + LABEL_EXTENSION for name in images}
+    found = os.listdir(os.fsencode(sequence.label_dir))
+    labels = _sorted_names(name for name in found if _has_ending(name, _LABEL_ENDING))
+    return [name for name in labels if name not in used]
+
+
+def _sorted_names(names: Iterable[bytes]) -> list[str]:
+    return [os.fsdecode(name) for name in sorted(names)]
 
 
 def _has_ending(name: bytes, ending: bytes) -> bool:

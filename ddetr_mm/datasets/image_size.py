@@ -1,9 +1,8 @@
 """Width and height of an image as it is shown, from the file's header.
 
-``imagesize`` reads the headers. What it does not answer with certainty (an odd format, a rotation in a
-PNG or WebP file, an end that does not look like the end of an image) is decided by Pillow, which
-decodes the image: slow, exact and rare. Sizes are those after EXIF rotation, as in Pillow's
-``ImageOps.exif_transpose``.
+Usual JPEG headers are read here, others by ``imagesize``. Where that leaves a doubt (a rare format, a
+rotation in a PNG or WebP file, a file that does not end like an image), Pillow decodes the image: slow, exact
+and rare. Sizes are those after EXIF rotation, as in Pillow's ``ImageOps.exif_transpose``.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from PIL import Image
 
 from ddetr_mm.compat.patches import size_refused
 
-#: What counts as an image when no extension is asked for; compared in lower case.
 IMAGE_EXTENSIONS: tuple[str, ...] = (
     ".jpg",
     ".jpeg",
@@ -34,11 +32,15 @@ IMAGE_EXTENSIONS: tuple[str, ...] = (
     ".tif",
     ".tiff",
 )
+"""Extensions of image files, in lower case."""
 
 _HEAD_BYTES = 2048
-_MAX_KNOWN_HEADERS = 4096
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = (5, 6, 7, 8)
+_JPEG_SCAN = 0xDA
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Tables, comments, and application data other than EXIF (APP1).
+_JPEG_PLAIN_SEGMENTS = frozenset((0xC4, 0xDB, 0xDD, 0xE0, *range(0xE2, 0xF0), 0xFE))
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257
 _TIFF_OFFSETS_AND_COUNTS = ((273, 279), (324, 325))
@@ -56,7 +58,7 @@ class UnreadableImage(Exception):
     """The file is no image that can be decoded.
 
     Attributes:
-        reason: what is wrong, in words.
+        reason: what is wrong.
         truncated: the file ends before the image does.
     """
 
@@ -70,12 +72,12 @@ class UnreadableImage(Exception):
 def read_image_size(path: str, *, decode: bool = False) -> ImageSize:
     """Size of the image in ``path``.
 
-    Without ``decode`` only the header and the end of the file are looked at: a file cut short is
-    found, damage in its middle is not.
+    Without ``decode`` only the header and the end of the file are read: a file cut short is found, damage in
+    its middle is not.
 
     Args:
-        path: a jpg, png, bmp, webp or tiff file; what else Pillow reads works too, slowly.
-        decode: decode every pixel, which finds all damage a decoder can see.
+        path: a jpg, png, bmp, webp or tiff file; other formats that Pillow reads work too, slowly.
+        decode: decode every pixel with Pillow, which refuses damage that OpenCV decodes to grey.
 
     Raises:
         UnreadableImage: not an image, damaged, cut short, of absurd size, or the file cannot be opened.
@@ -100,13 +102,12 @@ def _size_of_file(path: str) -> ImageSize:
 
 
 def _size_from_header(path: str, descriptor: int) -> ImageSize | None:
-    """The size, or None when only decoding can tell."""
+    """The size, or None where the image has to be decoded."""
     head = os.read(descriptor, _HEAD_BYTES)
     num_bytes = os.lseek(descriptor, 0, os.SEEK_END)
     if head.startswith(b"\xff\xd8"):
-        # What follows the end mark, or is missing before it, needs a decoder's judgement.
         whole = num_bytes > 4 and os.pread(descriptor, 2, num_bytes - 2) == b"\xff\xd9"
-        return _jpeg_size(path, head) if whole else None
+        return (_jpeg_size(head) or _library_size(path)) if whole else None
     if head.startswith(_PNG_SIGNATURE):
         whole = _png_is_plain_and_whole(descriptor, num_bytes)
     elif head.startswith(b"BM"):
@@ -125,28 +126,26 @@ def _library_size(source: str | io.BytesIO) -> ImageSize | None:
     return ImageSize(width, height) if width > 0 and height > 0 else None
 
 
-# None for a header that was met once.
-_known_headers: dict[bytes, ImageSize | None] = {}
+def _jpeg_size(head: bytes) -> ImageSize | None:
+    """Size from a JPEG's frame header; None where the segments up to the scan are not all in ``head``.
 
-
-def _jpeg_size(path: str, head: bytes) -> ImageSize | None:
-    """Size of a JPEG; of files with the same header the library is asked about the first two.
-
-    The frames of a video or the images of one camera often share all bytes up to the compressed data. A
-    header is trusted only when the library finds the same size in it alone: an ``FF DA`` inside a
-    thumbnail, say, is no end of a header.
+    Also None where there are EXIF data: they may rotate the image.
     """
-    end = head.find(b"\xff\xda", 2) + 2
-    header = head[:end] if end > 2 else b""
-    size = _known_headers.get(header)
-    if size is None:
-        size = _library_size(path)
-        if header in _known_headers:
-            if size and _library_size(io.BytesIO(header)) == size:
-                _known_headers[header] = size
-        elif header and len(_known_headers) < _MAX_KNOWN_HEADERS:
-            _known_headers[header] = None
-    return size
+    size = None
+    position = 2
+    while position + 9 <= len(head) and head[position] == 0xFF:
+        marker = head[position + 1]
+        if marker == _JPEG_SCAN:
+            return size
+        if marker in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", head, position + 5)
+            if not (height and width):
+                return None  # the height comes later in the file
+            size = ImageSize(width, height)
+        elif marker not in _JPEG_PLAIN_SEGMENTS:
+            return None
+        position += 2 + (head[position + 2] << 8 | head[position + 3])
+    return None
 
 
 def _png_is_plain_and_whole(descriptor: int, num_bytes: int) -> bool:
@@ -172,7 +171,7 @@ def _bmp_is_whole(head: bytes, num_bytes: int) -> bool:
     header_bytes, width, height, _, bits = struct.unpack_from("<IiiHH", head, 14)
     (pixels_at,) = struct.unpack_from("<I", head, 10)
     if header_bytes < 40 or bits < 16 or width <= 0:
-        return False  # old or run-length encoded kinds: let a decoder judge
+        return False  # old or run-length encoded: has to be decoded
     row_bytes = (width * bits + 31) // 32 * 4
     return pixels_at + row_bytes * abs(height) <= num_bytes
 
@@ -191,7 +190,7 @@ def _webp_is_plain_and_whole(head: bytes, num_bytes: int) -> bool:
 
 
 def _tiff_size(path: str, num_bytes: int) -> ImageSize | None:
-    """Size by Pillow's lazy open, when all strips or tiles lie inside the file."""
+    """Size by Pillow's lazy open, where all strips or tiles are inside the file."""
     try:
         with _opened(path) as image:
             tags = image.tag_v2  # type: ignore[attr-defined]
@@ -201,14 +200,14 @@ def _tiff_size(path: str, num_bytes: int) -> ImageSize | None:
                     if max(start + count for start, count in zip(offsets, counts, strict=True)) > num_bytes:
                         return None
                     return _turned(tags[_TIFF_WIDTH], tags[_TIFF_HEIGHT], tags.get(_EXIF_ORIENTATION))
-    except Exception:  # whatever is wrong, the decoder that is asked next says it
+    except Exception:  # damaged: reported by the decoder
         return None
     return None
 
 
 @contextmanager
 def _opened(path: str) -> Iterator[Image.Image]:
-    """The image without the warnings of damage that does not keep Pillow from decoding."""
+    """Open an image without Pillow's warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path) as image:

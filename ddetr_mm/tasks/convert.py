@@ -6,8 +6,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from ddetr_mm.convert.convert import convert_kitti
-from ddetr_mm.convert.plan import ConvertOptions
+from ddetr_mm.convert.convert import ConvertOptions, convert_kitti
 from ddetr_mm.engine.progress import Progress
 from ddetr_mm.spec import ConvertSpec, load_spec
 from ddetr_mm.tasks.session import open_session

@@ -1,11 +1,10 @@
-"""Conversions that are repeated, stopped or killed: the old result or the new one, never a mixture."""
+"""What a conversion writes; repeated, stopped or killed, it leaves the old result or the new one."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from golden_files import BCCD
@@ -13,12 +12,11 @@ from kitti_builder import CATEGORY_IDS, KittiFolder, image_bytes, label_line, re
 from pycocotools.coco import COCO
 
 from ddetr_mm.convert import convert
-from ddetr_mm.convert.convert import convert_kitti
-from ddetr_mm.convert.plan import ConvertOptions
+from ddetr_mm.convert.convert import ConvertOptions, convert_kitti
 from ddetr_mm.convert.reader import ordered_map
 from ddetr_mm.errors import DataError
 
-# --- What a conversion writes: files, ids, partitions, options, and the real blood cells ---
+# --- files, ids, partitions ---
 
 
 class TestOutput:
@@ -239,36 +237,11 @@ class TestPartitions:
             convert_kitti(self.many(tmp_path).options(partition_mode="sequence", num_partitions=4))
 
 
-class TestOptions:
-    @pytest.mark.parametrize(
-        ("changes", "field"),
-        [
-            ({"num_shards": 0}, "num_shards"),
-            ({"val_split": 101}, "val_split"),
-            ({"val_split": -1}, "val_split"),
-            ({"num_workers": -1}, "num_workers"),
-            ({"image_extension": ""}, "image_extension"),
-            ({"partition_mode": "k-fold"}, "partition_mode"),
-            ({"num_partitions": 2}, "num_partitions"),
-            ({"num_partitions": 0}, "num_partitions"),
-            ({"partition_mode": "random", "num_partitions": 3}, "num_partitions"),
-            ({"partition_mode": "sequence", "num_partitions": 0}, "num_partitions"),
-            ({"mapping": {}}, "mapping"),
-        ],
-    )
-    def test_bad_values_stop_before_anything_is_written(self, data, changes, field):
-        with pytest.raises(DataError, match=field):
-            convert_kitti(data.options(**changes))
-        assert not (data.root.parent / "out").exists()
-
-    def test_all_are_shown_at_once(self):
-        with pytest.raises(DataError) as caught:
-            ConvertOptions(Path("a"), Path("b"), num_shards=0, val_split=200, num_partitions=3).check()
-        assert [problem.where for problem in caught.value.problems] == [
-            "num_shards",
-            "val_split",
-            "num_partitions",
-        ]
+@pytest.mark.parametrize("mapping", [{}, {"": "car"}, {"Car": " "}])
+def test_a_bad_mapping_stops_before_anything_is_written(data, mapping):
+    with pytest.raises(DataError, match="mapping"):
+        convert_kitti(data.options(mapping=mapping))
+    assert not (data.root.parent / "out").exists()
 
 
 class TestNumberOfProcesses:
@@ -337,7 +310,7 @@ def test_blood_cells(tmp_path):
         assert 0 <= top < top + height <= 480
 
 
-# --- Conversions that are repeated, stopped or killed: the old result or the new one, never a mixture ---
+# --- repeated, stopped or killed ---
 
 
 class TestRunningAgain:
@@ -414,8 +387,7 @@ class TestRunningAgain:
 RUN = """
 import signal, sys, time
 from pathlib import Path
-from ddetr_mm.convert.convert import convert_kitti
-from ddetr_mm.convert.plan import ConvertOptions
+from ddetr_mm.convert.convert import ConvertOptions, convert_kitti
 
 def report(done, total):
     print(done, flush=True)

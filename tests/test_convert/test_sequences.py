@@ -1,19 +1,17 @@
 import os
-import tracemalloc
+import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddetr_mm.convert import sequences
 from ddetr_mm.convert.sequences import (
-    NameList,
+    KittiSequence,
     count_labels,
+    image_names,
     image_stem,
     labels_without_image,
-    list_images,
     read_sequences,
 )
 from ddetr_mm.errors import DataError
@@ -134,11 +132,6 @@ class TestRefusing:
             read(root, "a", images=name)
 
 
-def listed(sequence, image_extension):
-    """Images and left-out images as lists."""
-    return tuple(names.part(0, len(names)) for names in list_images(sequence, image_extension))
-
-
 class TestListing:
     def fill(self, root, *names):
         (sequence,) = read(root, "a")
@@ -150,19 +143,19 @@ class TestListing:
     def test_every_common_image_type(self, root):
         names = ["a.jpg", "b.JPEG", "c.png", "d.BMP", "e.webp", "f.tif", "g.tiff"]
         sequence = self.fill(root, *names, "h.csv", "jpg", ".hidden.jpg", "._a.jpg")
-        assert listed(sequence, None) == (names, [])
+        assert image_names(sequence, None) == (names, [])
 
     def test_only_the_extension_that_is_asked_for(self, root):
         sequence = self.fill(root, "a.jpg", "a.png", "b.png", "c.PNG", ".png")
-        assert listed(sequence, ".png") == (["a.png", "b.png"], [])
+        assert image_names(sequence, ".png") == (["a.png", "b.png"], [])
 
     def test_images_of_the_same_name(self, root):
         sequence = self.fill(root, "a.png", "a.jpg", "a-1.jpg", "a.b.jpg", "b.png", "a.bmp")
-        assert listed(sequence, None) == (["a-1.jpg", "a.b.jpg", "a.bmp", "b.png"], ["a.jpg", "a.png"])
+        assert image_names(sequence, None) == (["a-1.jpg", "a.b.jpg", "a.bmp", "b.png"], ["a.jpg", "a.png"])
 
     def test_labels_without_image(self, root):
         sequence = self.fill(root, "a.jpg", "a.txt", "b.txt", "a.jpg.txt", ".c.txt")
-        images, _ = list_images(sequence, None)
+        images, _ = image_names(sequence, None)
         assert count_labels(sequence) == 3
         assert labels_without_image(sequence, images, None) == ["a.jpg.txt", "b.txt"]
 
@@ -181,66 +174,33 @@ class TestListing:
     def test_names_that_are_not_utf8_are_listed(self, root):
         (sequence,) = read(root, "a")
         Path(os.fsdecode(os.fsencode(sequence.image_dir) + b"/\xff.jpg")).write_bytes(b"")
-        assert listed(sequence, None) == (["\udcff.jpg"], [])
+        assert image_names(sequence, None) == (["\udcff.jpg"], [])
 
 
-names = st.lists(st.binary(min_size=1, max_size=9).filter(lambda name: b"\0" not in name))
-
-
-def as_list(names):
-    return names.part(0, len(names))
+names = st.lists(
+    st.text("ab.", min_size=1, max_size=4).map(lambda stem: stem + ".jpg")
+    | st.text("ab.", min_size=1, max_size=4).map(lambda stem: stem + ".png"),
+    unique=True,
+)
 
 
 @given(names)
-def test_names_come_back_as_the_file_system_knows_them(found):
-    assert [os.fsencode(name) for name in as_list(NameList.of(iter(found)))] == found
+def test_every_label_belongs_to_the_first_image_of_its_name(found):
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        for name in found:
+            (place / name).touch()
+        sequence = KittiSequence("a", place, place, place, "", "")
+        kept, left_out = image_names(sequence, None)
+    visible = sorted(name for name in found if not name.startswith("."))
+    stems = [name[:-4] for name in visible]
+    assert sorted(kept + left_out) == visible
+    assert kept == [name for index, name in enumerate(visible) if stems.index(stems[index]) == index]
+    assert {name[:-4] for name in left_out} <= {name[:-4] for name in kept}
 
 
-def test_parts_are_collected_in_batches(monkeypatch):
-    monkeypatch.setattr(sequences, "_NAMES_AT_ONCE", 3)
-    names = NameList.of(f"{number}{'x' * number}".encode() for number in range(10))
-    assert as_list(names) == [f"{number}{'x' * number}" for number in range(10)]
-    assert as_list(names.map(lambda name: name[:1])) == list("0123456789")
-    assert names.part(8, 20) == ["8xxxxxxxx", "9xxxxxxxxx"]
-
-
-def test_folders_are_sorted_and_filtered(tmp_path):
-    for name in ("b.jpg", "a.jpg", "ü.jpg", "c.png", "10.jpg", "9.jpg"):
+def test_names_are_sorted_by_their_bytes(tmp_path):
+    for name in ("b.jpg", "a.jpg", "ü.jpg", "10.jpg", "9.jpg"):
         (tmp_path / name).touch()
-    names = NameList.of_folder(tmp_path, lambda name: name.endswith(b".jpg"))
-    assert as_list(names) == ["10.jpg", "9.jpg", "a.jpg", "b.jpg", "ü.jpg"]
-
-
-def test_an_empty_folder(tmp_path):
-    names = NameList.of_folder(tmp_path, lambda name: True)
-    assert len(names) == 0
-    assert as_list(names) == []
-    assert names.first_of_each().shape == (0,)
-
-
-@given(names)
-def test_first_of_each(found):
-    kept = NameList.of(found).take(NameList.of(found).first_of_each())
-    assert [os.fsencode(name) for name in as_list(kept)] == list(dict.fromkeys(found))
-
-
-@given(names, names)
-def test_missing(found, others):
-    mask = NameList.of(found).missing_in(NameList.of(others))
-    assert mask.tolist() == [name not in others for name in found]
-
-
-def test_positions_and_masks():
-    names = NameList.of([b"a", b"b", b"c"])
-    assert as_list(names.take(np.array([2, 0, 0]))) == ["c", "a", "a"]
-    assert as_list(names.take(np.array([True, False, True]))) == ["a", "c"]
-
-
-def test_a_name_takes_few_bytes():
-    tracemalloc.start()
-    names = NameList.of(f"frame_{number:07d}.jpg".encode() for number in range(300_000))
-    kept, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert len(names) == 300_000
-    assert kept < 20 * 300_000
-    assert peak < 60 * 300_000
+    sequence = KittiSequence("a", tmp_path, tmp_path, tmp_path, "", "")
+    assert image_names(sequence, ".jpg")[0] == ["10.jpg", "9.jpg", "a.jpg", "b.jpg", "ü.jpg"]

@@ -1,7 +1,6 @@
-"""No test writes into the user's cache folder; KITTI labels that several files convert."""
+"""No test of this folder writes into the user's cache folder."""
 
 import pytest
-from kitti_builder import KittiFolder, label_line
 
 
 @pytest.fixture(autouse=True)
@@ -10,14 +9,3 @@ def cache_folder(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("DDETR_MM_CACHE", str(folder))
     return folder / "annotations"
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Two sequences: seven images with one car each, three with nothing."""
-    folder = KittiFolder(tmp_path / "data")
-    for number in range(7):
-        folder.add("a", f"frame{number}", label_line("Car", (number, 0, number + 2.5, 4)))
-    for number in range(3):
-        folder.add("b", f"frame{number}", label_line("person", (0, 0, 10, 10)) + "\n" + label_line("Truck"))
-    return folder
