@@ -6,7 +6,7 @@ tensor. The contestants take turns on the same images; figures are images a seco
 which other load on the machine disturbs less than wall time, medians over the rounds.
 
 - stock mmdet: the pipeline of its Deformable DETR config;
-- Pillow: the same steps with Pillow's decoder and resize, as the reference's transforms do them;
+- Pillow: the same steps with Pillow's decoder and resize, as TAO's transforms do them;
 - ours: pixels as Pillow's to one grey level;
 - ours, fast: plain bilinear resize (as stock mmdet), and scaled decoding where it loses nothing visible.
 

@@ -111,8 +111,8 @@ PERFORMANCE = (
     ("scaling_cpu", "How cost grows", "nothing grows faster than the algorithm must"),
     ("start", "Starting", "`-h` in 0.3 s, `check` of a spec in 1 s, the first training step in 15 s"),
     ("gcvit", "GCViT", "at least as fast as timm at 224 x 224"),
-    ("pipeline", "Input pipeline", "1.5 times stock mmdet with the reference's pixels"),
-    ("convert", "Conversion", "50 times the reference's 400 images a second"),
+    ("pipeline", "Input pipeline", "1.5 times stock mmdet with TAO's pixels"),
+    ("convert", "Conversion", "50 times TAO's 400 images a second"),
     ("dataset_memory", "Annotations in memory", "cold 5 s, warm 0.5 s, 150 MB for 8 ranks of 8 workers"),
     ("coco_eval", "COCO evaluation", "under a second for 5,000 images"),
     ("onnx_latency", "Exported graph", "1.5 times the stock export on ONNX Runtime, a third of its nodes"),
@@ -128,7 +128,7 @@ SCRIPTS = {"attention_cpu": "attention", "scaling_cpu": "scaling"}
 def performance_page() -> str:
     """The tables of all records, and what has none yet."""
     lines = [
-        "# Performance",
+        "# Compare speed and memory with other implementations",
         "",
         "Every figure comes from a script under `benchmarks/` that runs ours and its peers in turn, on the",
         "same inputs, in one run, and stops where their results differ. The records have the machine, the",
