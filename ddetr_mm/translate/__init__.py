@@ -1,4 +1,4 @@
-"""Spec → mmengine config. Nothing outside this package knows both vocabularies."""
+"""Translates an experiment spec into an mmengine config; only this package knows the fields of both."""
 
 from ddetr_mm.translate.to_config import SUBTASKS, spec_config_text, to_config
 from ddetr_mm.translate.write import ConfigDraft, Section

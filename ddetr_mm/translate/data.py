@@ -1,4 +1,4 @@
-"""Translate the `dataset` section of a spec: datasets, pipelines and data loaders."""
+"""Translates the spec section ``dataset``: datasets, pipelines, data loaders and the metric."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
     "non_uniform_sampler": dict(type="ShardDistributedSampler", uneven="repeat"),
     "uniform_sampler": dict(type="ShardDistributedSampler", uneven="drop"),
 }
-"""The reference's names of samplers → ours."""
+"""TAO's samplers → their configs."""
 
 LOADER_KEYS = (
     "dataset.batch_size",
@@ -45,9 +45,9 @@ _JITTER_LARGEST_SCALE = 2
 
 
 def train_pipeline(spec: ExperimentSpec) -> list[dict[str, Any]]:
-    """Loading, flip, then either large-scale jitter or the two-way random resize and crop of DETR.
+    """Loading, flip, then large-scale jitter or DETR's random resize and crop.
 
-    Pixels leave it as 8-bit integers: normalisation is left to the data preprocessor, on the device.
+    Images stay uint8; the data preprocessor normalises them on the device.
     """
     augmentation = spec.dataset.augmentation
     pipeline: list[dict[str, Any]] = [
@@ -70,7 +70,7 @@ def train_pipeline(spec: ExperimentSpec) -> list[dict[str, Any]]:
 
 
 def load_for_training(spec: ExperimentSpec) -> dict[str, Any]:
-    """Decoding in full, or with ``ddetr_mm.resize: fast`` no larger than the augmentation can ask for."""
+    """The loading transform; ``ddetr_mm.resize: fast`` decodes no larger than the augmentation can need."""
     augmentation = spec.dataset.augmentation
     if spec.ddetr_mm.resize != "fast":
         return dict(type="TAOLoadImageFromFile")
@@ -114,8 +114,8 @@ def test_pipeline(
     Args:
         spec: a checked experiment spec.
         stretch_wh: resize to exactly this width and height instead of keeping the aspect ratio.
-        with_annotations: also load the ground truth (in the original frame).
-        stretch_backend: ``pillow``, as the reference's training code, or ``cv2``, as its deployment code.
+        with_annotations: also load the ground truth, in pixels of the original image.
+        stretch_backend: ``pillow``, as TAO's training code, or ``cv2``, as TAO Deploy.
     """
     augmentation = spec.dataset.augmentation
     if stretch_wh is None:
@@ -131,9 +131,9 @@ def test_pipeline(
 def coco_dataset(
     spec: ExperimentSpec, sources: list[dict[str, str]], pipeline: Reference, *, test_mode: bool
 ) -> dict[str, Any]:
-    """Config of the annotated dataset; labels are raw category ids, as the class columns are.
+    """Config of the annotated dataset; labels are category ids, as are the class columns.
 
-    An image that cannot be read is never replaced in a validation or test.
+    ``ddetr_mm.missing_images`` holds for training only: a validation or test replaces no image.
     """
     return dict(
         type="SerializedCocoDataset",
@@ -148,7 +148,7 @@ def coco_dataset(
 
 
 def one_step_of(spec: ExperimentSpec, dataset: dict[str, Any]) -> dict[str, Any]:
-    """The dataset cut to the images of a single step on all GPUs, for a dry run."""
+    """The dataset cut to one step on all GPUs, for a dry run."""
     ranks = spec.train.num_gpus * spec.train.num_nodes
     return dataset | dict(indices=spec.dataset.batch_size * ranks)
 
@@ -156,21 +156,21 @@ def one_step_of(spec: ExperimentSpec, dataset: dict[str, Any]) -> dict[str, Any]
 def dataloader(
     spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool, batch_size: int = -1
 ) -> dict[str, Any]:
-    """Config of one dataloader; every sample of a validation or test set is seen once.
+    """Config of a dataloader.
 
-    Ranks of an evaluation share whole batches, so that their number does not change the results. A model
-    that is sharded among ranks (fsdp) needs as many batches on each, and so repeats some.
+    In validation and test, ranks share whole batches, so that the number of ranks does not change the
+    results, and no image is repeated; only a sharded model (fsdp) needs equally many batches on each rank.
 
     Args:
         spec: a checked experiment spec.
         dataset: config of the dataset.
-        train: whether samples come in random order.
-        batch_size: the subtask's own; -1: that of the section ``dataset``.
+        train: use the training samplers, shuffled.
+        batch_size: images per batch; -1 for ``dataset.batch_size``.
     """
     workers = spec.dataset.workers
-    images_a_batch = spec.dataset.batch_size if batch_size < 1 else batch_size
+    images_per_batch = spec.dataset.batch_size if batch_size < 1 else batch_size
     loader: dict[str, Any] = dict(
-        batch_size=images_a_batch,
+        batch_size=images_per_batch,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=spec.dataset.pin_memory,
@@ -182,14 +182,14 @@ def dataloader(
         loader["batch_sampler"] = dict(type="ElasticBatchSampler")
     else:
         sharded = spec.train.distributed_strategy == "fsdp"
-        loader["sampler"] = dict(type="WholeBatchSampler", batch_size=images_a_batch, equal_length=sharded)
+        loader["sampler"] = dict(type="WholeBatchSampler", batch_size=images_per_batch, equal_length=sharded)
     return dict(loader, dataset=dataset)
 
 
 def train_sampler(spec: ExperimentSpec) -> dict[str, Any]:
-    """How samples are dealt out; names other than the default act with ``dataset_type: default`` only."""
-    acts = spec.dataset.dataset_type == "default"
-    return SAMPLERS[spec.dataset.train_sampler if acts else "default_sampler"]
+    """Config of the sampler; ``train_sampler`` has an effect with ``dataset_type: default`` only."""
+    selectable = spec.dataset.dataset_type == "default"
+    return SAMPLERS[spec.dataset.train_sampler if selectable else "default_sampler"]
 
 
 def plain_sources(sources: Sequence[DataSource]) -> list[dict[str, str]]:

@@ -1,4 +1,8 @@
-"""Translate the `model` section of a spec: backbone, neck, transformer, head."""
+"""Translates the spec section ``model`` into the config ``model``: backbone, neck, transformer, head.
+
+The network is mmdet's Deformable DETR with the parts of :mod:`ddetr_mm.models` where TAO differs. Feature
+levels 0 to 3 are the backbone's stages (strides 4 to 32); level 4 is a stride-2 convolution on the last one.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 from ddetr_mm.spec import ExperimentSpec
 from ddetr_mm.spec.schema import ModelConfig
 
-# --- Names of the reference's modules in the words of the mmdet detector ---
+# --- TAO's module names ---
 
 OUR_MODULE_NAMES: dict[str, tuple[str, ...]] = {
     "backbone": ("backbone",),
@@ -24,21 +28,21 @@ OUR_MODULE_NAMES: dict[str, tuple[str, ...]] = {
     "class_embed": ("bbox_head.cls_branches",),
     "bbox_embed": ("bbox_head.reg_branches",),
 }
-"""Module of the reference → modules or parameters of the mmdet detector."""
+"""TAO's module → modules or parameters of the mmdet detector."""
 
 
 def our_module_names(names: Iterable[str]) -> list[str]:
-    """The detector's names for the reference's; deeper paths keep their rest, unknown names stay as they are.
+    """TAO's module names as those of the mmdet detector; unknown names are kept.
 
-    ``model.`` and ``model.model.`` in front, as in the reference's checkpoints, are accepted.
+    The prefixes ``model.`` and ``model.model.`` of TAO's checkpoints are accepted.
     """
-    found: list[str] = []
+    translated: list[str] = []
     for name in names:
         plain = name
         while plain.startswith("model."):
             plain = plain.removeprefix("model.")
-        found += _translated(plain)
-    return list(dict.fromkeys(found))
+        translated += _translated(plain)
+    return list(dict.fromkeys(translated))
 
 
 def _translated(name: str) -> list[str]:
@@ -50,21 +54,7 @@ def _translated(name: str) -> list[str]:
     return [name]
 
 
-# --- Spec section ``model`` (with what ``dataset`` and ``train`` say about the network) → config ``model`` ---
-# The network is mmdet's Deformable DETR with the pieces of :mod:`ddetr_mm.models` where the reference
-# differs. Feature level indices 0 to 3 are the backbone's stages (strides 4 to 32); index 4 is one more
-# stride-2 convolution on the last stage's output.
-
-GCVIT_WIDTHS = {
-    "xxtiny": 64,
-    "xtiny": 64,
-    "tiny": 64,
-    "small": 96,
-    "base": 128,
-    "large": 192,
-    "large_384": 192,
-}
-"""Channels of a GCViT variant's first stage; every later stage doubles them."""
+# --- the network ---
 
 SOURCE_KEYS = (
     "model.backbone",
@@ -102,9 +92,8 @@ SOURCE_KEYS = (
     "ddetr_mm.predict_precision",
 )
 
-
 DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
-"""A spec's half precisions as torch names them."""
+"""Half precisions of a spec → names of torch dtypes."""
 
 EXPORTED_KEYS = (
     "model.num_select",
@@ -115,7 +104,7 @@ EXPORTED_KEYS = (
 
 
 def exported_detector(spec: ExperimentSpec, model: dict[str, Any]) -> dict[str, Any]:
-    """An exported graph in the network's place: the same normalisation and choice of detections.
+    """An exported graph that replaces the network, with the same normalisation and choice of detections.
 
     Args:
         spec: a checked experiment spec.
@@ -142,9 +131,8 @@ def detector(
     Args:
         spec: a checked experiment spec.
         zero_padded_values: whether attention values at padded positions are set to zero.
-        channels: output channels of the backbone's stages when ``ddetr_mm.backbone`` gives a backbone of
-            its own; ignored for the reference's backbones, whose channels are known.
-        for_export: whether the network is to be traced: then as it is, without what makes it fast.
+        channels: output channels of the stages of ``ddetr_mm.backbone``; ignored for TAO's backbones.
+        for_export: leave out :func:`speed_options`, since the network will be traced.
     """
     model = spec.model
     checkpointing = spec.train.activation_checkpoint
@@ -189,7 +177,7 @@ def detector(
 
 
 def speed_options(spec: ExperimentSpec) -> dict[str, Any]:
-    """Arguments of the detector that make it faster, those that are not at their default."""
+    """Arguments of the detector for attention, compilation and precision that are not at their default."""
     own = spec.ddetr_mm
     options: dict[str, Any] = {}
     if own.attention != "auto":
@@ -204,9 +192,9 @@ def speed_options(spec: ExperimentSpec) -> dict[str, Any]:
 
 
 def frozen_modules(spec: ExperimentSpec) -> list[str]:
-    """Modules that are not trained: ``train.freeze``, and a backbone of the spec's own if it must not train.
+    """Modules to freeze: ``train.freeze``, and ``ddetr_mm.backbone`` without ``model.train_backbone``.
 
-    The reference's own backbones are frozen by their configs, see :func:`backbone_config`.
+    TAO's backbones are frozen by their configs, see :func:`backbone_config`.
     """
     names = our_module_names(spec.train.freeze or [])
     if spec.ddetr_mm.backbone and not spec.model.train_backbone:
@@ -215,7 +203,7 @@ def frozen_modules(spec: ExperimentSpec) -> list[str]:
 
 
 def backbone_stages(model: ModelConfig) -> tuple[int, ...]:
-    """The backbone stages that feed the neck: every chosen level but the extra one (index 4)."""
+    """The backbone stages that feed the neck: all chosen levels but the extra one (index 4)."""
     return tuple(index for index in model.return_interm_indices if index < 4)
 
 
@@ -225,7 +213,7 @@ def backbone_config(
     """The backbone and the channels of the stages it returns.
 
     Raises:
-        ValueError: ``ddetr_mm.backbone`` is set and its channels were not looked up.
+        ValueError: ``ddetr_mm.backbone`` is set and ``channels`` is None.
     """
     model = spec.model
     checkpointing = spec.train.activation_checkpoint
@@ -234,6 +222,8 @@ def backbone_config(
             raise ValueError("the channels of ddetr_mm.backbone must be looked up before translating")
         return dict(spec.ddetr_mm.backbone), channels
     if model.backbone.startswith("gc_vit_"):
+        from ddetr_mm.models.gcvit import VARIANTS  # loads mmdet, which other specs need not
+
         variant = model.backbone.removeprefix("gc_vit_")
         config: dict[str, Any] = dict(
             type="GCViT",
@@ -242,18 +232,18 @@ def backbone_config(
             frozen_stages=-1 if model.train_backbone else 4,
             with_cp=checkpointing,
         )
-        return config, [GCVIT_WIDTHS[variant] * 2**stage for stage in stages]
+        return config, [VARIANTS[variant].channels[stage] for stage in stages]
     config = dict(
         type="TorchvisionDilatedResNet" if model.dilation else "ResNet",
         depth=50,
         num_stages=4,
         out_indices=stages,
-        # The reference never trains the stem and the first stage of a ResNet.
+        # TAO never trains the stem and the first stage of a ResNet.
         frozen_stages=1 if model.train_backbone else 4,
         norm_cfg=dict(type="BN", requires_grad=False),
         norm_eval=True,
         style="pytorch",
-        # mmdet would start every residual branch at zero, where a frozen norm would keep it.
+        # True would start every residual branch at zero, and frozen norms would keep it there.
         zero_init_residual=False,
         with_cp=checkpointing,
     )
@@ -289,7 +279,7 @@ def encoder_layer(model: ModelConfig) -> dict[str, Any]:
 def decoder_layer(model: ModelConfig) -> dict[str, Any]:
     """Config of one decoder layer."""
     return dict(
-        # Not `dropout=`: mmcv would write it into a default that all its attentions share.
+        # Not `dropout=`, which mmcv writes into a default dict shared by all attentions.
         self_attn_cfg=dict(
             embed_dims=model.hidden_dim,
             num_heads=model.nheads,
@@ -303,7 +293,7 @@ def decoder_layer(model: ModelConfig) -> dict[str, Any]:
 
 
 def bbox_head(spec: ExperimentSpec) -> dict[str, Any]:
-    """Config of the prediction head with its losses; a loss the spec leaves out gets weight 0."""
+    """Config of the prediction head and its losses; a loss that is not in ``loss_types`` has weight 0."""
     model = spec.model
     labels = float("labels" in model.loss_types)
     boxes = float("boxes" in model.loss_types)
@@ -311,7 +301,7 @@ def bbox_head(spec: ExperimentSpec) -> dict[str, Any]:
         type="TAODeformableDETRHead",
         num_classes=spec.dataset.num_classes,
         embed_dims=model.hidden_dim,
-        # Column 0 stands for the background: it is trained as a logit and never becomes a label.
+        # Column 0 is the background: trained as a logit, never predicted as a label.
         background_column=True,
         aux_loss=model.aux_loss,
         sync_cls_avg_factor=True,
@@ -328,7 +318,7 @@ def bbox_head(spec: ExperimentSpec) -> dict[str, Any]:
 
 
 def assigner(model: ModelConfig) -> dict[str, Any]:
-    """Config of the Hungarian matcher; its class cost uses alpha 0.25 whatever ``focal_alpha`` says."""
+    """Config of the Hungarian matcher; the alpha of its class cost is always 0.25, as in TAO."""
     return dict(
         type="HungarianAssigner",
         match_costs=[
@@ -340,7 +330,7 @@ def assigner(model: ModelConfig) -> dict[str, Any]:
 
 
 def data_preprocessor(spec: ExperimentSpec) -> dict[str, Any]:
-    """Normalisation (the spec counts in 0..1, the loader in 0..255) and fixed padding."""
+    """Normalisation (0..1 in the spec, 0..255 in the config) and padding."""
     augmentation = spec.dataset.augmentation
     return dict(
         type="FixedPadDetDataPreprocessor",
@@ -353,7 +343,7 @@ def data_preprocessor(spec: ExperimentSpec) -> dict[str, Any]:
 
 
 def fixed_pad_size(spec: ExperimentSpec) -> tuple[int, int] | None:
-    """Short and long side that every image is padded to, or None without fixed padding."""
+    """Short and long side in pixels that every image is padded to; None without fixed padding."""
     augmentation = spec.dataset.augmentation
     if not augmentation.fixed_padding:
         return None
@@ -361,5 +351,5 @@ def fixed_pad_size(spec: ExperimentSpec) -> tuple[int, int] | None:
 
 
 def three(values: list[float]) -> list[float]:
-    """One value per colour channel; a single one counts for all three."""
+    """One value per colour channel; a single one is used for all three."""
     return list(values) * 3 if len(values) == 1 else list(values)

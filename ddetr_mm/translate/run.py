@@ -1,4 +1,4 @@
-"""Translate what steers a run: schedule and optimizer, hooks, logging."""
+"""Translates the spec sections ``train`` and ``wandb``: optimizer, schedule, loops, hooks, logging, seeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from ddetr_mm.spec import ExperimentSpec
 from ddetr_mm.translate.model import our_module_names
 
-# --- Spec section ``train`` → optimizer wrapper, schedulers and loops ---
+# --- optimizer, schedule and loops ---
 
 OPTIM_KEYS = (
     "train.optim.optimizer",
@@ -31,17 +31,17 @@ SCHEDULER_KEYS = (
 
 
 def optim_wrapper(spec: ExperimentSpec) -> dict[str, Any]:
-    """The optimizer with the reference's three groups of learning rates.
+    """The optimizer with TAO's three groups of learning rates.
 
-    Groups are told apart by parts of parameter names: the backbone's, those of linear projections
-    (sampling offsets and reference points), and the rest.
+    The groups are selected by parts of parameter names: the backbone, the linear projections (sampling
+    offsets and reference points), and all others.
     """
     optim = spec.train.optim
     optimizer = dict(type=optim.optimizer, lr=optim.lr, weight_decay=optim.weight_decay)
     if optim.optimizer == "SGD":
         optimizer["momentum"] = optim.momentum
-    # One pass over each weight in place of a dozen: a third of a training step on a CPU is saved.
-    # Not with scaled losses: the fused step is also called with gradients that the scaler leaves out.
+    # Saves a third of a training step on a CPU. Not with a loss scaler: the fused step is also called with
+    # gradients that the scaler skips.
     optimizer["fused"] = spec.train.precision != "fp16"
     groups = {
         name: dict(lr_mult=optim.lr_linear_proj_mult)
@@ -64,7 +64,7 @@ def optim_wrapper(spec: ExperimentSpec) -> dict[str, Any]:
 
 
 def param_scheduler(spec: ExperimentSpec) -> list[dict[str, Any]]:
-    """The learning-rate schedule, counted in epochs."""
+    """The learning-rate schedule, in epochs."""
     optim = spec.train.optim
     if optim.lr_scheduler == "StepLR":
         return [dict(type="StepLR", by_epoch=True, step_size=optim.lr_step_size, gamma=optim.lr_decay)]
@@ -72,25 +72,24 @@ def param_scheduler(spec: ExperimentSpec) -> list[dict[str, Any]]:
 
 
 def model_wrapper(spec: ExperimentSpec) -> dict[str, Any]:
-    """How the network is wrapped on several ranks; has no effect on one.
+    """The wrapper of the network with several ranks.
 
-    ``device_ids`` stays empty: the network already is where it belongs, on a GPU or a CPU. Parameters
-    that get no gradient are looked for only where there can be some: without losses of the inner decoder
-    layers, and in backbones we do not know.
+    ``device_ids`` is None, since the network is on its device already. Unused parameters are searched only
+    where there can be any: without auxiliary losses, and in a backbone of ``ddetr_mm.backbone``.
     """
-    some_unused = not spec.model.aux_loss or spec.ddetr_mm.backbone is not None
+    may_be_unused = not spec.model.aux_loss or spec.ddetr_mm.backbone is not None
     return dict(
         type="MMDistributedDataParallel",
         device_ids=None,
         broadcast_buffers=False,
-        find_unused_parameters=some_unused,
+        find_unused_parameters=may_be_unused,
     )
 
 
 def train_loop(spec: ExperimentSpec) -> dict[str, Any]:
     """The training loop; validation runs every ``validation_interval`` epochs and after the last one.
 
-    A dry run has one epoch, whose data is cut to one step, and validates.
+    A dry run has one epoch of one step and validates.
     """
     dry = spec.train.is_dry_run
     return dict(
@@ -100,7 +99,7 @@ def train_loop(spec: ExperimentSpec) -> dict[str, Any]:
     )
 
 
-# --- What surrounds a run: hooks, logging, visualisation, seeds, environment ---
+# --- hooks, logging, seeds and environment ---
 
 CHECKPOINT_KEYS = ("train.checkpoint_interval", "train.checkpoint_interval_unit")
 SEED_KEYS = ("train.seed", "ddetr_mm.deterministic")
@@ -130,7 +129,7 @@ WANDB_KEYS = tuple(
 
 
 def default_hooks(spec: ExperimentSpec, *, train: bool, zero_padded_values: bool) -> dict[str, Any]:
-    """mmengine's default hooks, with the reference's checkpoint names in place of mmengine's."""
+    """mmengine's default hooks, with TAO's checkpoint names."""
     hooks: dict[str, Any] = dict(
         timer=dict(type="IterTimerHook"),
         logger=dict(type="LoggerHook", interval=spec.ddetr_mm.log_interval),
@@ -155,7 +154,7 @@ def default_hooks(spec: ExperimentSpec, *, train: bool, zero_padded_values: bool
 
 
 def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
-    """Hooks of a run beyond mmengine's default ones; a dry run leaves a real run's curves alone."""
+    """Hooks beyond mmengine's default ones; a dry run draws no curves, so that those of a real run stay."""
     hooks: list[dict[str, Any]] = [dict(type="ProgressHook")]
     if not train:
         return hooks
@@ -200,7 +199,7 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
 
 
 def randomness(spec: ExperimentSpec) -> dict[str, Any]:
-    """Seeds for random, numpy and torch; a negative seed lets every run differ."""
+    """Seeds for random, numpy and torch; a negative seed is a random one."""
     seed = spec.train.seed if spec.train.seed >= 0 else None
     return dict(seed=seed, deterministic=spec.ddetr_mm.deterministic, diff_rank_seed=False)
 
@@ -214,16 +213,16 @@ def environment(spec: ExperimentSpec) -> dict[str, Any]:
 
 
 def visualizer(spec: ExperimentSpec, *, train: bool) -> dict[str, Any]:
-    """Scalars go to a JSON-lines file and to TensorBoard; those of training also to Weights & Biases."""
+    """Scalars go to a JSON-lines file and TensorBoard, and in training to Weights & Biases."""
     backends: list[dict[str, Any]] = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
     if train and spec.wandb.enable and not spec.train.is_dry_run:
-        # First, because it has to see TensorBoard's writer being opened.
+        # First, since it must be set up before TensorBoard's writer is opened.
         backends.insert(0, wandb_backend(spec))
     return dict(type="DetLocalVisualizer", name="visualizer", vis_backends=backends)
 
 
 def wandb_backend(spec: ExperimentSpec) -> dict[str, Any]:
-    """The report to Weights & Biases, which stays silent where its package or an account is missing."""
+    """The Weights & Biases backend; without its package or an account it only logs a warning."""
     settings = spec.wandb
     return dict(
         type="WandbBackend",

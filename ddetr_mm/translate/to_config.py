@@ -1,7 +1,7 @@
-"""An experiment spec as an mmengine config: the one place that knows both vocabularies.
+"""Translates an experiment spec into an mmengine config: :func:`to_config`.
 
-``to_config`` puts the sections together in the order a reader wants them: the network, the data, the
-schedule, the run. What each section holds is told by its own module beside this one.
+The sections come in reading order: model, data, schedule, run. Their contents are in the modules
+:mod:`~ddetr_mm.translate.model`, :mod:`~ddetr_mm.translate.data` and :mod:`~ddetr_mm.translate.run`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ ChannelLookup = Callable[[dict[str, Any]], list[int]]
 
 @dataclasses.dataclass(frozen=True)
 class ExportedModel:
-    """A graph that takes the network's place.
+    """An exported graph that replaces the network.
 
     Attributes:
         model: class and file, as in a config: ``dict(type="OnnxDetector", onnx_file=…)``.
-        input_size_wh: its input; images are stretched to it, as the reference's deployment does.
+        input_size_wh: its input size in pixels; images are resized to it whatever their aspect ratio, as in
+            TAO Deploy.
     """
 
     model: dict[str, Any]
@@ -47,17 +48,18 @@ def to_config(
     """Translate a spec for one subtask.
 
     Args:
-        loaded: what :func:`ddetr_mm.spec.load_spec` returned.
+        loaded: the result of :func:`ddetr_mm.spec.load_spec`.
         subtask: one of :data:`SUBTASKS`.
-        zero_padded_values: what the checkpoint's origin demands; the spec's own
-            ``ddetr_mm.zero_padded_values`` wins, and without either nothing is zeroed.
-        class_names: the checkpoint's class names by label, which name the detections of inference.
-        look_up_channels: gives the output channels of a backbone config; needed only when the spec brings
-            a backbone of its own (``ddetr_mm.backbone``).
-        exported: for ``evaluate`` and ``inference``, an exported graph that takes the network's place.
+        zero_padded_values: the setting of the checkpoint, used where the spec does not set
+            ``ddetr_mm.zero_padded_values``; None is False.
+        class_names: the checkpoint's class names by label, for the detections of inference.
+        look_up_channels: returns the output channels of a backbone config; needed where the spec sets
+            ``ddetr_mm.backbone``.
+        exported: for ``evaluate`` and ``inference``, an exported graph that replaces the network.
 
     Raises:
-        SpecError: for a subtask that has no config.
+        SpecError: the subtask has no config.
+        ValueError: the spec sets ``ddetr_mm.backbone`` and ``look_up_channels`` is missing.
     """
     if subtask not in SUBTASKS:
         raise SpecError(Problem("has no mmengine config", where="subtask", value=subtask, allowed=SUBTASKS))
@@ -79,7 +81,7 @@ def to_config(
             imports=["ddetr_mm.register", *(["ddetr_mm.deploy.detectors"] if exported else [])],
             allow_failed_imports=False,
         ),
-        remark="Puts the components of ddetr_mm into mmdet's registries.",
+        remark="Registers the components of ddetr_mm with mmdet.",
     )
     draft.add(
         "model",
@@ -108,13 +110,13 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
         "train_pipeline",
         data.train_pipeline(spec),
         data.AUGMENTATION_KEYS,
-        "What happens to a training image.",
+        "Transforms of a training image.",
     )
     draft.add(
         "test_pipeline",
         data.test_pipeline(spec),
         data.TEST_PIPELINE_KEYS,
-        "What happens to a validation image.",
+        "Transforms of a validation image.",
     )
     train_data = data.coco_dataset(spec, train_sources, Reference("train_pipeline"), test_mode=False)
     val_data = data.coco_dataset(spec, val_sources, Reference("test_pipeline"), test_mode=True)
@@ -125,7 +127,7 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
         "train_dataloader",
         data.dataloader(spec, train_data, train=True),
         ("dataset.train_data_sources", *data.LOADER_KEYS),
-        "The data; labels are category ids, so class column 0 stays for the background.",
+        "The data; labels are category ids, so class column 0 is the background.",
     )
     draft.add("val_dataloader", data.dataloader(spec, val_data, train=False), ("dataset.val_data_sources",))
     draft.add("test_dataloader", Reference("val_dataloader"))
@@ -140,13 +142,13 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
         "optim_wrapper",
         run.optim_wrapper(spec),
         run.OPTIM_KEYS,
-        "The optimizer; learning rates are multiplied for parameters with these parts in their names.",
+        "The optimizer; custom_keys scale the learning rate of parameters whose names contain a key.",
     )
     if spec.train.distributed_strategy == "fsdp":
         name, value = "runner_type", "ShardedRunner"
     else:
         name, value = "model_wrapper_cfg", run.model_wrapper(spec)
-    remark = "On several ranks the network is copied to each (ddp), or sharded (fsdp)."
+    remark = "With several ranks the network is replicated (ddp) or sharded (fsdp)."
     draft.add(name, value, ("train.distributed_strategy",), remark)
     draft.add(
         "param_scheduler",
@@ -170,14 +172,14 @@ def _add_evaluate(draft: ConfigDraft, spec: ExperimentSpec, exported: ExportedMo
         "test_pipeline",
         data.test_pipeline(spec, stretch_wh=stretch, stretch_backend="cv2"),
         data.TEST_PIPELINE_KEYS,
-        "What happens to an image.",
+        "Transforms of an image.",
     )
     dataset = data.coco_dataset(spec, sources, Reference("test_pipeline"), test_mode=True)
     draft.add(
         "test_dataloader",
         data.dataloader(spec, dataset, train=False, batch_size=spec.evaluate.batch_size),
         ("dataset.test_data_sources", "evaluate.batch_size", *data.LOADER_KEYS),
-        "The data; labels are category ids, so class column 0 stays for the background.",
+        "The data; labels are category ids, so class column 0 is the background.",
     )
     folder = str(task_results_dir(spec, "evaluate"))
     metric = data.evaluator(spec, sources, spec.evaluate.conf_threshold, results_dir=folder)
@@ -188,7 +190,7 @@ def _add_evaluate(draft: ConfigDraft, spec: ExperimentSpec, exported: ExportedMo
 
 
 def _test_sources(spec: ExperimentSpec) -> list[DataSource]:
-    """The one test source, or the validation sources where the spec names no test data."""
+    """The test source, or the validation sources where the spec has no test data."""
     if spec.dataset.test_data_sources:
         return [spec.dataset.test_data_sources]
     return list(spec.dataset.val_data_sources or [])
@@ -209,7 +211,7 @@ def _add_inference(
     backend = "cv2" if exported else "pillow"
     steps = data.test_pipeline(spec, stretch_wh=stretch, with_annotations=False, stretch_backend=backend)
     keys = (*data.TEST_PIPELINE_KEYS, "inference.input_width", "inference.input_height")
-    draft.add("test_pipeline", steps, keys, "What happens to an image.")
+    draft.add("test_pipeline", steps, keys, "Transforms of an image.")
     infer_source = spec.dataset.infer_data_sources or InferSource()
     dataset = dict(
         type="ImageFolderDataset",
@@ -246,7 +248,7 @@ def _add_export(draft: ConfigDraft, spec: ExperimentSpec) -> None:
     stretch = (settings.input_width, settings.input_height)
     steps = data.test_pipeline(spec, stretch_wh=stretch, with_annotations=False)
     draft.add(
-        "test_pipeline", steps, ("export.input_width", "export.input_height"), "What happens to an image."
+        "test_pipeline", steps, ("export.input_width", "export.input_height"), "Transforms of an image."
     )
 
 
@@ -257,7 +259,7 @@ def _add_run(draft: ConfigDraft, spec: ExperimentSpec, subtask: str, zeroed: boo
         "default_hooks",
         run.default_hooks(spec, train=train, zero_padded_values=zeroed),
         run.CHECKPOINT_KEYS if train else (),
-        "The run.",
+        "Hooks, logging and seeds.",
     )
     draft.add(
         "custom_hooks",
@@ -279,7 +281,7 @@ def _add_run(draft: ConfigDraft, spec: ExperimentSpec, subtask: str, zeroed: boo
 
 
 def spec_config_text(loaded: LoadedSpec, draft: ConfigDraft, subtask: str) -> str:
-    """The draft as commented Python: above each section stand the spec fields it came from."""
+    """The draft as Python source, with the spec fields of each section and their origins as comments."""
 
     def describe(key: str) -> str:
         origin = loaded.origin.get(key) or next(
@@ -290,14 +292,14 @@ def spec_config_text(loaded: LoadedSpec, draft: ConfigDraft, subtask: str) -> st
 
     title = [
         f"Config for `{subtask}`, translated from the spec {Path(loaded.path).name}.",
-        "It stands alone: mmengine.Config.fromfile reads it, mmdet's tools and init_detector run it.",
-        "Above each section stand the spec fields it was made from and where their values came from.",
+        "Complete in itself: for mmengine.Config.fromfile, mmdet's tools and init_detector.",
+        "Comments above each section list the spec fields it was made from and where they were set.",
     ]
     return config_text(draft, title=title, describe=describe)
 
 
 def _plain(value: Any) -> Any:
-    """Sections of the spec as dicts, for showing."""
+    """A value of the spec for a comment: sections as dicts."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value.model_dump() if isinstance(value, DataSource | InferSource) else value

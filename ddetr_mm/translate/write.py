@@ -1,4 +1,4 @@
-"""The config draft, and the commented Python file that it becomes."""
+"""The draft of a config (:class:`ConfigDraft`), and how it is written as commented Python."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-# --- A configuration on its way: named sections, each with the spec fields it came from ---
-# A :class:`ConfigDraft` is plain data. :mod:`ddetr_mm.translate.write` turns it into readable Python,
-# :func:`ConfigDraft.to_dict` into what ``mmengine.Config`` takes.
-
 
 @dataclass(frozen=True)
 class Reference:
-    """Stands for the value of another section, and is written as that section's name."""
+    """A reference to the value of another section, written as that section's name."""
 
     name: str
 
@@ -30,8 +26,8 @@ class Section:
         name: the variable, e.g. ``"model"``.
         value: plain Python data (dicts, lists, tuples, strings, numbers, booleans, None), and references
             to earlier sections.
-        source_keys: dotted paths of the spec fields that shaped it, in reading order.
-        remark: one or more lines for the reader, written as a comment above the section.
+        source_keys: dotted paths of the spec fields that it was made from, in reading order.
+        remark: one or more lines, written as a comment above the section.
     """
 
     name: str
@@ -50,7 +46,7 @@ class ConfigDraft:
         """Append a section; a name may appear once.
 
         Raises:
-            ValueError: when the name is taken already (a defect of the translation).
+            ValueError: the name exists already (a defect of the translation).
         """
         if any(section.name == name for section in self.sections):
             raise ValueError(f"config section {name!r} is written twice")
@@ -65,7 +61,7 @@ class ConfigDraft:
 
 
 def _resolved(value: Any, known: dict[str, Any]) -> Any:
-    """A copy of ``value`` with references replaced by copies of what they stand for."""
+    """A copy of ``value`` with references replaced by copies of the sections' values."""
     if isinstance(value, Reference):
         return copy.deepcopy(known[value.name])
     if isinstance(value, dict):
@@ -75,7 +71,7 @@ def _resolved(value: Any, known: dict[str, Any]) -> Any:
     return value
 
 
-# --- A config draft as Python text that people can read and edit, and ``mmengine.Config.fromfile`` runs ---
+# --- a draft as Python source for ``mmengine.Config.fromfile`` ---
 
 LINE_LENGTH = 100
 
@@ -84,17 +80,17 @@ def format_value(value: Any, indent: int = 0, prefix: int = 0) -> str:
     """Python source of plain data, wrapped at :data:`LINE_LENGTH` columns.
 
     Args:
-        value: dicts (with string keys), lists, tuples, strings, numbers, booleans or None, nested; references
+        value: nested dicts (with string keys), lists, tuples, strings, numbers, booleans, None and references
             to other sections.
-        indent: columns that the enclosing block is indented by.
-        prefix: columns in use on the first line before the value.
+        indent: indentation of the enclosing block.
+        prefix: columns before the value on its first line.
 
     Returns:
-        Text whose first line continues the current one.
+        Source whose first line continues the current one.
 
     Raises:
-        TypeError: for any other type; a config holds data, not objects.
-        ValueError: for a number that is not finite, which Python source cannot spell.
+        TypeError: a value of any other type.
+        ValueError: a number that is not finite, which has no literal in Python.
     """
     if isinstance(value, Mapping):
         opening, items, closing = _mapping_parts(value)
@@ -132,16 +128,16 @@ def _mapping_parts(value: Mapping[str, Any]) -> tuple[str, list[tuple[str, Any]]
 
 
 def _text_literal(text: Any) -> str:
-    """Python source of a text that mmengine leaves as it is.
+    """Python source of a string, with ``{{`` escaped.
 
-    Before it runs a config, mmengine replaces ``{{...}}`` in its source, with no regard to where a text ends:
-    what stands in a spec could become code.
+    mmengine replaces ``{{...}}`` in the source of a config before running it, also across the end of a
+    string, so a string in a spec could become code.
     """
     return repr(text).replace("{{", "{\\x7b")
 
 
 def _is_keyword_argument(key: str) -> bool:
-    # Python reads identifiers in a normal form, so that µ would become another letter.
+    # Python normalises identifiers, so that µ would become another letter.
     return key.isascii() and key.isidentifier() and not keyword.iskeyword(key)
 
 
@@ -155,8 +151,8 @@ def config_text(
 
     Args:
         draft: the sections, in order.
-        title: comment lines for the head of the file.
-        describe: gives the comment for one spec key, e.g. ``"model.num_queries = 300 (line 12)"``.
+        title: comment lines at the top of the file.
+        describe: returns the comment for a spec key, e.g. ``"model.num_queries = 300 (line 12)"``.
     """
     blocks = ["\n".join(_comment(line) for line in title)] if title else []
     blocks += [_section_text(section, describe) for section in draft.sections]
@@ -164,7 +160,7 @@ def config_text(
 
 
 def _comment(text: str) -> str:
-    """One comment line, whatever the text holds: see :func:`_text_literal`."""
+    """One comment line; ``{{`` is broken up, see :func:`_text_literal`."""
     line = f"# {' '.join(text.splitlines())}".rstrip()
     return re.sub(r"\{(?=\{)", "{ ", line)
 

@@ -1,4 +1,4 @@
-"""The spec section ``dataset``: what each field changes in the samples and batches that come out."""
+"""The spec section ``dataset``: the effect of each field on samples and batches."""
 
 from __future__ import annotations
 

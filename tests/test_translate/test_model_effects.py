@@ -1,4 +1,4 @@
-"""The spec section ``model``: what each field changes in the network that is built from it."""
+"""The spec section ``model``: the effect of each field on the network."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_train_backbone_freezes_all_of_it(tiny_config, name: str):
         return {key for key, value in built_backbone(config).named_parameters() if value.requires_grad}
 
     assert not trained(False)
-    # The reference never trains the stem and the first stage of a ResNet.
+    # TAO never trains the stem and the first stage of a ResNet.
     never = ("conv1", "bn1", "layer1") if name == "resnet_50" else ("no such",)
     assert trained(True)
     assert not [key for key in trained(True) if key.startswith(never)]
@@ -221,10 +221,10 @@ def test_activation_checkpoint_recomputes_with_equal_gradients(tiny_model, train
 
 
 def test_frozen_parts_keep_their_weights_in_a_step(tiny_model, training_batch, monkeypatch):
-    told: list[str] = []
-    monkeypatch.setattr("ddetr_mm.models.detector.print_log", lambda text, *_: told.append(text))
+    logged: list[str] = []
+    monkeypatch.setattr("ddetr_mm.models.detector.print_log", lambda text, *_: logged.append(text))
     model = tiny_model("train.freeze=[backbone, transformer.encoder, input_proj, no_such_part]")
-    assert any("module [no_such_part] not found" in line for line in told)
+    assert any("module [no_such_part] not found" in line for line in logged)
     before = {key: value.clone() for key, value in model.named_parameters()}
     data = model.train().data_preprocessor(training_batch(), True)
     sum(model(**data, mode="loss").values()).backward()

@@ -1,4 +1,4 @@
-"""Recipes under configs/: each config is the twin of a spec, and the metadata that `mim` reads are true."""
+"""Recipes under configs/: each config equals that of its spec, and mim's metadata are correct."""
 
 from __future__ import annotations
 

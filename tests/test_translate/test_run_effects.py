@@ -1,4 +1,4 @@
-"""Fields that decide how a run goes: real runs of the tiny detector, in this process."""
+"""The spec section ``train``: the effect of each field on steps and on runs of the tiny detector."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import nn
 from ddetr_mm.engine.curves import RunScalars
 from ddetr_mm.errors import DataError, WeightsError
 
-# --- The spec section ``train``: what optimizer, schedule, precision and switches do to a step ---
+# --- optimizer, schedule and precision of a step ---
 
 WATCHED = "encoder.layers.0.ffn.layers.0.0.weight"
 
@@ -209,7 +209,7 @@ def test_learning_rates_are_told_only_with_verbose(tiny_config):
     assert hooks("train.verbose=True") - hooks() == {"LearningRateHook"}
 
 
-# --- Fields that decide how a run goes: real runs of the tiny detector, in this process ---
+# --- runs of the tiny detector in this process ---
 
 QUICK = ("dataset.batch_size=1", "ddetr_mm.log_interval=1", "wandb.enable=False")
 

@@ -1,4 +1,4 @@
-"""Spec → config: what each field becomes, and that the result builds."""
+"""The config of a spec: the sections, what each field becomes, and that mmengine builds it."""
 
 from __future__ import annotations
 
