@@ -1,12 +1,12 @@
-"""One parsed copy of the annotations a machine, kept in a mapped file under the user's cache folder.
+"""Annotations parsed once a machine: a cache file under the user's cache folder that all processes map.
 
-The first process that needs a set of annotation files parses them and writes the columns; the others
-wait for it, then map the file. The file is found by the *content* of the annotation files. So that a
-start need not read hundreds of megabytes to know the content, the digest of a file is remembered with
-its size, times and inode and only computed anew when one of those has changed.
+The first process that needs a set of annotation files parses them and writes the columns; the others wait for
+it, then map the file. Its name is a digest of the *content* of the annotation files. So that a start need not
+read hundreds of megabytes, the digest of a file is remembered with its size, times and inode, and computed
+again when one of those has changed.
 
-Nothing is left behind by a killed process but a temporary file, which the next writer removes. What has
-not been used for a month is removed, too.
+A killed process leaves nothing but a temporary file, which the next writer removes, together with files that
+have not been used for a month.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import mmap
 import os
 import re
@@ -24,25 +25,24 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
-from safetensors.numpy import save_file
 
 from ddetr_mm.datasets.coco_table import CocoTable
 from ddetr_mm.errors import DataError, Problem
 from ddetr_mm.files import write_text_whole, written_whole
 
-# --- Numpy columns in one file that any number of processes map into memory and share ---
-# The file is a safetensors file: raw arrays behind a JSON header, nothing in it is executed. The kernel
-# keeps one copy of its pages for the whole machine, gives them back under memory pressure, and needs no
-# clean-up when a process dies.
+# --- Columns in a mapped file ---
+# Arrays in numpy's own format (.npy), one after the other; the first holds JSON with the names of the others.
+# Nothing in the file is executed. The kernel keeps one copy of its pages for the whole machine, takes them
+# back under memory pressure, and needs no clean-up when a process dies.
 
-_DTYPES = {"BOOL": np.bool_, "U8": np.uint8, "I32": np.int32, "I64": np.int64, "F64": np.float64}
-_CHECKSUMS = "checksums"
+_DTYPES = tuple(map(np.dtype, (np.bool_, np.uint8, np.int32, np.int64, np.float64)))
+_ALIGNMENT = 64
 
 
 class DamagedFile(Exception):
@@ -71,11 +71,14 @@ def write_columns(path: Path, columns: Mapping[str, npt.NDArray[Any]], metadata:
     """
     arrays = {name: np.ascontiguousarray(column) for name, column in columns.items()}
     for name, array in arrays.items():
-        if array.dtype not in _DTYPES.values():
+        if array.dtype not in _DTYPES:
             raise TypeError(f"column {name} is of type {array.dtype}")
-    checksums = {name: _checksum(array) for name, array in arrays.items()}
-    with written_whole(path) as temporary:
-        save_file(arrays, temporary, {**metadata, _CHECKSUMS: json.dumps(checksums)})
+    checksums = {name: _checksum(name, array) for name, array in arrays.items()}
+    head = json.dumps(dict(metadata=dict(metadata), checksums=checksums)).encode()
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        for array in (np.frombuffer(head, np.uint8), *arrays.values()):
+            file.write(bytes(-file.tell() % _ALIGNMENT))
+            np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def map_columns(path: Path, *, verify: bool) -> ColumnFile:
@@ -92,54 +95,57 @@ def map_columns(path: Path, *, verify: bool) -> ColumnFile:
     with path.open("rb") as file:
         try:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise DamagedFile(f"{path} is empty") from None
-    try:
-        header_end = 8 + int.from_bytes(mapped[:8], "little")
-        header = json.loads(mapped[8:header_end])
-        metadata = header.pop("__metadata__")
-        columns = {name: _column(mapped, header_end, entry) for name, entry in header.items()}
-        checksums = json.loads(metadata[_CHECKSUMS])
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise DamagedFile(f"{path} has no readable header: {error}") from None
-    if checksums.keys() != columns.keys():
-        raise DamagedFile(f"{path} lacks columns")
+            head = json.loads(_next_array(file, mapped).tobytes())
+            metadata, checksums = dict(head["metadata"]), dict(head["checksums"])
+            columns = {name: _next_array(file, mapped) for name in checksums}
+        except Exception as error:  # numpy's and JSON's parsers raise many kinds
+            raise DamagedFile(f"{path} is damaged: {error}") from None
     if verify:
         for name, column in columns.items():
-            if _checksum(column) != checksums[name]:
+            if _checksum(name, column) != checksums[name]:
                 raise DamagedFile(f"{path}: the checksum of {name} is wrong")
     return ColumnFile(columns, metadata)
 
 
-def _column(mapped: mmap.mmap, data_start: int, entry: Mapping[str, Any]) -> npt.NDArray[Any]:
-    start, end = entry["data_offsets"]
-    dtype = np.dtype(_DTYPES[entry["dtype"]])
-    shape = tuple(entry["shape"])
-    count = int(np.prod(shape, dtype=np.int64))
-    if not 0 <= start <= end <= len(mapped) - data_start or count * dtype.itemsize != end - start:
+def _next_array(file: IO[bytes], mapped: mmap.mmap) -> npt.NDArray[Any]:
+    """The array at the file's position, as a view of the mapped file; moves the position behind it.
+
+    Raises:
+        ValueError: there is no array of ours, or it does not fit in the file.
+    """
+    file.seek(-file.tell() % _ALIGNMENT, os.SEEK_CUR)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another version of numpy's format")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran_order or dtype not in _DTYPES or min(shape, default=1) < 0:
+        raise ValueError("an array of another kind")
+    start, count = file.tell(), math.prod(shape)
+    if start + count * dtype.itemsize > len(mapped):
         raise ValueError("an array does not fit in the file")
+    file.seek(count * dtype.itemsize, os.SEEK_CUR)
     if count == 0:
         return np.empty(shape, dtype)
-    return np.frombuffer(mapped, dtype, count, data_start + start).reshape(shape)
+    return np.frombuffer(mapped, dtype, count, start).reshape(shape)
 
 
-def _checksum(array: npt.NDArray[Any]) -> int:
-    return zlib.crc32(array.reshape(-1).view(np.uint8).data)
+def _checksum(name: str, array: npt.NDArray[Any]) -> int:
+    kind = zlib.crc32(f"{name} {array.dtype.str} {array.shape}".encode("utf-8", "surrogatepass"))
+    return zlib.crc32(array.reshape(-1).view(np.uint8).data, kind)
 
 
-# --- One parsed copy of the annotations a machine, kept in a mapped file under the user's cache folder ---
+# --- The cache ---
 
-FORMAT_VERSION = 1
-"""Raised whenever the columns or their meaning change: older files are then never read."""
+FORMAT_VERSION = 2
+"""Raised whenever the columns or their meaning change: older files are then not read."""
 
 FOLDER_VARIABLE = "DDETR_MM_CACHE"
 VERIFY_UP_TO_BYTES = 1 << 30
-"""Larger files are not read through at every start; they are still checked for being whole."""
+"""Larger files are not read as a whole at every start; their length is still checked."""
 
 _SETTLED_NS = 2_000_000_000
 _UNUSED_SECONDS = 30 * 24 * 3600
 _DEAD_AFTER_SECONDS = 600  # a writer on another host that shares the folder is not seen by its number
-_WAIT_TOLD_EVERY = 10.0
+_WARN_EVERY_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -154,10 +160,10 @@ class MappedCocoTable(CocoTable):
 
 
 def cache_folders() -> list[Path]:
-    """Where cache files may lie, best first.
+    """Folders for cache files, best first.
 
     ``$DDETR_MM_CACHE``, else ``$XDG_CACHE_HOME/ddetr_mm`` or ``~/.cache/ddetr_mm``; where that cannot be
-    written, a folder of the user's own among the temporary files.
+    written, the user's folder among the temporary files.
     """
     own = os.environ.get(FOLDER_VARIABLE)
     general = os.environ.get("XDG_CACHE_HOME")
@@ -172,8 +178,8 @@ def cached_table(
 
     Args:
         files: the annotation files, per source.
-        options: what else the table depends on; must be plain JSON data.
-        build: parses the files; called when no valid cache file is there.
+        options: what else the table depends on, as plain JSON data.
+        build: parses the files; called where there is no valid cache file.
 
     Returns:
         A table over a mapped file, or, where no folder can be written, the built table itself.
@@ -200,7 +206,7 @@ def _path_of(folder: Path, files: Sequence[Sequence[Path]], options: Sequence[An
 
 
 def _write_and_map(table: CocoTable, path: Path) -> CocoTable:
-    """Put a table into the cache; where that fails (a full disk), go on with the table in memory."""
+    """Put a table into the cache; where that fails (a full disk), return the table in memory."""
     try:
         _remove_leftovers(path.parent)
         save_table(table, path)
@@ -236,11 +242,11 @@ def open_table(path: Path, *, verify: bool = True) -> MappedCocoTable:
 
 
 def _reopen(path: str) -> MappedCocoTable:
-    """Open a table in another process of the same run; it was verified there."""
+    """Open a table in another process of the same run, which has verified it."""
     try:
         return open_table(Path(path), verify=False)
     except FileNotFoundError:
-        hint = "start again, and leave the cache folder alone during a run"
+        hint = "start again, and do not change the cache folder during a run"
         raise DataError(Problem("cached annotations vanished during the run", path, hint=hint)) from None
 
 
@@ -250,7 +256,7 @@ def _open_valid(path: Path) -> MappedCocoTable | None:
     except FileNotFoundError:
         return None
     except DamagedFile as error:
-        _log.warning("cached annotations are read anew: %s", error)
+        _log.warning("annotations are parsed again: %s", error)
         return None
     with contextlib.suppress(PermissionError):  # the time of last use, for the removal of unused files
         os.utime(path)
@@ -263,7 +269,7 @@ class _Remembered(msgspec.Struct):
 
 
 def _file_digest(folder: Path, path: Path) -> str:
-    """Digest of a file's content, from memory where the file has not changed since."""
+    """Digest of a file's content; the remembered one where the file has not changed since."""
     try:
         state = path.stat()
     except OSError as error:
@@ -277,7 +283,7 @@ def _file_digest(folder: Path, path: Path) -> str:
     except FileNotFoundError:
         pass
     except msgspec.DecodeError:
-        _log.warning("%s is damaged; the annotation file is read anew", memory)
+        _log.warning("%s is damaged; the annotation file is read again", memory)
     try:
         with path.open("rb") as file:
             digest = _stream_digest(file)
@@ -302,11 +308,11 @@ def _digest(content: bytes) -> str:
 
 @contextlib.contextmanager
 def _only_one(lock_path: Path) -> Iterator[None]:
-    """Hold a lock that the kernel releases when its holder dies; say so when waiting takes long."""
+    """Hold a lock that the kernel releases when its holder dies; warn while waiting for it."""
     lock = FileLock(lock_path)
     while not lock.is_locked:
         try:
-            lock.acquire(timeout=_WAIT_TOLD_EVERY)
+            lock.acquire(timeout=_WARN_EVERY_SECONDS)
         except Timeout:
             _log.warning("waiting for another process that reads the annotations (%s)", lock_path)
         except (NotImplementedError, OSError) as error:
@@ -319,14 +325,14 @@ def _only_one(lock_path: Path) -> Iterator[None]:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make the cache folder; among the temporary files, refuse one that another user has prepared."""
+    """Make the cache folder; among the temporary files, refuse one that another user has made."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.parent == Path(tempfile.gettempdir()) and folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of processes that died, and what has long not been used."""
+    """Remove temporary files of dead processes, and files that have not been used for a month."""
     for item in folder.iterdir():
         temporary = re.match(r"\.tmp-(\d+)-", item.name)
         with contextlib.suppress(FileNotFoundError):
