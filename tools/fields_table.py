@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes ``docs/fields.md`` from the schema of specs and from ``docs/fields.csv``.
+"""Writes ``docs/fields.md`` from the schema and ``docs/fields.csv``.
 
 The schema has the type, default and range of a field, ``ddetr_mm/spec/notes.py`` the fields without effect
 and the reasons; the CSV file has what every other field becomes and which tests show it. Run
