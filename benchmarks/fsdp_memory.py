@@ -20,8 +20,7 @@ from typing import Any
 from environment import describe, heading, report
 
 import ddetr_mm.register  # noqa: F401 - before mmdet
-from ddetr_mm.engine.distributed import NodePlan
-from ddetr_mm.engine.distributed import run_ranks
+from ddetr_mm.engine.distributed import NodePlan, run_ranks
 
 RECORD = Path(__file__).parent / "records" / "fsdp_memory.md"
 SPEC = Path(__file__).resolve().parents[1] / "configs" / "specs" / "bccd_resnet50.yaml"

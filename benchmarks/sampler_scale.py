@@ -24,9 +24,9 @@ from ddetr_mm.datasets.samplers import (
     ElasticBatchSampler,
     ElasticDistributedSampler,
     epoch_order,
+    samples_of_rank,
     shard_sizes,
     shards_of_rank,
-    turns_of_rank,
 )
 
 RECORD = Path(__file__).resolve().parent / "records" / "sampler_scale.md"
@@ -66,7 +66,7 @@ def check_all_ranks(num_images: int, num_ranks: int, num_shards: int) -> dict[st
     seen = np.zeros(num_images, np.uint8)
     sizes = []
     for rank in range(num_ranks):
-        part = turns_of_rank(order, rank, num_ranks)
+        part = samples_of_rank(order, rank, num_ranks)
         seen[part] += 1
         sizes.append(len(part))
     steps = {-(-size // BATCH_SIZE) for size in sizes}

@@ -82,7 +82,7 @@ def test_the_document_is_up_to_date():
     assert written == table().document(), "run `python tools/fields_table.py`"
 
 
-def test_the_document_tells_every_field_and_every_reason():
+def test_the_document_reports_every_field_and_every_reason():
     text = table().document()
     assert all(f"| `{path}` |" in text for path in FIELDS)
     assert all(f"no effect: {reason}" in text for reason in NO_EFFECT.values())

@@ -346,7 +346,7 @@ class TestRunningAgain:
             convert_kitti(data.options(strict=True))
         assert tree(out) == before
 
-    def test_a_full_disk_is_told_and_leaves_the_old_result(self, data, monkeypatch):
+    def test_a_full_disk_is_reported_and_leaves_the_old_result(self, data, monkeypatch):
         out = data.root.parent / "out"
         convert_kitti(data.options())
         before = tree(out)

@@ -47,7 +47,7 @@ def test_causes_of_flat_precision_fit_the_run():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_loss_that_falls_is_told_from_one_that_does_not(seed):
+def test_a_loss_that_falls_is_reported_from_one_that_does_not(seed):
     assert loss_not_falling(noisy(20, 14, seed=seed), RATES) is None
     assert loss_not_falling(noisy(20, 20, seed=seed), RATES).kind == "loss-flat"
     assert loss_not_falling(noisy(20, 26, seed=seed), RATES).kind == "loss-flat"
@@ -117,7 +117,7 @@ def trained(make_runner, tmp_path, AP50s, **options):
     return told, (folder / "curves.html").read_text()
 
 
-def test_a_run_that_learns_nothing_is_told_once_and_shown_on_the_page(make_runner, tmp_path):
+def test_a_run_that_learns_nothing_is_reported_once_and_shown_on_the_page(make_runner, tmp_path):
     frozen = {"optimizer": {"type": "AdamW", "lr": 1e-12}}
     told, page = trained(make_runner, tmp_path, [0.0, 0.0, 0.0], optim_wrapper=frozen)
     assert sorted(text[:12] for text in told) == ["A class is n", "AP50 is stil", "The loss doe"]

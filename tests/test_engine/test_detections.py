@@ -103,7 +103,7 @@ def test_names_come_from_the_file_if_there_is_one(picture: Path, tmp_path: Path)
     assert name_of(NAMES, 7) == "class_7"
 
 
-def test_wrong_input_is_told(tmp_path: Path):
+def test_wrong_input_is_reported(tmp_path: Path):
     with pytest.raises(DataError, match="classmap"):
         read_class_names(tmp_path / "nowhere.txt")
     with pytest.raises(SpecError, match="no-such-colour"):
@@ -137,7 +137,7 @@ def test_colors_by_name_and_code():
     assert "inference.color_map.c" in str(caught.value)
 
 
-def test_palette_is_stable_and_tells_classes_apart():
+def test_palette_is_stable_and_reports_classes_apart():
     names = [f"class {number}" for number in range(30)]
     colors = palette(names)
     assert colors == palette(names)

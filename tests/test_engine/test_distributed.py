@@ -112,7 +112,7 @@ def test_first_host_of_a_slurm_list(hosts: str, first: str):
     assert first_host(hosts) == first
 
 
-def test_an_empty_host_list_is_told():
+def test_an_empty_host_list_is_reported():
     with pytest.raises(InputError, match="MASTER_ADDR"):
         first_host("")
 
@@ -201,7 +201,7 @@ def test_machines_with_node_ranks_make_one_job(tmp_path: Path):
     assert {place["MASTER_ADDR"] for place in found} == {"127.0.0.1"}
 
 
-def test_wrong_input_on_one_rank_is_told_in_its_words():
+def test_wrong_input_on_one_rank_is_reported_in_its_words():
     script = FAIL_ON_RANK_1.format(error='DataError(Problem("is broken", file="a.jpg"))', status=2)
     with pytest.raises(RankFailure) as caught:
         run_ranks(TWO, ["-c", script])
@@ -210,7 +210,7 @@ def test_wrong_input_on_one_rank_is_told_in_its_words():
     assert (failure.rank, failure.exit_status, failure.killed) == (1, 2, False)
 
 
-def test_a_defect_on_one_rank_is_told_with_its_traceback():
+def test_a_defect_on_one_rank_is_reported_with_its_traceback():
     script = FAIL_ON_RANK_1.format(error='ZeroDivisionError("one over nothing")', status=1)
     with pytest.raises(
         RankFailure, match="rank 1 of 2 .* failed: ZeroDivisionError: one over nothing"
@@ -238,7 +238,7 @@ def test_a_signal_reaches_the_ranks_which_may_save(tmp_path: Path, name: str):
     assert [path.read_text() for path in sorted(tmp_path.glob("*.saved"))] == [name, name]
 
 
-def test_the_cause_is_told_and_not_its_consequences(tmp_path: Path):
+def test_the_cause_is_reported_and_not_its_consequences(tmp_path: Path):
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
     def failure(rank: int, exitcode: int, moment: float | None = None) -> ProcessFailure:

@@ -193,7 +193,7 @@ def test_full_disk_is_one_message_and_keeps_the_last_good(make_runner, tmp_path,
     assert not list(folder.glob(".tmp-*"))
 
 
-def test_a_limit_of_the_system_is_told_like_a_full_disk(make_runner, tmp_path):
+def test_a_limit_of_the_system_is_reported_like_a_full_disk(make_runner, tmp_path):
     """No stand-in: the system itself ends the writing in the middle of the file."""
     folder = tmp_path / "train"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -233,7 +233,7 @@ build_runner(Path(sys.argv[1]), [TAOCheckpointHook(interval=1, unit="step")], ep
 """
 
 
-def test_a_killed_run_leaves_only_whole_files_and_goes_on(make_runner, tmp_path):
+def test_a_killed_run_leaves_only_whole_files_and_continues(make_runner, tmp_path):
     folder = tmp_path / "train"
     command = [sys.executable, "-c", KILLED_RUN, str(folder), str(Path(__file__).parents[1])]
     run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -38,7 +38,7 @@ def told(runner) -> list[str]:
     return [text for text in lines.texts if text.startswith("Learning rates")]
 
 
-def test_changes_are_told_once(make_runner, tmp_path):
+def test_changes_are_reported_once(make_runner, tmp_path):
     runner = make_runner(
         [LearningRateHook()],
         tmp_path,
@@ -50,7 +50,7 @@ def test_changes_are_told_once(make_runner, tmp_path):
     assert told(runner) == ["Learning rates: 0.05 = 0.05", "Learning rates after epoch 2: 0.05 = 0.005"]
 
 
-def test_schedules_that_count_steps_are_told_by_step(make_runner, tmp_path):
+def test_schedules_that_count_steps_are_reported_by_step(make_runner, tmp_path):
     runner = make_runner(
         [LearningRateHook()],
         tmp_path,
@@ -135,7 +135,7 @@ def test_a_resumed_run_keeps_its_weights(checkpoint: Path):
     assert "not loaded" in runner.logger[0]
 
 
-def test_a_missing_file_is_told(tmp_path: Path):
+def test_a_missing_file_is_reported(tmp_path: Path):
     with pytest.raises(WeightsError, match="nowhere.pth"):
         PretrainedWeightsHook(model_path=str(tmp_path / "nowhere.pth")).before_train(runner_for(detector()))
 
@@ -173,7 +173,7 @@ def loader(tmp_path: Path) -> dict:
     )
 
 
-def test_the_number_is_told_after_every_epoch(make_runner, loader, caplog):
+def test_the_number_is_reported_after_every_epoch(make_runner, loader, caplog):
     loader["dataset"]["missing_images"] = "replace"
     runner = make_runner([ReplacedImagesHook()], epochs=2, train_dataloader=loader)
     logger = MMLogger.get_current_instance()
@@ -195,7 +195,7 @@ def test_without_the_option_the_training_stops_and_names_the_file(make_runner, l
         make_runner([], train_dataloader=loader).train()
 
 
-def test_nothing_is_told_when_all_images_are_there(make_runner, loader, caplog):
+def test_nothing_is_reported_when_all_images_are_there(make_runner, loader, caplog):
     loader["dataset"].update(missing_images="replace", indices=[0, 1])
     loader["num_workers"] = 0
     runner = make_runner([ReplacedImagesHook()], epochs=1, train_dataloader=loader)

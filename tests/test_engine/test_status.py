@@ -79,7 +79,7 @@ def test_task_that_succeeds(log):
         (RuntimeError("CUDA out of memory"), "RuntimeError: CUDA out of memory"),
     ],
 )
-def test_task_that_fails_tells_why_and_passes_the_error_on(log, error, message):
+def test_task_that_fails_reports_why_and_passes_the_error_on(log, error, message):
     with pytest.raises(type(error)) as caught, log.task("train"):
         raise error
     assert caught.value is error
@@ -209,7 +209,7 @@ def test_times_and_steps_within_an_epoch(make_runner, tmp_path):
         assert seconds(line["eta"]) == pytest.approx((12 - line["step"]) * per_step, abs=1e-4)
 
 
-def test_resuming_is_told(make_runner, tmp_path):
+def test_resuming_is_reported(make_runner, tmp_path):
     make_runner([TAOCheckpointHook()], epochs=1).train()
     latest = tmp_path / "train" / "model_epoch_000.pth"
     make_runner([StatusHook()], epochs=2, resume=True, load_from=str(latest)).train()

@@ -117,7 +117,7 @@ def test_resuming_seeks_and_never_replays(make_runner, tmp_path, monkeypatch):
     assert len(made) == 4  # of ten samples six were done
 
 
-def test_goes_on_with_another_batch_size_where_the_epoch_stood(make_runner, tmp_path):
+def test_continues_with_another_batch_size_where_the_epoch_stood(make_runner, tmp_path):
     whole, seen = {}, {}
     make_runner([Seen(whole)], tmp_path / "a", elastic=True, epochs=2).train()
     with pytest.raises(Killed):

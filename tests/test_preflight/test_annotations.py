@@ -36,7 +36,7 @@ def random_boxes(seed: int, count: int = 60, largest: float = 0.6) -> tuple[np.n
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("largest", [0.05, 0.3, 0.9])
-def test_formats_are_told_apart(seed, largest):
+def test_formats_are_reported_apart(seed, largest):
     boxes, sizes_wh = random_boxes(seed, largest=largest)
     corners = boxes.copy()
     corners[:, 2:] += corners[:, :2]
@@ -160,7 +160,7 @@ def test_ids_beyond_the_class_columns(make_split):
 def test_boxes_of_the_background(make_split):
     section = check_split_classes(make_split("train", [box(0, 0), box(1, 1)], first_id=0), num_classes=3)
     assert kinds(section)[0] == "ids-from-zero"
-    assert "stands for the background" in str(section.findings[0].problem)
+    assert "which is the background" in str(section.findings[0].problem)
 
 
 def test_class_columns_without_a_class_are_noted(make_split):
@@ -185,7 +185,9 @@ def test_missing_images_are_counted(make_split):
     split.path(1).unlink()
     finding = check_images(split).findings[0]
     assert finding.kind == "images-missing"
-    assert "1 of 2 checked images" in str(finding.problem) and "dataset.train_data_sources[0]" in str(finding.problem)
+    assert "1 of 2 checked images" in str(finding.problem) and "dataset.train_data_sources[0]" in str(
+        finding.problem
+    )
 
 
 def test_no_box_at_all(make_split):

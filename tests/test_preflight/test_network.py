@@ -108,7 +108,7 @@ def test_boxes_beyond_their_images_lower_what_can_be_reached(data_set):
     assert [one.kind for one in round_trip.judge("val", trip, 100).findings] == ["perfect-score-unreachable"]
 
 
-def test_more_objects_than_queries_are_told(data_set):
+def test_more_objects_than_queries_are_reported(data_set):
     config, _, model, splits = network_of(data_set, "model.num_queries=2", "model.num_select=2")
     sections = list(
         network.check_round_trip(

@@ -80,7 +80,7 @@ def test_the_checkpoint_knows_its_classes_and_loads_safely(trained_project: Proj
     assert info.zero_padded_values is False and info.label_mode == "category_id"
 
 
-def test_training_again_goes_on_from_the_latest_checkpoint(trained_project: Project, tmp_path: Path):
+def test_training_again_continues_from_the_latest_checkpoint(trained_project: Project, tmp_path: Path):
     import shutil
 
     folder = tmp_path / "train"

@@ -84,7 +84,7 @@ def test_a_training_stopped_twice_ends_bit_equal(data_project: Project, tmp_path
         assert same(ends[0][part], ends[1][part]), part
 
 
-def test_killed_it_goes_on_with_the_same_command(data_project: Project, tmp_path: Path):
+def test_killed_it_continues_with_the_same_command(data_project: Project, tmp_path: Path):
     """One kill of the real command; benchmarks/kill_resume.py does fifty at random moments."""
     folder, log = tmp_path / "train", tmp_path / "log"
     command = [sys.executable, "-m", "ddetr_mm", "train", "-e", data_project.spec, *TINY]

@@ -193,7 +193,7 @@ def test_targets_that_cannot_be_written(exported: Project, capsys, target, words
     assert status == 2 and words in told and "Traceback" not in told
 
 
-def test_opset_and_missing_checkpoint_are_told(exported: Project, capsys):
+def test_opset_and_missing_checkpoint_are_reported(exported: Project, capsys):
     status, told = command(
         exported,
         capsys,

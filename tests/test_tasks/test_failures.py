@@ -27,7 +27,7 @@ from ddetr_mm.tasks.session import machine_error, machine_failures_as_errors
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), RunError, "--shm-size"),
     ],
 )
-def test_each_is_told_with_what_to_do(error, kind, words):
+def test_each_is_reported_with_what_to_do(error, kind, words):
     told = machine_error(error)
     assert type(told) is kind and words in str(told)
 

@@ -258,7 +258,7 @@ def test_wrong_values_are_one_message(model_folder, tmp_path, capsys):
     assert not list(tmp_path.glob("*.onnx"))
 
 
-def test_the_mends_are_undone():
+def test_the_patches_are_undone():
     from mmdeploy.core import SYMBOLIC_REWRITER
     from mmdeploy.core.rewriters import function_rewriter
 
@@ -274,7 +274,7 @@ def test_the_mends_are_undone():
         assert "grid_sampler" in SYMBOLIC_REWRITER._registry._rewrite_records
 
 
-def test_on_an_old_torch_the_mends_do_nothing(monkeypatch):
+def test_on_an_old_torch_the_patches_do_nothing(monkeypatch):
     from mmdeploy.core.rewriters import function_rewriter
 
     from ddetr_mm.tasks.mmdeploy_tool import patched_mmdeploy

@@ -137,7 +137,7 @@ def test_a_spec_takes_a_configs_place(tmp_path, monkeypatch):
     ]
 
 
-def test_tools_are_listed_and_a_wrong_name_is_told(monkeypatch, capsys):
+def test_tools_are_listed_and_a_wrong_name_is_reported(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["run_mmdet.py", "-h"])
     assert mmdet_tools.main_of_any() == 0
     assert {"train", "analysis_tools/get_flops"} <= set(capsys.readouterr().out.split())

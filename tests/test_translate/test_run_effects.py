@@ -91,7 +91,7 @@ def test_rates_of_backbone_and_projections(parts):
     assert rates[WATCHED] == pytest.approx(2e-3)
 
 
-def test_groups_are_chosen_by_the_references_names(parts):
+def test_groups_are_chosen_by_taos_names(parts):
     model, wrapper = parts(
         "train.optim.lr=1e-3",
         "train.optim.lr_backbone=1e-4",
@@ -202,7 +202,7 @@ def test_cudnn_switches(tiny_config, monkeypatch, benchmark: bool, deterministic
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
 
 
-def test_learning_rates_are_told_only_with_verbose(tiny_config):
+def test_learning_rates_are_reported_only_with_verbose(tiny_config):
     def hooks(*overrides: str) -> set[str]:
         return {hook.type for hook in tiny_config(*overrides).custom_hooks}
 
@@ -288,7 +288,7 @@ def test_a_dry_run_takes_one_step_and_leaves_no_checkpoint(train):
     assert any("val_mAP50" in line.get("kpi", {}) for line in lines) and lines[-1]["status"] == "SUCCESS"
 
 
-def test_another_spec_does_not_go_on_in_the_folder_of_a_finished_run(train, tmp_path: Path):
+def test_another_spec_does_not_continue_in_the_folder_of_a_finished_run(train, tmp_path: Path):
     folder = train()
     with pytest.raises(WeightsError, match=r"(?s)5 columns.*dataset\.num_classes"):
         train("dataset.num_classes=6", "train.num_epochs=2")

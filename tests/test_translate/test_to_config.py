@@ -140,7 +140,7 @@ def test_frozen_and_dilated_backbone(translate):
     assert translate("model.dilation=True")["model"]["backbone"]["type"] == "TorchvisionDilatedResNet"
 
 
-def test_freeze_takes_the_references_names(translate):
+def test_freeze_takes_taos_names(translate):
     from mmdet.registry import MODELS
 
     config = translate(
