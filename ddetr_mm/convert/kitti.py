@@ -2,8 +2,8 @@
 
 One line describes one object in 15 columns, or 16 with a score:
 ``class truncated occluded alpha x1 y1 x2 y2 height width length x y z rotation_y [score]``. Only the class
-and the box (columns 4 to 7, pixels of the image as shown) are kept, but every column after the class has to be
-a finite number: a line that breaks this rule is most often shifted by a column, and its box wrong.
+and the box (columns 4 to 7, pixels of the image as shown) are kept, but every column after the class has to
+be a finite number: a line that breaks this rule is most often shifted by a column, and its box wrong.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A results folder whose files are replaced all at once, or not at all.
 
-New files are made in a hidden folder inside the results folder (so that a rename is enough even where that is
-a mount point), under names that no search for ``*.json`` finds. ``.ddetr_mm_convert.manifest`` lists the files
-of a run; the next run removes exactly those. Before files are moved the manifest says so: when a run is killed
-then, the next one completes it. A lock keeps two runs apart.
+New files are made in a hidden folder inside the results folder (so that a rename is enough even where that
+is a mount point), under names that no search for ``*.json`` finds. ``.ddetr_mm_convert.manifest`` lists the
+files of a run; the next run removes exactly those. Before files are moved the manifest says so: when a run is
+killed then, the next one completes it. A lock keeps two runs apart.
 """
 
 from __future__ import annotations

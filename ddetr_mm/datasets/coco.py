@@ -1,4 +1,4 @@
-"""`SerializedCocoDataset`, the labels it trains on, and folders of images without annotations."""
+"""Datasets for mmdet: :class:`SerializedCocoDataset` with its labels, and :class:`ImageFolderDataset`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ddetr_mm.datasets.samplers import SampleIndex, sample_randomness
 from ddetr_mm.datasets.sources import STORAGES, CocoSource, join_location, list_images, read_coco_sources
 from ddetr_mm.errors import DataError, Problem
 
-# --- Which class label a COCO category becomes, and the class names that go with the labels ---
+# --- Labels of categories ---
 
 LABEL_MODES = ("contiguous", "category_id")
 BACKGROUND, UNKNOWN = "background", "unknown"
@@ -37,7 +37,7 @@ class LabelMap:
         classes: class name of every label.
         category_ids: COCO category id of every label; None for labels that no category has (background
             and gaps).
-        notes: what a user should know.
+        notes: for the user.
     """
 
     classes: tuple[str, ...]
@@ -154,13 +154,14 @@ def _named(categories: Sequence[int], names: Mapping[int, str]) -> str:
     return ", ".join(f"{category} ({names.get(category)})" for category in categories)
 
 
-# --- COCO datasets whose annotations lie in columns, not in one Python object per image ---
-# :class:`SerializedCocoDataset` takes the place of mmdet's ``CocoDataset``: same arguments, same samples.
+# --- COCO ---
 
 
 @DATASETS.register_module()
 class SerializedCocoDataset(BaseDetDataset):
-    """Images of one or several COCO sources.
+    """Images of one or several COCO sources; annotations are columns, not Python objects.
+
+    Replaces mmdet's ``CocoDataset``: same arguments, same samples.
 
     Args:
         ann_file: an annotation file, pattern or folder of shards, relative to ``data_root``. For a single
@@ -170,8 +171,8 @@ class SerializedCocoDataset(BaseDetDataset):
             ``'category_id'``, the label is the category id and label 0 the background.
         num_classes: number of labels that the model has, for the check; with ``'category_id'`` also the
             number of class names.
-        storage: ``'shared'``, one parse and one copy of the columns a machine, in a mapped file that all
-            ranks and workers read; ``'process'``, one copy a process, nothing is written.
+        storage: ``'shared'``, parsed once a machine, into a mapped file that all ranks and workers read;
+            ``'process'``, one copy a process, nothing is written.
         missing_images: ``'error'``, or ``'replace'`` in training: an image that cannot be read is
             reported, counted in :attr:`num_replaced` and another one taken.
         with_masks: keep segmentations; instances get ``mask``.
@@ -180,9 +181,9 @@ class SerializedCocoDataset(BaseDetDataset):
             the annotation files. ``filter_cfg`` knows ``filter_empty_gt`` and ``min_size``; without it
             images without objects are kept.
 
-    Differences to ``CocoDataset``: boxes thinner than one pixel are kept (as in the reference) while
+    Differences to ``CocoDataset``: boxes thinner than one pixel are kept (as in TAO) while
     boxes without area inside the image are dropped; bad files raise
-    :class:`~ddetr_mm.errors.DataError` with the place of the fault.
+    :class:`~ddetr_mm.errors.DataError` that names the place.
 
     ``metainfo`` has ``classes`` and ``category_ids`` (label to category id, None for the background and
     gaps).
@@ -308,7 +309,7 @@ class SerializedCocoDataset(BaseDetDataset):
         return as_filler(sample) if isinstance(idx, SampleIndex) and idx.is_filler else sample
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """Every sample's data info as a list, for tools that want one: it costs what this class saves."""
+        """Every sample's data info as a list, at the price of the memory that this class saves."""
         return [self.get_data_info(index) for index in range(len(self))]
 
     def prepare_data(self, idx: int) -> Any:
@@ -436,7 +437,7 @@ def as_filler(sample: Any) -> Any:
     return sample
 
 
-# --- Folders of images without annotations, as a dataset for inference ---
+# --- Folders of images ---
 
 
 @DATASETS.register_module()

@@ -1,8 +1,7 @@
-"""One COCO annotation file, read with types: only what detection needs, the rest skipped.
+"""Decode one COCO annotation file into columns.
 
-The JSON is decoded straight into typed records (msgspec), so that polygons, licences and other fields
-never become Python objects, and into columns right after. Whatever is wrong with a file becomes a
-:class:`~ddetr_mm.errors.DataError` that names the file, the place in it and the value.
+The JSON is decoded into typed records (msgspec) that hold only what detection needs: polygons, licences and
+other fields never become Python objects. Errors name the file, the place in it and the value.
 
 Format: https://cocodataset.org/#format-data.
 """
@@ -114,7 +113,7 @@ def parse_coco_json(
     """Decode one COCO annotation file.
 
     Args:
-        content: the bytes of the file (any buffer, a memory map for one).
+        content: the bytes of the file; any buffer, such as a memory map.
         path: the file's name, for messages.
         with_masks: keep every annotation's ``segmentation`` as JSON text.
 
@@ -122,8 +121,8 @@ def parse_coco_json(
         The file's columns. Ids are not checked against each other here.
 
     Raises:
-        DataError: the file is not JSON (with the byte where it breaks), lacks a key, has a value of
-            the wrong type or a box number that is not finite, or names one category id twice.
+        DataError: the file is not JSON, lacks a key, has a value of the wrong type or a box number that is
+            not finite, or gives one category id two names.
     """
     document = _decode(content, path, with_masks)
     columns = _columns(document, path, with_masks)
@@ -157,12 +156,12 @@ def _syntax_problem(content: bytes | memoryview, path: Path, message: str) -> Pr
     if re.search(rb"NaN|nan|Infinity|inf", token):
         message = "numbers must be finite (NaN and Infinity are not JSON)"
     return Problem(
-        f"is not valid JSON: {message}", path, f"byte {offset}", nearby, hint="mend the text there"
+        f"is not valid JSON: {message}", path, f"byte {offset}", nearby, hint="correct the text there"
     )
 
 
 def _validation_problem(content: bytes | memoryview, path: Path, message: str) -> Problem:
-    """A missing key or a wrong type, with the place and, where it can be had, the value."""
+    """A missing key or a wrong type, with its place and value."""
     what, _, place = message.partition(" - at `$")
     where = place.rstrip("`").lstrip(".")
     what = what.replace("`", "'")
@@ -186,7 +185,7 @@ def _value_at(content: bytes | memoryview, where: str) -> Any:
             if isinstance(value, msgspec.Raw):
                 value = msgspec.json.decode(value)
     except (msgspec.DecodeError, AttributeError, LookupError, TypeError):
-        return None  # only decoration of a message that is raised anyway
+        return None  # the message is raised without it
     return value
 
 
@@ -235,7 +234,7 @@ def _categories(categories: list[_Category], path: Path) -> dict[int, str]:
 
 
 def _check_finite(columns: JsonColumns, path: Path) -> None:
-    """Box numbers must fit float32, which is what training computes with."""
+    """Box numbers must fit float32, the type that training uses."""
     largest = np.finfo(np.float32).max
     bad = np.flatnonzero(~(np.abs(columns.boxes_xywh) <= largest).all(axis=1))
     if bad.size:
@@ -243,8 +242,5 @@ def _check_finite(columns: JsonColumns, path: Path) -> None:
         what = "box numbers are not finite in single precision"
         if bad.size > 1:
             what += f" (in {bad.size} annotations)"
-        raise DataError(
-            Problem(
-                what, path, f"annotations[{row}].bbox", columns.boxes_xywh[row].tolist(), hint="mend the box"
-            )
-        )
+        where, box = f"annotations[{row}].bbox", columns.boxes_xywh[row].tolist()
+        raise DataError(Problem(what, path, where, box, hint="correct the box"))

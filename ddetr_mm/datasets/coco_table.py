@@ -1,4 +1,9 @@
-"""Annotations of one or several COCO files as columns: checks, merging, the table."""
+"""Annotations of one or several COCO files as one table of columns: the table, merging, checks.
+
+A table is a set of numpy arrays, grouped by image, so that any number of processes can read it from a mapped
+file without a copy (:mod:`ddetr_mm.datasets.annotation_cache`). Dataset and metric read the same table and
+therefore agree on the image ids.
+"""
 
 from __future__ import annotations
 
@@ -13,140 +18,6 @@ import numpy.typing as npt
 
 from ddetr_mm.datasets.coco_json import JsonColumns
 from ddetr_mm.errors import DataError, Problem
-
-# --- Checks of parsed annotation files: ids, categories and file names that cannot be right ---
-
-MAX_PROBLEMS_SHOWN = 10
-
-
-@dataclass(frozen=True)
-class ParsedSource:
-    """The parsed files of one source, in order, with their paths for messages."""
-
-    paths: tuple[Path, ...]
-    columns: tuple[JsonColumns, ...]
-
-
-def check_unique(
-    source: ParsedSource,
-    kind: str,
-    ids_by_file: Sequence[npt.NDArray[np.int64]],
-    given_by_file: Sequence[npt.NDArray[np.bool_]] | None = None,
-) -> None:
-    """Ids of one kind must not repeat within a source.
-
-    Raises:
-        DataError: an id stands twice.
-    """
-    ids = np.concatenate(ids_by_file)
-    if given_by_file is not None:
-        ids = ids[np.concatenate(given_by_file)]
-    if len(ids) < 2:
-        return
-    ordered = np.sort(ids)
-    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if not repeated.size:
-        return
-    example = int(repeated[0])
-    places = []
-    for index, (path, file_ids) in enumerate(zip(source.paths, ids_by_file, strict=True)):
-        found = file_ids == example
-        if given_by_file is not None:
-            found = found & given_by_file[index]
-        places += [(path, int(row)) for row in np.flatnonzero(found)]
-    (path, first), (other_path, second) = places[:2]
-    other = f"{kind}[{second}]" + ("" if other_path == path else f" of {other_path}")
-    what = f"id {example} stands here and in {other}"
-    if repeated.size > 1:
-        what += f"; {repeated.size} ids repeat in all"
-    hint = "give every entry of a source its own id, or make the files separate sources"
-    raise DataError(Problem(what, path, f"{kind}[{first}].id", example, hint=hint))
-
-
-def check_categories(source: ParsedSource, known: set[int]) -> None:
-    """Every annotation's category must be among the ``known`` ids of its source."""
-    problems = []
-    listed = np.fromiter(known, np.int64, len(known))
-    for path, item in zip(source.paths, source.columns, strict=True):
-        unknown = np.flatnonzero(~np.isin(item.category_ids, listed))
-        if unknown.size:
-            first = int(unknown[0])
-            problems.append(
-                Problem(
-                    "is not among the file's categories"
-                    + (f" ({unknown.size} annotations in all)" if unknown.size > 1 else ""),
-                    path,
-                    f"annotations[{first}].category_id",
-                    int(item.category_ids[first]),
-                    allowed=sorted(known)[:100],
-                    hint="add the category",
-                )
-            )
-    DataError.collect(problems[:MAX_PROBLEMS_SHOWN])
-
-
-def check_file_names(source: ParsedSource) -> None:
-    """No ``file_name`` may name something outside the source's image folder.
-
-    Raises:
-        DataError: one does.
-    """
-    problems = []
-    for path, item in zip(source.paths, source.columns, strict=True):
-        for row, name in enumerate(item.file_names):
-            if leaves_folder(name):
-                problems.append(
-                    Problem(
-                        "names no file below the image folder",
-                        path,
-                        f"images[{row}].file_name",
-                        name,
-                        allowed="a relative path without '..'",
-                        hint="write the name relative to image_dir",
-                    )
-                )
-                if len(problems) == MAX_PROBLEMS_SHOWN:
-                    raise DataError(*problems)
-    DataError.collect(problems)
-
-
-def leaves_folder(name: str) -> bool:
-    """Whether a file name, joined to a folder, could name something outside it, or nothing at all."""
-    if name and name[0] not in "/\\" and ".." not in name and "\0" not in name and ":" not in name[:2]:
-        return False  # the common case, without building a path
-    slashed = name.replace("\\", "/")
-    drive = len(name) > 1 and name[0].isalpha() and slashed[1:3] == ":/"
-    return not name or "\0" in name or slashed[0] == "/" or ".." in slashed.split("/") or drive
-
-
-def merge_categories(sources: Sequence[ParsedSource]) -> dict[int, str]:
-    """One mapping of id to name; sources must agree on every id they share."""
-    names: dict[int, str] = {}
-    origin: dict[int, Path] = {}
-    problems = []
-    for path, item in _files(sources):
-        for category, name in item.categories.items():
-            if category in names and names[category] != name:
-                what = (
-                    f"category id {category} is {name!r} here and {names[category]!r} in {origin[category]}"
-                )
-                hint = "give one id one name in all sources"
-                problems.append(Problem(what, path, "categories", hint=hint))
-            names.setdefault(category, name)
-            origin.setdefault(category, path)
-    DataError.collect(problems[:MAX_PROBLEMS_SHOWN])
-    return names
-
-
-def _files(sources: Sequence[ParsedSource]) -> Iterator[tuple[Path, JsonColumns]]:
-    for source in sources:
-        yield from zip(source.paths, source.columns, strict=True)
-
-
-# --- All annotations of a dataset as a table of columns, several sources merged ---
-# A table is a handful of numpy arrays, grouped by image, so that it can lie in a mapped file and be read
-# by any number of processes without a copy (:mod:`ddetr_mm.datasets.annotation_cache`). Dataset and metric read the
-# same table and therefore agree on the image ids.
 
 
 @dataclass(frozen=True)
@@ -169,8 +40,8 @@ class CocoTable:
         category_ids: (M,) int32.
         crowd: (M,) bool, ``iscrowd``.
         ignored: (M,) bool, the annotation says ``ignore``: not for training.
-        visible: (M,) bool, something is left of the box when it is clipped to its image. Boxes that have
-            no area, or lie outside, are not visible and no training target.
+        visible: (M,) bool, whether the box keeps an area when it is clipped to its image. Others are no
+            training target.
         mask_bytes, mask_starts: (S,) uint8 and (M + 1,) int64, the ``segmentation`` of every box as JSON
             text; both empty unless they were asked for.
         annotated_shards: (number of files,) bool, whether the file has ``annotations`` at all.
@@ -213,7 +84,7 @@ class CocoTable:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know about the data: ids that were replaced, boxes that cannot be used."""
+        """Notes for the user: ids that were replaced, boxes that cannot be used."""
         notes = []
         if not np.array_equal(self.image_ids, self.original_image_ids):
             notes.append("image ids repeat across sources: images are numbered from 0 instead")
@@ -245,7 +116,7 @@ class CocoTable:
         return json.loads(self.mask_bytes[start:end].tobytes()) if end > start else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CocoTable:
-        return self  # nothing changes a table: copies of a dataset share it
+        return self  # a table never changes: copies of a dataset share it
 
     @classmethod
     def array_names(cls) -> list[str]:
@@ -258,9 +129,8 @@ def visible_boxes(
 ) -> npt.NDArray[np.bool_]:
     """Which boxes keep an area when clipped to their image.
 
-    Computed in single precision like the reference. An image whose EXIF tag turns it on decoding may
-    be recorded with its sides swapped, so that a box counts when it is visible in either orientation;
-    the exact clipping happens after decoding (:mod:`ddetr_mm.datasets.transforms`).
+    In single precision, as in TAO. An image that an EXIF tag rotates may be recorded with its sides swapped,
+    so a box counts when it is visible in either orientation; transforms clip it exactly after decoding.
 
     Args:
         boxes_xywh: (M, 4) pixels.
@@ -278,7 +148,15 @@ def visible_boxes(
     return np.asarray(upright | turned)
 
 
-# --- Parsed annotation files of several sources merged into one :class:`~ddetr_mm.datasets.coco_table.CocoTable` ---
+# --- Merging ---
+
+
+@dataclass(frozen=True)
+class ParsedSource:
+    """The parsed files of one source, in order, with their paths for messages."""
+
+    paths: tuple[Path, ...]
+    columns: tuple[JsonColumns, ...]
 
 
 def build_table(sources: Sequence[ParsedSource], *, check_folders: Sequence[bool] = ()) -> CocoTable:
@@ -436,3 +314,124 @@ def _starts(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
 
 def _repeat_index(counts: Sequence[int]) -> npt.NDArray[np.int32]:
     return np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+
+
+# --- Checks of parsed files ---
+
+MAX_PROBLEMS_SHOWN = 10
+
+
+def check_unique(
+    source: ParsedSource,
+    kind: str,
+    ids_by_file: Sequence[npt.NDArray[np.int64]],
+    given_by_file: Sequence[npt.NDArray[np.bool_]] | None = None,
+) -> None:
+    """Ids of one kind must not repeat within a source.
+
+    Raises:
+        DataError: an id repeats.
+    """
+    ids = np.concatenate(ids_by_file)
+    if given_by_file is not None:
+        ids = ids[np.concatenate(given_by_file)]
+    if len(ids) < 2:
+        return
+    ordered = np.sort(ids)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not repeated.size:
+        return
+    example = int(repeated[0])
+    places = []
+    for index, (path, file_ids) in enumerate(zip(source.paths, ids_by_file, strict=True)):
+        found = file_ids == example
+        if given_by_file is not None:
+            found = found & given_by_file[index]
+        places += [(path, int(row)) for row in np.flatnonzero(found)]
+    (path, first), (other_path, second) = places[:2]
+    other = f"{kind}[{second}]" + ("" if other_path == path else f" of {other_path}")
+    what = f"id {example} is here and in {other}"
+    if repeated.size > 1:
+        what += f"; {repeated.size} ids repeat in all"
+    hint = "give every entry of a source its own id, or make the files separate sources"
+    raise DataError(Problem(what, path, f"{kind}[{first}].id", example, hint=hint))
+
+
+def check_categories(source: ParsedSource, known: set[int]) -> None:
+    """Every annotation's category must be among the ``known`` ids of its source."""
+    problems = []
+    listed = np.fromiter(known, np.int64, len(known))
+    for path, item in zip(source.paths, source.columns, strict=True):
+        unknown = np.flatnonzero(~np.isin(item.category_ids, listed))
+        if unknown.size:
+            first = int(unknown[0])
+            problems.append(
+                Problem(
+                    "is not among the file's categories"
+                    + (f" ({unknown.size} annotations in all)" if unknown.size > 1 else ""),
+                    path,
+                    f"annotations[{first}].category_id",
+                    int(item.category_ids[first]),
+                    allowed=sorted(known)[:100],
+                    hint="add the category",
+                )
+            )
+    DataError.collect(problems[:MAX_PROBLEMS_SHOWN])
+
+
+def check_file_names(source: ParsedSource) -> None:
+    """Every ``file_name`` must be inside the source's image folder.
+
+    Raises:
+        DataError: one is not.
+    """
+    problems = []
+    for path, item in zip(source.paths, source.columns, strict=True):
+        for row, name in enumerate(item.file_names):
+            if leaves_folder(name):
+                problems.append(
+                    Problem(
+                        "names no file below the image folder",
+                        path,
+                        f"images[{row}].file_name",
+                        name,
+                        allowed="a relative path without '..'",
+                        hint="write the name relative to image_dir",
+                    )
+                )
+                if len(problems) == MAX_PROBLEMS_SHOWN:
+                    raise DataError(*problems)
+    DataError.collect(problems)
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a file name, joined to a folder, names something outside it, or nothing."""
+    if name and name[0] not in "/\\" and ".." not in name and "\0" not in name and ":" not in name[:2]:
+        return False  # the common case, without building a path
+    slashed = name.replace("\\", "/")
+    drive = len(name) > 1 and name[0].isalpha() and slashed[1:3] == ":/"
+    return not name or "\0" in name or slashed[0] == "/" or ".." in slashed.split("/") or drive
+
+
+def merge_categories(sources: Sequence[ParsedSource]) -> dict[int, str]:
+    """One mapping of id to name; sources must agree on every id they share."""
+    names: dict[int, str] = {}
+    origin: dict[int, Path] = {}
+    problems = []
+    for path, item in _files(sources):
+        for category, name in item.categories.items():
+            if category in names and names[category] != name:
+                what = (
+                    f"category id {category} is {name!r} here and {names[category]!r} in {origin[category]}"
+                )
+                hint = "give one id one name in all sources"
+                problems.append(Problem(what, path, "categories", hint=hint))
+            names.setdefault(category, name)
+            origin.setdefault(category, path)
+    DataError.collect(problems[:MAX_PROBLEMS_SHOWN])
+    return names
+
+
+def _files(sources: Sequence[ParsedSource]) -> Iterator[tuple[Path, JsonColumns]]:
+    for source in sources:
+        yield from zip(source.paths, source.columns, strict=True)

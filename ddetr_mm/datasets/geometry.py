@@ -1,6 +1,6 @@
-"""Arithmetic of sizes and boxes under resizing, cropping and padding. Pure functions on numpy arrays.
+"""Sizes and boxes under resizing, cropping and padding: pure functions on numpy arrays.
 
-Sizes are (height, width) in pixels, boxes (x1, y1, x2, y2) in pixels of the image they lie in, windows
+Sizes are (height, width) in pixels, boxes (x1, y1, x2, y2) in pixels of their image, windows
 (top, left, height, width) in pixels.
 """
 
@@ -18,7 +18,7 @@ def resize_size_hw(height: int, width: int, short_side: int, max_size: int | Non
 
     Where the longer side would exceed ``max_size``, the shorter side is lowered instead (to the nearest
     integer, so that the longer side may still exceed ``max_size`` by a few pixels for very elongated
-    images, as in the reference). The longer side is rounded down.
+    images, as in TAO). The longer side is rounded down.
 
     Args:
         height: pixels, at least 1.

@@ -1,4 +1,10 @@
-"""Samplers whose order depends on seed and epoch alone, for any number of ranks."""
+"""Samplers, and randomness of augmentation, that depend on the seed and the epoch, not on the ranks.
+
+For training, :class:`ElasticDistributedSampler` gives the ranks one global order, and
+:class:`ShardDistributedSampler` gives each rank its own shards; both start anywhere in an epoch, and go into
+:class:`ElasticBatchSampler`, which gives all ranks equally many steps. For evaluation,
+:class:`WholeBatchSampler` gives each rank whole batches.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +23,13 @@ from torch.utils.data import Sampler
 
 from ddetr_mm.errors import DataError, Problem
 
-# --- Randomness of one sample's augmentation, from the seed, the epoch and the sample's index alone ---
-# A sampler yields :class:`SampleIndex`, an integer that knows its seed and epoch. It travels to wherever the
-# sample is made, be it this process or a worker that lives through all epochs, and there
-# :func:`sample_randomness` seeds the generators that transforms draw from.
+# --- Randomness of one sample ---
+# A sampler yields :class:`SampleIndex`, an integer with its seed and epoch. In the process that makes the
+# sample, :func:`sample_randomness` seeds the generators that transforms draw from.
 
 
 class SampleIndex(int):
-    """The index of a sample, with what its randomness depends on.
+    """The index of a sample, with the seed and epoch of its augmentation.
 
     Arithmetic gives plain integers: a wrapper that computes a new index (``ConcatDataset``) makes its
     samples depend on the worker again.
@@ -54,10 +59,9 @@ class SampleIndex(int):
 
 @contextmanager
 def sample_randomness(index: int) -> Iterator[None]:
-    """Seed ``random``, numpy's and torch's CPU generators for one sample; put them back after it.
+    """Seed ``random``, numpy's and torch's CPU generators for one sample; restore them after it.
 
-    Putting them back keeps what the process draws otherwise (dropout) independent of whether it makes
-    samples itself or workers do.
+    So the process's other draws (dropout) do not depend on whether it makes samples itself or workers do.
 
     Args:
         index: a :class:`SampleIndex`; a plain integer leaves the generators alone.
@@ -79,9 +83,9 @@ def sample_randomness(index: int) -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-# --- In which order the samples of an epoch come, and which of them a rank takes: pure functions over arrays ---
-# The order depends on the seed and the epoch alone. Ranks take turns in it, so that the samples of one step,
-# all ranks together, are the next ones of the order however many ranks there are.
+# --- Order of an epoch ---
+# Each of N ranks takes every N-th sample of the order, so that the samples of one step, all ranks together,
+# are the next ones of the order however many ranks there are.
 
 Indices = npt.NDArray[np.int32]
 
@@ -91,8 +95,8 @@ UNEVEN_SHARDS = ("repeat", "drop")
 def epoch_order(num_samples: int, seed: int, epoch: int, *, shuffle: bool = True) -> Indices:
     """Every sample once.
 
-    numpy promises that its ``RandomState`` gives the same numbers in every version, which it does not of
-    its newer generators: a run may be resumed after an update.
+    From ``RandomState``, whose numbers are the same in every version of numpy: a run may be resumed after an
+    update.
 
     Args:
         num_samples: size of the data set, below 2**31.
@@ -110,13 +114,13 @@ def epoch_order(num_samples: int, seed: int, epoch: int, *, shuffle: bool = True
     return order
 
 
-def turns_of_rank(order: Indices, rank: int, num_ranks: int, samples_done: int = 0) -> Indices:
+def samples_of_rank(order: Indices, rank: int, num_ranks: int, samples_done: int = 0) -> Indices:
     """The samples of one rank: every ``num_ranks``-th of the order, from a position on.
 
     Args:
         order: what :func:`epoch_order` gives.
         rank: from 0.
-        num_ranks: how many take turns.
+        num_ranks: number of ranks.
         samples_done: samples at the order's beginning that are already trained on, by all ranks together.
 
     Returns:
@@ -125,7 +129,7 @@ def turns_of_rank(order: Indices, rank: int, num_ranks: int, samples_done: int =
     return order[samples_done + rank :: num_ranks].copy()
 
 
-def largest_turn(num_samples: int, num_ranks: int) -> int:
+def most_samples(num_samples: int, num_ranks: int) -> int:
     """How many samples the rank with most of them takes."""
     return -(-num_samples // num_ranks)
 
@@ -161,9 +165,9 @@ def shards_of_rank(
         shard_indices: (number of samples,) which shard each sample lies in.
         rank: from 0; it has the shards i with i mod ``num_ranks`` = rank.
         num_ranks: how many ranks there are.
-        uneven: what is done so that all ranks take equally many: ``"repeat"``, ranks with fewer begin anew
-            (every sample is seen); ``"drop"``, each takes as many as the smallest has (none is seen twice;
-            which are left out changes with the epoch).
+        uneven: how all ranks get equally many: ``"repeat"``, ranks with fewer start again (every sample is
+            seen); ``"drop"``, each takes as many as the smallest has (none is seen twice; the dropped ones
+            change with the epoch).
         sizes: what :func:`shard_sizes` gives, where it is known already.
 
     Returns:
@@ -176,7 +180,7 @@ def shards_of_rank(
         raise ValueError(f"uneven must be one of {', '.join(UNEVEN_SHARDS)}, not {uneven!r}")
     if sizes is None:
         sizes = shard_sizes(shard_indices, num_ranks)
-    # A byte an image, read at random, takes half the time of shard numbers read so.
+    # Random access to one byte an image takes half the time of access to shard numbers.
     is_own_shard = np.arange(shard_indices.max(initial=0) + 1) % num_ranks == rank
     own = order[is_own_shard[shard_indices][order]]
     if not sizes.min():
@@ -184,10 +188,7 @@ def shards_of_rank(
     return own[: sizes.min()] if uneven == "drop" else np.resize(own, sizes.max())
 
 
-# --- Samplers whose order depends on seed and epoch alone, and that start anywhere in an epoch ---
-# :class:`ElasticDistributedSampler` deals out one global order; :class:`ShardDistributedSampler` gives each
-# rank shards of its own. Both go into :class:`ElasticBatchSampler`, which sees to it that all ranks make
-# equally many steps.
+# --- Training ---
 
 
 @DATA_SAMPLERS.register_module()
@@ -248,7 +249,7 @@ class ElasticDistributedSampler(Sampler[int]):
 
     def most_left(self, samples_done: int) -> int:
         """How many samples are left, at a position, for the rank with most of them."""
-        return largest_turn(self.samples_an_epoch - samples_done, self.num_ranks)
+        return most_samples(self.samples_an_epoch - samples_done, self.num_ranks)
 
     def __len__(self) -> int:
         """Samples of this rank in a whole epoch."""
@@ -257,7 +258,7 @@ class ElasticDistributedSampler(Sampler[int]):
     def indices(self) -> Indices:
         """This rank's samples from the position on."""
         order = epoch_order(len(self.dataset), self.seed, self.epoch, shuffle=self.shuffle)
-        return turns_of_rank(order, self.rank, self.num_ranks, self.samples_done)
+        return samples_of_rank(order, self.rank, self.num_ranks, self.samples_done)
 
     def __iter__(self) -> Iterator[SampleIndex]:
         """This rank's samples from the position on."""
@@ -319,8 +320,8 @@ class ShardDistributedSampler(ElasticDistributedSampler):
 class ElasticBatchSampler(Sampler[list[int]]):
     """Batches of a sampler above; every rank makes as many steps as the one with most samples.
 
-    A rank that has no sample left for the last step gets one that is marked as filler: the dataset takes
-    its objects away and marks it, and :class:`~ddetr_mm.models.detector.TAODeformableDETR` gives it no
+    A rank without a sample for the last step gets one that is marked as filler: the dataset removes its
+    objects and marks it, and :class:`~ddetr_mm.models.detector.TAODeformableDETR` gives it no
     weight in the loss. So each sample counts exactly once an epoch.
 
     Its length is that of a whole epoch, wherever the sampler's position is.
@@ -365,7 +366,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
             yield batch
 
 
-# --- Sharing an evaluation among ranks by whole batches, so that results do not depend on their number ---
+# --- Evaluation ---
 
 
 @DATA_SAMPLERS.register_module()
@@ -380,8 +381,7 @@ class WholeBatchSampler(Sampler[int]):
         dataset: anything with a length.
         batch_size: that of the data loader.
         equal_length: give every rank as many batches as the others, by repeating whole batches; for
-            models whose forward pass is itself a joint action of all ranks (FSDP). Whoever collects the
-            results must count a repeated sample once.
+            models whose forward pass needs all ranks (FSDP). A metric must count a repeated sample once.
         seed: accepted for mmengine, which passes one; nothing is random here.
     """
 
@@ -422,7 +422,7 @@ def rank_indices(
     num_batches = -(-num_samples // batch_size)
     batches = list(range(rank, num_batches, world_size))
     if equal_length and num_batches:
-        # A rank that lacks a batch has no short one: what it repeats is whole, unless all there is is short.
+        # Only the last batch may be short, and its rank never repeats one.
         batches += [rank % num_batches] * (-(-num_batches // world_size) - len(batches))
     parts = [np.arange(batch * batch_size, min((batch + 1) * batch_size, num_samples)) for batch in batches]
     return np.concatenate([np.zeros(0, np.int64), *parts])

@@ -1,7 +1,4 @@
-"""Where data lies: sources of images with annotation files, and folders of images without.
-
-A source is an image folder with a COCO annotation file, a pattern of files, or a folder of shards.
-"""
+"""Sources of data: image folders with COCO annotation files, and folders of images without annotations."""
 
 from __future__ import annotations
 
@@ -67,7 +64,7 @@ class CocoSource:
         return cls(image_dir=os.fspath(source["image_dir"]), json_file=os.fspath(source["json_file"]))
 
     def image_path(self, file_name: str) -> str:
-        """Where an image of this source lies (a path, or a URL where ``image_dir`` is one)."""
+        """Path of an image of this source, or its URL where ``image_dir`` is one."""
         return join_location(self.image_dir, file_name)
 
     def below(self, root: str) -> CocoSource:
@@ -94,7 +91,7 @@ class CocoSource:
         else:
             raise DataError(Problem("annotation file does not exist", path, hint="correct json_file"))
         if not found:
-            what = "no annotation file is there"
+            what = "there is no annotation file"
             raise DataError(Problem(what, searched, hint="correct the pattern or folder in json_file"))
         return found
 
@@ -160,7 +157,7 @@ def _parse_file(path: Path, with_masks: bool) -> JsonColumns:
 
 @contextmanager
 def _mapped(path: Path) -> Iterator[memoryview]:
-    """The content of a file without a copy on the heap."""
+    """The content of a file, mapped into memory."""
     try:
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size == 0:
@@ -183,7 +180,7 @@ def list_images(
     Args:
         folders: folders, or single image files.
         recursive: search subfolders too.
-        suffixes: lower-case endings that count as images; the case in the file name does not matter.
+        suffixes: lower-case extensions of images; file names may be in any case.
 
     Raises:
         DataError: a folder does not exist, or none holds an image.

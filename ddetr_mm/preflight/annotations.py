@@ -297,7 +297,7 @@ def _ids_against_columns(split: Split, counts: dict[int, int], num_classes: int)
         yield fault(
             "ids-from-zero",
             f"the categories are numbered from 0: {counts[0]} boxes have category id 0 "
-            f"({names.get(0, '?')}), which stands for the background",
+            f"({names.get(0, '?')}), which is the background",
             where=split.where,
             hint=f"number the categories from 1, with dataset.num_classes={max(names, default=0) + 2}",
         )
@@ -351,7 +351,7 @@ def _names_differ(first: Split, second: Split) -> Iterator[Finding]:
     same_names = set(one.values()) == set(other.values())
     yield fault(
         "ids-swapped",
-        ("the same classes have other ids" if same_names else "one id stands for two classes")
+        ("the same classes have other ids" if same_names else "one id names two classes")
         + ": "
         + _listed(pairs),
         where=f"{first.where} and {second.where}",

@@ -254,7 +254,7 @@ def test_leftovers_of_killed_processes_are_removed(json_file, cache_folder):
     assert left == {"just dead", "alive", "used"}
 
 
-def test_a_vanished_file_is_told_to_the_worker(json_file):
+def test_a_vanished_file_is_reported_to_the_worker(json_file):
     table = read(json_file)
     pickled = pickle.dumps(table)
     table.path.unlink()

@@ -1,4 +1,4 @@
-"""The dataset inside mmdet's wrappers and samplers, and under mmdet's COCO metric."""
+"""The datasets against mmdet's, their labels, and mmdet's wrappers around them."""
 
 import copy
 import pickle
@@ -340,7 +340,7 @@ def test_contiguous_labels_of_some_classes(table):
     assert labels_of(np.array([1, 3, 6], np.int32), labels.lookup()).tolist() == [-1, 0, 1]
 
 
-def test_another_order_of_classes_is_put_right_and_told(table):
+def test_another_order_of_classes_is_put_right_and_reported(table):
     labels = build_label_map(table(PEOPLE, [1, 3]), "contiguous", ("bag", "person"))
     assert labels.classes == ("person", "bag")
     assert "order of the annotation file" in labels.notes[0]
@@ -404,7 +404,7 @@ def test_category_ids_that_cannot_be_labels(table, cats, annotated, options, wha
         build_label_map(table(cats, annotated), "category_id", **options)
 
 
-def test_categories_that_are_only_listed_are_told_not_refused(table):
+def test_categories_that_are_only_listed_are_reported_not_refused(table):
     cats = [*categories("zero", "one", first=0), {"id": 40, "name": "forty"}]
     labels = build_label_map(table(cats, [1]), "category_id", num_classes=3)
     assert labels.classes == ("background", "one", "unknown")

@@ -20,7 +20,7 @@ from ddetr_mm.datasets.geometry import (
 side = st.integers(1, 4000)
 
 
-def test_sizes_equal_the_reference():
+def test_sizes_equal_tao():
     rows = json.loads((GOLDEN / "resize_sizes.json").read_text())["rows"]
     assert len(rows) == 300
     for width, height, short, max_size, out_width, out_height in rows:

@@ -121,7 +121,7 @@ def test_files_that_end_early_are_found(tmp_path, kind, share):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP"])
-def test_ending_early_is_told_from_other_damage(tmp_path, kind):
+def test_ending_early_is_reported_from_other_damage(tmp_path, kind):
     content = image_bytes(kind, (200, 200))
     with pytest.raises(UnreadableImage) as caught:
         read_image_size(written(tmp_path, content[: len(content) // 2]))

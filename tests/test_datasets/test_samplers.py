@@ -1,4 +1,4 @@
-"""Evaluation shared among ranks: whole batches, each sample once."""
+"""Samplers: the same samples and the same augmentation on any number of ranks."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from ddetr_mm.datasets.samplers import (
     epoch_order,
     rank_indices,
     sample_randomness,
+    samples_of_rank,
     shards_of_rank,
-    turns_of_rank,
 )
 from ddetr_mm.errors import DataError
 
-# ---  ---
+# --- randomness of a sample, and training samplers in data loaders ---
 
 AUGMENTED = [
     {"type": "LoadImageFromFile"},
@@ -75,7 +75,7 @@ def test_steps_of_all_ranks_are_the_steps_of_one(num_samples: int, num_ranks: in
 
 
 @given(st.integers(1, 70), st.integers(1, 4), st.integers(1, 4), st.integers(0, 70), st.integers(1, 4))
-def test_goes_on_anywhere_on_another_number_of_ranks(num_samples, ranks, batch_size, steps, later_ranks):
+def test_continues_anywhere_on_another_number_of_ranks(num_samples, ranks, batch_size, steps, later_ranks):
     sampler = ElasticDistributedSampler(range(num_samples), seed=3, rank=0, num_ranks=ranks)
     done = ElasticBatchSampler(sampler, batch_size).samples_after(0, steps)
     whole = [index for step in batches(num_samples, 1, 1)[0] for index in step]
@@ -83,7 +83,7 @@ def test_goes_on_anywhere_on_another_number_of_ranks(num_samples, ranks, batch_s
     assert [index for step in zip(*rest, strict=True) for index in union(step)] == whole[done:]
 
 
-def test_length_is_that_of_the_whole_epoch_and_the_rest_is_told():
+def test_length_is_that_of_the_whole_epoch_and_the_rest_is_reported():
     sampler = ElasticDistributedSampler(range(11), seed=0, rank=1, num_ranks=2)
     batch_sampler = ElasticBatchSampler(sampler, 2)
     sampler.seek(4)
@@ -127,7 +127,7 @@ def test_shards_of_a_rank(uneven, num_ranks, steps, seen):
     assert len(indices) == seen
 
 
-def test_too_few_shards_are_told():
+def test_too_few_shards_are_reported():
     with pytest.raises(DataError, match=r"4 shards are too few for 5 processes"):
         ShardDistributedSampler(ShardedNumbers(), seed=1, rank=0, num_ranks=5)
 
@@ -199,7 +199,7 @@ def test_a_filler_has_no_objects_and_is_marked(noisy_root: Path):
     assert sample.metainfo["is_filler"] and len(sample.gt_instances) == 0
 
 
-# ---  ---
+# --- order of an epoch ---
 
 
 def test_the_order_holds_every_sample_and_depends_on_seed_and_epoch():
@@ -218,7 +218,7 @@ def test_the_order_is_the_same_in_every_version():
 def test_ranks_share_the_rest_of_the_order(num_samples: int, num_ranks: int, done: int):
     order = epoch_order(num_samples, 5, 0)
     done = min(done, num_samples)
-    shares = [turns_of_rank(order, rank, num_ranks, done) for rank in range(num_ranks)]
+    shares = [samples_of_rank(order, rank, num_ranks, done) for rank in range(num_ranks)]
     assert sorted(np.concatenate(shares).tolist()) == sorted(order[done:].tolist())
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -254,13 +254,13 @@ def test_twenty_million_images_for_a_thousand_ranks():
     seen = np.zeros(len(order), np.uint8)
     sizes = set()
     for rank in range(1024):
-        part = turns_of_rank(order, rank, 1024)
+        part = samples_of_rank(order, rank, 1024)
         seen[part] += 1
         sizes.add(len(part))
     assert (seen == 1).all() and sizes == {19_531, 19_532}
 
 
-# ---  ---
+# --- draws of one sample ---
 
 
 def draw(index: int) -> tuple:
@@ -303,7 +303,7 @@ def test_an_index_travels_whole():
         assert (copied.seed, copied.epoch, copied.is_filler) == (1, 2, True)
 
 
-# --- Evaluation shared among ranks: whole batches, each sample once ---
+# --- evaluation: whole batches, each sample once ---
 
 
 def rank_batches(indices: np.ndarray, batch_size: int) -> list[tuple[int, ...]]:

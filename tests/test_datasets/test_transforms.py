@@ -17,7 +17,7 @@ from PIL import Image
 import ddetr_mm
 import ddetr_mm.datasets.transforms  # noqa: F401
 
-# --- The registered transforms: alone, with mmdet's own, and as the reference's train policy ---
+# --- The registered transforms: alone, with mmdet's own, and as TAO's training policy ---
 
 BOXES = [[4.0, 6, 30, 40], [20, 10, 64, 48], [0, 0, 3, 3]]
 
@@ -52,7 +52,7 @@ def mmdet_scope():
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_validation_transform_equals_the_reference(index):
+def test_validation_transform_equals_tao(index):
     data = np.load(GOLDEN / "transforms.npz")
     image_bgr = data[f"{index}/image_rgb_u8"][:, :, ::-1]
     results = {
@@ -328,7 +328,7 @@ def test_boxes_of_another_kind_are_refused():
 
 
 @pytest.mark.parametrize("name", ["TAORandomResize", "TAORandomSizeCrop", "LargeScaleJitter", "FixedPad"])
-def test_repr_tells_the_settings(name):
+def test_repr_reports_the_settings(name):
     options = {
         "TAORandomResize": {"scales": [24], "max_size": 60},
         "TAORandomSizeCrop": {"min_size": 3, "max_size": 9},
