@@ -1,11 +1,10 @@
-"""Backbones beside GCViT: dilated ResNet, channel counts of any backbone, fused batch norms."""
+"""Dilated ResNet, channels of any mmdet backbone config, and fusing of batch norms."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,22 +17,20 @@ from torch import nn
 
 from ddetr_mm.errors import Problem, SpecError
 
-# --- Batch norms folded into the convolutions before them, for models that only predict ---
+# --- Fusing of batch norms ---
 
 
 def fuse_norms(model: nn.Module) -> int:
-    """Fold the batch norms of a model's ResNets into their convolutions, in place.
+    """Fuse the batch norms of a model's ResNets into their convolutions, in place.
 
-    In evaluation such a norm is a scale and a shift a channel, which the convolution can do on the way: a
-    quarter less time of the backbone on a CPU, with differences in the order of float32's rounding. Other
-    backbones stay as they are: only of ResNets is it known that a norm follows the convolution named before
-    it.
+    This takes a quarter off the backbone's time on a CPU; results differ by float32's rounding. Other
+    backbones are not changed: only in ResNets is a norm known to follow the convolution named before it.
 
     Args:
-        model: in eval mode, with its final weights. It can no longer be trained, and its keys have changed.
+        model: in eval mode, with its final weights. It cannot be trained afterwards, and its keys change.
 
     Returns:
-        How many norms are gone.
+        The number of fused norms.
     """
     before = _num_norms(model)
     for module in model.modules():
@@ -46,27 +43,26 @@ def _num_norms(model: nn.Module) -> int:
     return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-# --- ResNet whose dilated stages begin as torchvision's do ---
-# torchvision's ``replace_stride_with_dilation`` keeps the previous stage's dilation in the first block
-# of a dilated stage and dilates the others only; mmdet's ResNet dilates the first block too. With
-# torchvision's weights the features differ, so the reference's ``dilation: True`` needs this class.
+# --- Dilated ResNet ---
 
 
 @MODELS.register_module()
 class TorchvisionDilatedResNet(ResNet):
-    """mmdet's ResNet with the dilated stages of torchvision, by default the last one.
+    """mmdet's ResNet with torchvision's dilated stages, for TAO's ``dilation: True``.
 
-    The defaults are torchvision's ``replace_stride_with_dilation=[False, False, True]``: the last
-    stage keeps stride 16. Parameter names are torchvision's and mmdet's.
+    torchvision's ``replace_stride_with_dilation`` keeps the previous stage's dilation in the first block of a
+    dilated stage; mmdet's ResNet dilates the first block too, so that its features differ for the same
+    weights. By default the last stage is dilated and keeps stride 16. Parameter names are torchvision's and
+    mmdet's.
 
     Args:
         depth: 50, 101 or 152; torchvision dilates no smaller one.
         strides: stride of each stage's first block.
-        dilations: dilation of each stage's blocks but the first, which keeps the stage's before.
+        dilations: dilation of each stage's blocks but the first, which has the previous stage's.
         **kwargs: mmdet's.
 
     Raises:
-        ValueError: if a depth of 18 or 34 is to be dilated.
+        ValueError: dilation with a depth of 18 or 34.
     """
 
     def __init__(
@@ -81,7 +77,7 @@ class TorchvisionDilatedResNet(ResNet):
         super().__init__(depth, strides=strides, dilations=dilations, **kwargs)
 
     def make_res_layer(self, **kwargs: Any) -> ResLayer:
-        """Build one stage, its first block with the dilation of the stage before.
+        """Build one stage, its first block with the previous stage's dilation.
 
         Raises:
             ValueError: dilation with a depth below 50.
@@ -97,40 +93,24 @@ class TorchvisionDilatedResNet(ResNet):
         return stage
 
 
-# --- What any mmdet backbone config puts out, learnt by building and running it ---
+# --- Channels of a backbone config ---
 
-_PROBE_SIZE = 128  # pixels; a multiple of every usual stride
-
-
-@dataclass(frozen=True)
-class FeatureInfo:
-    """The feature maps of a backbone, in its order.
-
-    Attributes:
-        channels: channels of each map.
-        strides: pixels of the input per cell of each map.
-    """
-
-    channels: tuple[int, ...]
-    strides: tuple[int, ...]
+_PROBE_SIZE = 128  # pixels; a multiple of the usual strides
 
 
-def feature_info(backbone_cfg: Mapping[str, Any]) -> FeatureInfo:
-    """Channels and strides of a backbone config's outputs.
+def feature_channels(backbone_cfg: Mapping[str, Any]) -> list[int]:
+    """Return the channels of a backbone config's outputs, for ``ChannelMapper.in_channels``.
 
-    The backbone is built without pretrained weights and run once on the CPU on a small black image.
-    The state of the random generator is left as it was, and so is the config.
+    The backbone is built without pretrained weights and run once on the CPU on a small black image. Neither
+    the config nor the random generator's state changes.
 
     Args:
-        backbone_cfg: an mmdet backbone config, ``type`` included; a type of another package needs
-            its scope (``mmpretrain.ConvNeXt``) and that package.
-
-    Returns:
-        What it puts out.
+        backbone_cfg: an mmdet backbone config, ``type`` included; a type of another package needs its scope
+            (``mmpretrain.ConvNeXt``) and that package.
 
     Raises:
-        SpecError: if the type is unknown, an argument is wrong, the backbone does not run, or it
-            does not put out feature maps.
+        SpecError: the type is unknown, an argument is wrong, the backbone does not run, or its outputs are
+            not feature maps.
     """
     if not isinstance(backbone_cfg, Mapping) or "type" not in backbone_cfg:
         raise SpecError(
@@ -142,14 +122,14 @@ def feature_info(backbone_cfg: Mapping[str, Any]) -> FeatureInfo:
         )
     refuse_unregistered(backbone_cfg)
     cfg = copy.deepcopy(dict(backbone_cfg))
-    for name in ("init_cfg", "pretrained"):  # nothing is downloaded or read to learn shapes
+    for name in ("init_cfg", "pretrained"):  # no weights are needed for shapes
         cfg.pop(name, None)
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             backbone = MODELS.build(cfg)
             backbone.eval()  # mmdet's ResNet.train returns nothing, so eval() does too
             features = backbone(torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE))
-    except Exception as error:  # whatever a foreign backbone raises, its config is the cause
+    except Exception as error:  # any error of a foreign backbone is due to its config
         raise SpecError(
             Problem(
                 f"this backbone config cannot be built and run: {str(error).strip()}",
@@ -161,29 +141,26 @@ def feature_info(backbone_cfg: Mapping[str, Any]) -> FeatureInfo:
     if not isinstance(features, (tuple, list)) or any(feature.dim() != 4 for feature in features):
         raise SpecError(
             Problem(
-                "this backbone does not put out a list of feature maps",
+                "this backbone does not return a list of feature maps",
                 value=dict(backbone_cfg),
                 hint="use a detection backbone, and name its stages in out_indices",
             )
         )
-    return FeatureInfo(
-        channels=tuple(feature.shape[1] for feature in features),
-        strides=tuple(round(_PROBE_SIZE / feature.shape[-1]) for feature in features),
-    )
+    return [feature.shape[1] for feature in features]
 
 
 def refuse_unregistered(cfg: Mapping[str, Any]) -> None:
-    """Refuse a ``type`` that mmengine would import and call without its being a registered class.
+    """Refuse a ``type`` that is not registered, which mmengine would import and call.
 
     Raises:
-        SpecError: naming the first such type.
+        SpecError: names the first such type.
     """
     for name in _type_names(cfg):
         scope, key = MODELS.split_scope_key(name)
         if not _is_registered(scope, key):
             raise SpecError(
                 Problem(
-                    "is not registered, as mmdet's models are",
+                    "is not registered as a model",
                     where="ddetr_mm.backbone",
                     value=name,
                     allowed="a class of mmdet, or of another package with its scope: mmpretrain.ConvNeXt",
@@ -193,7 +170,7 @@ def refuse_unregistered(cfg: Mapping[str, Any]) -> None:
 
 
 def _type_names(cfg: Any) -> Iterator[str]:
-    """Every ``type`` that is looked up among the models: all but those of initialisers."""
+    """Yield every ``type`` that is looked up among the models, so not those of initialisers."""
     if isinstance(cfg, Mapping):
         if "type" in cfg:
             yield str(cfg["type"])
@@ -218,11 +195,3 @@ def _is_registered(scope: str | None, key: str) -> bool:
             return True
         registry = registry.parent
     return False
-
-
-def feature_channels(backbone_cfg: Mapping[str, Any]) -> list[int]:
-    """Channels of a backbone config's outputs, as ``ChannelMapper.in_channels`` takes them.
-
-    Arguments and errors are those of :func:`feature_info`.
-    """
-    return list(feature_info(backbone_cfg).channels)

@@ -1,13 +1,13 @@
-"""Deformable sampling on a CPU as weighted bags of rows: PyTorch alone, nothing to compile.
+"""Deformable sampling on a CPU by ``torch.nn.functional.embedding_bag``, with gradients.
 
-What a query gets for one head is a weighted sum of single rows of the value: four corners for each of its
-L * P points. PyTorch's ``embedding_bag`` computes such sums with a tuned kernel that reads each row where
-it lies; ``grid_sample``, on which mmcv's PyTorch form builds, first writes the sampled values of every
-point, many times what comes out in the end.
+For one head, a query's output is a weighted sum of rows of the value: four corners for each of its L * P
+points. ``embedding_bag`` computes weighted sums of table rows (as for a bag of words: indices, weights, one
+sum for each group) and reads each row in place. mmcv's PyTorch form uses ``grid_sample``, which first writes
+the sampled values of every point, many times the size of the output.
 
-A border of zeros around each level stands for what lies outside, so that no corner needs a test of its
-own. In the backward pass the points are sorted by the cell they fall into, after which the gradient of
-each row of the value is a weighted sum, too: of rows of the gradient that comes in.
+Each level gets a border of zero rows for samples outside the map, so that corners need no bounds checks. In
+the backward pass the points are sorted by cell; the gradient of each row of the value is then a weighted sum
+of rows of the output's gradient, computed by ``embedding_bag`` too.
 
 Shapes as in :mod:`ddetr_mm.models.deformable_attention`.
 """
@@ -26,34 +26,33 @@ SizesHW = Sequence[tuple[int, int]]
 _INT32_ROWS = 2**31 - 1
 
 
-def sample_values_by_bags(
+def sample_values_on_cpu(
     value: Tensor, sampling_locations: Tensor, attention_weights: Tensor, level_sizes_hw: SizesHW
 ) -> Tensor:
-    """Sample bilinearly and add up by weight, with gradients.
+    """Sample bilinearly and sum by weight, with gradients.
 
     Args:
         value: (B, S, M, D), float32 or float64.
-        sampling_locations: (B, Q, M, L, P, 2) as (x, y), 0..1 over each level's map; what lies outside
-            counts as zero.
+        sampling_locations: (B, Q, M, L, P, 2) as (x, y), 0..1 over each level's map; zero outside.
         attention_weights: (B, Q, M, L, P).
         level_sizes_hw: height and width of each level; ``S`` is the sum of their products.
 
     Returns:
-        (B, Q, M * D), as ``mmcv.ops.multi_scale_deform_attn.multi_scale_deformable_attn_pytorch``.
+        (B, Q, M * D), equal to ``mmcv.ops.multi_scale_deform_attn.multi_scale_deformable_attn_pytorch``.
     """
-    result: Tensor = _SampleByBags.apply(
+    result: Tensor = _SampleOnCpu.apply(
         value, sampling_locations, attention_weights, tuple(map(tuple, level_sizes_hw))
     )
     return result
 
 
 class _Points(NamedTuple):
-    """Where the sampling points lie.
+    """Positions of the sampling points.
 
     Attributes:
-        first_row: (B, Q, M, L, P), row of each point's top left corner in the bordered value.
-        fraction_xy: (B, Q, M, L, P, 2), how far it is from there, 0..1 cells; 0 if outside.
-        inside: (B, Q, M, L, P), whether any of its corners may be other than zero.
+        first_row: (B, Q, M, L, P), row of each point's top left corner in the value with borders.
+        fraction_xy: (B, Q, M, L, P, 2), distance from that corner, 0..1 cells; 0 if outside.
+        inside: (B, Q, M, L, P), whether any corner is on the map.
     """
 
     first_row: Tensor
@@ -61,7 +60,7 @@ class _Points(NamedTuple):
     inside: Tensor
 
 
-class _SampleByBags(torch.autograd.Function):
+class _SampleOnCpu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, locations: Tensor, weights: Tensor, sizes_hw: SizesHW) -> Tensor:
         points = _find_points(locations, sizes_hw)
@@ -89,12 +88,12 @@ class _SampleByBags(torch.autograd.Function):
 
 
 def _bordered_starts(sizes_hw: SizesHW) -> list[int]:
-    """Where each level starts when all have a border of one cell; the last entry is the whole length."""
+    """Return the start of each level with a border of one cell, and the total length."""
     return [0, *accumulate((height + 2) * (width + 2) for height, width in sizes_hw)]
 
 
 def _with_border(value: Tensor, sizes_hw: SizesHW) -> Tensor:
-    """(B, S', M * D): the value with a border of zeros around each level."""
+    """Return the value with a border of zeros around each level, (B, S', M * D)."""
     batch, _, heads, channels = value.shape
     starts = _bordered_starts(sizes_hw)
     bordered = value.new_zeros(batch, starts[-1], heads * channels)
@@ -106,8 +105,8 @@ def _with_border(value: Tensor, sizes_hw: SizesHW) -> Tensor:
 
 
 def _find_points(locations: Tensor, sizes_hw: SizesHW) -> _Points:
-    # Constants have all the inner dimensions: an operation on operands of one memory layout runs in long
-    # vectors, one that repeats an operand every few elements does not.
+    # Constants are expanded to the inner dimensions: operands of one memory layout are vectorised, broadcast
+    # ones with a short inner axis are not.
     batch, _, heads, levels, num_points, _ = locations.shape
     starts = _bordered_starts(sizes_hw)
     index_type = torch.int32 if batch * starts[-1] * heads <= _INT32_ROWS else torch.int64
@@ -115,11 +114,11 @@ def _find_points(locations: Tensor, sizes_hw: SizesHW) -> _Points:
     sizes_wh = sizes_wh[:, None].expand(heads, levels, num_points, 2).contiguous()
     cells_xy = torch.addcmul(locations.new_tensor(-0.5), locations, sizes_wh)
     whole_xy = cells_xy.floor()
-    # A location that is no number is not outside: its fraction carries the NaN on.
+    # A NaN location is not outside: its fraction propagates the NaN.
     inside = ((whole_xy < -1) | (whole_xy >= sizes_wh)).any(-1).logical_not_()
-    # An infinite one is, and has no finite fraction.
+    # An infinite one is outside, and has no finite fraction.
     fraction_xy = cells_xy.sub_(whole_xy).masked_fill_(inside.logical_not()[..., None], 0.0)
-    # Clamped as integers, whatever a huge or undefined number became: rows are never out of range.
+    # Clamped as integers, so that rows are in range also for huge or undefined numbers.
     last_xy = sizes_wh.to(index_type) - 1
     cell_xy = torch.clamp(whole_xy.to(index_type), torch.full_like(last_xy, -1), last_xy)
 
@@ -135,7 +134,7 @@ def _find_points(locations: Tensor, sizes_hw: SizesHW) -> _Points:
 
 
 def _corners(points: _Points, weights: Tensor, sizes_hw: SizesHW) -> tuple[Tensor, Tensor]:
-    """Rows and weights of all corners, each (B * Q * M, L * P * 4): top left, top right, bottom ones."""
+    """Return rows and weights of all corners (top left, top right, bottom ...), (B * Q * M, L * P * 4)."""
     batch, num_queries, heads, _, num_points = weights.shape
     rows = points.first_row
     widths = [(width + 2) * heads for _, width in sizes_hw]
@@ -154,7 +153,7 @@ def _corners(points: _Points, weights: Tensor, sizes_hw: SizesHW) -> tuple[Tenso
 
 
 def _products(corner_rows: Tensor, corner_weights: Tensor, rows: Tensor, grad_rows: Tensor) -> Tensor:
-    """Product of each corner's row with its bag's gradient: what a corner's weight is worth."""
+    """Return the gradients of the corner weights: each corner's row times its sum's gradient."""
     with torch.enable_grad():
         factors = corner_weights.detach().requires_grad_()
         sums = functional.embedding_bag(corner_rows, rows, mode="sum", per_sample_weights=factors)
@@ -165,7 +164,7 @@ def _products(corner_rows: Tensor, corner_weights: Tensor, rows: Tensor, grad_ro
 def _point_gradients(
     products: Tensor, points: _Points, weights: Tensor, sizes_hw: SizesHW
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the locations and of the attention weights, from the corners' products."""
+    """Return the gradients of locations and attention weights, from those of the corner weights."""
     right, bottom = points.fraction_xy.unbind(-1)
     top_left, top_right, bottom_left, bottom_right = products.unbind(-1)
     upper = torch.lerp(top_left, top_right, right)
@@ -183,16 +182,16 @@ def _point_gradients(
 def _value_gradient(
     points: _Points, corner_weights: Tensor, grad_rows: Tensor, value_shape: Sequence[int], sizes_hw: SizesHW
 ) -> Tensor:
-    """Gradient of the value: per corner a weighted sum over each cell's points; the four, shifted, add up."""
+    """Return the gradient of the value: for each corner a weighted sum over each cell's points."""
     batch, _, heads, channels = value_shape
     starts = _bordered_starts(sizes_hw)
     num_rows = batch * starts[-1] * heads
     sorted_rows, order = points.first_row.flatten().sort()
-    bag_starts = torch.searchsorted(sorted_rows, torch.arange(num_rows, dtype=sorted_rows.dtype))
-    points_per_bag = points.first_row.shape[3] * points.first_row.shape[4]
-    sources = order.div(points_per_bag, rounding_mode="floor")
+    row_starts = torch.searchsorted(sorted_rows, torch.arange(num_rows, dtype=sorted_rows.dtype))
+    points_per_query = points.first_row.shape[3] * points.first_row.shape[4]
+    sources = order.div(points_per_query, rounding_mode="floor")
     corners = [
-        functional.embedding_bag(sources, grad_rows, bag_starts, mode="sum", per_sample_weights=factors)
+        functional.embedding_bag(sources, grad_rows, row_starts, mode="sum", per_sample_weights=factors)
         for factors in corner_weights.view(-1, 4)[order].t().contiguous()
     ]
     levels = []

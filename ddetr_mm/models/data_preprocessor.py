@@ -1,12 +1,10 @@
-"""Normalise, then pad every image to a fixed size, as the reference does.
+"""Normalise, then pad every image to a fixed size, as TAO does.
 
-The reference pads after normalisation, so padding is exactly 0, the mean colour; and the target
-lies or stands as the image does.
+Padding after normalisation is exactly 0, the mean colour.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -15,44 +13,24 @@ from mmdet.models.utils.misc import samplelist_boxtype2tensor
 from mmdet.registry import MODELS
 from torch import Tensor
 
-
-def fixed_padded_size_hw(
-    size_hw: tuple[int, int], short_long: tuple[int, int] | None, divisor: int = 1
-) -> tuple[int, int]:
-    """The size an image is padded to.
-
-    Args:
-        size_hw: height and width of the image, in pixels.
-        short_long: the target's short and long side, the long one along the image's long side (a
-            square image is treated as lying); None = the image's own size.
-        divisor: both sides are rounded up to a multiple of it.
-
-    Returns:
-        Height and width, never below the image's: an image beyond the target is not cropped.
-    """
-    height, width = size_hw
-    if short_long is not None:
-        short, long = short_long
-        target_height, target_width = (long, short) if height > width else (short, long)
-        height, width = max(height, target_height), max(width, target_width)
-    return math.ceil(height / divisor) * divisor, math.ceil(width / divisor) * divisor
+from ddetr_mm.datasets.geometry import divisible_size_hw, fixed_pad_size_hw
 
 
 @MODELS.register_module()
 class FixedPadDetDataPreprocessor(DetDataPreprocessor):
     """mmdet's DetDataPreprocessor that pads every image to a fixed size first.
 
-    A batch of lying and standing images is padded to the larger of both on each side. ``img_shape``
-    stays the unpadded size, and boxes stay as they are: padding lies at the right and the bottom.
+    The long side of the target lies along the image's long side. A batch of landscape and portrait images is
+    padded to the larger of both on each side. ``img_shape`` stays the unpadded size, and boxes do not change:
+    padding is at the right and the bottom.
 
     Args:
-        pad_short_long: short and long side of the target, in pixels, e.g. ``(800, 1333)``; None
-            pads to the batch's maximum only, as mmdet does. A larger image is never cropped; its
-            batch grows.
+        pad_short_long: short and long side of the target, in pixels, e.g. ``(800, 1333)``; None pads to the
+            batch's maximum only, as mmdet does. A larger image is not cropped; its batch becomes larger.
         **kwargs: mmdet's; ``pad_size_divisor`` applies to the target too.
 
     Raises:
-        ValueError: if the short side is longer than the long one, or not positive.
+        ValueError: the short side is longer than the long one, or not positive.
     """
 
     def __init__(self, *args, pad_short_long: Sequence[int] | None = None, **kwargs) -> None:
@@ -70,7 +48,7 @@ class FixedPadDetDataPreprocessor(DetDataPreprocessor):
         Args:
             data: ``inputs``, B tensors (3, h, w) or one (B, 3, h, w), 0..255; ``data_samples``, B
                 samples or None.
-            training: whether ``batch_augments`` and the padding of masks apply.
+            training: whether to apply ``batch_augments`` and pad masks.
 
         Returns:
             ``inputs`` (B, 3, H, W) float32 and ``data_samples`` with ``batch_input_shape`` = (H, W)
@@ -96,14 +74,14 @@ class FixedPadDetDataPreprocessor(DetDataPreprocessor):
         return {"inputs": inputs, "data_samples": samples}
 
     def _get_pad_shape(self, data: dict) -> list[tuple[int, int]]:
-        """Each image's padded (height, width)."""
-        return [
-            fixed_padded_size_hw(tuple(image.shape[-2:]), self.pad_short_long, self.pad_size_divisor)
-            for image in data["inputs"]
-        ]
+        """Return each image's padded (height, width)."""
+        sizes_hw = [tuple(image.shape[-2:]) for image in data["inputs"]]
+        if self.pad_short_long is not None:
+            sizes_hw = [fixed_pad_size_hw(*size_hw, self.pad_short_long) for size_hw in sizes_hw]
+        return [divisible_size_hw(*size_hw, self.pad_size_divisor) for size_hw in sizes_hw]
 
     def _normalise_and_stack(self, images: Sequence[Tensor] | Tensor, size_hw: tuple[int, int]) -> Tensor:
-        """(B, channels, H, W) float32: each image normalised at the top left, padding elsewhere."""
+        """Return (B, channels, H, W) float32: each image normalised at the top left, padding elsewhere."""
         batch = torch.full(
             (len(images), images[0].shape[0], *size_hw), float(self.pad_value), device=images[0].device
         )

@@ -1,8 +1,7 @@
 """Multi-scale deformable attention: mmcv's module, sampled in float32 and without host reads.
 
-Source: Zhu et al., "Deformable DETR", arXiv 2010.04159, section 4.1. Weights, names and
-initialisation are those of :class:`mmcv.ops.MultiScaleDeformableAttention`; what differs is said at
-:class:`DeformableAttention`.
+Source: Zhu et al., "Deformable DETR", arXiv 2010.04159, section 4.1. Weights, names and initialisation are
+those of :class:`mmcv.ops.MultiScaleDeformableAttention`; :class:`DeformableAttention` lists the differences.
 
 Shapes: B batch, Q queries, S sum of all levels' H*W, C channels, M heads, D = C / M,
 L levels, P points per level and head.
@@ -22,30 +21,30 @@ from mmcv.ops.multi_scale_deform_attn import (
 )
 from torch import Tensor
 
-from ddetr_mm.models.cpu_sampling import sample_values_by_bags
+from ddetr_mm.models.cpu_sampling import sample_values_on_cpu
 from ddetr_mm.models.triton_attention import GPU_HAS_ITS_OWN, IMPLEMENTATIONS, deformable_sampling
 
 SizesHW = Sequence[tuple[int, int]]
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """A block in which tensors keep their dtype, also on devices that know no autocast."""
+    """Return a context without autocast, also for devices that do not support it."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 def host_to_device(values: Sequence, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """A small tensor built on the host and sent to ``device`` without waiting for it."""
+    """Build a small tensor on the host and copy it to ``device`` asynchronously."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def level_layout(level_sizes_hw: SizesHW, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """The level geometry as the tensors that mmdet's interfaces and mmcv's op expect.
+    """Return the level sizes as the tensors that mmdet's interfaces and mmcv's op expect.
 
     Args:
         level_sizes_hw: height and width of every level, in cells.
-        device: where the tensors go.
+        device: of the tensors.
 
     Returns:
         ``spatial_shapes`` (L, 2) as (height, width) and ``level_start_index`` (L,), both int64.
@@ -68,13 +67,12 @@ def sample_values(
     im2col_step: int = 64,
     implementation: str = "auto",
 ) -> Tensor:
-    """Sample values bilinearly and add them up by weight: the one place that picks an implementation.
+    """Sample values bilinearly and sum them by weight, with the implementation for the device.
 
-    On a GPU mmcv's compiled op or the Triton kernels, see :mod:`ddetr_mm.models.triton_attention`; on a CPU,
-    for as many queries as an encoder has, :func:`~ddetr_mm.models.cpu_sampling.sample_values_by_bags`; else,
-    and while a graph is traced, mmcv's PyTorch form, which runs everywhere and is the reference. All add up
-    in float32 and none lets autocast touch the locations: in bfloat16 they are off by up to 1/256 of the
-    image.
+    On a GPU mmcv's compiled op or the Triton kernels (:mod:`ddetr_mm.models.triton_attention`); on a CPU,
+    for as many queries as an encoder has, :func:`~ddetr_mm.models.cpu_sampling.sample_values_on_cpu`;
+    otherwise, and while a graph is traced, mmcv's PyTorch form. All sum in float32 and exclude the locations
+    from autocast: in bfloat16 they are off by up to 1/256 of the image.
 
     Args:
         value: (B, S, M, D).
@@ -84,22 +82,22 @@ def sample_values(
         spatial_shapes: the same as an int64 tensor (L, 2).
         level_start_index: int64 (L,), where each level starts in S.
         im2col_step: largest number of images the compiled op handles at once.
-        implementation: what a GPU samples with: ``auto``, ``mmcv`` or ``triton``; ``torch`` is the
-            reference on every device.
+        implementation: of a GPU: ``auto``, ``mmcv`` or ``triton``; ``torch`` is mmcv's PyTorch form on
+            every device.
 
     Returns:
         (B, Q, C) in the dtype of ``value``.
 
     Raises:
-        StackError: if the implementation is not installed for this GPU.
+        StackError: the implementation is not available for this GPU.
     """
     device = value.device
     with no_autocast(value.device):
         locations, weights = sampling_locations.float(), attention_weights.float()
         if implementation == "torch" or torch.jit.is_tracing():
-            return _sample_by_reference(value, locations, weights, level_sizes_hw)
+            return _sample_with_pytorch(value, locations, weights, level_sizes_hw)
         if device.type == "cuda" and (GPU_HAS_ITS_OWN or implementation != "auto"):
-            # The kernels read half precision as it is and add up in float32.
+            # The kernels read half precision and sum in float32.
             return deformable_sampling(
                 value,
                 locations,
@@ -109,38 +107,36 @@ def sample_values(
                 implementation,
                 im2col_step,
             )
-        # torch.compile cannot look into bags, and makes the reference quick by itself.
+        # torch.compile cannot trace the CPU function, and fuses the PyTorch form.
         if device.type == "cpu" and _many_points(locations, value) and not torch.compiler.is_compiling():
-            sampled = sample_values_by_bags(value.float(), locations, weights, level_sizes_hw)
+            sampled = sample_values_on_cpu(value.float(), locations, weights, level_sizes_hw)
             return sampled.to(value.dtype)
-        return _sample_by_reference(value, locations, weights, level_sizes_hw)
+        return _sample_with_pytorch(value, locations, weights, level_sizes_hw)
 
 
-def _sample_by_reference(value: Tensor, locations: Tensor, weights: Tensor, sizes_hw: SizesHW) -> Tensor:
-    """mmcv's PyTorch form in float32, in the dtype of ``value``."""
+def _sample_with_pytorch(value: Tensor, locations: Tensor, weights: Tensor, sizes_hw: SizesHW) -> Tensor:
+    """Sample with mmcv's PyTorch form in float32; the result has the dtype of ``value``."""
     return multi_scale_deformable_attn_pytorch(value.float(), sizes_hw, locations, weights).to(value.dtype)
 
 
 def _many_points(locations: Tensor, value: Tensor) -> bool:
-    """Whether sampling is more work than a pass over all values, as bags need one."""
+    """Return whether sampling is more work than the copy of all values that the CPU function makes."""
     return math.prod(locations.shape[1:5]) >= 2 * math.prod(value.shape[1:3])
 
 
 class DeformableAttention(MultiScaleDeformableAttention):
     """mmcv's MultiScaleDeformableAttention with the same parameters and the same result.
 
-    Differences from mmcv's ``forward``: level sizes may come as Python integers
-    (``level_sizes_hw``), so that nothing is read back from a GPU; sampling runs in float32 under
-    autocast; :func:`sample_values` says what does the sampling. Tensors are always (batch, sequence,
-    channels), as everywhere in mmdet's transformers.
+    Differences from mmcv's ``forward``: level sizes may be given as Python integers (``level_sizes_hw``), so
+    that nothing is read back from a GPU; sampling runs in float32 under autocast, by :func:`sample_values`.
+    Tensors are always (batch, sequence, channels), as everywhere in mmdet's transformers.
 
     Args:
-        implementation: what a GPU samples with, one of
-            :data:`~ddetr_mm.models.triton_attention.IMPLEMENTATIONS`.
+        implementation: one of :data:`~ddetr_mm.models.triton_attention.IMPLEMENTATIONS`.
         **kwargs: mmcv's.
 
     Raises:
-        ValueError: if ``implementation`` is none of these.
+        ValueError: ``implementation`` is unknown.
     """
 
     def __init__(self, *args, implementation: str = "auto", **kwargs) -> None:
@@ -148,10 +144,10 @@ class DeformableAttention(MultiScaleDeformableAttention):
         self.choose_implementation(implementation)
 
     def choose_implementation(self, implementation: str) -> None:
-        """Set what a GPU samples with; arguments and errors as for the class.
+        """Set the implementation, see the class.
 
         Raises:
-            ValueError: no such implementation.
+            ValueError: it is unknown.
         """
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(f"attention must be one of {IMPLEMENTATIONS}, not {implementation!r}")
@@ -175,23 +171,23 @@ class DeformableAttention(MultiScaleDeformableAttention):
 
         Args:
             query: (B, Q, C).
-            key: not used; here because mmdet's layers pass it.
+            key: not used; mmdet's layers pass it.
             value: (B, S, C); the query itself when None.
             identity: (B, Q, C) added to the result; the query when None.
             query_pos: (B or 1, Q, C) added to the query.
-            key_padding_mask: (B, S), True where the value counts as 0; None = every value counts.
+            key_padding_mask: (B, S), True where the value is set to 0; None for none.
             reference_points: (B or 1, Q, L, 2) as (x, y) or (B, Q, L, 4) as (cx, cy, w, h), 0..1.
             spatial_shapes: (L, 2) as (height, width).
             level_start_index: (L,).
-            level_sizes_hw: ``spatial_shapes`` as integers; read from the tensor when None.
+            level_sizes_hw: ``spatial_shapes`` as integers; read from the tensor if None.
             **kwargs: ignored, for mmdet's layers.
 
         Returns:
             (B, Q, C).
 
         Raises:
-            ValueError: if the levels do not add up to the values, or reference points have
-                neither 2 nor 4 coordinates.
+            ValueError: the levels do not add up to the values, or reference points have neither 2 nor 4
+                coordinates.
         """
         value = query if value is None else value
         identity = query if identity is None else identity
@@ -225,7 +221,7 @@ class DeformableAttention(MultiScaleDeformableAttention):
     def _locations_and_weights(
         self, query: Tensor, reference_points: Tensor, level_sizes_hw: SizesHW, spatial_shapes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Where each query looks, (B, Q, M, L, P, 2), and how much each point counts, (B, Q, M, L, P)."""
+        """Return sampling locations (B, Q, M, L, P, 2) and attention weights (B, Q, M, L, P)."""
         batch, num_queries, _ = query.shape
         heads, levels, points = self.num_heads, self.num_levels, self.num_points
         # view() with the traced batch size, not unflatten(), which an export would freeze.
@@ -234,10 +230,11 @@ class DeformableAttention(MultiScaleDeformableAttention):
         weights = weights.softmax(-1).view(batch, num_queries, heads, levels, points)
         centers = reference_points.float()[:, :, None, :, None, :]
         if reference_points.shape[-1] == 2 and query.is_cuda and not torch.jit.is_tracing():
-            # The sizes are on the GPU already; a copy from the host would keep CUDA graphs away.
+            # The sizes are on the GPU already; a copy from the host would prevent CUDA graphs.
             return centers + offsets / spatial_shapes.flip(-1).float()[:, None], weights
         if reference_points.shape[-1] == 2:
-            # Once per point: an operation that repeats an operand every two numbers runs without vectors.
+            # Expanded to every point: an operand that is broadcast along a short inner axis is not
+            # vectorised.
             sizes_wh = host_to_device(
                 [[(width, height)] * points for height, width in level_sizes_hw], query.device, torch.float32
             )

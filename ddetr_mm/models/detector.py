@@ -1,7 +1,10 @@
-"""Deformable DETR as NVIDIA TAO trains it, assembled from mmdet's detector.
+"""Deformable DETR as TAO trains it, assembled from mmdet's detector.
 
-Source: Zhu et al., arXiv 2010.04159. Shapes: B images, C channels, L levels, h, w of a level,
-S sum of all levels' h*w, Q queries.
+Source: Zhu et al., arXiv 2010.04159. The main steps are ``record_function`` regions for torch's profiler:
+backbone, encoder, decoder, loss, matching.
+
+Shapes: B images, C channels, H, W of the padded input, L levels, h, w of a level, S sum of all levels' h*w,
+Q queries.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from mmdet.structures import DetDataSample
 from mmdet.utils import reduce_mean
 from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ddetr_mm.models.deformable_attention import (
     DeformableAttention,
@@ -27,23 +31,20 @@ from ddetr_mm.models.deformable_attention import (
     level_layout,
     no_autocast,
 )
-from ddetr_mm.models.stages import staged
 from ddetr_mm.models.transformer import DeformableDecoder, DeformableEncoder
 
-# --- Numbers that go from a GPU to the host together, and while the GPU is at work on other things ---
+# --- Scalars for the log ---
 
 
 class HostScalars(Mapping[str, Tensor]):
-    """Scalars of a device under names; they come to the host in one transfer.
+    """Named scalars of a device, copied to the host in one asynchronous transfer.
 
-    The transfer starts at once, behind what the device has been given to do so far; whoever reads a scalar
-    first waits for the transfer, and for nothing that was given to the device later. (Reading each
-    tensor with ``.item()`` would wait once a tensor, and for all the device's work.)
+    Reading a value waits for the transfer only, not for work that was queued on the device later, as
+    ``.item()`` would.
 
     Args:
         scalars: tensors of one element on one device.
-        mean_over_ranks: whether they become the mean of all ranks of a job, as one process with the whole
-            batch would have them; all ranks must call this then.
+        mean_over_ranks: whether to average them over all ranks, which must all call this then.
     """
 
     def __init__(self, scalars: Mapping[str, Tensor], mean_over_ranks: bool = False) -> None:
@@ -62,7 +63,7 @@ class HostScalars(Mapping[str, Tensor]):
         self._values = dict(zip(self._names, host.unbind(), strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
-        """The scalar as a float32 tensor of no dimension on the CPU."""
+        """Return a scalar as a float32 tensor without dimensions on the CPU."""
         if self._event is not None:
             self._event.synchronize()
             self._event = None
@@ -75,8 +76,7 @@ class HostScalars(Mapping[str, Tensor]):
         return len(self._names)
 
 
-# --- What is image and what is padding, at every feature level (pure functions) ---
-# Shapes: B batch, H, W the padded input, h, w a feature level.
+# --- Padding of the feature levels ---
 
 
 def level_padding(
@@ -85,21 +85,20 @@ def level_padding(
     level_sizes_hw: SizesHW,
     device: torch.device | str,
 ) -> tuple[list[Tensor | None], Tensor]:
-    """Padding masks and valid ratios of every level, for images padded at the right and the bottom.
+    """Compute padding masks and valid ratios of every level, for images padded at the right and bottom.
 
-    A level's mask is the input's mask at the nearest pixels (``F.interpolate``'s rule), as in the
-    reference. Nothing is read back from ``device``.
+    A level's mask is the input's mask at the nearest pixels (``F.interpolate``), as in TAO. Nothing is read
+    back from ``device``.
 
     Args:
         valid_sizes_hw: unpadded height and width of each of the B images, in pixels, at least 1.
         input_size_hw: (H, W) of the padded batch.
         level_sizes_hw: (h, w) of every level.
-        device: where the result goes.
+        device: of the result.
 
     Returns:
-        One mask (B, h, w) a level, True in the padding, or None for all levels when nothing is
-        padded; and the valid share of each level (B, L, 2) as (x, y), 0..1, float32 (1, L, 2 when
-        nothing is padded).
+        A mask (B, h, w) of each level, True in the padding, or None for all levels when nothing is padded;
+        and the valid ratios (B, L, 2) as (x, y), 0..1, float32 (1, L, 2 when nothing is padded).
     """
     if all(tuple(size) == tuple(input_size_hw) for size in valid_sizes_hw):
         return [None] * len(level_sizes_hw), torch.ones(1, len(level_sizes_hw), 2, device=device)
@@ -123,16 +122,16 @@ def _inside(valid: Tensor, size: int) -> Tensor:
 
 
 def feature_sizes_hw(features: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Height and width of every feature map as Python integers."""
+    """Return height and width of every feature map as Python integers."""
     return tuple((int(feature.shape[-2]), int(feature.shape[-1])) for feature in features)
 
 
-# --- Deformable DETR as NVIDIA TAO trains it, assembled from mmdet's detector ---
+# --- The detector ---
 
 
 @MODELS.register_module()
 class TAODeformableDETR(DeformableDETR):
-    """mmdet's DeformableDETR with the reference's treatment of padding.
+    """mmdet's DeformableDETR with TAO's treatment of padding.
 
     ::
 
@@ -141,37 +140,35 @@ class TAODeformableDETR(DeformableDETR):
         img_shape of the samples ──────────┘   positions                             references  │
         logits, boxes ── bbox_head ── forward_decoder ───────────────────────────────────────────┘
 
-    What differs from mmdet:
+    Differences from mmdet:
 
-    - Padding shapes the sine positions and the valid ratios alone; attention values in the padding
-      count as they are. ``zero_padded_values=True`` sets them to zero, as mmdet and the original
-      authors do: then a prediction does not depend on the padding of its batch.
-    - ``forward(mode='tensor')`` works without data samples (nothing is padded then) and in training
-      mode.
-    - The caller's config is left as it is.
+    - Padding affects the sine positions and the valid ratios only; attention values in the padding are
+      used as they are. ``zero_padded_values=True`` sets them to zero, as mmdet and the original authors do:
+      then a prediction does not depend on the padding of its batch.
+    - ``forward(mode='tensor')`` works without data samples (nothing is padded then) and in training mode.
+    - The caller's config is not changed.
     - Nothing is read back from a GPU between images and predictions.
 
-    Initial weights are mmdet's, which are the reference's: Xavier in the transformer and the neck
-    (gain 1, bias 0), sampling offsets on eight rays, level embeddings and queries normal. The
-    backbone's are its own: give ResNet ``zero_init_residual=False`` where its norms are frozen and
-    no pretrained weights are loaded, else its residual branches stay zero.
+    Initial weights are mmdet's and TAO's: Xavier in the transformer and the neck (gain 1, bias 0), sampling
+    offsets on eight rays, level embeddings and queries normal. Give ResNet ``zero_init_residual=False`` where
+    its norms are frozen and no pretrained weights are loaded, else its residual branches stay zero.
 
     Args:
         zero_padded_values: whether attention values in the padding are set to zero.
-        activation_checkpoint: whether encoder and decoder layers recompute their activations in
-            the backward pass (less memory, more time, equal gradients).
-        frozen_modules: dotted names of modules or parameters that are not trained, e.g. ``"encoder"``; one
-            that the detector does not have is reported and passed over.
-        attention: what a GPU computes deformable attention with, see
+        activation_checkpoint: whether encoder and decoder layers recompute their activations in the backward
+            pass (less memory, more time, equal gradients).
+        frozen_modules: dotted names of modules or parameters that are not trained, e.g. ``"encoder"``;
+            unknown names are logged and skipped.
+        attention: the GPU implementation of deformable attention, see
             :func:`~ddetr_mm.models.deformable_attention.sample_values`.
-        compiled: what ``torch.compile`` makes of one piece: nothing (``none``), the ``backbone``, or
-            ``all`` of backbone, neck, encoder and decoder.
+        compiled: the modules given to ``torch.compile``: ``none``, ``backbone``, or ``all`` (backbone, neck,
+            encoder, decoder).
         compile_options: arguments of ``torch.compile``, e.g. ``{"mode": "reduce-overhead"}``.
         predict_dtype: ``float16`` or ``bfloat16`` runs :meth:`predict` under autocast.
         **kwargs: mmdet's.
 
     Raises:
-        ValueError: if ``compiled`` or ``predict_dtype`` is none of these.
+        ValueError: ``compiled`` or ``predict_dtype`` has another value.
     """
 
     def __init__(
@@ -190,10 +187,10 @@ class TAODeformableDETR(DeformableDETR):
         data_preprocessor: dict | nn.Module | None = None,
         **kwargs,
     ) -> None:
-        # mmengine looks the preprocessor up in its own registry unless mmdet is the default scope.
+        # Unless mmdet is the default scope, mmengine looks the preprocessor up in its own registry.
         if isinstance(data_preprocessor, dict):
             data_preprocessor = MODELS.build(copy.deepcopy(data_preprocessor))
-        # mmdet writes into the configs it is given.
+        # mmdet changes the configs it is given.
         super().__init__(
             *args,
             encoder=copy.deepcopy(encoder),
@@ -215,11 +212,11 @@ class TAODeformableDETR(DeformableDETR):
         if predict_dtype not in (None, "float16", "bfloat16"):
             raise ValueError(f"predict_dtype must be float16, bfloat16 or None, not {predict_dtype!r}")
         self.predict_dtype = predict_dtype
-        self.host_losses: HostScalars | None = None  # the last step's, for whoever watches them
+        self.host_losses: HostScalars | None = None  # the last step's, for hooks
         self._compile_parts(compiled, compile_options or {})
 
     def _compile_parts(self, compiled: str, options: dict) -> None:
-        """Let ``torch.compile`` take over modules at their first call; names of weights stay."""
+        """Compile modules at their first call, in place: names of weights do not change."""
         parts = {
             "none": (),
             "backbone": ("backbone",),
@@ -231,7 +228,7 @@ class TAODeformableDETR(DeformableDETR):
             getattr(self, part).compile(**options)
 
     def _freeze(self, name: str) -> None:
-        """Take a module's parameters, or one parameter, out of training."""
+        """Freeze a module's parameters, or one parameter."""
         frozen = [
             parameter
             for path, parameter in self.named_parameters()
@@ -245,7 +242,7 @@ class TAODeformableDETR(DeformableDETR):
             print_log(f"module [{name}] not found. Skipped freezing", "current", logging.WARNING)
 
     def _init_layers(self) -> None:
-        """Build what is neither backbone, neck nor head; names of parameters are mmdet's."""
+        """Build all modules but backbone, neck and head, with mmdet's parameter names."""
         self.positional_encoding = SinePositionalEncoding(**self.positional_encoding)
         self.encoder = DeformableEncoder(**self.encoder)
         self.decoder = DeformableDecoder(**self.decoder)
@@ -269,12 +266,12 @@ class TAODeformableDETR(DeformableDETR):
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: Sequence[DetDataSample] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Raw outputs of every decoder layer: ``forward(mode='tensor')``.
+        """Return the raw outputs of every decoder layer: ``forward(mode='tensor')``.
 
         Args:
             batch_inputs: (B, 3, H, W), normalised.
-            batch_data_samples: samples with ``img_shape`` and ``batch_input_shape``; None when the
-                images fill the batch.
+            batch_data_samples: samples with ``img_shape`` and ``batch_input_shape``; None when nothing is
+                padded.
 
         Returns:
             Logits (layers, B, Q, classes) and boxes (layers, B, Q, 4) as (cx, cy, w, h), 0..1 over
@@ -284,25 +281,25 @@ class TAODeformableDETR(DeformableDETR):
         outputs = self.forward_transformer(features, batch_data_samples)
         return self.bbox_head(outputs["hidden_states"], outputs["references"])
 
-    @staged("backbone")
+    @record_function("backbone")
     def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
-        """The neck's L feature levels, (B, C, h, w) each, of images (B, 3, H, W)."""
+        """Return the neck's L feature levels, (B, C, h, w) each, of images (B, 3, H, W)."""
         predicting = not torch.is_grad_enabled() and not torch.jit.is_tracing()
         if batch_inputs.device.type == "cpu" and predicting:
-            # oneDNN's convolutions take a seventh less time so, and the levels come in the order in which
-            # they are flattened. Not in training: its gradient of some 1x1 convolutions reads beyond what
-            # it is given (AVX-512, tiny maps) and ends the process.
+            # oneDNN's convolutions take a seventh less time, and the levels have the layout in which they
+            # are flattened. Not in training: oneDNN's gradient of some 1x1 convolutions reads out of bounds
+            # (AVX-512, tiny maps) and ends the process.
             batch_inputs = batch_inputs.contiguous(memory_format=torch.channels_last)
         return super().extract_feat(batch_inputs)
 
     def parse_losses(self, losses: dict) -> tuple[Tensor, HostScalars]:
-        """Sum the losses for the backward pass, and start sending all of them to the host for the log.
+        """Sum the losses for the backward pass, and start copying them to the host for the log.
 
         Args:
-            losses: tensors or lists of tensors by name; those with ``loss`` in their name are added up.
+            losses: tensors or lists of tensors by name; those with ``loss`` in their name are summed.
 
         Returns:
-            The sum, and the sum (as ``loss``) and means by name on their way to the host.
+            The sum for the backward pass; the sum (as ``loss``) and means by name for the log.
         """
         total, scalars = super().parse_losses(losses)
         self.host_losses = HostScalars(scalars, mean_over_ranks=True)
@@ -311,19 +308,19 @@ class TAODeformableDETR(DeformableDETR):
     def predict(
         self, batch_inputs: Tensor, batch_data_samples: Sequence[DetDataSample], rescale: bool = True
     ) -> Sequence[DetDataSample]:
-        """mmdet's, under autocast where ``predict_dtype`` is given; scores and boxes stay float32."""
+        """Predict as mmdet does, under autocast with ``predict_dtype``; scores and boxes stay float32."""
         if self.predict_dtype is None:
             return super().predict(batch_inputs, batch_data_samples, rescale)
         with torch.autocast(batch_inputs.device.type, dtype=getattr(torch, self.predict_dtype)):
             return super().predict(batch_inputs, batch_data_samples, rescale)
 
-    @staged("encoder")
+    @record_function("encoder")
     def pre_transformer(
         self,
         mlvl_feats: Sequence[Tensor],
         batch_data_samples: Sequence[DetDataSample] | None = None,
     ) -> tuple[dict, dict]:
-        """Flatten the levels, and work out positions and padding.
+        """Flatten the levels, and compute positions and padding.
 
         Args:
             mlvl_feats: L features (B, C, h, w).
@@ -334,7 +331,7 @@ class TAODeformableDETR(DeformableDETR):
             Arguments of :meth:`forward_encoder` and, in part, of :meth:`forward_decoder`.
 
         Raises:
-            ValueError: if the neck gives another number of levels than ``num_feature_levels``.
+            ValueError: the neck gives another number of levels than ``num_feature_levels``.
         """
         if len(mlvl_feats) != self.num_feature_levels:
             raise ValueError(
@@ -376,7 +373,7 @@ class TAODeformableDETR(DeformableDETR):
         positions = self.positional_encoding(mask, input=template)
         return positions.flatten(2).transpose(1, 2) + self.level_embed[level]
 
-    @staged("encoder")
+    @record_function("encoder")
     def forward_encoder(
         self,
         feat: Tensor,
@@ -412,11 +409,11 @@ class TAODeformableDETR(DeformableDETR):
         )
         return {"memory": memory, "memory_mask": feat_mask, "spatial_shapes": spatial_shapes}
 
-    @staged("decoder")
+    @record_function("decoder")
     def pre_decoder(
         self, memory: Tensor, memory_mask: Tensor | None, spatial_shapes: Tensor
     ) -> tuple[dict, dict]:
-        """Take mmdet's queries and initial references, computed in float32 under autocast.
+        """Return mmdet's queries and initial references, computed in float32 under autocast.
 
         Args:
             memory: (B, S, C).
@@ -434,13 +431,13 @@ class TAODeformableDETR(DeformableDETR):
     def get_proposal_pos_embed(
         self, proposals: Tensor, num_pos_feats: int | None = None, temperature: int = 10000
     ) -> Tensor:
-        """Sine encoding of two-stage proposals (B, Q, 4), as wide as ``pos_trans_fc`` wants it.
+        """Return the sine encoding of two-stage proposals (B, Q, 4), as wide as ``pos_trans_fc`` needs it.
 
         mmdet's always has 512 values, which fits a transformer of 256 channels only.
         """
         return super().get_proposal_pos_embed(proposals, num_pos_feats or self.embed_dims // 2, temperature)
 
-    @staged("decoder")
+    @record_function("decoder")
     def forward_decoder(
         self,
         query: Tensor,

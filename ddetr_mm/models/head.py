@@ -1,6 +1,6 @@
-"""Prediction head of Deformable DETR with the reference's loss, matching and post-processing.
+"""Prediction head of Deformable DETR with TAO's loss, matching and post-processing.
 
-Shapes: G decoder layers, B images, Q queries, C class columns.
+Shapes: G decoder layers, B images, Q queries, C class columns, k detections of an image.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from mmdet.registry import MODELS
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from mmengine.structures import InstanceData
 from torch import Tensor
+from torch.profiler import record_function
 
 from ddetr_mm.errors import InputError, Problem
 from ddetr_mm.models.deformable_attention import host_to_device, no_autocast
@@ -26,11 +27,9 @@ from ddetr_mm.models.losses import (
     matching_costs,
     set_losses,
 )
-from ddetr_mm.models.stages import stage, staged
 from ddetr_mm.models.transformer import place_boxes
 
-# --- From logits and relative boxes to detections (pure function) ---
-# Shapes: B images, Q queries, C class columns, k detections of an image.
+# --- Post-processing ---
 
 
 def top_detections(
@@ -40,21 +39,19 @@ def top_detections(
     max_per_image: int,
     background_column: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The most probable (query, class) pairs of every image: sigmoid, then top-k over Q x C.
+    """Return the most probable (query, class) pairs of every image: sigmoid, then top-k over Q x C.
 
-    One query may appear with several classes. Boxes may reach beyond the image, as the reference's
-    do.
+    One query may appear with several classes. Boxes are not clipped to the image, as in TAO.
 
     Args:
         logits: (B, Q, C).
         boxes_cxcywh: (B, Q, 4), 0..1 over the unpadded image.
         sizes_hw: (B, 2) height and width that boxes are scaled to, in pixels.
         max_per_image: k; fewer when Q x C is smaller.
-        background_column: whether column 0 stands for the background. Then it is left out before
-            the choice, so it takes no detection's place and is never a label.
+        background_column: whether column 0 is the background; it is then excluded before the top-k.
 
     Returns:
-        scores (B, k) in 0..1 falling, labels (B, k) = class columns, boxes_xyxy (B, k, 4) in pixels.
+        scores (B, k) in 0..1, descending, labels (B, k) = class columns, boxes_xyxy (B, k, 4) in pixels.
     """
     first = int(background_column)
     logits = logits.float()[..., first:]
@@ -68,21 +65,20 @@ def top_detections(
     return scores, labels, bbox_cxcywh_to_xyxy(boxes) * sizes_whwh[:, None]
 
 
-# --- Prediction head of Deformable DETR with the reference's loss, matching and post-processing ---
+# --- The head ---
 
 
 @MODELS.register_module()
 class TAODeformableDETRHead(DeformableDETRHead):
-    """mmdet's DeformableDETRHead with the reference's behaviour.
+    """mmdet's DeformableDETRHead with TAO's behaviour.
 
-    Parameters and their initialisation are mmdet's, and equal the reference's: class bias at
-    probability 0.01, last box layer zero, its width and height bias -2 (in the first layer only,
-    when boxes are refined).
+    Parameters and their initialisation are mmdet's and TAO's: class bias at probability 0.01, last box layer
+    zero, its width and height bias -2 (in the first layer only, when boxes are refined).
 
-    What differs from mmdet: all layers and images are matched with one transfer to the host; every
-    loss is divided by the number of labelled boxes averaged over ranks (``sync_cls_avg_factor`` is
-    accepted and has no further effect); scores and boxes are computed in float32 under autocast;
-    boxes are not clipped to the image unless asked; ``predict`` computes the last layer only.
+    Differences from mmdet: all layers and images are matched with one transfer to the host; every loss is
+    divided by the number of ground-truth boxes averaged over ranks (``sync_cls_avg_factor`` has no effect);
+    scores and boxes are computed in float32 under autocast; boxes are clipped to the image only with
+    ``clip_boxes``; ``predict`` computes the last layer only.
 
     Args:
         aux_loss: whether every decoder layer gets a loss (keys ``d0.loss_cls`` …), or only the last.
@@ -90,11 +86,11 @@ class TAODeformableDETRHead(DeformableDETRHead):
             COCO category ids then).
         **kwargs: mmdet's. ``loss_cls`` must be a FocalLoss; ``train_cfg.assigner`` a
             HungarianAssigner of FocalLossCost, BBoxL1Cost (xywh) and IoUCost (giou);
-            ``test_cfg.max_per_img`` (100) is the number of detections of an image, cut down to
-            queries x classes; ``test_cfg.clip_boxes`` (False) cuts boxes at the image's border.
+            ``test_cfg.max_per_img`` (100) is the number of detections of an image, at most queries x
+            classes; ``test_cfg.clip_boxes`` (False) clips boxes to the image.
 
     Raises:
-        ValueError: if the losses, the assigner or ``max_per_img`` are others than these.
+        ValueError: the losses, the assigner or ``max_per_img`` are not as above.
     """
 
     def __init__(self, *args, aux_loss: bool = True, background_column: bool = False, **kwargs) -> None:
@@ -114,7 +110,7 @@ class TAODeformableDETRHead(DeformableDETRHead):
             raise ValueError(f"test_cfg.max_per_img must be at least 1, not {self.max_per_img}")
 
     def forward(self, hidden_states: Tensor, references: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Scores and boxes of every decoder layer.
+        """Return logits and boxes of every decoder layer.
 
         Args:
             hidden_states: (G, B, Q, channels).
@@ -132,7 +128,7 @@ class TAODeformableDETRHead(DeformableDETRHead):
         return torch.stack(logits), torch.stack(boxes_cxcywh)
 
     def forward_layer(self, layer: int, hidden_state: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, Q, C) and boxes (B, Q, 4) of one decoder layer, float32 under autocast.
+        """Return logits (B, Q, C) and boxes (B, Q, 4) of one decoder layer, float32 under autocast.
 
         Args:
             layer: decoder layer, from 0.
@@ -144,9 +140,9 @@ class TAODeformableDETRHead(DeformableDETRHead):
             logits = branch(hidden_state.to(branch.weight.dtype))
         return logits, place_boxes(self.reg_branches[layer], hidden_state, reference)
 
-    @staged("loss")
+    @record_function("loss")
     def loss(self, *args, **kwargs) -> dict[str, Tensor]:
-        """mmdet's: the outputs of all layers, matched and compared with the labels of the samples."""
+        """Return the losses as mmdet does, see :meth:`loss_by_feat`."""
         return super().loss(*args, **kwargs)
 
     def loss_by_feat(
@@ -159,7 +155,7 @@ class TAODeformableDETRHead(DeformableDETRHead):
         batch_img_metas: Sequence[dict],
         batch_gt_instances_ignore: None = None,
     ) -> dict[str, Tensor]:
-        """Match and compute the weighted losses.
+        """Match queries to ground truth and compute the weighted losses.
 
         Args:
             all_layers_cls_scores: (G, B, Q, C) logits.
@@ -169,15 +165,15 @@ class TAODeformableDETRHead(DeformableDETRHead):
             batch_gt_instances: ``labels`` and ``bboxes`` (xyxy, pixels of ``img_shape``) per image.
             batch_img_metas: ``img_shape``, the unpadded (height, width), and ``img_path`` if known. Losses
                 are zero where all images are marked ``is_filler``.
-            batch_gt_instances_ignore: must be None; ignored objects take no part.
+            batch_gt_instances_ignore: not used.
 
         Returns:
             ``loss_cls``, ``loss_bbox``, ``loss_iou`` of the last layer; those of layer i < G - 1 as
             ``d{i}.loss_…``; those of the encoder's proposals as ``enc_loss_…``.
 
         Raises:
-            NonFiniteCostError: if predictions are NaN or infinite.
-            DataError: if a label is not a class column.
+            NonFiniteCostError: predictions are NaN or infinite.
+            DataError: a label is not a class column.
         """
         objects = Objects.from_instances(batch_gt_instances, batch_img_metas)
         first = 0 if self.aux_loss else len(all_layers_cls_scores) - 1
@@ -186,7 +182,7 @@ class TAODeformableDETRHead(DeformableDETRHead):
         for layer in range(len(losses["loss_cls"]) - 1):
             named.update({f"d{layer}.{name}": values[layer] for name, values in losses.items()})
         if enc_cls_scores is not None:
-            # Proposals are told from nothing only, all in column 0, as in the original two-stage code.
+            # Proposals are classified as object or not, in column 0, as in the original two-stage code.
             foreground = [
                 InstanceData(labels=torch.zeros_like(gt.labels), bboxes=gt.bboxes)
                 for gt in batch_gt_instances
@@ -195,7 +191,7 @@ class TAODeformableDETRHead(DeformableDETRHead):
             losses = self._losses(enc_cls_scores[None], enc_bbox_preds[None], objects)
             named.update({f"enc_{name}": values[0] for name, values in losses.items()})
         if all(meta.get("is_filler", False) for meta in batch_img_metas):
-            # This rank only keeps the others company in an epoch's last step.
+            # This rank only takes part in the collectives of an epoch's last step.
             named = {name: loss * 0 for name, loss in named.items()}
         return named
 
@@ -204,13 +200,13 @@ class TAODeformableDETRHead(DeformableDETRHead):
         if self.matching_cost is None:
             raise ValueError("the head cannot be trained without train_cfg.assigner")
         try:
-            with stage("matching"):
+            with record_function("matching"):
                 costs = matching_costs(logits, boxes_cxcywh, objects, self.matching_cost)
                 matches = assign_all_layers(costs, objects, num_classes=logits.shape[-1])
         except NonFiniteCostError:
             if not self.tolerates_non_finite:
                 raise
-            box_divisor(len(objects.labels), logits.device)  # the other ranks wait for this one's number
+            box_divisor(len(objects.labels), logits.device)  # the other ranks wait in its all-reduce
             lost = (logits.flatten(1).sum(-1) + boxes_cxcywh.flatten(1).sum(-1)) * float("nan")
             return dict.fromkeys(("loss_cls", "loss_bbox", "loss_iou"), lost)
         return set_losses(
@@ -224,19 +220,19 @@ class TAODeformableDETRHead(DeformableDETRHead):
         batch_data_samples: Sequence,
         rescale: bool = True,
     ) -> list[InstanceData]:
-        """Detections from the last decoder layer.
+        """Return the detections of the last decoder layer.
 
         Args:
             hidden_states: (G, B, Q, channels).
             references: as in :meth:`forward`.
             batch_data_samples: B samples with ``img_shape`` and, to rescale, ``scale_factor``.
-            rescale: whether boxes are in pixels of the original image, or of the resized one.
+            rescale: whether boxes are in pixels of the original image instead of the resized one.
 
         Returns:
-            Per image ``bboxes`` (k, 4) xyxy, ``scores`` (k,) falling, ``labels`` (k,).
+            Per image ``bboxes`` (k, 4) xyxy, ``scores`` (k,) descending, ``labels`` (k,).
 
         Raises:
-            InputError: if ``rescale`` is asked for and a sample has no ``scale_factor``.
+            InputError: with ``rescale``, a sample has no ``scale_factor``.
         """
         last = len(hidden_states) - 1
         logits, boxes_cxcywh = self.forward_layer(last, hidden_states[last], references[last])
@@ -250,7 +246,7 @@ class TAODeformableDETRHead(DeformableDETRHead):
         batch_img_metas: Sequence[dict],
         rescale: bool = False,
     ) -> list[InstanceData]:
-        """Detections from the last of the given layers; arguments and result as in :meth:`predict`."""
+        """Return the detections of the last given layer, see :meth:`predict`."""
         logits, boxes_cxcywh = all_layers_cls_scores[-1], all_layers_bbox_preds[-1]
         sizes = [detection_size_hw(meta, rescale) for meta in batch_img_metas]
         sizes_hw = host_to_device(sizes, logits.device, torch.float32)
@@ -267,14 +263,14 @@ class TAODeformableDETRHead(DeformableDETRHead):
 
 
 def detection_size_hw(img_meta: dict, rescale: bool) -> tuple[float, float]:
-    """Height and width that relative boxes of an image are multiplied by, in pixels.
+    """Return height and width in pixels that relative boxes of an image are scaled to.
 
     Args:
         img_meta: ``img_shape`` (height, width) and ``scale_factor`` (width, height).
         rescale: whether to undo the resizing.
 
     Raises:
-        InputError: if ``rescale`` is asked for and ``scale_factor`` is missing.
+        InputError: with ``rescale``, ``scale_factor`` is missing.
     """
     height, width = img_meta["img_shape"][:2]
     if not rescale:

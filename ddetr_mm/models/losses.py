@@ -1,4 +1,12 @@
-"""Matching of queries to ground truth, and the losses of all decoder layers."""
+"""Matching of queries to ground truth, and the losses, for all decoder layers and images at once.
+
+Matching is DETR's bipartite matching (arXiv 2005.12872, section 3.1) with Deformable DETR's focal class cost.
+Costs and matches are mmdet's (FocalLossCost, BBoxL1Cost, IoUCost), computed with one transfer to the host
+instead of one per image and layer.
+
+Shapes: G decoder layers, B images, Q queries, C class columns, N objects of all images together, M matched
+pairs of all layers and images.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +24,15 @@ from torch import Tensor, nn
 from ddetr_mm.errors import DataError, Problem
 from ddetr_mm.models.deformable_attention import host_to_device
 
-# --- One-to-one matching of predictions to objects, for all decoder layers and images at once ---
-# Source: the bipartite matching of DETR (arXiv 2005.12872, section 3.1) with Deformable DETR's focal
-# class cost. The costs are mmdet's (FocalLossCost, BBoxL1Cost, IoUCost) and so are the matches; the
-# difference is that all layers and images are computed together and cross to the host once, where
-# mmdet crosses once per image and layer.
-#
-# Shapes: G decoder layers, B images, Q queries, C class columns, N objects of all images together,
-# M matched pairs of all layers and images.
+# --- Matching ---
 
 
 class NonFiniteCostError(FloatingPointError):
     """Predictions of NaN or infinity reached the matcher: training has diverged.
 
     Attributes:
-        images: names of the images concerned.
-        layers: decoder layers concerned, from 0.
+        images: names of the affected images.
+        layers: affected decoder layers, from 0.
     """
 
     def __init__(self, images: Sequence[str], layers: Sequence[int]) -> None:
@@ -64,8 +65,8 @@ class MatchingCost:
         """Read the settings of mmdet's assigner.
 
         Raises:
-            ValueError: if it is another assigner, or has other costs than one each of
-                FocalLossCost, BBoxL1Cost (``xywh``) and IoUCost (``giou``); one left out weighs 0.
+            ValueError: it is another assigner, or has other costs than one each of FocalLossCost, BBoxL1Cost
+                (``xywh``) and IoUCost (``giou``); a missing one has weight 0.
         """
         wanted = (
             "a HungarianAssigner with at most one each of FocalLossCost, BBoxL1Cost(box_format='xywh') "
@@ -92,7 +93,7 @@ class MatchingCost:
 
 @dataclass(frozen=True)
 class Objects:
-    """The labelled objects of a batch, image after image.
+    """The ground truth of a batch, concatenated over its images.
 
     Attributes:
         labels: (N,) class columns.
@@ -100,7 +101,7 @@ class Objects:
         image_index: (N,) the image of each object.
         counts: objects of every image, B integers.
         sizes_whwh: (B, 4) unpadded image sizes in pixels as (width, height, width, height).
-        image_names: what to call the images in messages.
+        image_names: names of the images, for messages.
     """
 
     labels: Tensor
@@ -146,7 +147,7 @@ class Matches:
 
 @torch.no_grad()
 def matching_costs(logits: Tensor, boxes_cxcywh: Tensor, objects: Objects, cost: MatchingCost) -> Tensor:
-    """The cost of giving each object to each query of its image.
+    """Compute the cost of matching each object to each query of its image.
 
     Args:
         logits: (G, B, Q, C).
@@ -155,7 +156,7 @@ def matching_costs(logits: Tensor, boxes_cxcywh: Tensor, objects: Objects, cost:
         cost: weights and constants.
 
     Returns:
-        (G, N, Q) float32; NaN for objects whose label is no class column.
+        (G, N, Q) float32; NaN for objects whose label is not a class column.
     """
     logits, boxes_cxcywh = logits.float(), boxes_cxcywh.float()
     num_classes = logits.shape[-1]
@@ -170,7 +171,7 @@ def matching_costs(logits: Tensor, boxes_cxcywh: Tensor, objects: Objects, cost:
     predicted = boxes_cxcywh[:, image]  # (G, N, Q, 4)
     wanted = objects.boxes_cxcywh[None, :, None]
     l1_cost = (predicted - wanted).abs().sum(-1)
-    # In pixels, so that the tiny constant that guards the division stays tiny beside small boxes.
+    # In pixels, so that the constant in the divisor is negligible for small boxes.
     sizes_whwh = objects.sizes_whwh[image][None, :, None]
     giou = bbox_overlaps(
         bbox_cxcywh_to_xyxy(predicted) * sizes_whwh,
@@ -183,19 +184,19 @@ def matching_costs(logits: Tensor, boxes_cxcywh: Tensor, objects: Objects, cost:
 
 
 def assign_all_layers(costs: Tensor, objects: Objects, num_classes: int) -> Matches:
-    """Solve every layer's and image's assignment problem, with one transfer to the host and one back.
+    """Solve the assignment problem of every layer and image, with one transfer to the host and one back.
 
     Args:
         costs: (G, N, Q) of :func:`matching_costs`.
         objects: the batch's objects.
-        num_classes: class columns of the model, for the message about a label beyond them.
+        num_classes: class columns of the model.
 
     Returns:
-        The matches: per layer and image ``min(Q, objects)`` pairs of least total cost.
+        The matches: ``min(Q, objects)`` pairs of least total cost for each layer and image.
 
     Raises:
-        NonFiniteCostError: if predictions are not finite.
-        DataError: if a label is not a class column.
+        NonFiniteCostError: predictions are not finite.
+        DataError: a label is not a class column.
     """
     costs_host = costs.cpu().numpy()
     if not np.isfinite(costs_host).all():
@@ -214,7 +215,7 @@ def assign_all_layers(costs: Tensor, objects: Objects, num_classes: int) -> Matc
 
 
 def _explain_non_finite(costs_host: np.ndarray, objects: Objects, num_classes: int) -> None:
-    """Raise the error that tells which images are concerned, and whether labels or predictions are."""
+    """Raise the error for labels out of range, or else for non-finite predictions, with the image names."""
     image_index = np.repeat(np.arange(len(objects.counts)), objects.counts)
     labels = objects.labels.cpu().numpy()
     wrong = (labels < 0) | (labels >= num_classes)
@@ -235,16 +236,14 @@ def _explain_non_finite(costs_host: np.ndarray, objects: Objects, num_classes: i
     )
 
 
-# --- The set loss of Deformable DETR, for all decoder layers at once (pure functions over tensors) ---
-# Sums over classes, boxes and queries are divided by the number of labelled boxes, averaged over
-# ranks, at least 1: the reference's divisor for all three losses (mmdet divides by matched queries,
-# which differs when an image has more objects than there are queries).
-#
-# Shapes: G decoder layers, B images, Q queries, C class columns, M matched pairs.
+# --- Losses ---
 
 
 def box_divisor(num_boxes: int, device: torch.device | str) -> Tensor:
-    """What loss sums are divided by: ``num_boxes`` of this rank averaged over ranks, at least 1."""
+    """Return the divisor of all loss sums, as in TAO: ground-truth boxes averaged over ranks, at least 1.
+
+    mmdet divides by matched queries, which differs when an image has more objects than queries.
+    """
     return reduce_mean(host_to_device([num_boxes], device, torch.float32)).clamp(min=1)
 
 
@@ -257,13 +256,13 @@ def set_losses(
     loss_bbox: nn.Module,
     loss_iou: nn.Module,
 ) -> dict[str, Tensor]:
-    """Weighted losses of every layer, in float32.
+    """Compute the weighted losses of every layer, in float32.
 
     Args:
         logits: (G, B, Q, C).
         boxes_cxcywh: (G, B, Q, 4), 0..1 over the unpadded image.
         objects: the batch's objects.
-        matches: which query answers for which object, in every layer.
+        matches: of :func:`assign_all_layers`.
         loss_cls: mmdet's FocalLoss, with its ``loss_weight``.
         loss_bbox: mmdet's L1Loss, likewise.
         loss_iou: mmdet's GIoULoss, likewise.
@@ -275,7 +274,7 @@ def set_losses(
     num_layers, num_classes = logits.shape[0], logits.shape[-1]
     divisor = box_divisor(len(objects.labels), logits.device)
 
-    # One-hot targets: given indices, mmdet's focal loss would need mmcv's compiled op on a GPU.
+    # One-hot targets: with indices, mmdet's focal loss would need mmcv's compiled op on a GPU.
     classes = torch.zeros_like(logits)
     labels = objects.labels[matches.target]
     classes[matches.layer, matches.image, matches.query, labels] = 1.0
@@ -286,7 +285,7 @@ def set_losses(
 
     predicted = boxes_cxcywh[matches.layer, matches.image, matches.query]
     if not len(predicted):
-        # Keeps the box branches in the graph: their gradients are zero, not missing.
+        # Keeps the box branches in the graph, with zero gradients.
         nothing = boxes_cxcywh.flatten(1).sum(-1) * 0
         return {**losses, "loss_bbox": nothing, "loss_iou": nothing}
     wanted = objects.boxes_cxcywh[matches.target]

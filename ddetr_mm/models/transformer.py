@@ -1,13 +1,12 @@
 """Encoder and decoder of Deformable DETR: mmdet's, with our attention and float32 box arithmetic.
 
-Parameter names equal those of mmdet's classes, so mmdet checkpoints load unchanged. What differs
-from mmdet, and why:
+Parameter names are mmdet's, so that mmdet checkpoints load unchanged. Differences from mmdet:
 
 - attention is :class:`~ddetr_mm.models.deformable_attention.DeformableAttention`;
-- level sizes travel as Python integers beside the tensors, so that a GPU is never waited for;
-- boxes are refined in float32 under autocast (bfloat16 keeps 8 bits: two pixels of 1000) and
-  outside the autograd graph, since the refined reference is detached anyway;
-- activation checkpointing uses torch's own, needs no further package and covers the decoder too.
+- level sizes are passed as Python integers beside the tensors, which saves a synchronisation with the GPU;
+- boxes are refined in float32 under autocast (bfloat16 keeps 8 bits: two pixels of 1000) and outside the
+  autograd graph, since the refined reference is detached anyway;
+- activation checkpointing is torch's own (no further package) and covers the decoder too.
 
 Shapes: B batch, Q queries, S sum of all levels' H*W, C channels, L levels.
 """
@@ -33,11 +32,11 @@ from ddetr_mm.models.deformable_attention import DeformableAttention, SizesHW, n
 
 
 class _Checkpointed(nn.Module):
-    """A layer that can forget its activations and compute them again in the backward pass.
+    """Mixin for a layer that recomputes its activations in the backward pass.
 
     Attributes:
-        activation_checkpoint: whether to do so in training. Gradients are the same: the random
-            state of dropout is restored for the second computation.
+        activation_checkpoint: whether to do so in training. Gradients are equal: dropout's random state is
+            restored.
     """
 
     activation_checkpoint: bool = False
@@ -70,7 +69,7 @@ class DeformableDecoderLayer(_Checkpointed, DeformableDetrTransformerDecoderLaye
 
 
 class DeformableEncoder(DeformableDetrTransformerEncoder):
-    """mmdet's encoder with our layers; ``num_cp`` checkpoints the first so many of them."""
+    """mmdet's encoder with our layers; ``num_cp`` is the number of first layers to checkpoint."""
 
     def _init_layers(self) -> None:
         self.layers = ModuleList(DeformableEncoderLayer(**self.layer_cfg) for _ in range(self.num_layers))
@@ -97,7 +96,7 @@ class DeformableEncoder(DeformableDetrTransformerEncoder):
             key_padding_mask: (B, S), True where values count as 0, or None.
             spatial_shapes: (L, 2) as (height, width).
             level_start_index: (L,).
-            valid_ratios: (B or 1, L, 2) as (x, y): the share of each level that is no padding.
+            valid_ratios: (B or 1, L, 2) as (x, y): the unpadded share of each level.
             level_sizes_hw: ``spatial_shapes`` as integers; read from the tensor when None.
             **kwargs: passed to every layer.
 
@@ -188,10 +187,10 @@ class DeformableDecoder(DeformableDetrTransformerDecoder):
 
 
 def place_boxes(branch: nn.Sequential, hidden_state: Tensor, reference_points: Tensor) -> Tensor:
-    """Boxes as a branch's correction to reference points, in float32 whatever autocast says.
+    """Apply a box branch's corrections to reference points, in float32 also under autocast.
 
     Args:
-        branch: the layers from a hidden state to four unbounded numbers.
+        branch: layers from a hidden state to four unbounded numbers.
         hidden_state: (B, Q, C).
         reference_points: (B, Q, 2) as (cx, cy) or (B, Q, 4) as (cx, cy, w, h), 0..1.
 
@@ -202,5 +201,5 @@ def place_boxes(branch: nn.Sequential, hidden_state: Tensor, reference_points: T
         deltas = branch(hidden_state.to(branch[0].weight.dtype)).float()
         anchors = inverse_sigmoid(reference_points.float())
         if anchors.shape[-1] == 2:
-            anchors = F.pad(anchors, (0, 2))  # a point says nothing about width and height
+            anchors = F.pad(anchors, (0, 2))  # a point has no width and height
         return (deltas + anchors).sigmoid()

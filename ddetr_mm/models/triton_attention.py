@@ -1,4 +1,19 @@
-"""Deformable sampling on the GPU: mmcv's op or our Triton kernels."""
+"""Deformable sampling on a GPU: mmcv's compiled op, Triton kernels, and the choice between them.
+
+The Triton kernels are in :mod:`ddetr_mm.models.triton_kernels`, imported at the first call; importing this
+module needs no Triton. Values may be float32, float16 or bfloat16; locations are float32 and so are sums.
+
+The gradient of the values has two forms. By atomic additions, every point adds to the cells around it; the
+order varies, so that the last bits differ from run to run. By a gather, points are sorted by cell, stably,
+and every cell sums its own in that order: deterministic.
+
+Candidates are tried in a fixed order: mmcv's op, then Triton. The first whose results agree with mmcv's
+PyTorch form on the first tensors of a kind is used from then on, and logged; a candidate that fails, or
+returns zeros or non-finite numbers, is skipped with a warning. So two runs on one machine use the same
+kernels.
+
+Shapes as in :mod:`ddetr_mm.models.deformable_attention`.
+"""
 
 from __future__ import annotations
 
@@ -9,38 +24,31 @@ import importlib.util
 import logging
 import math
 import os
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
+from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 from mmengine.logging import print_log
 from torch import Tensor
+from torch.nn import functional
 
 from ddetr_mm.compat.mmcv_ops import INSTALL_COMMAND, has_compiled_ops
 from ddetr_mm.errors import Problem, StackError
 
-# --- Multi-scale deformable attention by Triton: sampling and its gradients, without a build ---
-# The kernels are in :mod:`ddetr_mm.models.triton_kernels`, loaded at the first call; importing this module
-# needs no Triton. Values may be float32, float16 or bfloat16, sums are float32, locations always are.
-#
-# The gradient of the values has two forms. By atomic additions: every point adds to the cells around it; the
-# order is the hardware's, so the last bits differ from run to run. By a gather: points are sorted by cell,
-# stably, and every cell adds up its own in that order; always the same bits.
-#
-# Shapes as in :mod:`ddetr_mm.models.deformable_attention`.
+# --- Triton ---
 
 _INT32_LIMIT = 2**31 - 1
 _GATHER_BLOCK = 32
-"""Points that the gather adds up at once; a part of the summation order, so never tuned."""
+"""Points that the gather sums at once; it affects the order of summation, so it is never tuned."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is cut into programs.
+    """How a kernel's work is divided into programs.
 
     Attributes:
         queries: queries of one program, a power of two.
@@ -51,23 +59,23 @@ class Launch:
     warps: int = 4
 
 
-LAUNCHES = (Launch(16, 2), Launch(16, 4), Launch(32, 4), Launch(64, 4), Launch(64, 8))
-"""Cuts worth trying; which is quickest depends on the GPU, the number of queries and the dtype."""
+LAUNCHES = (Launch(32, 4), Launch(16, 4), Launch(16, 2), Launch(64, 4), Launch(64, 8))
+"""In the order in which they are tried; smaller ones need fewer registers."""
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton is installed (it is not loaded)."""
+    """Return whether Triton is installed, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def interprets() -> bool:
-    """Whether Triton's interpreter is on (``TRITON_INTERPRET=1``): kernels then run on a CPU, slowly."""
+    """Return whether Triton's interpreter is on (``TRITON_INTERPRET=1``), which runs kernels on a CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernels run on tensors of a device: NVIDIA and AMD GPUs, or a CPU by the interpreter."""
+    """Return whether the kernels run on a device: NVIDIA and AMD GPUs, or a CPU with the interpreter."""
     return has_triton() and (device.type == "cuda" or (device.type == "cpu" and interprets()))
 
 
@@ -77,7 +85,7 @@ def _kernels() -> ModuleType:
 
 
 def _current(device: torch.device) -> AbstractContextManager:
-    """A block in which a GPU is the current one: Triton launches there, wherever the tensors are."""
+    """Return a context in which a GPU is the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -86,10 +94,10 @@ def _power_of_two(number: int) -> int:
 
 
 def _check(value: Tensor, locations: Tensor, weights: Tensor, spatial_shapes: Tensor) -> None:
-    """Refuse what the kernels would read or write out of range.
+    """Refuse arguments for which the kernels would read or write out of bounds.
 
     Raises:
-        ValueError: if shapes do not fit together, or locations are not float32.
+        ValueError: shapes do not fit together, or locations are not float32.
     """
     batch, _, heads, _ = value.shape
     expected = (batch, locations.shape[1], heads, len(spatial_shapes), locations.shape[4])
@@ -110,21 +118,21 @@ def sample_forward(
     level_start_index: Tensor,
     launch: Launch = Launch(),
 ) -> Tensor:
-    """Sample bilinearly and add up by weight.
+    """Sample bilinearly and sum by weight, with Triton.
 
     Args:
         value: (B, S, M, D), float32, float16 or bfloat16.
-        locations: (B, Q, M, L, P, 2) as (x, y), 0..1, float32; outside counts as zero, NaN spreads.
+        locations: (B, Q, M, L, P, 2) as (x, y), 0..1, float32; zero outside, NaN propagates.
         weights: (B, Q, M, L, P), any of the three dtypes.
         spatial_shapes: (L, 2) integers on the same device, as (height, width); they must add up to S.
         level_start_index: (L,) integers on the same device.
-        launch: how the work is cut.
+        launch: how the work is divided.
 
     Returns:
         (B, Q, M * D) in the dtype of ``value``, summed in float32.
 
     Raises:
-        ValueError: if shapes do not fit together, or locations are not float32.
+        ValueError: shapes do not fit together, or locations are not float32.
     """
     _check(value, locations, weights, spatial_shapes)
     value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
@@ -166,7 +174,7 @@ def sample_backward(
     value_needs_grad: bool = True,
     launch: Launch = Launch(),
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of values, locations and weights.
+    """Compute the gradients of values, locations and weights, with Triton.
 
     Args:
         grad_output: (B, Q, M * D).
@@ -175,14 +183,14 @@ def sample_backward(
         weights: likewise.
         spatial_shapes: likewise.
         level_start_index: likewise.
-        gather: whether the values' gradient is gathered in a fixed order; else it is made by atomic
-            additions. The gather needs some 20 bytes more memory a point.
-        value_needs_grad: whether the values' gradient is wanted.
-        launch: how the work is cut; not the gather, so that its results do not depend on it.
+        gather: whether the values' gradient is gathered in a fixed order instead of added atomically. It
+            needs some 20 bytes more memory a point.
+        value_needs_grad: whether to compute the values' gradient.
+        launch: how the work is divided, except the gather's, whose results would depend on it.
 
     Returns:
         The gradients in the dtypes of ``value``, ``locations`` and ``weights``; the first None if not
-        wanted.
+        needed.
     """
     _check(value, locations, weights, spatial_shapes)
     tensors = (grad_output, value, locations, weights)
@@ -206,7 +214,7 @@ def _point_gradients(
     add: bool,
     launch: Launch,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of values (by atomic additions if ``add``, else None), locations and weights."""
+    """Return the gradients of values (by atomic additions if ``add``, else None), locations and weights."""
     batch, num_values, heads, channels = value.shape
     _, num_queries, _, levels, points = weights.shape
     grad_locations, grad_weights = torch.zeros_like(locations), torch.zeros_like(weights)
@@ -220,7 +228,7 @@ def _point_gradients(
             spatial_shapes,
             level_start_index,
             grad_output,
-            grad_value if add else grad_output,  # not written to when nothing is added
+            grad_value if add else grad_output,  # not written if not add
             grad_locations,
             grad_weights,
             num_queries,
@@ -245,14 +253,14 @@ def _gathered_value_gradient(
     spatial_shapes: Tensor,
     level_start_index: Tensor,
 ) -> Tensor:
-    """The values' gradient, every cell's points added up in the order of the points."""
+    """Return the values' gradient, every cell's points summed in the order of the points."""
     batch, num_values, heads, channels = value.shape
     _, num_queries, _, levels, points = weights.shape
     num_points = weights.numel()
     if not num_points:
         return torch.zeros_like(value)
     # A level has (H + 1) * (W + 1) bins. The sum over levels is bounded without reading the sizes back:
-    # (H + 1) * (W + 1) <= 4 * H * W; the exact number would make the host wait.
+    # (H + 1) * (W + 1) <= 4 * H * W; the exact number would synchronise with the host.
     level_bins = (spatial_shapes + 1).prod(-1)
     bin_starts = level_bins.cumsum(0) - level_bins
     bins_per_head = 4 * num_values
@@ -301,25 +309,19 @@ def _gathered_value_gradient(
     return grad_value
 
 
-# --- Deformable sampling on a GPU: who can do it, and who does it ---
-# mmcv's compiled op is the default where it is installed and the yardstick of the others; the Triton kernels
-# need no build. With ``"auto"``, where there are several, all are run once on the first tensors of a kind,
-# compared with the first, and timed; the fastest is kept for that kind, and the log says so. Nothing is
-# measured where that would disturb: under deterministic algorithms and while a CUDA graph is captured.
-#
-# Forward and backward are chosen apart: both need nothing but the inputs.
+# --- Candidates ---
 
 IMPLEMENTATIONS = ("auto", "mmcv", "triton", "torch")
-"""What a config may ask for; ``torch`` is mmcv's PyTorch form."""
+"""Values of a config; ``torch`` is mmcv's PyTorch form."""
 
 Run = Callable[..., tuple[Tensor, ...]]
 
 
 @functools.cache
 def has_compiled_cuda_op() -> bool:
-    """Whether the installed mmcv brings its deformable attention compiled for CUDA.
+    """Return whether the installed mmcv has its deformable attention compiled for CUDA.
 
-    False where ``mmcv._ext`` is our stand-in (mmcv-lite) or was built for the CPU only.
+    False with mmcv-lite, and where mmcv was built for the CPU only.
     """
     if not has_compiled_ops():
         return False
@@ -327,7 +329,7 @@ def has_compiled_cuda_op() -> bool:
 
 
 GPU_HAS_ITS_OWN = has_compiled_cuda_op() or has_triton()
-"""Whether a GPU here has more than mmcv's PyTorch form; a constant, so that torch.compile sees one."""
+"""Whether a GPU has more than mmcv's PyTorch form; a constant for torch.compile."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +339,7 @@ class Candidate:
     Attributes:
         name: for the log.
         run: takes the tensors, returns a tuple of tensors.
-        deterministic: whether the same inputs give the same bits.
+        deterministic: whether equal inputs give equal bits.
     """
 
     name: str
@@ -346,14 +348,14 @@ class Candidate:
 
 
 def _op_step(batch: int, im2col_step: int) -> int:
-    """How many images mmcv's op takes at once; the batch must be a multiple of it."""
+    """Return how many images mmcv's op handles at once; the batch must be a multiple of it."""
     return batch if batch <= im2col_step else math.gcd(batch, im2col_step)
 
 
 def mmcv_forward(
     value: Tensor, locations: Tensor, weights: Tensor, shapes: Tensor, starts: Tensor, *, im2col_step: int
 ) -> tuple[Tensor]:
-    """mmcv's compiled op in float32; (B, Q, M * D) in the dtype of ``value``."""
+    """Sample with mmcv's compiled op in float32; (B, Q, M * D) in the dtype of ``value``."""
     op = importlib.import_module("mmcv._ext").ms_deform_attn_forward
     step = _op_step(len(value), im2col_step)
     tensors = (value.float().contiguous(), shapes, starts, locations.contiguous(), weights.contiguous())
@@ -370,7 +372,7 @@ def mmcv_backward(
     *,
     im2col_step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of values, locations and weights by mmcv's compiled op in float32."""
+    """Compute the gradients with mmcv's compiled op in float32."""
     op = importlib.import_module("mmcv._ext").ms_deform_attn_backward
     value_f32, locations, weights = value.float().contiguous(), locations.contiguous(), weights.contiguous()
     gradients = torch.zeros_like(value_f32), torch.zeros_like(locations), torch.zeros_like(weights)
@@ -394,10 +396,10 @@ def _triton_forward(*tensors: Tensor, launch: Launch) -> tuple[Tensor]:
 def forward_candidates(
     device: torch.device, implementation: str = "auto", im2col_step: int = 64
 ) -> list[Candidate]:
-    """The ways to sample on a GPU, the default first.
+    """Return the candidates for sampling on a GPU, in order.
 
     Args:
-        device: a GPU (or a CPU, under Triton's interpreter).
+        device: a GPU, or a CPU with Triton's interpreter.
         implementation: one of :data:`IMPLEMENTATIONS`; ``auto`` gives all.
         im2col_step: largest number of images mmcv's op handles at once.
     """
@@ -417,7 +419,7 @@ def forward_candidates(
 def backward_candidates(
     device: torch.device, implementation: str = "auto", im2col_step: int = 64
 ) -> list[Candidate]:
-    """The ways to compute the gradients on a GPU, the default first; arguments as for the forward."""
+    """Return the candidates for the gradients on a GPU, in order; arguments as for the forward."""
     found = []
     if implementation in ("auto", "mmcv") and device.type == "cuda" and has_compiled_cuda_op():
         run = functools.partial(mmcv_backward, im2col_step=im2col_step)
@@ -436,16 +438,16 @@ def backward_candidates(
 
 
 def check_available(implementation: str, device: torch.device) -> None:
-    """Refuse an implementation that cannot run on a GPU as things are installed.
+    """Refuse an implementation that is not available for a device.
 
     Raises:
-        StackError: if it cannot, with what to do about it.
+        StackError: says how to install it.
     """
     if implementation == "mmcv" and not has_compiled_cuda_op():
-        hint = f"run `{INSTALL_COMMAND}`, or leave the choice to `auto`"
+        hint = f"run `{INSTALL_COMMAND}`, or set ddetr_mm.attention=auto"
         raise StackError(Problem("mmcv has no compiled CUDA op for deformable attention here", hint=hint))
     if implementation == "triton" and not runs_on(device):
-        hint = "install triton, which comes with PyTorch's CUDA builds, or leave the choice to `auto`"
+        hint = "install triton, which comes with PyTorch's CUDA builds, or set ddetr_mm.attention=auto"
         raise StackError(
             Problem(
                 "the Triton kernels of deformable attention cannot run here", value=str(device), hint=hint
@@ -453,25 +455,73 @@ def check_available(implementation: str, device: torch.device) -> None:
         )
 
 
-def time_on_gpu(run: Callable[[], object], repeats: int = 7) -> float:
-    """Median time of a call in milliseconds, by CUDA events, after one call that does not count."""
-    run()
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
-    ]
-    for begin, end in events:
-        begin.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+# --- Choice ---
+
+_JUDGED_QUERIES = 1024
+"""Queries of one image on which candidates are compared, spread over all."""
+
+
+def torch_forward(
+    value: Tensor, locations: Tensor, weights: Tensor, shapes: Tensor, *_: Tensor
+) -> tuple[Tensor]:
+    """Sample with mmcv's PyTorch form in float32; (B, Q, M * D) in the dtype of ``value``."""
+    output = multi_scale_deformable_attn_pytorch(value.float(), shapes.tolist(), locations, weights.float())
+    return (output.to(value.dtype),)
+
+
+def torch_backward(
+    grad_output: Tensor, value: Tensor, locations: Tensor, weights: Tensor, shapes: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of :func:`torch_forward`, for use where autograd is off (inside an operator)."""
+    batch, _, heads, channels = value.shape
+    num_queries = weights.shape[1]
+    sizes_hw = shapes.tolist()
+    maps = value.float().split([height * width for height, width in sizes_hw], dim=1)
+    # (B, Q, M, ...) → (B * M, ..., Q, P), as grid_sample takes them.
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)
+    shares = weights.float().transpose(1, 2).flatten(0, 1)[:, None]
+    upstream = grad_output.float().view(batch, num_queries, heads, channels).permute(0, 2, 3, 1).flatten(0, 1)
+    upstream = upstream[..., None]
+    grad_maps, grad_grids, grad_shares = [], [], []
+    for level, (height, width) in enumerate(sizes_hw):
+        plane = maps[level].permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
+        grid, share = grids[:, :, level].contiguous(), shares[:, :, :, level]
+        sampled = functional.grid_sample(plane, grid, align_corners=False)
+        grad_shares.append((sampled * upstream).sum(1))
+        grad_plane, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
+            upstream * share, plane, grid, 0, 0, False, [True, True]
+        )
+        grad_maps.append(grad_plane.reshape(batch, heads, channels, -1).permute(0, 3, 1, 2))
+        grad_grids.append(2 * grad_grid)
+
+    def per_query(parts: list[Tensor]) -> Tensor:
+        joined = torch.stack(parts, dim=2)  # (B * M, Q, L, P, ...)
+        return joined.unflatten(0, (batch, heads)).transpose(1, 2)
+
+    grad_value = torch.cat(grad_maps, dim=1).to(value.dtype)
+    return grad_value, per_query(grad_grids), per_query(grad_shares).to(weights.dtype)
+
+
+PYTORCH_FORM = {
+    "forward": Candidate("torch", torch_forward),
+    "backward": Candidate("torch", torch_backward, deterministic=False),
+}
+"""The candidates' expected results, and the last choice of ``auto``."""
+
+
+def judged_part(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return one image and some queries of the arguments of a candidate, so that a comparison is cheap."""
+    *upstream, value, locations, weights, shapes, starts = tensors
+    step = -(-locations.shape[1] // _JUDGED_QUERIES)
+    per_query = [tensor[:1, ::step].contiguous() for tensor in (*upstream, locations, weights)]
+    return (*per_query[:-2], value[:1].contiguous(), *per_query[-2:], shapes, starts)
 
 
 def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether results are equal but for rounding: 1e-4 of the largest in float32, 2e-2 in half precision.
+    """Return whether results are equal up to rounding: 1e-4 of the largest in float32, 2e-2 in half
+    precision.
 
-    One element of a thousand may differ more: the gradient of a location jumps at a cell's edge, where
-    rounding decides.
+    One element of a thousand may differ more: the gradient of a location is discontinuous at a cell's edge.
     """
     for one, other in zip(found, expected, strict=True):
         if not other.numel():
@@ -484,90 +534,114 @@ def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return True
 
 
-def measure(
-    candidates: Sequence[Candidate],
-    tensors: Sequence[Tensor],
-    time_of: Callable[[Callable[[], object]], float],
-    what: str,
-) -> Candidate:
-    """The fastest of the candidates that agree with the first, told in the log.
-
-    Args:
-        candidates: the default first; one that fails or disagrees is left out, and the log says why.
-        tensors: what they run on.
-        time_of: gives the time of a call, in milliseconds.
-        what: what is being chosen, for the log.
-
-    Raises:
-        Exception: what the default raises.
-    """
-    expected = candidates[0].run(*tensors)
-    times = {candidates[0]: time_of(lambda: candidates[0].run(*tensors))}
-    for candidate in candidates[1:]:
-        try:
-            same = agree(candidate.run(*tensors), expected)
-            if same:
-                times[candidate] = time_of(lambda candidate=candidate: candidate.run(*tensors))
-        except Exception as error:  # whatever a compiler or driver says: there is another way
-            print_log(f"{what}: {candidate.name} is left out: {error!r}", "current", logging.WARNING)
-            continue
-        if not same:
-            print_log(
-                f"{what}: {candidate.name} is left out: its results differ from those of "
-                f"{candidates[0].name}",
-                "current",
-                logging.WARNING,
-            )
-    best = min(times, key=lambda candidate: times[candidate])
-    told = ", ".join(f"{candidate.name} {time:.3f}" for candidate, time in times.items())
-    print_log(f"{what}: {best.name} (ms: {told})", "current")
-    return best
+def qualifies(candidate: Candidate, tensors: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> bool:
+    """Return whether a candidate runs and agrees with the expected results; logs a warning if not."""
+    problem = None
+    try:
+        found = candidate.run(*tensors)
+        if any(other.any() and not one.any() for one, other in zip(found, expected, strict=True)):
+            problem = "its results are zeros"
+        elif not agree(found, expected):
+            problem = "its results differ from PyTorch's"
+    except Exception as error:  # any error of a compiler or driver: another candidate may do
+        problem = repr(error)
+    if problem:
+        print_log(f"{what}: {candidate.name} is skipped: {problem}", "current", logging.WARNING)
+    return problem is None
 
 
 _chosen: dict[tuple, Candidate] = {}
 
 
 def forget_choices() -> None:
-    """Measure anew at the next call."""
+    """Choose again at the next call."""
     _chosen.clear()
 
 
 def choose(
     direction: str,
+    kind: str,
     candidates: Sequence[Candidate],
-    tensors: Sequence[Tensor],
-    value: Tensor,
-    num_queries: int,
-    time_of: Callable[[Callable[[], object]], float] = time_on_gpu,
+    tensors: Callable[[], Sequence[Tensor]],
+    *,
+    last: Candidate | None,
+    expected: Candidate,
+    capturing: bool = False,
 ) -> Candidate:
-    """One of the candidates: measured once per device, dtype, direction and kind of attention.
+    """Return the first candidate that agrees with PyTorch, chosen once for each direction and kind.
 
     Args:
         direction: ``forward`` or ``backward``.
-        candidates: of :func:`forward_candidates` or :func:`backward_candidates`, not empty.
-        tensors: what they run on.
-        value: (B, S, M, D); its device and dtype are part of the kind.
-        num_queries: Q; as many as values (an encoder) or fewer (a decoder) are two kinds.
-        time_of: see :func:`measure`.
+        kind: dtype, device and sizes of the attention, in words.
+        candidates: of :func:`forward_candidates` or :func:`backward_candidates`, in order.
+        tensors: returns the arguments for the comparison.
+        last: the choice where no candidate agrees; None makes that an error.
+        expected: computes the expected results.
+        capturing: whether a CUDA graph is captured, in which nothing can be compared; the first candidate is
+            used then.
+
+    Raises:
+        StackError: no candidate agrees, and there is no ``last``.
     """
-    if torch.are_deterministic_algorithms_enabled():
+    what = f"deformable attention, {direction}, {kind}"
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
         steady = [candidate for candidate in candidates if candidate.deterministic]
         if not steady:
-            _warn_once(f"deformable attention, {direction}: {candidates[0].name} is not deterministic")
-        return (steady or list(candidates))[0]
-    # A graph records what runs: neither two at once nor a clock.
-    capturing = value.is_cuda and torch.cuda.is_current_stream_capturing()
-    dense = num_queries >= value.shape[1]
-    key = (direction, value.device, value.dtype, dense, candidates[0].name, len(candidates))
-    if key not in _chosen:
-        if len(candidates) == 1 or capturing:
-            return candidates[0]
-        what = (
-            f"deformable attention, {direction}, {num_queries:,} queries, {len(value)} images, "
-            f"{str(value.dtype).removeprefix('torch.')} on {value.device}"
+            _warn_once(f"{what}: no deterministic implementation is available")
+        candidates = steady or candidates
+    key = (direction, kind, tuple(candidate.name for candidate in candidates), last is None, deterministic)
+    if key in _chosen:
+        return _chosen[key]
+    if capturing:
+        return [*candidates, expected][0]
+    arguments = tensors()
+    with _non_deterministic_allowed():
+        wanted = expected.run(*arguments)
+    if not all(bool(tensor.isfinite().all()) for tensor in wanted):
+        return last or candidates[0]  # diverged: nothing can be judged now
+    passed = (candidate for candidate in candidates if qualifies(candidate, arguments, wanted, what))
+    best = next(passed, last)
+    if best is None:
+        names = ", ".join(candidate.name for candidate in candidates)
+        raise StackError(
+            Problem(f"{what}: {names} does not compute what PyTorch does", hint="set ddetr_mm.attention=auto")
         )
-        _chosen[key] = measure(candidates, tensors, time_of, what)
-    return _chosen[key]
+    print_log(f"{what}: {best.name}", "current")
+    _chosen[key] = best
+    return best
+
+
+@contextlib.contextmanager
+def _non_deterministic_allowed() -> Iterator[None]:
+    """Allow the gradient of ``grid_sample``, which has no deterministic form, inside the block."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def _choose_for(
+    direction: str, candidates: Sequence[Candidate], tensors: tuple, implementation: str
+) -> Candidate:
+    """Call :func:`choose` for the arguments of a candidate."""
+    value, weights = tensors[-5], tensors[-3]
+    sizes = dict(zip(("heads", "levels", "points"), weights.shape[2:], strict=True), channels=value.shape[3])
+    dtype = str(value.dtype).removeprefix("torch.")
+    return choose(
+        direction,
+        f"{dtype} on {value.device}, " + ", ".join(f"{count} {name}" for name, count in sizes.items()),
+        candidates,
+        functools.partial(judged_part, *tensors),
+        last=PYTORCH_FORM[direction] if implementation == "auto" else None,
+        expected=PYTORCH_FORM[direction],
+        capturing=value.is_cuda and torch.cuda.is_current_stream_capturing(),
+    )
 
 
 @functools.cache
@@ -575,9 +649,8 @@ def _warn_once(message: str) -> None:
     print_log(message, "current", logging.WARNING)
 
 
-# --- Deformable sampling on a GPU as operators of PyTorch, with gradients, whoever computes them ---
-# Being operators, they stay whole under ``torch.compile`` (mmcv's function would cut the graph there), and the
-# choice between implementations is made when they run, not when a graph is made.
+# --- Operators ---
+# As operators of PyTorch they stay whole under torch.compile, and the choice is made when they run.
 
 
 @torch.library.custom_op("ddetr_mm::deformable_sampling", mutates_args=())
@@ -590,7 +663,7 @@ def deformable_sampling(
     implementation: str,
     im2col_step: int,
 ) -> Tensor:
-    """Sample bilinearly and add up by weight, in float32, with gradients.
+    """Sample bilinearly and sum by weight in float32, with gradients.
 
     Args:
         value: (B, S, M, D), float32, float16 or bfloat16.
@@ -605,12 +678,12 @@ def deformable_sampling(
         (B, Q, M * D) in the dtype of ``value``.
 
     Raises:
-        StackError: if the implementation is not installed for this device.
+        StackError: the implementation is not available for this device.
     """
     check_available(implementation, value.device)
     candidates = forward_candidates(value.device, implementation, im2col_step)
     tensors = (value, locations, weights, spatial_shapes, level_start_index)
-    return choose("forward", candidates, tensors, value, locations.shape[1]).run(*tensors)[0]
+    return _choose_for("forward", candidates, tensors, implementation).run(*tensors)[0]
 
 
 @torch.library.custom_op("ddetr_mm::deformable_sampling_backward", mutates_args=())
@@ -624,10 +697,10 @@ def deformable_sampling_backward(
     implementation: str,
     im2col_step: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``value``, ``locations`` and ``weights`` for one of the output, (B, Q, M * D)."""
+    """Compute the gradients of ``value``, ``locations`` and ``weights`` from the output's, (B, Q, M * D)."""
     candidates = backward_candidates(value.device, implementation, im2col_step)
     tensors = (grad_output, value, locations, weights, spatial_shapes, level_start_index)
-    gradients = choose("backward", candidates, tensors, value, locations.shape[1]).run(*tensors)
+    gradients = _choose_for("backward", candidates, tensors, implementation).run(*tensors)
     return gradients[0], gradients[1], gradients[2]
 
 

@@ -1,15 +1,15 @@
 """Triton kernels of multi-scale deformable attention: sampling forward and backward.
 
-Imports Triton at once, so only :mod:`ddetr_mm.models.triton_attention` loads this module, when it runs.
+Needs Triton; :mod:`ddetr_mm.models.triton_attention` imports this module at the first call.
 
-One program works on one head of one image. Its tiles are (queries or points, channels), so that
-consecutive lanes read consecutive channels of one cell; consecutive queries look at neighbouring cells,
-which the L1 cache then holds. Everything is computed in float32, whatever the tensors hold.
+One program works on one head of one image. Its tiles are (queries or points, channels), so that consecutive
+lanes read consecutive channels of one cell; consecutive queries sample neighbouring cells, which stay in the
+L1 cache. Everything is computed in float32, for tensors of any dtype.
 
 Shapes in memory, all contiguous: value (B, S, M, D); locations (B, Q, M, L, P, 2) float32; weights
 (B, Q, M, L, P); output and its gradient (B, Q, M, D); level sizes (L, 2) as (height, width); level
-starts (L,). A *row* is one (image, query, head), a *point* one (row, level, point). Numbers that change
-with the images' size are never specialised, or a kernel would be compiled anew for multiples of 16.
+starts (L,). A *row* is one (image, query, head), a *point* one (row, level, point). Numbers that
+depend on the images' size are not specialised, or a kernel would be compiled again for multiples of 16.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import triton.language as tl
 
 @triton.jit
 def _at(location, size):
-    """Cell before a location of 0..1, the way from there (0..1 cells), and whether it touches the map.
+    """Cell before a location of 0..1, the distance from it (0..1 cells), and whether it touches the map.
 
-    Outside, cell and way are 0; but the way to a location that is no number is NaN, which spreads.
+    Outside, cell and distance are 0; the distance of a NaN location is NaN, which propagates.
     """
     position = location * size - 0.5
     inside = (position > -1.0) & (position < size)
     cell = tl.floor(tl.where(inside, position, 0.0))
-    way = tl.where(inside | (position != position), position - cell, 0.0)
-    return cell.to(tl.int32), way, inside
+    distance = tl.where(inside | (position != position), position - cell, 0.0)
+    return cell.to(tl.int32), distance, inside
 
 
 @triton.jit
 def _corner(base, y, x, height, width, row_stride, channel, mask):
     """Pointers to one corner's channels, (queries, channels), and which of them are on the map."""
-    there = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    on_map = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
     offset = (y * width + x) * row_stride
-    return base + offset[:, None] + channel[None, :], there[:, None]
+    return base + offset[:, None] + channel[None, :], on_map[:, None]
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _load_corners(base, y, x, height, width, row_stride, channel, filled, mask):
 
 @triton.jit
 def _shares(weight, low_part, right_part):
-    """What each corner counts, (queries, 1)."""
+    """Weight of each corner, (queries, 1)."""
     upper, lower = weight * (1 - low_part), weight * low_part
     s00, s01 = upper * (1 - right_part), upper * right_part
     s10, s11 = lower * (1 - right_part), lower * right_part
@@ -66,7 +66,7 @@ def _shares(weight, low_part, right_part):
 def _add_corners(
     base, y, x, height, width, row_stride, channel, filled, mask, gradient, weight, low_part, right_part
 ):
-    """Add each corner's share of a gradient to memory, atomically."""
+    """Add each corner's part of a gradient to memory, atomically."""
     s00, s01, s10, s11 = _shares(weight, low_part, right_part)
     p00, in00 = _corner(base, y, x, height, width, row_stride, channel, mask)
     p01, in01 = _corner(base, y, x + 1, height, width, row_stride, channel, mask)
@@ -149,8 +149,8 @@ def backward_kernel(
 ):
     """Gradients of locations and weights, and with ``ADD_TO_VALUE`` of values by atomic addition.
 
-    ``grad_value`` is float32 and starts at zero. Atomic additions come in any order, so its last bits
-    differ from run to run; :func:`gather_value_gradient_kernel` is the other way.
+    ``grad_value`` is float32 and zero at the start. The order of atomic additions varies, so that its last
+    bits differ from run to run; :func:`gather_value_gradient_kernel` is deterministic.
     """
     image = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
@@ -176,7 +176,8 @@ def backward_kernel(
             y0, low_part, y_inside = _at(tl.load(locations + 2 * point + 1, mask=known, other=0.0), height)
             mask = known & x_inside & y_inside
             v00, v01, v10, v11 = _load_corners(base, y0, x0, height, width, stride, channel, filled, mask)
-            # What each corner's values say to the output's gradient; all else is made of these four.
+            # Product of each corner's values with the output's gradient; all gradients follow from these
+            # four.
             s00 = tl.sum(v00 * gradient, axis=1)
             s01 = tl.sum(v01 * gradient, axis=1)
             s10 = tl.sum(v10 * gradient, axis=1)
@@ -221,7 +222,7 @@ def bin_kernel(
     POINTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The bin of every point: its upper left cell on a map with one more row and column.
+    """Compute the bin of every point: its upper left cell on a map with one more row and column.
 
     A level of H x W has (H + 1) x (W + 1) bins, the first for cells at row or column -1; a head of an
     image has ``bins_per_head``. Points that touch no cell go into bin ``num_bins``, after all others.
@@ -261,7 +262,7 @@ def gather_value_gradient_kernel(
     LANES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of one cell of one head, summed over the points around it in a fixed order.
+    """Compute the gradient of one cell of one head, summed over the points around it in a fixed order.
 
     The points that touch cell (y, x) lie in the bins of rows y and y + 1, columns x and x + 1 of the
     enlarged map; the two bins of a row are neighbours, so ``order`` holds them as two runs.

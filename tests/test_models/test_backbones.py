@@ -13,26 +13,24 @@ from torchvision.models import resnet50
 
 import ddetr_mm.register  # noqa: F401
 from ddetr_mm.errors import SpecError
-from ddetr_mm.models import FeatureInfo, backbones, feature_info
+from ddetr_mm.models import feature_channels
 from ddetr_mm.models.backbones import TorchvisionDilatedResNet, fuse_norms
 
 
 @pytest.mark.parametrize(
-    ("config", "channels", "strides"),
+    ("config", "channels"),
     [
-        ({"type": "ResNet", "depth": 18, "base_channels": 16}, (16, 32, 64, 128), (4, 8, 16, 32)),
-        ({"type": "ResNet", "depth": 50, "out_indices": (1, 3)}, (512, 2048), (8, 32)),
+        ({"type": "ResNet", "depth": 18, "base_channels": 16}, [16, 32, 64, 128]),
+        ({"type": "ResNet", "depth": 50, "out_indices": (1, 3)}, [512, 2048]),
         (
             {"type": "SwinTransformer", "embed_dims": 24, "depths": (1, 1, 1, 1), "out_indices": (1, 2, 3)},
-            (48, 96, 192),
-            (8, 16, 32),
+            [48, 96, 192],
         ),
-        ({"type": "TorchvisionDilatedResNet", "depth": 50, "out_indices": (2, 3)}, (1024, 2048), (16, 16)),
+        ({"type": "TorchvisionDilatedResNet", "depth": 50, "out_indices": (2, 3)}, [1024, 2048]),
     ],
 )
-def test_channels_and_strides(config, channels, strides) -> None:
-    assert feature_info(config) == FeatureInfo(channels, strides)
-    assert backbones(config) == list(channels)
+def test_channels(config, channels) -> None:
+    assert feature_channels(config) == channels
 
 
 def test_convnext_of_mmpretrain() -> None:
@@ -43,7 +41,7 @@ def test_convnext_of_mmpretrain() -> None:
         "out_indices": (1, 2, 3),
         "gap_before_final_norm": False,
     }
-    assert feature_info(config).strides == (8, 16, 32)
+    assert feature_channels(config) == [80, 160, 320]
 
 
 def test_config_pretrained_weights_and_random_state_are_left_alone() -> None:
@@ -56,7 +54,7 @@ def test_config_pretrained_weights_and_random_state_are_left_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    assert backbones(config) == [64, 128, 256, 512]
+    assert feature_channels(config) == [64, 128, 256, 512]
     assert torch.equal(torch.rand(4), expected)
     assert config == before
 
@@ -77,7 +75,7 @@ def test_config_pretrained_weights_and_random_state_are_left_alone() -> None:
 )
 def test_wrong_configs_are_explained(config, message) -> None:
     with pytest.raises(SpecError, match=message) as error:
-        backbones(config)
+        feature_channels(config)
     assert error.value.problems[0].hint
 
 
@@ -89,8 +87,8 @@ def test_other_outputs_than_feature_maps_are_refused() -> None:
         def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
             return [image.mean((2, 3))]
 
-    with pytest.raises(SpecError, match="does not put out a list of feature maps"):
-        backbones({"type": "OneVector"})
+    with pytest.raises(SpecError, match="does not return a list of feature maps"):
+        feature_channels({"type": "OneVector"})
 
 
 # --- A detector without batch norms of its own predicts what it predicted ---

@@ -1,4 +1,4 @@
-"""Sampling by weighted bags against mmcv's PyTorch form and finite differences."""
+"""Sampling on a CPU against mmcv's PyTorch form and finite differences."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import ddetr_mm  # noqa: F401  (before mmcv's ops: answers for the compiled ones
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # isort: skip
 
 from ddetr_mm.models import deformable_attention
-from ddetr_mm.models.cpu_sampling import sample_values_by_bags
+from ddetr_mm.models.cpu_sampling import sample_values_on_cpu
 from ddetr_mm.models.deformable_attention import sample_values
 
 LEVELS = {
@@ -37,7 +37,7 @@ def inputs(sizes_hw, *, batch=2, queries=7, heads=3, points=2, channels=4, sprea
 @pytest.mark.parametrize("sizes_hw", LEVELS.values(), ids=LEVELS)
 def test_values_and_gradients_equal_mmcvs(sizes_hw, spread):
     value, locations, weights = inputs(sizes_hw, spread=spread)
-    ours = sample_values_by_bags(value, locations, weights, sizes_hw)
+    ours = sample_values_on_cpu(value, locations, weights, sizes_hw)
     theirs = multi_scale_deformable_attn_pytorch(value, sizes_hw, locations, weights)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
@@ -52,7 +52,7 @@ def test_values_and_gradients_equal_mmcvs(sizes_hw, spread):
 def test_gradients_equal_finite_differences():
     sizes_hw = ((4, 5), (2, 3))
     tensors = inputs(sizes_hw, batch=1, queries=3, heads=2, spread=0.3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *given: sample_values_by_bags(*given, sizes_hw), tensors)
+    assert torch.autograd.gradcheck(lambda *given: sample_values_on_cpu(*given, sizes_hw), tensors)
 
 
 @pytest.mark.parametrize("needed", [0, 1, 2])
@@ -60,7 +60,7 @@ def test_only_the_gradients_asked_for(needed):
     sizes_hw = LEVELS["several"]
     tensors = [tensor.detach() for tensor in inputs(sizes_hw)]
     tensors[needed].requires_grad_()
-    sample_values_by_bags(*tensors, sizes_hw).sum().backward()
+    sample_values_on_cpu(*tensors, sizes_hw).sum().backward()
     assert [tensor.grad is not None for tensor in tensors] == [index == needed for index in range(3)]
 
 
@@ -70,7 +70,7 @@ def test_absurd_locations_count_as_outside(place):
     value, locations, weights = inputs(sizes_hw)
     with torch.no_grad():
         locations[0, 3, 1, 2, 1] = place
-    result = sample_values_by_bags(value, locations, weights, sizes_hw)
+    result = sample_values_on_cpu(value, locations, weights, sizes_hw)
     result.sum().backward()
     for tensor in (result, value.grad, locations.grad, weights.grad):
         assert torch.isfinite(tensor).all()
@@ -82,7 +82,7 @@ def test_a_location_that_is_no_number_shows_in_its_own_result_only():
     value, locations, weights = inputs(sizes_hw, heads=3, channels=4)
     with torch.no_grad():
         locations[0, 3, 1, 2, 1] = float("nan")
-    spoilt = sample_values_by_bags(value, locations, weights, sizes_hw).isnan()
+    spoilt = sample_values_on_cpu(value, locations, weights, sizes_hw).isnan()
     assert spoilt[0, 3, 4:8].all() and spoilt.sum() == 4
 
 
@@ -93,7 +93,7 @@ def test_deterministic_mode_gives_equal_gradients_every_time():
         gradients = []
         for _ in range(2):
             given = inputs(sizes_hw)
-            sample_values_by_bags(*given, sizes_hw).square().sum().backward()
+            sample_values_on_cpu(*given, sizes_hw).square().sum().backward()
             gradients.append([tensor.grad for tensor in given if tensor.requires_grad])
     finally:
         torch.use_deterministic_algorithms(False)
@@ -104,17 +104,17 @@ def test_deterministic_mode_gives_equal_gradients_every_time():
 
 @pytest.mark.parametrize(
     ("queries", "chosen"),
-    [(60, sample_values_by_bags), (7, None)],
+    [(60, sample_values_on_cpu), (7, None)],
     ids=["an encoder's many queries", "a decoder's few"],
 )
 def test_what_the_attention_uses_on_a_cpu(queries, chosen, monkeypatch):
     called = []
 
     def spy(*given):
-        called.append(sample_values_by_bags)
-        return sample_values_by_bags(*given)
+        called.append(sample_values_on_cpu)
+        return sample_values_on_cpu(*given)
 
-    monkeypatch.setattr(deformable_attention, "sample_values_by_bags", spy)
+    monkeypatch.setattr(deformable_attention, "sample_values_on_cpu", spy)
     sizes_hw = LEVELS["several"]
     value, locations, weights = inputs(sizes_hw, queries=queries)
     given = (value, locations, weights, sizes_hw, torch.tensor(sizes_hw), torch.zeros(4, dtype=torch.int64))

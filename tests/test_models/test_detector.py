@@ -62,7 +62,7 @@ def total(losses: dict[str, Tensor]) -> Tensor:
     ("name", "table", "num_classes", "refine", "zeroed"),
     [("resnet50_4lvl", TAO, 8, True, False), ("official_4lvl", OFFICIAL, 9, False, True)],
 )
-def test_meets_the_reference_outputs(name, table, num_classes, refine, zeroed) -> None:
+def test_meets_tao_outputs(name, table, num_classes, refine, zeroed) -> None:
     expected = np.load(golden(f"{name}.npz"))
     weights, _trace = to_canonical(golden_state_dict(name), table)
     model = MODELS.build(
@@ -139,7 +139,7 @@ def test_equals_mmdet_when_padding_is_zeroed(refine: bool, two_stage: bool) -> N
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_initial_weights_are_the_references() -> None:
+def test_initial_weights_are_taos() -> None:
     model = build(with_box_refine=True, num_levels=2)
     prior = -math.log((1 - 0.01) / 0.01)
     for branch in model.bbox_head.cls_branches:

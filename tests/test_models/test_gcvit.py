@@ -84,7 +84,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 # Reference outputs
 
 
-def test_a_detector_on_it_meets_the_reference_outputs() -> None:
+def test_a_detector_on_it_meets_tao_outputs() -> None:
     expected = np.load(golden("gc_vit_xxtiny_4lvl.npz"))
     weights, _trace = to_canonical(golden_state_dict("gc_vit_xxtiny_4lvl"), TAO)
     model = MODELS.build(
@@ -112,7 +112,7 @@ def test_a_detector_on_it_meets_the_reference_outputs() -> None:
     assert distance(boxes, torch.from_numpy(expected["pred_boxes"])) < 1e-4
 
 
-def test_keys_and_shapes_are_the_reference_backbone_s() -> None:
+def test_keys_and_shapes_are_tao_backbone_s() -> None:
     prefix = "model.model.backbone.0.body."
     reference = {
         key.removeprefix(prefix): tuple(tensor.shape)
@@ -206,7 +206,7 @@ def test_plain_attention_equals_torch_s() -> None:
     assert distance(attend(q, k, v, bias), expected) < 1e-5
 
 
-def test_query_pyramids_are_the_reference_s_for_every_variant() -> None:
+def test_query_pyramids_are_tao_s_for_every_variant() -> None:
     for name, arch in VARIANTS.items():
         pyramids = [query_pyramid(56 // 2**stage, window, stage) for stage, window in enumerate(arch.windows)]
         pools_in_stage_2 = name == "large_384"
@@ -406,7 +406,7 @@ def test_strict_loading_passes_over_the_index_of_other_implementations() -> None
         ({"resolution": 8}, "resolution"),
     ],
 )
-def test_wrong_arguments_are_told(options, told) -> None:
+def test_wrong_arguments_are_reported(options, told) -> None:
     with pytest.raises(SpecError, match=told):
         GCViT(**options)
     with pytest.raises(SpecError, match=told):

@@ -10,7 +10,6 @@ from ddetr_mm.errors import InputError
 from ddetr_mm.models import TAODeformableDETRHead
 from ddetr_mm.models.head import detection_size_hw, top_detections
 
-
 SIZE_HW = (480, 640)
 NAMES = {"loss_ce": "loss_cls", "loss_bbox": "loss_bbox", "loss_giou": "loss_iou"}
 
@@ -35,7 +34,7 @@ def reference() -> tuple[dict, torch.Tensor, torch.Tensor, list, list[dict]]:
     return expected, logits, boxes, truth, metas
 
 
-def test_losses_and_gradients_meet_the_reference() -> None:
+def test_losses_and_gradients_meet_tao() -> None:
     expected, logits, boxes, truth, metas = reference()
     assert [len(gt.labels) for gt in truth] == [4, 0, 7], "an image without objects is among them"
     head = build()
@@ -65,7 +64,7 @@ def test_a_batch_of_fillers_has_no_weight() -> None:
     assert not logits.grad.any() and not boxes.grad.any()
 
 
-def test_detections_meet_the_reference() -> None:
+def test_detections_meet_tao() -> None:
     expected, logits, boxes, _truth, metas = reference()
     results = build(test_cfg={"max_per_img": 100}).predict_by_feat(logits, boxes, metas, rescale=True)
     for image, found in enumerate(results):
@@ -178,7 +177,7 @@ def test_training_needs_an_assigner() -> None:
         head.loss_by_feat(logits, boxes, None, None, truth, metas)
 
 
-def test_meets_the_reference() -> None:
+def test_meets_tao() -> None:
     expected = np.load(golden("criterion.npz"))
     logits, boxes = torch.from_numpy(expected["logits"][-1]), torch.from_numpy(expected["boxes"][-1])
     sizes = torch.tensor([[480, 640]] * len(logits))

@@ -26,7 +26,6 @@ from ddetr_mm.models.losses import (
     set_losses,
 )
 
-
 SIZES_HW = [(48, 64), (100, 33), (20, 20)]
 COST = MatchingCost(2.0, 5.0, 2.0, eps=1e-12)
 

@@ -1,4 +1,4 @@
-"""Who samples on a GPU: measured once, checked against the default, and told."""
+"""The choice of the GPU implementation: in a fixed order, judged by PyTorch's results, and logged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from ddetr_mm.models.triton_attention import (
     check_available,
     choose,
     forget_choices,
-    measure,
 )
 
 X = torch.linspace(-1, 1, 2000)
@@ -40,77 +39,117 @@ def fails(x: torch.Tensor) -> tuple[torch.Tensor]:
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture):
-    """What the log says, through a logger of mmengine's as in a run."""
+def log(caplog: pytest.LogCaptureFixture):
+    """The log, through a logger of mmengine's as in a run."""
     logger = MMLogger.get_instance("choice")
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO)
+    forget_choices()
     yield caplog
+    forget_choices()
     logger.removeHandler(caplog.handler)
 
 
-@pytest.fixture
-def clock():
-    """Times given in advance, in the order in which the candidates are timed."""
-    forget_choices()
-
-    def times(*milliseconds: float):
-        waiting = iter(milliseconds)
-        return lambda run: (run(), next(waiting))[1]
-
-    yield times
-    forget_choices()
+PYTORCH = Candidate("torch", double, deterministic=False)
+NEVER = Candidate("must not run", fails)
 
 
-def test_the_fastest_that_agrees_is_chosen_and_told(told, clock) -> None:
-    candidates = [
-        Candidate("mmcv", double),
-        Candidate("close", double_with_rounding),
-        Candidate("slow", double),
-    ]
-    best = measure(candidates, (X,), clock(3.0, 1.0, 2.0), "forward")
-    assert best.name == "close"
-    assert "forward: close (ms: mmcv 3.000, close 1.000, slow 2.000)" in told.text
+def chosen(*runs, direction="forward", kind="float32", last=PYTORCH, **options) -> Candidate:
+    """The choice among functions of X, which PyTorch doubles."""
+    candidates = [run if isinstance(run, Candidate) else Candidate(run.__name__, run) for run in runs]
+    return choose(direction, kind, candidates, lambda: (X,), last=last, expected=PYTORCH, **options)
 
 
-def test_one_that_differs_or_fails_is_left_out_and_told(told, clock) -> None:
-    candidates = [Candidate("mmcv", double), Candidate("wrong", triple), Candidate("broken", fails)]
-    assert measure(candidates, (X,), clock(3.0, 1.0, 1.0), "forward").name == "mmcv"
-    assert "wrong is left out: its results differ from those of mmcv" in told.text
-    assert "broken is left out: RuntimeError('no such instruction')" in told.text
+def zeros(x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.zeros_like(x),)
 
 
-def test_a_default_that_fails_is_an_error(clock) -> None:
-    with pytest.raises(RuntimeError, match="no such instruction"):
-        measure([Candidate("mmcv", fails), Candidate("other", double)], (X,), clock(1.0), "forward")
+def nans(x: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.full_like(x, torch.nan),)
 
 
-def test_each_kind_is_measured_once(clock) -> None:
-    candidates = [Candidate("mmcv", double), Candidate("triton", double_with_rounding)]
-    value = torch.zeros(1, 10, 1, 4)
-    encoder = choose("forward", candidates, (X,), value, 10, clock(2.0, 1.0))
-    assert encoder.name == "triton"
-    # A clock without times would raise: nothing is measured again, for other sizes neither.
-    assert choose("forward", candidates, (X,), torch.zeros(2, 20, 1, 4), 20, clock()) is encoder
-    assert choose("forward", candidates, (X,), value, 3, clock(1.0, 2.0)).name == "mmcv"  # a decoder
-    assert choose("backward", candidates, (X,), value, 10, clock(1.0, 2.0)).name == "mmcv"
-    assert choose("forward", candidates, (X,), value.half(), 10, clock(1.0, 2.0)).name == "mmcv"
+def test_the_first_that_agrees_is_chosen_and_logged(log) -> None:
+    assert chosen(double_with_rounding, double).name == "double_with_rounding"
+    assert "deformable attention, forward, float32: double_with_rounding" in log.text
 
 
-def test_nothing_is_measured_under_deterministic_algorithms(told, clock) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (triple, "its results differ from PyTorch's"),
+        (zeros, "its results are zeros"),
+        (nans, "its results differ from PyTorch's"),
+        (fails, "RuntimeError('no such instruction')"),
+    ],
+)
+def test_one_that_differs_or_fails_is_skipped_and_logged(log, wrong, reason) -> None:
+    assert chosen(wrong, double).name == "double"
+    assert f"{wrong.__name__} is skipped: {reason}" in log.text
+
+
+def test_without_one_that_agrees_pytorch_is_used_or_it_is_an_error(log) -> None:
+    assert chosen(triple, fails) is PYTORCH
+    with pytest.raises(StackError, match=r"triple, fails does not compute.*ddetr_mm\.attention=auto"):
+        chosen(triple, fails, last=None)
+
+
+def test_each_kind_and_direction_is_chosen_once(log) -> None:
+    assert chosen(double).name == "double"
+    known = Candidate("double", fails)
+    assert chosen(known).run is double  # not judged again
+    assert chosen(known, kind="float16") is PYTORCH
+    assert chosen(known, direction="backward") is PYTORCH
+
+
+def test_nothing_is_judged_in_a_cuda_graph_or_by_numbers_that_are_not_finite(log) -> None:
+    assert chosen(NEVER, capturing=True) is NEVER
+    assert chosen(capturing=True) is PYTORCH
+    diverged = Candidate("torch", nans)
+    assert choose("forward", "float32", [NEVER], lambda: (X,), last=diverged, expected=diverged) is diverged
+    assert chosen(double).name == "double"  # nothing was kept
+
+
+def test_deterministic_algorithms_are_preferred_where_they_are_demanded(log) -> None:
+    unsteady = Candidate("adds in any order", double, deterministic=False)
     torch.use_deterministic_algorithms(True)
     try:
-        candidates = [
-            Candidate("adds in any order", double, deterministic=False),
-            Candidate("steady", double),
-            Candidate("steady too", double),
-        ]
-        assert choose("backward", candidates, (X,), X.view(1, -1, 1, 1), 5, clock()).name == "steady"
-        unsteady = candidates[:1]
-        assert choose("backward", unsteady, (X,), X.view(1, -1, 1, 1), 5, clock()) is unsteady[0]
+        assert chosen(unsteady, Candidate("steady", double)).name == "steady"
+        assert chosen(unsteady) is unsteady
+        assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert "adds in any order is not deterministic" in told.text
+    assert "no deterministic implementation is available" in log.text
+
+
+SIZES_HW = ((5, 7), (3, 4))
+
+
+def attention_arguments(num_queries: int = 6):
+    """Arguments of a candidate: two images, three heads of four channels, two points; some outside."""
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(2, 5 * 7 + 3 * 4, 3, 4, generator=generator)
+    locations = torch.rand(2, num_queries, 3, 2, 2, 2, generator=generator) * 1.4 - 0.2
+    weights = torch.rand(2, num_queries, 3, 2, 2, generator=generator)
+    upstream = torch.randn(2, num_queries, 12, generator=generator)
+    return upstream, value, locations, weights, torch.tensor(SIZES_HW), torch.tensor((0, 35))
+
+
+def test_pytorchs_gradients_without_autograd_equal_those_with_it() -> None:
+    upstream, *arguments = attention_arguments()
+    needed = [tensor.requires_grad_() for tensor in arguments[:3]]
+    expected = torch.autograd.grad(triton_attention.torch_forward(*arguments)[0], needed, upstream)
+    with torch.no_grad():
+        found = triton_attention.torch_backward(upstream, *arguments)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_candidates_are_judged_on_some_queries_of_one_image() -> None:
+    upstream, *arguments = attention_arguments(num_queries=5000)
+    value, locations, weights, shapes, _ = triton_attention.judged_part(*arguments)
+    assert len(value) == 1 and locations.shape[:2] == weights.shape[:2] == (1, 1000)
+    assert shapes is arguments[3] and (locations[0, 1] == arguments[1][0, 5]).all()
+    assert triton_attention.judged_part(upstream, *arguments)[0].shape == (1, 1000, 12)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import ddetr_mm  # noqa: F401  (before mmcv's ops: answers for the compiled ones
 
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # isort: skip
 
-from ddetr_mm.models.cpu_sampling import sample_values_by_bags
+from ddetr_mm.models.cpu_sampling import sample_values_on_cpu
 from ddetr_mm.models.deformable_attention import level_layout
 from ddetr_mm.models.triton_attention import Launch, deformable_sampling, sample_backward, sample_forward
 
@@ -86,7 +86,7 @@ def judge(device: str, case: dict[str, Any]) -> dict[str, float]:
 
 
 def judge_spoilt(device: str) -> dict[str, bool]:
-    """Where a location or weight that is no number, or infinite, leads to: as by bags of rows."""
+    """NaN and infinite locations and weights have the effect that they have on a CPU."""
     sizes_hw = ((2, 3),)
     value, locations, weights = inputs(device, sizes_hw)
     locations[0, 0, 0, 0, 0, 0] = torch.nan
@@ -95,7 +95,7 @@ def judge_spoilt(device: str) -> dict[str, bool]:
     weights[1, 3, 1, 0, 0] = torch.nan
     geometry = level_layout(sizes_hw, device)
     found = sample_forward(value, locations, weights, *geometry, SMALL).cpu()
-    expected = sample_values_by_bags(value.cpu(), locations.cpu(), weights.cpu(), sizes_hw)
+    expected = sample_values_on_cpu(value.cpu(), locations.cpu(), weights.cpu(), sizes_hw)
     upstream = torch.ones_like(found).to(device)
     finite = [
         torch.isfinite(sample_backward(upstream, value, locations, torch.nan_to_num(weights), *geometry,
