@@ -3,11 +3,11 @@
 One process, the same inputs: the encoder's of a 480x640 and an 800x1333 image (each cell of four levels asks)
 and the decoder's (300 queries), 8 heads of 32 channels, 4 points. Ours takes bags for the encoder's many
 queries, and mmcv's form for the decoder's. Before the clock starts all results and
-gradients are compared; the benchmark stops where they differ. Then the contestants take turns. Peak memory is
+gradients are compared; the benchmark stops where they differ. Then the contestants alternate. Peak memory is
 that of a forked process a contestant, forward and backward once.
 
-``torch-ms-deform-attn`` (https://github.com/S-aiueo32/torch-ms-deform-attn) takes part where it is installed;
-it is built from source.
+``torch-ms-deform-attn`` (https://github.com/S-aiueo32/torch-ms-deform-attn) is included where it is
+installed; it is built from source.
 
 Run: ``python benchmarks/attention.py`` (``--sizes 480x640 --rounds 3`` for a quick look; ``--record`` writes
 ``benchmarks/records/attention_cpu.{json,md}``).
@@ -29,9 +29,9 @@ sys.path.insert(0, str(ROOT))
 RECORD = Path(__file__).parent / "records" / "attention_cpu"
 
 import torch  # noqa: E402
+from alternating import alternate, peak_growth_mb  # noqa: E402
 from environment import describe, heading, load_average, report  # noqa: E402
 from torch import Tensor  # noqa: E402
-from turns import peak_growth_mb, take_turns  # noqa: E402
 
 import ddetr_mm  # noqa: E402, F401  (before mmcv's ops: answers for the compiled ones)
 
@@ -142,7 +142,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             },
         }
         for mode, steps in modes.items():
-            times = take_turns(steps, args.rounds, MMCV)
+            times = alternate(steps, args.rounds, MMCV)
             row = {"size": size, "part": part, "queries": given["upstream"].shape[1], "mode": mode}
             rows.append({**row, "times": times, "memory_mb": memory[case], "differ": worst})
             print(*markdown_rows(rows[-1]), sep="\n", flush=True)

@@ -1,10 +1,10 @@
 """Deformable sampling on a GPU: mmcv's compiled op, the Triton kernels and the PyTorch form, side by side.
 
 One process, the same inputs: the encoder's (every cell of four levels asks) and the decoder's (300 queries)
-of four 800x1333 images, 8 heads of 32 channels, 4 points, values in float32, float16 and bfloat16. Before the
-clock starts, forward and gradients of all are compared with the PyTorch form in float32; who differs is told
-and left out. Then they take turns, forward alone and backward alone. The PyTorch form is mmcv's, which
-Hugging Face's model has under another name.
+of four 800x1333 images, 8 heads of 32 channels, 4 points, values in float32, float16 and bfloat16. Before
+the clock starts, forward and gradients of all are compared with the PyTorch form in float32; contestants
+that differ are reported and left out. Then they alternate, forward alone and backward alone. The PyTorch
+form is mmcv's, which Hugging Face's model has under another name.
 
 Run: ``python benchmarks/attention_gpu.py`` (``--record`` writes
 ``benchmarks/records/attention_gpu.{json,md}``; ``--device cpu --quick`` tries it out on tiny inputs, with the
@@ -27,7 +27,7 @@ RECORD = Path(__file__).parent / "records" / "attention_gpu"
 
 import torch  # noqa: E402
 from environment import heading, load_average, report  # noqa: E402
-from gpu_turns import describe_device, device_of, megabytes, peak_mb, take_turns_on, told  # noqa: E402
+from gpu_alternating import alternate_on, describe_device, device_of, megabytes, peak_mb, times_text  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import ddetr_mm  # noqa: E402, F401  (before mmcv's ops: answers for the compiled ones)
@@ -84,7 +84,7 @@ def pytorch_backward(
 
 
 def contestants(direction: str, given: dict[str, Any], device: torch.device) -> dict[str, Run]:
-    """Who takes part; the yardstick first."""
+    """The contestants; the yardstick first."""
     find, pytorch = {
         "forward": (forward_candidates, pytorch_forward),
         "backward": (backward_candidates, pytorch_backward),
@@ -144,7 +144,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
                     "differ": apart,
                     "left_out": wrong,
                     "memory_mb": {name: peak_mb(device, step) for name, step in steps.items()},
-                    "times": take_turns_on(device, steps, args.rounds, yardstick, repeats=5),
+                    "times": alternate_on(device, steps, args.rounds, yardstick, repeats=5),
                 }
                 rows.append(row)
                 print(*markdown_rows(row), sep="\n", flush=True)
@@ -155,7 +155,7 @@ def markdown_rows(row: dict[str, Any]) -> list[str]:
     """A line a contestant."""
     head = f"| {row['part']}, {row['queries']:,} | {row['dtype']} | {row['direction']}"
     lines = [
-        f"{head} | {name} | {told(times)} | {times['speedup']:.2f} | {row['differ'][name]:.1e} "
+        f"{head} | {name} | {times_text(times)} | {times['speedup']:.2f} | {row['differ'][name]:.1e} "
         f"| {megabytes(row['memory_mb'][name])} |"
         for name, times in row["times"].items()
     ]

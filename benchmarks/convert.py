@@ -135,7 +135,7 @@ def _row_text(row: dict[str, Any]) -> str:
 def stages(folder: Path, num_images: int = 4096) -> dict[str, float]:
     """Processor microseconds an image that each stage takes in one process (median of five runs)."""
     import imagesize
-    from convert_contestants import lean_size, parse_simply
+    from convert_contestants import minimal_size, parse_simply
     from PIL import Image
 
     from ddetr_mm.convert import kitti, plan, reader
@@ -176,7 +176,7 @@ def stages(folder: Path, num_images: int = 4096) -> dict[str, float]:
         "size: ours": lambda: _drain(map(image_size.read_image_size, images)),
         "size: imagesize alone": lambda: _drain(map(imagesize.get, images)),
         "size: Pillow, header only": lambda: _drain(map(pillow, images)),
-        "size: a lean reader": lambda: _drain(map(lean_size, images)),
+        "size: a minimal reader": lambda: _drain(map(minimal_size, images)),
         "parse labels": lambda: _drain(kitti.parse_labels(batch, lookup) for batch in batches),
         "parse labels line by line": lambda: _drain(map(parse_simply, texts)),
         "piece as a whole": lambda: _drain(map(piece_reader.read, pieces)),

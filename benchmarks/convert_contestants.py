@@ -93,7 +93,7 @@ def convert_ours(folder: Path, output: Path, num_workers: int | None) -> int:
     return report.num_images
 
 
-def lean_size(path: str) -> tuple[int, int]:
+def minimal_size(path: str) -> tuple[int, int]:
     """What a reader of our own would do for a JPEG without EXIF, and no more: for comparison."""
     descriptor = os.open(path, os.O_RDONLY)
     head = os.read(descriptor, 2048)

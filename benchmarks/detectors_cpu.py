@@ -3,7 +3,7 @@
 All three have the same weights (random, carried over by our checkpoint conversion) and get the same image and
 boxes: ResNet-50, four levels, box refinement, 80 classes, 300 queries. Before the clock starts their
 predictions are compared, and the losses of ours and mmdet's. A step is forward, loss, backward and AdamW; an
-inference is the network and its post-processing. Then the three take turns in one process; peak memory is
+inference is the network and its post-processing. Then the three alternate in one process; peak memory is
 that of a forked process each.
 
 Run: ``python benchmarks/detectors_cpu.py`` (``--size 240x320 --rounds 2`` for a quick look; ``--record``
@@ -27,11 +27,11 @@ RECORD = Path(__file__).parent / "records" / "detectors_cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
+from alternating import alternate, peak_growth_mb  # noqa: E402
 from environment import describe, heading, load_average, report  # noqa: E402
 from step_timing import region_times  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.profiler import record_function  # noqa: E402
-from turns import peak_growth_mb, take_turns  # noqa: E402
 
 import ddetr_mm.register  # noqa: E402, F401
 from ddetr_mm.models.backbones import fuse_norms  # noqa: E402
@@ -286,7 +286,7 @@ def main() -> None:
         training = mode == "train"
         chosen = models if training else predicting(models)
         steps = {name: make(name, model.train(training), given) for name, model in chosen.items()}
-        result["times"][mode] = take_turns(steps, args.rounds, STOCK)
+        result["times"][mode] = alternate(steps, args.rounds, STOCK)
     result["region_ms"] = region_times(steps[OURS], args.rounds, torch.device("cpu"))["host_ms"]
     environment["load_after"] = load_average()
     report(result, markdown(result), RECORD if args.record else None)

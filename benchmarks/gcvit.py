@@ -2,7 +2,7 @@
 
 Both backbones get timm's weights (ours through its loader) and the same images. Before the clock starts
 their last feature and the gradients of all weights are compared; the benchmark stops where they differ. Then
-the two take turns, each first in every other round, and the ratio is the median of the rounds' own ratios, so
+the two alternate, each first in every other round, and the ratio is the median of the rounds' own ratios, so
 that what else runs on the machine weighs on both. ``cpu`` is processor time over all threads.
 timm's model is fixed to its training size; what it says at 800 x 1344 is in the record.
 
@@ -25,9 +25,9 @@ RECORD = Path(__file__).parent / "records" / "gcvit"
 
 import timm  # noqa: E402
 import torch  # noqa: E402
+from alternating import alternate  # noqa: E402
 from environment import describe, heading, load_average, report  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from turns import take_turns  # noqa: E402
 
 from ddetr_mm.models import GCViT  # noqa: E402
 
@@ -107,7 +107,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             images = torch.randn(batch, 3, 224, 224, device=args.device)
             same = agreement(theirs, ours, names, images)
             for training in (False, True):
-                times = take_turns(steps(theirs, ours, images, training), args.rounds, "timm")
+                times = alternate(steps(theirs, ours, images, training), args.rounds, "timm")
                 mode = "forward + backward" if training else "forward"
                 rows.append({"variant": variant, "batch": batch, "mode": mode, "differ": same, **times})
                 print(_row(rows[-1]), flush=True)
@@ -140,7 +140,7 @@ def large(args: argparse.Namespace) -> list[dict[str, Any]]:
 
         for mode, training in (("forward", False), ("forward + backward", True)):
             step = {"ours": lambda training=training: run(training)}
-            times = take_turns(step, max(2, args.rounds // 3), "ours")
+            times = alternate(step, max(2, args.rounds // 3), "ours")
             rows.append({"variant": variant, "mode": mode, "timm": refusal, **times})
             print(variant, mode, f"{times['ours']['median_ms']:.0f} ms; timm: {refusal}", flush=True)
     return rows

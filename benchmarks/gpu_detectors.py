@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from detectors_cpu import HUGGING_FACE, OURS, STOCK, build, losses, our_config
-from gpu_turns import describe_device, device_of
+from gpu_alternating import describe_device, device_of
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules

@@ -3,7 +3,7 @@
 All have the same weights (random, carried over by our checkpoint conversion) and get the same images, padded
 to 800x1333: ResNet-50, four levels, box refinement, 80 classes, 300 queries. Before the clock starts, the
 predictions of all are compared with stock mmdet's in float32: ours in float32 must agree to 1e-3, the other
-differences are told. Then they take turns: the network and its post-processing.
+differences are reported. Then they alternate: the network and its post-processing.
 
 Run: ``python benchmarks/inference_gpu.py`` (``--record`` writes
 ``benchmarks/records/inference_gpu.{json,md}``; ``--device cpu --quick`` tries it out on tiny images, without
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from environment import heading, load_average, report
+from gpu_alternating import alternate_on, megabytes, peak_mb, times_text
 from gpu_detectors import (
     HUGGING_FACE,
     OURS,
@@ -33,14 +34,13 @@ from gpu_detectors import (
     padded_batch,
     set_up,
 )
-from gpu_turns import megabytes, peak_mb, take_turns_on, told
 
 RECORD = Path(__file__).parent / "records" / "inference_gpu"
 TOLERANCE = 1e-3
 
 
 def contestants(with_compile: bool) -> list[Contestant]:
-    """Who takes part; the yardstick first."""
+    """The contestants; the yardstick first."""
     found = [Contestant(YARDSTICK, STOCK, "fp32")]
     for precision in ("fp32", "tf32", "fp16", "bf16"):
         found += [
@@ -69,13 +69,13 @@ def compare(args: argparse.Namespace, device: torch.device, batch: int) -> dict[
         expected = found if expected is None else expected
         agreement[contestant.name] = apart(found, expected)
         largest = max(agreement[contestant.name][f"largest {what} difference"] for what in ("score", "box"))
-        # Hugging Face places the padding's positions in its own way: told, not demanded.
+        # Hugging Face places the padding's positions differently: reported, not required.
         if contestant.precision == "fp32" and contestant.kind == OURS and largest > TOLERANCE:
             raise SystemExit(f"{contestant.name} differs from {YARDSTICK}: {agreement[contestant.name]}")
         steps[contestant.name] = inference_step(contestant, model, given)
         memory[contestant.name] = peak_mb(device, steps[contestant.name])
         print(f"{contestant.name}: differs by {largest:.1e}", flush=True)
-    times = take_turns_on(device, steps, args.rounds, YARDSTICK, warm_up=5)
+    times = alternate_on(device, steps, args.rounds, YARDSTICK, warm_up=5)
     return {"batch": batch, "times": times, "memory_mb": memory, "agreement": agreement}
 
 
@@ -95,7 +95,8 @@ def markdown(result: dict[str, Any]) -> str:
         for name, times in row["times"].items():
             differ = row["agreement"][name]
             lines.append(
-                f"| {row['batch']} | {name} | {told(times)} | {1e3 * row['batch'] / times['median_ms']:.1f} "
+                f"| {row['batch']} | {name} | {times_text(times)} "
+                f"| {1e3 * row['batch'] / times['median_ms']:.1f} "
                 f"| {times['speedup']:.2f} | {megabytes(row['memory_mb'][name])} "
                 f"| {differ['largest score difference']:.1e}, {differ['largest box difference']:.1e} "
                 f"| {differ['mean score difference']:.1e}, {differ['mean box difference']:.1e} |"

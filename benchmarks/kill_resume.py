@@ -1,9 +1,9 @@
-"""Kills a training with SIGKILL at random moments, starts the same command again each time, and checks.
+"""Kills a training run with SIGKILL at random moments, starts the same command again each time, and checks.
 
-After every kill: all checkpoints of the folder are whole, ``dd_model_latest.pth`` loads, the next run goes on
-from it, and nothing is lost but the steps after it (at most the interval between two checkpoints, and the
-one that was being written). At the end: bit for bit the weights, optimizer and schedulers of a run that was
-never killed.
+After every kill: all checkpoints of the folder are complete, ``dd_model_latest.pth`` loads, the next run
+resumes from it, and nothing is lost but the steps after it (at most the interval between two checkpoints,
+and the one that was being written). At the end: bit for bit the weights, optimizer and schedulers of a run
+that was never killed.
 
 The training is the real command on a tiny model and data set. So that 50 kills take minutes, not an hour,
 processes are forked from one that has imported the libraries; ``--fresh`` starts new interpreters instead.
@@ -137,7 +137,7 @@ def run_child(folder: Path, arguments: list[str]) -> None:
 
 
 def import_as_a_training_does(training: Training) -> None:
-    """Let a training run in a process of its own, then import here all that it has imported."""
+    """Run training in a process of its own, then import here all that it has imported."""
     finish(training)
     for name in training.folder.with_suffix(".modules").read_text().splitlines():
         with contextlib.suppress(Exception):  # parts of packages that do not import by themselves
@@ -230,7 +230,7 @@ def kill_often(training: Training, kills: int, longest_s: float, rng: random.Ran
 
 
 def finish(training: Training) -> dict[str, Any]:
-    """Let a training run to its end; returns its last checkpoint."""
+    """Train to the end; returns the last checkpoint."""
     _, status = os.waitpid(training.start(), 0)
     demand(os.waitstatus_to_exitcode(status) == 0, training.end_of_log())
     demand(not half_files(training.folder), f"half-written files: {half_files(training.folder)}")
@@ -248,7 +248,7 @@ def make_data(folder: Path) -> None:
 def write_record(rows: list[tuple], about: dict[str, Any], steps: int) -> None:
     moments = {where: sum(row[2] == where for row in rows) for where in sorted({row[2] for row in rows})}
     lost = [row[4] for row in rows]
-    lines = heading("SIGKILL at random moments, and going on", about)
+    lines = heading("SIGKILL at random moments, and resuming", about)
     lines += [
         "",
         f"{len(rows)} kills in a row of one training ({steps} steps, a checkpoint every {INTERVAL}): "

@@ -20,11 +20,11 @@ from pathlib import Path
 import onnx
 import onnxruntime
 import torch
+from alternating import alternate
 from environment import describe, heading, load_average, report
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
-from turns import take_turns
 
 import ddetr_mm.register  # noqa: F401 - before mmdet's registries are used
 from ddetr_mm.deploy.onnx_export import ExportOptions, trace_to_file
@@ -132,7 +132,7 @@ def measure(arguments: argparse.Namespace) -> dict:
         for threads in arguments.threads:
             sessions = {name: session_of(path, threads) for name, path in paths.items()}
             steps = {name: partial(session.run, OUTPUTS, feeds) for name, session in sessions.items()}
-            times[threads] = take_turns(steps, arguments.rounds, "stock")
+            times[threads] = alternate(steps, arguments.rounds, "stock")
         del sessions, steps
         profiles = {
             name: milliseconds_by_operator(path, max(arguments.threads), feeds)

@@ -2,7 +2,7 @@
 
 Decodes generated JPEGs of 640x480 and 1920x1080 and runs the whole training augmentation (flip; then
 either a resize to 480-800, or a resize to 400-600, a crop and a resize to 480-800) down to the packed
-tensor. The contestants take turns on the same images; figures are images a second of processor time,
+tensor. The contestants alternate on the same images; figures are images a second of processor time,
 which other load on the machine disturbs less than wall time, medians over the rounds.
 
 - stock mmdet: the pipeline of its Deformable DETR config;

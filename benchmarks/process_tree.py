@@ -19,7 +19,7 @@ class TreeSample:
         rss_mb: resident memory summed over the processes, shared pages counted once for each, MB.
         pss_mb: the same with every shared page divided among those that share it, MB. Other programs that map
             the same libraries take their part of it, so it moves when they start and end.
-        pss_own_mb: the part of it that no file stands behind, anonymous pages and shared memory, MB. Only the
+        pss_own_mb: the part without files, anonymous pages and shared memory, MB. Only the
             tree itself shares these, so no other program moves it.
         root_rss_mb: resident memory of the first process alone, MB.
         descriptors: open descriptors of all processes.
@@ -71,7 +71,7 @@ def _parent(entry: Path) -> int | None:
         status = (entry / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The name of the command stands in brackets and may hold anything.
+    # The name of the command is in brackets and may hold anything.
     state, parent = status.rpartition(")")[2].split()[:2]
     return None if state == "Z" else int(parent)
 

@@ -4,7 +4,7 @@ Those for a CUDA GPU (``*_gpu``) run only when named, or all together with ``--g
 benchmarks/run.py --gpu`` writes every GPU record.
 
 Every script of this folder that measures something has a ``main``; each writes its record to
-``benchmarks/records`` and tells its options with ``-h``. Options after ``--`` go to every script. What takes
+``benchmarks/records`` and lists its options with ``-h``. Options after ``--`` go to every script. What takes
 hours runs only when it is named: ``make bench ARGS=soak``.
 """
 

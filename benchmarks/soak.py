@@ -165,7 +165,7 @@ def soak(folder: Path, arguments: argparse.Namespace) -> list[Watched]:
             else:
                 watched.look()
         (folder / "samples.json").write_text(json.dumps({w.name: w.samples for w in (train, inference)}))
-    time.sleep(30)  # until children that were told to end have ended
+    time.sleep(30)  # until ended children are gone
     return [train, inference]
 
 

@@ -24,10 +24,10 @@ WARM_UP_SHARE = 0.25
 """The first quarter is left out: caches fill, allocators reach their working size."""
 
 BLOCKS = 24
-"""Samples that follow each other are alike, so a line is fitted to the medians of so many stretches."""
+"""Samples that follow each other are alike, so a line is fitted to the medians of so many blocks."""
 
 NEGLIGIBLE_GROWTH = 0.02
-"""Growth over the watched stretch below this share of the level counts as flat whatever its confidence."""
+"""Growth over the watched time below this share of the level counts as flat whatever its confidence."""
 
 
 def summarise(samples: Sequence[dict[str, float]]) -> dict[str, dict[str, Any]]:
@@ -46,9 +46,9 @@ def slope(hours: np.ndarray, values: np.ndarray) -> dict[str, Any]:
         values: what was seen.
 
     Returns:
-        Level (the median), slope an hour with its 95 % interval, the growth over the stretch as a share of
-        the level, and whether the series is flat: its interval reaches zero or less, or the growth is
-        negligible.
+        Level (the median), slope an hour with its 95 % interval, the growth over the watched time as a
+        share of the level, and whether the series is flat: its interval reaches zero or less, or the growth
+        is negligible.
     """
     blocks = [block for block in np.array_split(np.arange(len(hours)), BLOCKS) if len(block)]
     times = np.array([hours[block].mean() for block in blocks])
@@ -104,8 +104,8 @@ def record_text(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"The first {WARM_UP_SHARE:.0%} of each run is warm-up. The slope is Theil and Sen's, through the",
-        f"medians of {BLOCKS} stretches. Flat: the 95 % interval reaches zero or less, or the growth over",
-        f"the watched stretch is under {NEGLIGIBLE_GROWTH:.0%} of the level. `root_rss_mb` is the command's",
+        f"medians of {BLOCKS} blocks. Flat: the 95 % interval reaches zero or less, or the growth over",
+        f"the watched time is under {NEGLIGIBLE_GROWTH:.0%} of the level. `root_rss_mb` is the command's",
         "own process; PSS divides shared pages among those that share them. `pss_own_mb` is the part of it",
         "without the pages of files (libraries), of which other programs take their share and give it back:",
         "the whole PSS is recorded and not judged.",

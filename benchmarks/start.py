@@ -3,8 +3,8 @@
 ``train`` gets as many images and boxes as COCO's train2017 (118,287 and about 860,000; hard links to a few
 generated JPEGs), the tiny model of ``configs/specs/shapes_resnet18.yaml``, and one worker. It is started
 twice: the first run fills the annotation cache, the second finds it. The first step is over when the first
-line of the log is there. Each figure is the median of ``--rounds`` starts (two trainings in all), wall and
-processor time of the process and its children.
+line of the log is there. Each figure is the median of ``--rounds`` starts (two training runs in all), wall
+and processor time of the process and its children.
 
 Run: ``python benchmarks/start.py`` (``--images 2000 --rounds 1`` for a quick look; ``--record`` writes
 ``benchmarks/records/start.{json,md}``).

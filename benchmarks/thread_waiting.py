@@ -3,7 +3,7 @@
 PyTorch's OpenMP threads spin for milliseconds before they sleep. Alone on a machine that saves the waking;
 where other programs want the cores, or a container has fewer than it sees, the spinning takes the time that
 the working thread needs. A process for each setting trains our ResNet-50 detector, with a thread for each
-core; they take turns, first alone, then beside as many busy processes as there are cores.
+core; they alternate, first alone, then beside as many busy processes as there are cores.
 
 Run: ``python benchmarks/thread_waiting.py`` (``--rounds 2`` for a quick look; ``--record`` writes
 ``benchmarks/records/thread_waiting.{json,md}``).
@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from alternating import alternate, measured
 from environment import describe, heading, load_average, report
-from turns import measured, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).parent / "records" / "thread_waiting"
@@ -136,10 +136,10 @@ def main() -> None:
     cores = environment["cores"]
     conditions = {}
     with contestants() as started:
-        conditions["Alone"] = take_turns(started, arguments.rounds, OWN, step)
+        conditions["Alone"] = alternate(started, arguments.rounds, OWN, step)
         environment["load_between"] = load_average()
         with busy(cores):
-            conditions[f"Beside {cores} busy processes"] = take_turns(started, arguments.rounds, OWN, step)
+            conditions[f"Beside {cores} busy processes"] = alternate(started, arguments.rounds, OWN, step)
     result = {"environment": environment, "conditions": conditions}
     report(result, markdown(result), RECORD if arguments.record else None)
     return None

@@ -4,7 +4,7 @@ All start from the same weights (random, carried over by our checkpoint conversi
 padded to one size, on the GPU already: ResNet-50, four levels, box refinement, 80 classes, 300 queries, no
 dropout. A step is forward, loss, backward, clipping and AdamW. First every contestant trains alone for some
 steps: its losses step by step are the curves that must agree, its memory is read, the host's waits for the
-GPU are counted, and for ours the time of each region is kept. Then they take turns for the times.
+GPU are counted, and for ours the time of each region is kept. Then they alternate for the times.
 
 Run: ``python benchmarks/train_gpu.py`` (``--record`` writes ``benchmarks/records/train_gpu.{json,md}``;
 ``--device cpu --quick`` tries it out on tiny images, without ``torch.compile``).
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from environment import heading, load_average, report
+from gpu_alternating import alternate_on, megabytes, peak_mb, times_text
 from gpu_detectors import (
     HUGGING_FACE,
     OURS,
@@ -33,7 +34,6 @@ from gpu_detectors import (
     set_up,
     training_step,
 )
-from gpu_turns import megabytes, peak_mb, take_turns_on, told
 from step_timing import region_table, region_times
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,7 +46,7 @@ FIRST_LOSS_TOLERANCE = {"fp32": 1e-3, "tf32": 1e-2, "bf16": 5e-2, "fp16": 5e-2}
 
 
 def contestants(with_compile: bool) -> list[Contestant]:
-    """Who takes part; the yardstick first."""
+    """The contestants; the yardstick first."""
     found = [
         Contestant(YARDSTICK, STOCK, "fp32"),
         Contestant("mmdet, tf32", STOCK, "tf32"),
@@ -106,7 +106,7 @@ def check_first_losses(results: dict[str, dict[str, Any]], chosen: list[Contesta
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Curves and memory of all, each alone, then times in turns."""
+    """Curves and memory of all, each alone, then alternating times."""
     weights = Weights(device)
     batches = [
         padded_batch(tuple(args.size), args.batch, args.boxes, device, seed) for seed in range(args.data)
@@ -129,7 +129,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         contestant.name: training_step(contestant, weights.model(contestant).train(), batches, args.lr)
         for contestant in chosen
     }
-    times = take_turns_on(device, steps, args.rounds, YARDSTICK)
+    times = alternate_on(device, steps, args.rounds, YARDSTICK)
     return {"alone": results, "times": times}
 
 
@@ -157,7 +157,7 @@ def markdown(result: dict[str, Any]) -> str:
         own = result["alone"][name]
         first, mean = curve_apart(own["losses"], expected)
         lines.append(
-            f"| {name} | {told(times)} | {1e3 * result['batch'] / times['median_ms']:.1f} "
+            f"| {name} | {times_text(times)} | {1e3 * result['batch'] / times['median_ms']:.1f} "
             f"| {times['speedup']:.2f} | {megabytes(own['memory_mb'])} | {own['host_reads_per_step']} "
             f"| {first:.1e} | {mean:.1e} |"
         )

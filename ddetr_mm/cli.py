@@ -176,7 +176,7 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("batch", metavar="BATCH", help="a non_finite_step_*.pth of a training")
+    parser.add_argument("batch", metavar="BATCH", help="a non_finite_step_*.pth of a training run")
     parser.add_argument("--config", help="the run's config (default: config.py beside the batch)")
     parser.add_argument("-e", "--experiment_spec", metavar="SPEC", help="the spec, for its encryption_key")
 

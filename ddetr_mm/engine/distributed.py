@@ -254,7 +254,7 @@ def process_group() -> Iterator[None]:
 def end_with_launcher() -> None:
     """End this rank when the process that started it is gone without having been able to stop it.
 
-    Without this, ranks of a killed command would go on training, beside those of the command's next start.
+    Without this, ranks of a killed command would keep training beside those of the next start.
     """
     if not is_launched_by_us():
         return

@@ -67,7 +67,7 @@ class MixedPrecisionOptimWrapper(AmpOptimWrapper):
             yield
 
     def _device_type(self) -> str:
-        """Where the trained parameters lie: ``cuda``, ``cpu`` …"""
+        """Device type of the trained parameters: ``cuda``, ``cpu`` …"""
         device: torch.device = self.optimizer.param_groups[0]["params"][0].device
         return device.type
 

@@ -37,7 +37,7 @@ class ModelSize:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of a checkpoint that training can go on from."""
+        """Bytes of a checkpoint that training can resume from."""
         return self.weights + self.optimizer
 
     @property

@@ -48,7 +48,7 @@ def look_up_channels(backbone_cfg: dict[str, Any]) -> list[int]:
 
 @dataclass(frozen=True)
 class ExportedInput:
-    """An exported graph that takes the network's place, and the class names it brings along."""
+    """An exported graph that replaces the network, and its class names."""
 
     translated: ExportedModel
     class_names: Sequence[str] | None
@@ -100,7 +100,7 @@ def config_source(
         subtask: what the config is for.
         checkpoint: a checkpoint the run will start from; its origin decides whether padded attention
             values are zeroed, unless the spec says, and its class names go into the config.
-        exported: a graph that takes the network's place.
+        exported: a graph that replaces the network.
     """
     zeroed = names = None
     if exported is not None:

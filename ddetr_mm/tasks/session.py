@@ -38,7 +38,7 @@ _HINTS = {
     errno.ENOENT: "check the path",
     errno.EISDIR: "name a file, not a folder",
     errno.ENOTDIR: "name a folder whose upper folders are no files",
-    errno.EEXIST: "a file stands where a folder is wanted: name another folder",
+    errno.EEXIST: "there is a file of that name: name another folder",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "raise the limit on open files (`ulimit -n`), or use fewer workers: dataset.workers",
     errno.ENFILE: "close other programs, or use fewer workers: dataset.workers",

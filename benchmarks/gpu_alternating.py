@@ -1,4 +1,4 @@
-"""Contestants taking turns on a GPU: times by events, ratios, peak memory; on a CPU by the clock."""
+"""Alternating contestants on a GPU: times by events, ratios, peak memory; on a CPU by the clock."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from alternating import alternate, summary
 from environment import describe
-from turns import summary, take_turns
 
 Step = Callable[[], Any]
 
@@ -49,7 +49,7 @@ def _time_ms(step: Step, repeats: int) -> float:
     return begin.elapsed_time(end) / repeats
 
 
-def take_turns_on(
+def alternate_on(
     device: torch.device,
     contestants: dict[str, Step],
     rounds: int,
@@ -65,13 +65,13 @@ def take_turns_on(
         rounds: rounds that count.
         yardstick: whom the others are compared with.
         warm_up: steps of each before any counts: they compile, choose and allocate.
-        repeats: steps in a row that one time stands for.
+        repeats: steps in a row that are timed together.
 
     Returns:
         For each ``median_ms``, ``min_ms``, ``max_ms`` and ``speedup``, the median of the rounds' own ratios.
     """
     if device.type != "cuda":
-        return take_turns(contestants, rounds, yardstick)
+        return alternate(contestants, rounds, yardstick)
     for step in contestants.values():
         for _ in range(warm_up):
             step()
@@ -96,7 +96,7 @@ def peak_mb(device: torch.device, step: Step) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
-def told(times: dict[str, float]) -> str:
+def times_text(times: dict[str, float]) -> str:
     """Median and spread for a table."""
     return f"{times['median_ms']:.3f} ({times['min_ms']:.3f} to {times['max_ms']:.3f})"
 

@@ -1,4 +1,4 @@
-"""Contestants taking turns: times, their ratios, and the peak memory of a function."""
+"""Alternating contestants: times, their ratios, and the peak memory of a function."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measured(step: Step) -> tuple[float, float]:
     return 1e3 * (time.perf_counter() - began), 1e3 * (time.process_time() - cpu_began)
 
 
-def take_turns(
+def alternate(
     contestants: dict[str, Contestant],
     rounds: int,
     yardstick: str,
@@ -32,7 +32,7 @@ def take_turns(
         contestants: name to what one round runs.
         rounds: rounds that count.
         yardstick: whom the others are compared with.
-        measure: runs one round of a contestant and tells its wall and processor time in milliseconds.
+        measure: runs one round of a contestant and returns its wall and processor time in milliseconds.
 
     Returns:
         For each: ``median_ms``, ``min_ms``, ``max_ms`` and ``cpu_median_ms`` (processor time of all
@@ -81,7 +81,7 @@ def _ratio(first: list[float], second: list[float]) -> float:
 
 
 def peak_growth_mb(step: Step) -> float | None:
-    """How much a forked process grows at its peak in ``step``; None where the system does not tell.
+    """How much a forked process grows at its peak in ``step``; None where the system does not report it.
 
     Call it before the first operation that starts threads: a forked process has none of them.
     """
