@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from environment import describe, heading, load_average, report  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from ddetr_mm.models import GCViT  # noqa: E402
+from ddetr_mm.weights import load_backbone  # noqa: E402
 
 TOLERANCE = 1e-4
 LARGE_HW = (800, 1344)
@@ -44,10 +46,12 @@ def pair(variant: str, device: str) -> tuple[nn.Module, GCViT, dict[str, str]]:
         for parameter in theirs.parameters():  # biases and position tables that matter
             parameter.add_(0.02 * torch.randn_like(parameter))
     ours = GCViT(variant, out_indices=(3,), drop_path_rate=0.0)
-    report = ours.load_backbone_state_dict(theirs.state_dict())
-    if report.missing or report.unexpected or report.skipped:
-        raise SystemExit(f"the weights do not go over: {report}")
-    return theirs.to(device), ours.to(device), report.mapped
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(theirs.state_dict(), f"{folder}/timm.pth")
+        report = load_backbone(ours, f"{folder}/timm.pth")
+    if not report.complete:
+        raise SystemExit(f"the weights cannot be converted: {report.summary()}")
+    return theirs.to(device), ours.to(device), {key: name for key, (name,) in report.mapped.items()}
 
 
 def loss(feature: Tensor) -> Tensor:

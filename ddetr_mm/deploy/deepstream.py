@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddetr_mm.deploy.onnx_file import Normalisation
-from ddetr_mm.errors import ExportError, Problem
 from ddetr_mm.files import write_text_whole
 
 LABELS_NAME = "labels.txt"
@@ -22,24 +21,6 @@ PARSER_LIBRARY = "/opt/nvidia/deepstream/deepstream/lib/libnvds_infercustomparse
 def labels_text(class_names: Sequence[str]) -> str:
     """Return the content of ``labels.txt``: line n (from 0) names category n."""
     return "".join(f"{name.strip() or 'unknown'}\n" for name in class_names)
-
-
-def full_class_names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
-    """Return a name for each class column: the known ones (by default ``background``), then ``unknown``.
-
-    Raises:
-        ExportError: there are more names than class columns.
-    """
-    names = list(class_names or ["background"])
-    if len(names) > num_classes:
-        raise ExportError(
-            Problem(
-                "the class list and the checkpoint disagree",
-                value=f"{len(names)} names",
-                allowed=f"{num_classes}, the columns of the class head",
-            )
-        )
-    return names + ["unknown"] * (num_classes - len(names))
 
 
 def config_text(

@@ -2,29 +2,32 @@
 
 Source: A. Hatamizadeh et al., "Global Context Vision Transformers", arXiv 2206.09959.
 
-Licences: this file, ``gcvit_blocks.py`` and ``gcvit_weights.py`` are Apache-2.0. They were written
-from the paper and from measured outputs, not from the authors' code, which is licensed for
-non-commercial use only. So are the weights the authors publish (CC BY-NC-SA 4.0) and weights
-derived from them, timm's among them: whoever loads a file is bound by that file's licence.
+Licences: this file is Apache-2.0. It was written from the paper and from measured outputs, not from the
+authors' code, which is licensed for non-commercial use only. So are the weights that the authors publish (CC
+BY-NC-SA 4.0) and weights derived from them, timm's among them: users of a file are bound by its licence.
 
-Shapes: B images, H x W tokens, C channels; stage i has stride 4 * 2**i and dim * 2**i channels.
+Module names follow the paper's module tree, which published and TAO checkpoints share, so that their keys
+fit by prefix. The sizes and the conversion of other layouts are in :mod:`ddetr_mm.weights.gcvit`.
 
-Deliberate differences from the classifier of the paper:
+Shapes: B images, H x W tokens, C channels, w window side, N = w * w tokens of a window, L windows of an
+image, h heads, d channels of a head; stage i has stride 4 * 2**i and dim * 2**i channels. Maps are
+channels-last (B, H, W, C); convolutions use the same memory as a channels-last (B, C, H, W) view, so that
+nothing is copied.
 
-- One LayerNorm ``norm{i}`` for each returned stage instead of the classifier's ``norm`` and
-  ``head``. The feature is taken before the stage's reduction.
-- Any image size: windows are padded with zeros, and a global query that does not come out as one
-  window is resized bicubically.
-- A stage cuts its map into windows once, not in every block. The numbers are the same.
-- ``relative_position_index`` follows from the window and is not stored; where a checkpoint holds
-  it, it is dropped.
+Differences from the paper's classifier:
+
+- One LayerNorm ``norm{i}`` for each returned stage instead of the classifier's ``norm`` and ``head``. The
+  feature is taken before the stage's reduction.
+- Any image size: windows are padded with zeros, and a global query that is not exactly one window is resized
+  bicubically.
+- A stage partitions its map into windows once, not in every block. The numbers are the same.
+- ``relative_position_index`` follows from the window and is not stored; in a checkpoint it is ignored.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,31 +39,25 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddetr_mm.errors import Problem, SpecError
-from ddetr_mm.weights.gcvit import BackboneLoadReport, convert_backbone_state_dict
+from ddetr_mm.weights import load_backbone
+from ddetr_mm.weights.gcvit import NUM_STAGES, VARIANTS
+from ddetr_mm.weights.read import local_file
 
-# --- The parts of GCViT as plain PyTorch modules: convolutional blocks, window attention, one stage ---
-# Source: A. Hatamizadeh et al., "Global Context Vision Transformers", arXiv 2206.09959. Written from
-# the paper and checked against numbers only; nobody's code was used. See ``gcvit.py`` for the
-# licences of code and weights. Module names follow the paper's module tree, which published and TAO
-# checkpoints share, so that their keys fit by prefix alone.
-#
-# Shapes: B images, H x W tokens, C channels, w window side, N = w * w tokens a window, L windows an
-# image, h heads, d channels a head. Maps travel channels-last (B, H, W, C); a convolution sees the
-# same memory as a channels-last (B, C, H, W) view, so nothing is copied in between.
+# --- Windows ---
 
 
 def query_pyramid(side_tokens: int, window: int, stage: int) -> tuple[int, bool]:
-    """How a stage's map is brought down to the global query, a window of tokens.
+    """Return how a stage's map is reduced to the global query, a window of tokens.
 
     Args:
-        side_tokens: side of the stage's map at the resolution the model is designed for.
+        side_tokens: side of the stage's map at the resolution for which the model is designed.
         window: side of the window in tokens.
         stage: 0..3.
 
     Returns:
-        The number of convolutional blocks (at least 1) and whether each is followed by a pooling
-        that halves the map. As in the reference, stage 2 (index) pools once unless its map is
-        exactly one window, even where its map is smaller than the window.
+        The number of convolutional blocks (at least 1), and whether each is followed by a pooling that
+        halves the map. As in TAO, stage 2 (index) pools once unless its map is exactly one window, even
+        where its map is smaller than the window.
     """
     halvings = max(0, math.ceil(math.log2(side_tokens / window)))
     if stage == 2 and side_tokens != window:
@@ -69,7 +66,7 @@ def query_pyramid(side_tokens: int, window: int, stage: int) -> tuple[int, bool]
 
 
 def relative_position_index(window: int) -> Tensor:
-    """Row of the bias table for each pair of tokens of a window, (N, N) int64, as in Swin.
+    """Return the row of the bias table for each pair of tokens of a window, (N, N) int64, as in Swin.
 
     The row is ``(dy + w - 1) * (2w - 1) + dx + w - 1`` for query minus key coordinates.
     """
@@ -81,15 +78,15 @@ def relative_position_index(window: int) -> Tensor:
 
 
 def partition_windows(x_bhwc: Tensor, window: int) -> tuple[Tensor, Tensor | None]:
-    """Cut a map into windows, zero-padded right and bottom to a multiple of the window.
+    """Partition a map into windows, zero-padded at the right and bottom to a multiple of the window.
 
     Args:
         x_bhwc: (B, H, W, C).
         window: side of the window in tokens.
 
     Returns:
-        (B, L, N, C), windows in row-major order, and a bool mask (L, N, 1) that is true on the
-        padding, or None where nothing was padded.
+        (B, L, N, C), windows in row-major order, and a bool mask (L, N, 1), true on the padding, or None
+        without padding.
     """
     height, width = x_bhwc.shape[1:3]
     rows, columns = _windows_along(height, window), _windows_along(width, window)
@@ -103,7 +100,7 @@ def partition_windows(x_bhwc: Tensor, window: int) -> tuple[Tensor, Tensor | Non
 
 
 def _windows_along(tokens: int, window: int) -> int:
-    # Not -(-tokens // window): while an ONNX graph is traced, // rounds towards zero.
+    # Not -(-tokens // window): in a traced ONNX graph // rounds towards zero.
     return (tokens + window - 1) // window
 
 
@@ -114,7 +111,7 @@ def _to_windows(x_bhwc: Tensor, window: int) -> Tensor:
 
 
 def merge_windows(x_blnc: Tensor, window: int, height: int, width: int) -> Tensor:
-    """Undo :func:`partition_windows`: (B, L, N, C) back to (B, H, W, C), the padding cut off."""
+    """Undo :func:`partition_windows`: (B, L, N, C) to (B, H, W, C) without the padding."""
     rows, columns = _windows_along(height, window), _windows_along(width, window)
     channels = x_blnc.shape[-1]
     x = x_blnc.reshape(-1, rows, columns, window, window, channels).transpose(2, 3)
@@ -122,8 +119,11 @@ def merge_windows(x_blnc: Tensor, window: int, height: int, width: int) -> Tenso
     return x[:, :height, :width].contiguous()
 
 
+# --- Modules ---
+
+
 class SqueezeExcitation(nn.Module):
-    """Rescales channels by a gate computed from their global means. No biases."""
+    """Scales channels by a gate computed from their global means. No biases."""
 
     def __init__(self, channels: int, reduction: int = 4) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Stem(nn.Module):
 
 
 class GlobalQuery(nn.Module):
-    """A stage's global query: its input map brought down to one window of tokens.
+    """A stage's global query: its input map reduced to one window of tokens.
 
     Args:
         channels: C.
@@ -230,8 +230,8 @@ class WindowAttention(nn.Module):
         channels: C.
         num_heads: h.
         window: side of the window in tokens.
-        use_global_query: queries come from outside, shared by all windows of an image; the
-            layer then projects keys and values only.
+        use_global_query: whether queries are given, shared by all windows of an image; the layer then
+            projects keys and values only.
     """
 
     def __init__(self, channels: int, num_heads: int, window: int, use_global_query: bool) -> None:
@@ -258,7 +258,7 @@ class WindowAttention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(-1, num_windows, num_tokens, channels))
 
     def position_bias(self) -> Tensor:
-        """The bias added to the attention logits, (h, N, N)."""
+        """Return the bias of the attention logits, (h, N, N)."""
         num_tokens = self.window**2
         # index_select along rows of a transposed copy: several times faster than indexing.
         table = self.relative_position_bias_table.t().contiguous()
@@ -270,15 +270,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias_hnn: Tensor) -> Tensor:
     """Softmax attention with a bias; everything else (windows, h, N, d)."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_hnn.unsqueeze(0))
-    # On a CPU the fused kernel loses to two matrix products at 49 or 196 tokens, and with a bias
-    # that is trained it is not used at all. The plain form is also what an ONNX graph should hold.
+    # On a CPU two matrix products are faster than the fused kernel at 49 or 196 tokens, and it is not used
+    # with a trained bias. An ONNX graph needs the plain form too.
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     logits += bias_hnn
     return logits.softmax(-1) @ v
 
 
 def _drop_index(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Checkpoints of others store the index, which follows from the window: not a weight."""
+    """Drop the index from a checkpoint: it is not a weight."""
     state_dict.pop(prefix + "relative_position_index", None)
 
 
@@ -343,7 +343,7 @@ class Block(nn.Module):
         return self._add(x_blnc, self.mlp(self.norm2(x_blnc)), self.gamma2)
 
     def _add(self, x_blnc: Tensor, branch_blnc: Tensor, gamma_c: Tensor | None) -> Tensor:
-        """x + drop_path(gamma * branch), with the factors multiplied before they meet the map."""
+        """Return x + drop_path(gamma * branch), with the factors multiplied first."""
         factor = gamma_c
         if self.training and self.drop_path_rate > 0:
             keep = 1 - self.drop_path_rate
@@ -355,15 +355,14 @@ class Block(nn.Module):
 class Stage(nn.Module):
     """Blocks of one resolution, local and global attention in turn, then the reduction.
 
-    The map is cut into windows once and put together once: the blocks in between work on
-    windows only, and padding is held at zero where attention reads it.
+    The map is partitioned into windows once and merged once; padding is zero where attention reads it.
 
     Args:
         channels: C.
         num_heads: h.
         window: side of the window in tokens.
         mlp_ratio: hidden channels of the MLPs over C.
-        drop_path_rates: one for each block; their number is the depth.
+        drop_path_rates: one for each block.
         layer_scale: see :class:`Block`.
         pyramid: blocks and pooling of the global query, see :func:`query_pyramid`.
         reduce: whether a reduction to twice the channels follows.
@@ -405,39 +404,7 @@ class Stage(nn.Module):
         return merge_windows(windows, self.window, height, width)
 
 
-# --- GCViT, the Global Context Vision Transformer, as a backbone for any mmdet detector ---
-
-NUM_STAGES = 4
-
-
-@dataclass(frozen=True)
-class GCViTVariant:
-    """The architecture of one published size; tuples have one entry for each stage."""
-
-    depths: tuple[int, ...]
-    num_heads: tuple[int, ...]
-    windows: tuple[int, ...]
-    dim: int
-    mlp_ratio: float
-    layer_scale: float | None
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Channels of each stage."""
-        return tuple(self.dim * 2**stage for stage in range(NUM_STAGES))
-
-
-_WINDOWS, _WINDOWS_384 = (7, 7, 14, 7), (12, 12, 24, 12)
-_DEEP = (3, 4, 19, 5)
-VARIANTS: dict[str, GCViTVariant] = {
-    "xxtiny": GCViTVariant((2, 2, 6, 2), (2, 4, 8, 16), _WINDOWS, 64, 3.0, None),
-    "xtiny": GCViTVariant((3, 4, 6, 5), (2, 4, 8, 16), _WINDOWS, 64, 3.0, None),
-    "tiny": GCViTVariant(_DEEP, (2, 4, 8, 16), _WINDOWS, 64, 3.0, None),
-    "small": GCViTVariant(_DEEP, (3, 6, 12, 24), _WINDOWS, 96, 2.0, 1e-5),
-    "base": GCViTVariant(_DEEP, (4, 8, 16, 32), _WINDOWS, 128, 2.0, 1e-5),
-    "large": GCViTVariant(_DEEP, (6, 12, 24, 48), _WINDOWS, 192, 2.0, 1e-5),
-    "large_384": GCViTVariant(_DEEP, (6, 12, 24, 48), _WINDOWS_384, 192, 2.0, 1e-5),
-}
+# --- The backbone ---
 
 
 @MODELS.register_module()
@@ -445,14 +412,14 @@ class GCViT(BaseModule):
     """GCViT backbone: images in, one feature map for each chosen stage out.
 
     Parameter names follow the paper's module tree (``patch_embed``, ``levels.N.blocks.M``,
-    ``norm{i}``), so a TAO checkpoint's backbone fits after its prefix is cut off. An ONNX graph traced
-    from it has standard operators only; its batch may vary, its height and width are the traced ones.
+    ``norm{i}``), so that a TAO checkpoint's backbone fits without its prefix. An ONNX graph traced from
+    it has standard operators only and any batch; its height and width are the traced ones.
 
     Args:
-        variant: a key of :data:`VARIANTS`: xxtiny, xtiny, tiny, small, base, large, large_384.
-        out_indices: stages to return, increasing, each 0..3 (strides 4, 8, 16, 32). Stages after
-            the last one keep their parameters, so that checkpoints fit, but are neither run nor
-            trained.
+        variant: a key of :data:`~ddetr_mm.weights.gcvit.VARIANTS`: xxtiny, xtiny, tiny, small, base, large,
+            large_384.
+        out_indices: stages to return, increasing, each 0..3 (strides 4, 8, 16, 32). Stages after the last one
+            have parameters, so that checkpoints fit, but are neither run nor trained.
         frozen_stages: -1 trains all; 0 freezes the stem; k freezes the stem and the first k
             stages with their reductions and output norms; 4 freezes the whole backbone, which is
             ``train_backbone: False`` of a spec. Frozen parts also stay in evaluation mode (no
@@ -461,12 +428,12 @@ class GCViT(BaseModule):
             linearly from 0 in the first.
         with_cp: recompute blocks in the backward pass. Less memory, the same gradients.
         windows: side of each stage's window in tokens; None for the variant's.
-        resolution: image side in pixels that the global-query pyramids are laid out for. It fixes
-            how many blocks they have; images of any size may come in. The reference uses 224 for
-            every variant, large_384 included.
-        init_cfg: ``dict(type='Pretrained', checkpoint=FILE)`` loads FILE (a path or URL) by
-            :meth:`load_backbone_state_dict`; ``prefix`` names the backbone inside it where that
-            is not unique. None for random weights.
+        resolution: image side in pixels for which the global-query pyramids are designed, which determines
+            their number of blocks; images may have any size. TAO uses 224 for every variant, large_384
+            included.
+        init_cfg: ``dict(type='Pretrained', checkpoint=FILE)`` loads FILE (a path or URL) with
+            :func:`~ddetr_mm.weights.load_backbone`; ``prefix`` names the backbone in it where it holds
+            several. None for random weights.
 
     Raises:
         SpecError: an argument is out of range.
@@ -514,7 +481,7 @@ class GCViT(BaseModule):
         self._freeze()
 
     def forward(self, images_bchw: Tensor) -> tuple[Tensor, ...]:
-        """Features of the chosen stages.
+        """Return the features of the chosen stages.
 
         Args:
             images_bchw: (B, 3, height, width), normalised, of any size and memory format.
@@ -542,37 +509,18 @@ class GCViT(BaseModule):
         return self
 
     def init_weights(self) -> None:
-        """Load the file of ``init_cfg``; without one the weights drawn on construction stay.
+        """Load the file of ``init_cfg``; without one the initial random weights are kept.
 
         Raises:
-            WeightsError: the file cannot be read or is not a GCViT checkpoint.
+            WeightsError: the file cannot be read or holds no GCViT.
         """
         if not self.init_cfg or self.init_cfg.get("type") != "Pretrained":
             super().init_weights()
             return
-        path = self.init_cfg["checkpoint"]
-        report = self.load_backbone_state_dict(_read(path), self.init_cfg.get("prefix"))
-        print_log(f"GCViT from {path}: {report}", logger="current")
+        path = local_file(self.init_cfg["checkpoint"])
+        report = load_backbone(self, path, self.init_cfg.get("prefix"))
+        print_log(report.summary(), logger="current")
         self._is_init = True
-
-    def load_backbone_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str | None = None
-    ) -> BackboneLoadReport:
-        """Load weights of any layout that :func:`convert_backbone_state_dict` recognises.
-
-        Args:
-            state_dict: a state dict or a checkpoint that wraps one; not changed.
-            prefix: what stands before the backbone's own keys; None finds it.
-
-        Returns:
-            What was loaded, missing, unexpected, reshaped and skipped.
-
-        Raises:
-            WeightsError: no GCViT is in there, or several are and ``prefix`` names none.
-        """
-        converted, report = convert_backbone_state_dict(state_dict, self.state_dict(), prefix)
-        self.load_state_dict(converted, strict=False)
-        return report
 
     def _frozen_modules(self) -> list[nn.Module]:
         modules: list[nn.Module] = [self.patch_embed] if self.frozen_stages >= 0 else []
@@ -589,16 +537,8 @@ class GCViT(BaseModule):
             module.requires_grad_(False)
 
 
-def _read(location: str) -> Mapping[str, Any]:
-    """A checkpoint at a path or URL, of any format we read, without running code from it."""
-    from ddetr_mm.weights.read import local_file  # the package of weights builds on models
-    from ddetr_mm.weights.safe_read import read_raw
-
-    return read_raw(local_file(location)).payload
-
-
 def _init_parameters(module: nn.Module) -> None:
-    """Swin's: normal of deviation 0.02 (its cut at 2 is a hundred deviations away), biases zero."""
+    """Initialise as Swin does: normal with standard deviation 0.02, biases zero."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -615,7 +555,7 @@ def _check(
     windows: Sequence[int] | None,
     resolution: int,
 ) -> None:
-    """Raise one SpecError that names every argument out of range."""
+    """Raise one SpecError for all arguments out of range."""
     indices = list(out_indices)
     checks = [
         ("variant", variant, variant in VARIANTS, list(VARIANTS)),

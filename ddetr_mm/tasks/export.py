@@ -32,10 +32,10 @@ def run(arguments: Namespace) -> None:
 
 def export(loaded: LoadedSpec, session: Session) -> None:
     """Export, after the checks that need no model."""
-    from ddetr_mm.deploy.deepstream import full_class_names, write_deepstream_files
+    from ddetr_mm.deploy.deepstream import write_deepstream_files
     from ddetr_mm.deploy.onnx_export import export_half, export_onnx, usable_opset
     from ddetr_mm.tasks.runner import build_model
-    from ddetr_mm.weights import inspect_checkpoint, names_by_category_id
+    from ddetr_mm.weights import full_class_names, inspect_checkpoint, names_by_category_id
 
     spec, settings = loaded.spec, loaded.spec.export
     usable_opset(settings.opset_version, plugin=not settings.on_cpu)

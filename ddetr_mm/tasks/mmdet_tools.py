@@ -148,7 +148,7 @@ def mmdet_checkpoint(path: str, folder: Path, spec_config: Path | None = None) -
     if spec_config is None and isinstance(meta, dict) and "mmengine_version" in meta:
         return Path(path)
     info = inspect_checkpoint(path)
-    if spec_config is not None and not (info.label_mode == "category_id" and info.meta.neck_bias):
+    if spec_config is not None and not (info.meta.label_mode == "category_id" and info.meta.neck_bias):
         return fitted_checkpoint(path, spec_config, converted)
     if info.format == "mmdet":
         return Path(path)

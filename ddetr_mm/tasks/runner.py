@@ -107,7 +107,7 @@ def config_source(
         names = exported.class_names
     elif checkpoint and Path(checkpoint).exists() and not is_exported(checkpoint):
         info = inspect_checkpoint(checkpoint)
-        zeroed, names = info.zero_padded_values, info.class_names
+        zeroed, names = info.meta.zero_padded_values, info.meta.class_names
         if subtask == "inference":
             names = names_by_category_id(info.meta, loaded.spec.dataset.num_classes, path=checkpoint)
     draft = to_config(

@@ -1,14 +1,18 @@
-"""Checkpoints that travel between TAO, the original authors' release, Hugging Face and mmdet."""
+"""Checkpoints of TAO, the original authors' release, Hugging Face and mmdet: read, convert, load."""
 
 from ddetr_mm.weights.checkpoint import (
     FORMATS,
     Architecture,
     Checkpoint,
-    CheckpointInfo,
     CheckpointMeta,
     infer_architecture,
 )
-from ddetr_mm.weights.class_columns import names_by_category_id, numbered_by_position, to_category_ids
+from ddetr_mm.weights.class_columns import (
+    full_class_names,
+    names_by_category_id,
+    numbered_by_position,
+    to_category_ids,
+)
 from ddetr_mm.weights.convert import convert_checkpoint
 from ddetr_mm.weights.load import fill_model, load_backbone, load_for_model
 from ddetr_mm.weights.read import inspect_checkpoint, read_checkpoint
@@ -18,11 +22,11 @@ __all__ = [
     "FORMATS",
     "Architecture",
     "Checkpoint",
-    "CheckpointInfo",
     "CheckpointMeta",
     "LoadReport",
     "convert_checkpoint",
     "fill_model",
+    "full_class_names",
     "infer_architecture",
     "inspect_checkpoint",
     "load_backbone",

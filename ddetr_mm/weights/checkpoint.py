@@ -1,9 +1,9 @@
-"""What is known about a checkpoint: metadata and network architecture."""
+"""A checkpoint in memory: canonical weights, metadata, and the architecture that they show."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +11,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ddetr_mm.weights.formats import CheckpointFormat, KeyTrace, same_values
+from ddetr_mm.weights.gcvit import variant_name
 
-# --- A checkpoint in memory: canonical weights and all that its file says about them ---
+# --- Checkpoint and metadata ---
 
 LabelMode = Literal["category_id", "contiguous"]
 FORMATS: tuple[CheckpointFormat, ...] = ("mmdet", "tao", "official", "hf")
@@ -21,35 +22,31 @@ ZERO_PADDED_VALUES: dict[str, bool] = {"mmdet": True, "tao": False, "official": 
 """Whether a format's own implementation zeroes attention values at padded positions."""
 
 META_KEY = "ddetr_mm"
-"""Under this key files of ours carry :meth:`CheckpointMeta.to_dict` (mmdet: inside ``meta``)."""
-
-FILLER_NAMES = frozenset({"", "n/a", "na", "background", "unknown", "__background__", "none"})
-"""Names of columns that stand for no class, lower case."""
+"""Key of :meth:`CheckpointMeta.to_dict` in our files (mmdet: inside ``meta``)."""
 
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """What weights mean beyond their values.
+    """Metadata of weights.
 
     Attributes:
-        source_format: the format the weights were first read from; conversions keep it.
-        zero_padded_values: whether attention values at padded positions must be zeroed for the
-            predictions the weights were trained for.
+        source_format: the format that the weights were first read from; conversions keep it.
+        zero_padded_values: whether the weights were trained with attention values zeroed at padded positions.
         label_mode: ``category_id``: column = category id of the annotations; ``contiguous``: column =
             position in the list of classes.
-        background_column: the column that is never a label, or None.
+        background_column: the column of the background, or None.
         num_classes: columns of the class head, or None without a head.
         class_names: a name for every column, or None when unknown.
         category_ids: category id of every column (None for background and gaps), or None when unknown.
         with_box_refine, two_stage: the decoder's scheme.
-        neck_bias: False when the weights come from a neck without bias; conversions that need one fill in
-            zeros, and writing mmdet's names takes the zeros out again.
-        num_heads: attention heads where the file says so.
+        neck_bias: False when the weights come from a neck without bias; conversions that need one add zeros,
+            and writing mmdet's names removes them.
+        num_heads: attention heads, where the file says.
         dilation: whether the backbone's last stage is dilated, which no shape shows; None where the file
             does not say.
-        num_queries: object queries (two-stage: proposals) where the file says so.
-        epoch: epoch the file was written after, where it says so.
-        spec: the experiment spec the weights belong to, as plain data, or None.
+        num_queries: object queries (two-stage: proposals), where the file says.
+        epoch: epoch after which the file was written, where it says.
+        spec: the experiment spec of the weights as plain data, or None.
     """
 
     source_format: str
@@ -69,39 +66,26 @@ class CheckpointMeta:
     spec: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data (lists, strings, numbers) for a file's metadata; unknown values are left out."""
-        values: dict[str, Any] = {
-            "source_format": self.source_format,
-            "zero_padded_values": self.zero_padded_values,
-            "label_mode": self.label_mode,
-            "background_column": self.background_column,
-            "num_classes": self.num_classes,
-            "class_names": list(self.class_names) if self.class_names else None,
-            "category_ids": list(self.category_ids) if self.category_ids else None,
-            "with_box_refine": self.with_box_refine,
-            "two_stage": self.two_stage,
-            "neck_bias": self.neck_bias,
-            "num_heads": self.num_heads,
-            "dilation": self.dilation,
-            "num_queries": self.num_queries,
-            "epoch": self.epoch,
-            "spec": self.spec,
+        """Return plain data (lists, strings, numbers) for a file's metadata, without unknown values."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+            if value is not None and value != ()
         }
-        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass
 class Checkpoint:
-    """Weights under canonical names.
+    """Weights under canonical names, and what is known of them.
 
     Attributes:
         state_dict: canonical key → tensor. Tensors may be backed by the file they were read from.
         format: the format of the file.
-        meta: what the weights mean.
-        architecture: what the network looks like.
+        meta: metadata of the file, completed by its format.
+        architecture: of the network.
         path: the file or folder.
         trace: which key of the file became which canonical key.
-        notes: what a reader should know, one sentence each.
+        notes: remarks for the user, one sentence each.
     """
 
     state_dict: dict[str, Tensor]
@@ -113,39 +97,10 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What is known of a checkpoint without using its weights; see :func:`inspect_checkpoint`."""
-
-    path: Path
-    format: CheckpointFormat
-    class_names: tuple[str, ...] | None
-    category_ids: tuple[int | None, ...] | None
-    num_classes: int | None
-    zero_padded_values: bool
-    label_mode: LabelMode
-    background_column: int | None
-    architecture: Architecture
-    meta: CheckpointMeta
-    notes: tuple[str, ...] = ()
-
-
-def is_filler(name: str) -> bool:
-    """Whether a column's name says that it is no class (``background``, ``N/A`` …)."""
-    return name.strip().lower() in FILLER_NAMES
-
-
-def column_ids(class_names: Sequence[str] | None, label_mode: LabelMode) -> tuple[int | None, ...] | None:
-    """Category id of every column, as far as the names and the label mode tell it."""
-    if class_names is None or label_mode != "category_id":
-        return None
-    return tuple(None if is_filler(name) else column for column, name in enumerate(class_names))
-
-
 def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> CheckpointMeta:
-    """Metadata as :meth:`CheckpointMeta.to_dict` wrote it, ``default`` for whatever it leaves out.
+    """Read what :meth:`CheckpointMeta.to_dict` wrote, with ``default`` for what is left out.
 
-    Values of the wrong type are ignored: a file is not trusted to hold what it should.
+    Values of the wrong type are ignored: files are not trusted.
     """
     changes: dict[str, Any] = {}
     for key in ("zero_padded_values", "with_box_refine", "two_stage", "neck_bias", "dilation"):
@@ -170,7 +125,7 @@ def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> Checkp
     return replace(default, **changes)
 
 
-# --- What a network looks like, told from the names and shapes of its weights ---
+# --- Architecture from names and shapes ---
 
 _BOTTLENECKS: dict[tuple[int, ...], str] = {
     (3, 4, 6, 3): "resnet_50",
@@ -178,16 +133,6 @@ _BOTTLENECKS: dict[tuple[int, ...], str] = {
     (3, 8, 36, 3): "resnet_152",
 }
 _BASIC_BLOCKS: dict[tuple[int, ...], str] = {(2, 2, 2, 2): "resnet_18", (3, 4, 6, 3): "resnet_34"}
-_GCVIT: dict[tuple[tuple[int, ...], int, int], str] = {
-    # (depths, width of the first stage, window of the third stage) → name
-    ((2, 2, 6, 2), 64, 14): "gc_vit_xxtiny",
-    ((3, 4, 6, 5), 64, 14): "gc_vit_xtiny",
-    ((3, 4, 19, 5), 64, 14): "gc_vit_tiny",
-    ((3, 4, 19, 5), 96, 14): "gc_vit_small",
-    ((3, 4, 19, 5), 128, 14): "gc_vit_base",
-    ((3, 4, 19, 5), 192, 14): "gc_vit_large",
-    ((3, 4, 19, 5), 192, 24): "gc_vit_large_384",
-}
 DEFAULT_NUM_HEADS = 8
 
 
@@ -195,20 +140,20 @@ DEFAULT_NUM_HEADS = 8
 class Architecture:
     """A Deformable DETR's structure.
 
-    Heads and points cannot be told apart by shapes (only their product shows): ``num_heads`` is 8, the
-    value of every published model, unless the file itself says otherwise, and the points follow from it.
+    Shapes show only the product of heads and points: ``num_heads`` is 8, the value of every published model,
+    unless the file says otherwise, and the points follow from it.
 
     Attributes:
         backbone: ``resnet_18/34/50/101/152``, ``gc_vit_<variant>`` or ``unknown``.
         backbone_stage_channels: channels of the backbone's stages, empty for an unknown backbone.
-        return_interm_indices: the reference's feature level indices (0..3 a stage, 4 the extra level);
-            None where the backbone's channels do not tell them.
+        return_interm_indices: TAO's feature level indices (0..3 a stage, 4 the extra level); None where the
+            backbone's channels do not show them.
         neck_in_channels: channels of the stages that feed the neck.
-        num_extra_levels: levels made by further stride-2 convolutions.
+        num_extra_levels: levels from further stride-2 convolutions.
         num_feature_levels: all levels.
         neck_bias: whether the neck's convolutions have a bias.
         hidden_dim: width of the transformer.
-        num_queries: object queries; None in two-stage models, whose weights do not tell it.
+        num_queries: object queries; None in two-stage models, whose weights do not show it.
         enc_layers, dec_layers: number of layers.
         enc_feedforward, dec_feedforward: hidden width of their feed-forward networks.
         num_heads: attention heads (see above).
@@ -240,7 +185,7 @@ class Architecture:
     notes: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; the notes stay out."""
+        """Return plain data for JSON, without the notes."""
         values = asdict(self)
         values.pop("notes")
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
@@ -252,13 +197,13 @@ def infer_architecture(
     with_box_refine: bool | None = None,
     num_heads: int | None = None,
 ) -> Architecture:
-    """Read the structure off a canonical state dict.
+    """Infer the structure from a canonical state dict.
 
     Args:
         canonical: canonical key → tensor; only names, shapes and, for the refinement, the equality of the
-            prediction branches are looked at.
-        with_box_refine: what the file's format or metadata says; None = told from the branches, which are
-            copies of one another exactly when boxes are not refined.
+            prediction branches are used.
+        with_box_refine: what the file says; None infers it from the branches, which are copies of one another
+            exactly when boxes are not refined.
         num_heads: attention heads if known.
     """
     shapes = {key: tuple(value.shape) for key, value in canonical.items()}
@@ -300,7 +245,7 @@ def infer_architecture(
 
 
 def branches_differ(canonical: Mapping[str, Tensor]) -> bool:
-    """Whether the prediction branches of the decoder layers hold different values.
+    """Return whether the prediction branches of the decoder layers hold different values.
 
     Without refinement all layers share one branch; with it each has its own.
     """
@@ -315,7 +260,7 @@ def branches_differ(canonical: Mapping[str, Tensor]) -> bool:
 
 
 def backbone_kind(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
-    """Name and stage channels of the backbone under the prefix ``backbone.``.
+    """Return name and stage channels of the backbone under the prefix ``backbone.``.
 
     Args:
         shapes: canonical key → shape.
@@ -345,12 +290,13 @@ def _gcvit_kind(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, 
     width = shapes["backbone.levels.0.blocks.0.attn.qkv.weight"][1]
     table = shapes.get("backbone.levels.2.blocks.0.attn.relative_position_bias_table", (0,))
     window = (round(table[0] ** 0.5) + 1) // 2
-    name = _GCVIT.get((depths, width, window), "unknown")
-    return name, tuple(width * 2**stage for stage in range(stages))
+    name = variant_name(depths, width, window)
+    channels = tuple(width * 2**stage for stage in range(stages))
+    return (f"gc_vit_{name}" if name else "unknown"), channels
 
 
 def describe_backbone(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The backbone in words, for messages: its name, or the first of its keys."""
+    """Return the backbone in words, for messages: its name, or some of its keys."""
     name, _channels = backbone_kind(shapes)
     if name != "unknown":
         return name
@@ -359,7 +305,7 @@ def describe_backbone(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _numbered(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
-    """How many different numbers follow a prefix, counted from 0 without a gap."""
+    """Count the numbers that follow a prefix, from 0 without a gap."""
     start = prefix + "."
     found = {key[len(start) :].split(".", 1)[0] for key in shapes if key.startswith(start)}
     count = 0
@@ -386,14 +332,14 @@ def _interm_indices(
 ) -> tuple[int, ...] | None:
     if not stage_channels or any(channels not in stage_channels for channels in in_channels):
         return None
-    # Further extra levels than one have no index in the reference.
+    # TAO has one extra level only.
     if extra > 1:
         return None
     return tuple(stage_channels.index(channels) for channels in in_channels) + (4,) * extra
 
 
 def expected_keys(architecture: Architecture) -> list[str]:
-    """Canonical keys of neck, transformer and head that a network of this structure must have."""
+    """Return the canonical keys of neck, transformer and head for an architecture."""
     affine = ("weight", "bias")
     names = [f"neck.convs.{i}" for i in range(len(architecture.neck_in_channels))]
     names += [f"neck.extra_convs.{i}" for i in range(architecture.num_extra_levels)]

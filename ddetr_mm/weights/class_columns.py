@@ -1,4 +1,10 @@
-"""Columns of a class head: which class each one scores, and moving them by name."""
+"""Columns of the class head: the class of each column, its category id, and moving columns by name.
+
+Two conventions exist. mmdet and Hugging Face number classes by position, from 0 (label mode ``contiguous``).
+Specs, TAO and the original release number them by category id, so that column 0 is the background (label mode
+``category_id``). A head of the first kind is loaded into a model of the second by moving its columns; columns
+without a class in the file are set so that they are never predicted.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +12,79 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.weights.checkpoint import Checkpoint, CheckpointMeta, column_ids, is_filler
+from ddetr_mm.weights.checkpoint import Checkpoint, CheckpointMeta, LabelMode
 
-# --- Names of the 91 columns of detectors trained on COCO with column = category id ---
+CLASS_KEY = re.compile(r"bbox_head\.cls_branches\.\d+\.(weight|bias)")
+"""Canonical keys of the class head."""
+
+HEAD_KEY = "bbox_head.cls_branches.0.weight"
+"""The canonical key whose first axis is the class columns."""
+
+FILLER_NAMES = frozenset({"", "n/a", "na", "background", "unknown", "__background__", "none"})
+"""Names of columns without a class, lower case."""
+
+# --- Names and category ids of the columns ---
+
+
+def is_filler(name: str) -> bool:
+    """Return whether a column's name means that it has no class (``background``, ``N/A`` …)."""
+    return name.strip().lower() in FILLER_NAMES
+
+
+def column_ids(class_names: Sequence[str] | None, label_mode: LabelMode) -> tuple[int | None, ...] | None:
+    """Return the category id of every column, None for fillers; None where names or label mode do not say."""
+    if class_names is None or label_mode != "category_id":
+        return None
+    return tuple(None if is_filler(name) else column for column, name in enumerate(class_names))
+
+
+def with_label_convention(meta: CheckpointMeta, format_name: str, category_ids: Any) -> CheckpointMeta:
+    """Return metadata with label mode, background and category ids as the format means them.
+
+    Args:
+        meta: what the file says, with its class names.
+        format_name: the format of the file.
+        category_ids: the list in mmdet's ``dataset_meta``, not trusted.
+    """
+    by_category: dict[str, Any] = {"label_mode": "category_id", "background_column": 0}
+    if format_name in ("tao", "official"):
+        return replace(meta, **by_category)
+    if format_name == "hf":
+        names = meta.class_names
+        is_by_category = meta.num_classes == NUM_COLUMNS if names is None else is_filler(names[0])
+        return replace(meta, **by_category) if is_by_category else meta
+    ids = category_ids
+    if isinstance(ids, (list, tuple)) and all(number is None or isinstance(number, int) for number in ids):
+        equal = all(number is None or number == column for column, number in enumerate(ids))
+        meta = replace(meta, category_ids=tuple(ids))
+        return replace(meta, **by_category) if equal and ids and ids[0] is None else meta
+    return meta
+
+
+def full_class_names(class_names: Sequence[str] | None, num_columns: int) -> list[str]:
+    """Return a name for each class column: the known ones (by default ``background``), then ``unknown``.
+
+    Raises:
+        WeightsError: there are more names than class columns.
+    """
+    names = list(class_names or ["background"])
+    if len(names) > num_columns:
+        raise WeightsError(
+            Problem(
+                "the class list and the checkpoint disagree",
+                value=f"{len(names)} names",
+                allowed=f"{num_columns}, the columns of the class head",
+            )
+        )
+    return names + ["unknown"] * (num_columns - len(names))
+
+
+# --- COCO's 91 columns ---
 
 _BY_CATEGORY_ID = """
 1 person 2 bicycle 3 car 4 motorcycle 5 airplane 6 bus 7 train 8 truck 9 boat 10 traffic_light
@@ -30,24 +102,24 @@ NUM_COLUMNS = 91
 
 
 def coco_column_names() -> tuple[str, ...]:
-    """One name a column: ``background`` for column 0, ``unknown`` for the ids COCO leaves out."""
+    """Return one name for each column: ``background`` for column 0, ``unknown`` for unused ids."""
     words = _BY_CATEGORY_ID.split()
     pairs = zip(words[::2], words[1::2], strict=True)
     names = {int(number): name.replace("_", " ") for number, name in pairs}
     return tuple(names.get(column, "unknown" if column else "background") for column in range(NUM_COLUMNS))
 
 
-# --- Carrying a class head over to another list of classes, by name ---
+# --- Matching columns by name ---
 
 
 @dataclass(frozen=True)
 class ColumnPlan:
-    """Which column of a class head goes where.
+    """Which column of the file's class head becomes which of the model's.
 
     Attributes:
-        pairs: (column in the file, column in the model) for every class found in both.
+        pairs: (column in the file, column in the model) for every class of both.
         carried: names of these classes as the model has them.
-        fresh: names of the model's classes that the file does not know.
+        fresh: names of the model's classes that the file does not have.
         unused: names of the file's classes that the model does not have.
     """
 
@@ -57,7 +129,7 @@ class ColumnPlan:
     unused: tuple[str, ...]
 
     def describe(self) -> str:
-        """The plan in one sentence, for the report."""
+        """Return the plan in one sentence, for the report."""
         text = f"{len(self.carried)} classes by name"
         if self.carried:
             text += f" ({_some(self.carried)})"
@@ -71,12 +143,12 @@ class ColumnPlan:
 def plan_columns(file_names: Sequence[str], model_names: Sequence[str]) -> ColumnPlan:
     """Match the columns of two class heads by their names.
 
-    Case, blanks, hyphens and underscores do not count. Columns that stand for no class (``background``,
-    ``N/A`` …) are matched only where both have one in the first place.
+    Case, blanks, hyphens and underscores are ignored. Columns without a class (``background``, ``N/A`` …) are
+    matched only where both have one as column 0.
 
     Args:
-        file_names: one name a column of the file's class head.
-        model_names: one name a column of the model's.
+        file_names: one name for each column of the file's class head.
+        model_names: one name for each column of the model's.
     """
     where: dict[str, int] = {}
     for column, name in enumerate(file_names):
@@ -102,8 +174,65 @@ def plan_columns(file_names: Sequence[str], model_names: Sequence[str]) -> Colum
 
 
 def same_classes(file_names: Sequence[str], model_names: Sequence[str]) -> bool:
-    """Whether two lists name the same classes in the same columns (fillers of any name being equal)."""
+    """Return whether two lists name the same classes in the same columns; all fillers are equal."""
     return [_column(name) for name in file_names] == [_column(name) for name in model_names]
+
+
+def plan_head(
+    checkpoint: Checkpoint, num_columns: int, class_names: Sequence[str] | None, *, by_category: bool
+) -> tuple[ColumnPlan | None, list[str]]:
+    """Decide how a checkpoint's class head is loaded into a model.
+
+    Args:
+        checkpoint: as read, or from :func:`to_category_ids`.
+        num_columns: of the model's class head.
+        class_names: a name for each of the model's columns, or None.
+        by_category: whether the model's columns are category ids.
+
+    Returns:
+        The plan, or None to load the tensors unchanged; and notes for the report.
+
+    Raises:
+        WeightsError: the names are not as many as the model's columns.
+    """
+    meta, file_columns = checkpoint.meta, checkpoint.architecture.num_classes
+    if class_names is not None and file_columns is not None and len(class_names) != num_columns:
+        raise WeightsError(
+            Problem(
+                f"{len(class_names)} class names were given for a class head of {num_columns} columns",
+                hint="give one name for each column, background included",
+            )
+        )
+    names = meta.class_names
+    if file_columns is not None and names is not None and class_names is not None:
+        if not same_classes(names, class_names):
+            return plan_columns(names, class_names), []
+    elif file_columns is not None and file_columns != num_columns:
+        unknown = "the file's" if names is None else "the model's"
+        note = (
+            f"the class head has {file_columns} columns in the file and {num_columns} in the model, and"
+            f" {unknown} classes are not known by name: it keeps its initial values"
+        )
+        if not (by_category and numbered_by_position(meta)):
+            return None, [note]
+        return plan_columns((), class_names or ()), [note, _UNMATCHED]
+    if by_category and numbered_by_position(meta):
+        return plan_columns((), class_names or ()), [_UNMATCHED]
+    return None, []
+
+
+_UNMATCHED = (
+    "the file numbers its classes by position, the model by category id, and there are no names to match them"
+    " by: the class head keeps its initial values"
+)
+
+
+def carried_rows(value: Tensor, place: Tensor, plan: ColumnPlan) -> Tensor:
+    """Return the model's rows with those of the shared classes replaced by the file's."""
+    result = place.detach().clone()
+    for source, column in plan.pairs:
+        result[column] = value[source].to(result)
+    return result
 
 
 def _column(name: str) -> str:
@@ -118,21 +247,16 @@ def _some(names: Sequence[str], shown: int = 5) -> str:
     return ", ".join(names[:shown]) + (" …" if len(names) > shown else "")
 
 
-# --- Class heads of the two conventions: column = position in a list of classes, or column = category id ---
-# mmdet and Hugging Face number classes by position, from 0. Specs, TAO and the original release number them by
-# category id, so that column 0 is the background. A head of the first kind is brought into a model of the
-# second by moving its columns; columns that no class of the file belongs to are set so that they never win.
+# --- From positions to category ids ---
 
 NEVER_LOGIT = -50.0
-"""Bias of a column that must not be predicted: a probability of 2e-22, finite in half precision."""
-
-_CLASS_KEY = re.compile(r"bbox_head\.cls_branches\.\d+\.(weight|bias)")
+"""Bias of a column that is never predicted: a probability of 2e-22, finite in half precision."""
 
 
 def numbered_by_position(meta: CheckpointMeta) -> bool:
-    """Whether a checkpoint is known to number its classes by position.
+    """Return whether a checkpoint is known to number its classes by position.
 
-    A bare state dict without class names says nothing; its columns are taken for what the model has.
+    A state dict without class names does not say; its columns are taken as the model's.
     """
     known = meta.class_names is not None or meta.source_format == "hf"
     return meta.label_mode == "contiguous" and known and meta.num_classes is not None
@@ -141,14 +265,14 @@ def numbered_by_position(meta: CheckpointMeta) -> bool:
 def names_by_category_id(
     meta: CheckpointMeta, num_columns: int, *, path: str | Path | None = None
 ) -> tuple[str, ...] | None:
-    """A name for each column of a head of ``num_columns`` whose columns are category ids.
+    """Return a name for each column of a head whose columns are category ids.
 
     Positions become category ids by the file's own list of ids, for COCO's 80 classes by COCO's ids, else by
     counting from 1.
 
     Args:
         meta: of the checkpoint.
-        num_columns: columns of the model's class head, the background's included.
+        num_columns: columns of the model's class head, background included.
         path: the checkpoint, for messages.
 
     Returns:
@@ -159,7 +283,7 @@ def names_by_category_id(
     """
     if not numbered_by_position(meta):
         return meta.class_names
-    names = _names(meta)
+    names = _known_names(meta)
     ids = _category_ids(meta, names, num_columns)
     if max(ids) >= num_columns:
         raise WeightsError(
@@ -180,31 +304,31 @@ def names_by_category_id(
 def to_category_ids(
     checkpoint: Checkpoint, num_columns: int, class_names: Sequence[str] | None = None
 ) -> Checkpoint:
-    """A checkpoint whose class columns are category ids.
+    """Return a checkpoint whose class columns are category ids.
 
     Args:
         checkpoint: as read; not changed.
         num_columns: columns of the model's class head.
-        class_names: the data's class names by category id, fillers where there is none; a class of the file
-            goes to the column of its name. None, or a file without names: see :func:`names_by_category_id`.
+        class_names: the data's class names by category id, fillers elsewhere; a class of the file is moved
+            to the column of its name. None, or a file without names: see :func:`names_by_category_id`.
 
     Returns:
-        The checkpoint itself where its columns are category ids (or nothing is known of them), else one with
-        the columns moved, and a note that says so.
+        The checkpoint itself where its columns are category ids or unknown, else one with the columns moved
+        and a note.
 
     Raises:
         WeightsError: no class of the file is among ``class_names``, or the head is too small.
     """
     if not numbered_by_position(checkpoint.meta):
         return checkpoint
-    names = _names(checkpoint.meta)
+    names = _known_names(checkpoint.meta)
     by_name = class_names if checkpoint.meta.class_names else None
     wanted = by_name or names_by_category_id(checkpoint.meta, num_columns, path=checkpoint.path) or ()
     plan = plan_columns(names, wanted)
     if not plan.carried:
         raise WeightsError(
             Problem(
-                "knows none of the data's classes",
+                "has none of the data's classes",
                 file=checkpoint.path,
                 value=", ".join(names[:20]),
                 allowed=", ".join(plan.fresh[:20]),
@@ -212,7 +336,7 @@ def to_category_ids(
             )
         )
     state_dict = {
-        key: _moved(value, len(wanted), plan) if _CLASS_KEY.fullmatch(key) else value
+        key: _moved(value, len(wanted), plan) if CLASS_KEY.fullmatch(key) else value
         for key, value in checkpoint.state_dict.items()
     }
     meta = replace(
@@ -228,11 +352,11 @@ def to_category_ids(
         state_dict=state_dict,
         meta=meta,
         architecture=replace(checkpoint.architecture, num_classes=len(wanted)),
-        notes=[*checkpoint.notes, _told(plan)],
+        notes=[*checkpoint.notes, _moved_note(plan)],
     )
 
 
-def _names(meta: CheckpointMeta) -> tuple[str, ...]:
+def _known_names(meta: CheckpointMeta) -> tuple[str, ...]:
     return meta.class_names or tuple(f"class_{number + 1}" for number in range(meta.num_classes or 0))
 
 
@@ -248,14 +372,14 @@ def _category_ids(meta: CheckpointMeta, names: Sequence[str], num_columns: int) 
 
 
 def _moved(value: Tensor, num_columns: int, plan: ColumnPlan) -> Tensor:
-    """Weight (N, width) or bias (N,) of a class branch with its rows at their new places."""
+    """Return the weight (N, width) or bias (N,) of a class branch with its rows moved."""
     moved = value.new_full((num_columns, *value.shape[1:]), NEVER_LOGIT if value.dim() == 1 else 0.0)
     for source, column in plan.pairs:
         moved[column] = value[source]
     return moved
 
 
-def _told(plan: ColumnPlan) -> str:
+def _moved_note(plan: ColumnPlan) -> str:
     text = (
         f"classes are numbered by position in the file and by category id here: {len(plan.carried)} are moved"
     )

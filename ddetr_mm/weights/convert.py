@@ -1,4 +1,8 @@
-"""Write a checkpoint in another format."""
+"""Convert a checkpoint to another format, and write weights in any of the four.
+
+:func:`convert_checkpoint` is ``ddetr-mm weights``. Sections: the conversion, writing of files, and the
+``config.json`` of a Hugging Face model.
+"""
 
 from __future__ import annotations
 
@@ -27,243 +31,14 @@ from ddetr_mm.weights.checkpoint import (
     Architecture,
     Checkpoint,
     CheckpointMeta,
-    column_ids,
     expected_keys,
 )
+from ddetr_mm.weights.class_columns import column_ids
 from ddetr_mm.weights.formats import TABLES, KeyTrace, from_canonical
 from ddetr_mm.weights.read import read_checkpoint
 from ddetr_mm.weights.report import LoadReport
 
-# --- ``config.json`` of a Hugging Face ``DeformableDetrForObjectDetection``, from a network's structure ---
-
-_TIMM_NAMES = {
-    "resnet_18": "resnet18",
-    "resnet_34": "resnet34",
-    "resnet_50": "resnet50",
-    "resnet_101": "resnet101",
-    "resnet_152": "resnet152",
-}
-_DEFAULT_PROPOSALS = 300
-
-
-def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The configuration under which transformers builds this network without any download.
-
-    Args:
-        checkpoint: canonical weights with their structure.
-        spec: the experiment spec as plain data, for what shapes do not tell (dropout, auxiliary losses).
-
-    Raises:
-        WeightsError: when Hugging Face's class cannot hold the network.
-    """
-    found, meta = checkpoint.architecture, checkpoint.meta
-    model = (spec or {}).get("model") or {}
-    _check(checkpoint)
-    found_classes = found.num_classes or 0
-    names = meta.class_names or tuple(f"LABEL_{column}" for column in range(found_classes))
-    config: dict[str, Any] = {
-        "architectures": ["DeformableDetrForObjectDetection"],
-        "model_type": "deformable_detr",
-        "activation_function": "relu",
-        "auxiliary_loss": bool(model.get("aux_loss", False)),
-        "d_model": found.hidden_dim,
-        "decoder_attention_heads": found.num_heads,
-        "decoder_ffn_dim": found.dec_feedforward,
-        "decoder_layers": found.dec_layers,
-        "decoder_n_points": found.dec_points,
-        "dilation": bool(meta.dilation),
-        "disable_custom_kernels": True,
-        "dropout": model.get("dropout_ratio", 0.1),
-        "encoder_attention_heads": found.num_heads,
-        "encoder_ffn_dim": found.enc_feedforward,
-        "encoder_layers": found.enc_layers,
-        "encoder_n_points": found.enc_points,
-        "id2label": {str(column): name for column, name in enumerate(names)},
-        "label2id": {name: column for column, name in reversed(list(enumerate(names)))},
-        "is_encoder_decoder": True,
-        "num_channels": 3,
-        "num_feature_levels": found.num_feature_levels,
-        "num_queries": meta.num_queries or _DEFAULT_PROPOSALS,
-        "position_embedding_type": "sine",
-        "return_intermediate": True,
-        # Tied, transformers would put one layer's branches in place of all: right only without refinement.
-        # With a single layer it looks for others to tie, and fails.
-        "tie_word_embeddings": not found.with_box_refine and found.dec_layers > 1,
-        "two_stage": found.two_stage,
-        "two_stage_num_proposals": meta.num_queries or _DEFAULT_PROPOSALS,
-        "with_box_refine": found.with_box_refine,
-    }
-    return config | _backbone_settings(found, config["dilation"])
-
-
-def _backbone_settings(found: Architecture, dilation: bool) -> dict[str, Any]:
-    """How the configuration names a ResNet of timm's and the stages that feed the neck."""
-    backbone = _TIMM_NAMES[found.backbone]
-    stages = [found.backbone_stage_channels.index(channels) + 1 for channels in found.neck_in_channels]
-    if stages == ([2, 3, 4] if found.num_feature_levels > 1 else [4]):
-        # The spelling of the published files, which every version of transformers reads.
-        return {"backbone": backbone, "use_timm_backbone": True, "use_pretrained_backbone": False}
-    settings = {
-        "model_type": "timm_backbone",
-        "backbone": backbone,
-        "num_channels": 3,
-        "features_only": True,
-        "use_pretrained_backbone": False,
-        "out_indices": stages,
-    }
-    return {"backbone_config": settings | ({"output_stride": 16} if dilation else {})}
-
-
-def _check(checkpoint: Checkpoint) -> None:
-    """Refuse what Hugging Face's class cannot be built as."""
-    found = checkpoint.architecture
-    if found.backbone not in _TIMM_NAMES:
-        _refuse(checkpoint, f"has the backbone {found.backbone}", "its Deformable DETR takes ResNets only")
-    if found.two_stage and not found.with_box_refine:
-        _refuse(checkpoint, "is two-stage without box refinement", "there it needs both")
-    if found.num_classes is None:
-        _refuse(checkpoint, "has no class head", "convert a whole detector")
-    if found.enc_points is None or found.dec_points is None:
-        _refuse(
-            checkpoint, "has a number of attention heads that its shapes do not tell", "give its spec with -e"
-        )
-
-
-def _refuse(checkpoint: Checkpoint, what: str, why: str) -> NoReturn:
-    raise WeightsError(Problem(f"cannot become a Hugging Face model: it {what}; {why}", file=checkpoint.path))
-
-
-# --- Writing a checkpoint's weights in one of the four formats ---
-
-_SECRET_KEYS = frozenset({"encryption_key", "api_key"})
-
-
-def write_checkpoint(
-    path: Path,
-    format_name: str,
-    tensors: Mapping[str, Tensor],
-    meta: CheckpointMeta,
-    hf_config: Mapping[str, Any] | None = None,
-) -> None:
-    """Write weights under the format's own names, beside and renamed.
-
-    Args:
-        path: a file; for ``hf`` a folder. A name ending in ``.safetensors`` gives a safetensors file of any
-            format, with the metadata as text inside.
-        format_name: ``mmdet``, ``tao``, ``official`` or ``hf``.
-        tensors: the format's key → tensor.
-        meta: carried inside the file.
-        hf_config: content of ``config.json``, needed for ``hf``.
-
-    Raises:
-        WeightsError: when the destination cannot be written.
-    """
-    plain = {**meta.to_dict(), "package_version": ddetr_mm.__version__}
-    try:
-        if path.suffix == ".safetensors":
-            with written_whole(path) as temporary:
-                metadata = {"format": "pt", META_KEY: json.dumps(plain)}
-                save_file(_separate(tensors), temporary, metadata=metadata)
-        elif format_name == "hf":
-            _write_hf_folder(path, tensors, {**(hf_config or {}), META_KEY: plain})
-        else:
-            if path.is_dir():
-                raise WeightsError(Problem("is a folder", file=path, hint="give the name of a file"))
-            with written_whole(path) as temporary:
-                torch.save(_container(format_name, tensors, meta, plain), temporary)
-    except (OSError, RuntimeError) as error:
-        # torch's own writer reports a full disk as a RuntimeError.
-        hint = "check that the disk has room and that you may write there"
-        raise WeightsError(Problem(f"cannot be written: {error}", file=path, hint=hint)) from error
-
-
-def _container(
-    format_name: str, tensors: Mapping[str, Tensor], meta: CheckpointMeta, plain: dict[str, Any]
-) -> dict[str, Any]:
-    """The dictionary that a PyTorch file of the format holds: plain data and tensors only."""
-    state_dict = OrderedDict((key, value.detach()) for key, value in tensors.items())
-    epoch = meta.epoch or 0
-    if format_name == "tao":
-        return {
-            "state_dict": state_dict,
-            "epoch": epoch,
-            "global_step": 0,
-            "pytorch-lightning_version": "2.0.0",
-            META_KEY: plain,
-        }
-    if format_name == "official":
-        return {"model": state_dict, "epoch": epoch, META_KEY: plain}
-    about: dict[str, Any] = {"epoch": epoch, "iter": 0, META_KEY: plain}
-    if meta.class_names:
-        about["dataset_meta"] = {"classes": tuple(meta.class_names)}
-        if meta.category_ids:
-            about["dataset_meta"]["category_ids"] = list(meta.category_ids)
-    return {"meta": about, "state_dict": state_dict}
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share no memory, as safetensors demands."""
-    seen: set[int] = set()
-    separate: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        tensor = value.detach().contiguous()
-        storage = tensor.untyped_storage()
-        whole = storage.nbytes() == tensor.numel() * tensor.element_size()
-        if not whole or storage.data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        separate[key] = tensor
-    return separate
-
-
-def _write_hf_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise WeightsError(Problem("is a file, but this format is a folder", file=folder))
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    if folder.exists():
-        # Other files of the folder (an image processor's settings …) stay.
-        with written_whole(folder / "model.safetensors") as temporary:
-            save_file(_separate(tensors), temporary, metadata={"format": "pt"})
-        write_text_whole(folder / "config.json", text)
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
-    try:
-        temporary.mkdir()
-        save_file(_separate(tensors), temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "config.json").write_text(text, encoding="utf-8")
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def spec_as_plain(spec: Any) -> dict[str, Any] | None:
-    """An experiment spec as plain data for a file's metadata, without its secrets.
-
-    Args:
-        spec: a dataclass, a mapping, or None.
-    """
-    if spec is None:
-        return None
-    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
-        spec = dataclasses.asdict(spec)
-    plain = _plain(spec)
-    return plain if isinstance(plain, dict) else None
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items() if str(key) not in _SECRET_KEYS}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return str(value)
-
-
-# --- One checkpoint format into another: the writing half of the passport ---
+# --- Conversion ---
 
 
 def convert_checkpoint(
@@ -276,26 +51,26 @@ def convert_checkpoint(
 ) -> LoadReport:
     """Read a checkpoint of any format and write it in another.
 
-    Values are never changed: a way there and back gives the same bits. What the formats mean differently
-    (zeroed padding, what a column of the class head stands for) is carried in the written file's metadata.
+    Values do not change: converting back gives the same bits. Differences between the formats' conventions
+    (zeroed padding, meaning of class columns) are stored in the written file's metadata.
 
     Args:
         src: file or folder to read.
         dst: file to write; for ``hf`` a folder. ``….safetensors`` writes a safetensors file of the format.
         to: ``mmdet``, ``tao``, ``official`` or ``hf``.
-        spec: the experiment spec (dataclass or mapping) the weights belong to: stored without secrets, and
-            used for what shapes do not tell (number of heads).
+        spec: the experiment spec (dataclass or mapping) of the weights: stored without secrets, and used for
+            what shapes do not show (number of heads).
         class_names: a name for every column of the class head, in place of those in the file.
 
     Returns:
         The report of every key.
 
     Raises:
-        WeightsError: when the source cannot be read or the target format cannot hold the network.
+        WeightsError: the source cannot be read, or the target format cannot hold the network.
     """
     src, dst = Path(src), Path(dst)
     if to not in FORMATS:
-        raise WeightsError(Problem("is no format", where="--to", value=to, allowed=FORMATS))
+        raise WeightsError(Problem("is not a format", where="--to", value=to, allowed=FORMATS))
     checkpoint = read_checkpoint(src)
     checkpoint = _completed(checkpoint, spec_as_plain(spec), class_names)
     _check_target(checkpoint, to)
@@ -318,13 +93,13 @@ def convert_checkpoint(
 def compose_report(
     checkpoint: Checkpoint, trace: KeyTrace, filled: dict[str, str], dropped: dict[str, str]
 ) -> LoadReport:
-    """One account of both steps: file → canonical names → target names.
+    """Return one report of both steps: file → canonical names → target names.
 
     Args:
         checkpoint: what was read, with the trace of the first step.
         trace: the trace of the second step.
-        filled: canonical key → value put there before the second step.
-        dropped: canonical key → why it was left out before the second step.
+        filled: canonical key → value added before the second step.
+        dropped: canonical key → why it was removed before the second step.
     """
     report = LoadReport(str(checkpoint.path), source_format=checkpoint.format)
     report.unexpected = list(checkpoint.trace.unexpected)
@@ -352,7 +127,7 @@ def compose_report(
 def _completed(
     checkpoint: Checkpoint, spec: dict[str, Any] | None, class_names: Sequence[str] | None
 ) -> Checkpoint:
-    """The checkpoint with what the caller knows beyond the file."""
+    """Return the checkpoint with the caller's spec and class names."""
     meta = checkpoint.meta
     if spec is not None:
         meta = replace(meta, spec=spec)
@@ -368,7 +143,7 @@ def _completed(
                 Problem(
                     f"has {meta.num_classes} class columns, but {len(names)} class names were given",
                     file=checkpoint.path,
-                    hint="give one name a column, the background's included",
+                    hint="give one name for each column, background included",
                 )
             )
         meta = replace(meta, class_names=names, category_ids=column_ids(names, meta.label_mode))
@@ -401,7 +176,7 @@ def _check_target(checkpoint: Checkpoint, to: str) -> None:
     if to == "tao" and checkpoint.architecture.two_stage:
         raise WeightsError(
             Problem(
-                "is a two-stage model, which the reference does not have",
+                "is a two-stage model, which TAO does not have",
                 file=checkpoint.path,
                 allowed="mmdet, official, hf",
             )
@@ -409,7 +184,7 @@ def _check_target(checkpoint: Checkpoint, to: str) -> None:
 
 
 def _neck_bias(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Tensor], dict[str, str], dict[str, str]]:
-    """Add zero biases to a neck that has none where the target needs them; take them out again for mmdet."""
+    """Add zero biases to a neck without bias where the target needs them; remove them for mmdet."""
     canonical = dict(checkpoint.state_dict)
     filled: dict[str, str] = {}
     dropped: dict[str, str] = {}
@@ -422,40 +197,40 @@ def _neck_bias(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Tensor], dict
         unwanted = to == "mmdet" and not checkpoint.meta.neck_bias and bias in canonical
         if unwanted and not bool(torch.count_nonzero(canonical[bias])):
             del canonical[bias]
-            dropped[bias] = "zeros that stood for the missing bias of the original neck"
+            dropped[bias] = "zeros added for a neck that had no bias"
     return canonical, filled, dropped
 
 
 def _difference_notes(checkpoint: Checkpoint, to: str) -> list[str]:
-    """What the target's own implementation would make of these weights otherwise than their origin did."""
+    """Return notes on what the target's own implementation computes differently."""
     notes: list[str] = []
     if to != "mmdet" and checkpoint.meta.zero_padded_values != ZERO_PADDED_VALUES[to]:
         notes.append(
-            "in batches with padding the target's own implementation predicts something else: it"
+            "in batches with padding the target's own implementation gives other predictions: it"
             + (" zeroes" if ZERO_PADDED_VALUES[to] else " does not zero")
-            + " attention values there, the weights were made the other way"
+            + " attention values there, unlike the training of these weights"
         )
     if to in ("tao", "official") and checkpoint.meta.label_mode == "contiguous":
         notes.append(
             "a column of the class head is a position in the list of classes; the target's own implementation"
-            " takes it for a category id (this package reads which it is from the file)"
+            " takes it as a category id (this package reads the convention from the file)"
         )
     if to == "hf" and checkpoint.meta.num_heads is None:
         notes.append(
-            f"{checkpoint.architecture.num_heads} attention heads are assumed: weights tell only heads x"
-            " points; a spec with model.nheads settles it"
+            f"{checkpoint.architecture.num_heads} attention heads are assumed: weights show only heads x"
+            " points; a spec with model.nheads decides"
         )
     return notes
 
 
 def _spec_notes(checkpoint: Checkpoint) -> list[str]:
-    """Where the spec given with a conversion and the weights disagree."""
+    """Return notes on differences between the given spec and the weights."""
     spec = checkpoint.meta.spec
     if spec is None:
         return []
     model, dataset = spec.get("model") or {}, spec.get("dataset") or {}
     found: Architecture = checkpoint.architecture
-    # A backbone of the spec's own section takes the place of model.backbone.
+    # ddetr_mm.backbone replaces model.backbone.
     own_backbone = bool((spec.get("ddetr_mm") or {}).get("backbone"))
     backbone = None if own_backbone or found.backbone == "unknown" else found.backbone
     pairs = (
@@ -473,3 +248,232 @@ def _spec_notes(checkpoint: Checkpoint) -> list[str]:
         for key, said, there in pairs
         if said is not None and there is not None and said != there
     ]
+
+
+# --- Writing ---
+
+_SECRET_KEYS = frozenset({"encryption_key", "api_key"})
+
+
+def write_checkpoint(
+    path: Path,
+    format_name: str,
+    tensors: Mapping[str, Tensor],
+    meta: CheckpointMeta,
+    hf_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write weights under the format's own names, to a temporary file that is then renamed.
+
+    Args:
+        path: a file; for ``hf`` a folder. A name ending in ``.safetensors`` gives a safetensors file of any
+            format, with the metadata as text inside.
+        format_name: ``mmdet``, ``tao``, ``official`` or ``hf``.
+        tensors: the format's key → tensor.
+        meta: stored in the file.
+        hf_config: content of ``config.json``, needed for ``hf``.
+
+    Raises:
+        WeightsError: the destination cannot be written.
+    """
+    plain = {**meta.to_dict(), "package_version": ddetr_mm.__version__}
+    try:
+        if path.suffix == ".safetensors":
+            with written_whole(path) as temporary:
+                metadata = {"format": "pt", META_KEY: json.dumps(plain)}
+                save_file(_separate(tensors), temporary, metadata=metadata)
+        elif format_name == "hf":
+            _write_hf_folder(path, tensors, {**(hf_config or {}), META_KEY: plain})
+        else:
+            if path.is_dir():
+                raise WeightsError(Problem("is a folder", file=path, hint="give the name of a file"))
+            with written_whole(path) as temporary:
+                torch.save(_container(format_name, tensors, meta, plain), temporary)
+    except (OSError, RuntimeError) as error:
+        # torch's own writer reports a full disk as a RuntimeError.
+        hint = "check that the disk has room and that you may write there"
+        raise WeightsError(Problem(f"cannot be written: {error}", file=path, hint=hint)) from error
+
+
+def _container(
+    format_name: str, tensors: Mapping[str, Tensor], meta: CheckpointMeta, plain: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the dictionary of the format's PyTorch file: plain data and tensors only."""
+    state_dict = OrderedDict((key, value.detach()) for key, value in tensors.items())
+    epoch = meta.epoch or 0
+    if format_name == "tao":
+        return {
+            "state_dict": state_dict,
+            "epoch": epoch,
+            "global_step": 0,
+            "pytorch-lightning_version": "2.0.0",
+            META_KEY: plain,
+        }
+    if format_name == "official":
+        return {"model": state_dict, "epoch": epoch, META_KEY: plain}
+    about: dict[str, Any] = {"epoch": epoch, "iter": 0, META_KEY: plain}
+    if meta.class_names:
+        about["dataset_meta"] = {"classes": tuple(meta.class_names)}
+        if meta.category_ids:
+            about["dataset_meta"]["category_ids"] = list(meta.category_ids)
+    return {"meta": about, "state_dict": state_dict}
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no memory, as safetensors requires."""
+    seen: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        tensor = value.detach().contiguous()
+        storage = tensor.untyped_storage()
+        whole = storage.nbytes() == tensor.numel() * tensor.element_size()
+        if not whole or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        separate[key] = tensor
+    return separate
+
+
+def _write_hf_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise WeightsError(Problem("is a file, but this format is a folder", file=folder))
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    if folder.exists():
+        # Other files of the folder (an image processor's settings …) are kept.
+        with written_whole(folder / "model.safetensors") as temporary:
+            save_file(_separate(tensors), temporary, metadata={"format": "pt"})
+        write_text_whole(folder / "config.json", text)
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
+    try:
+        temporary.mkdir()
+        save_file(_separate(tensors), temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "config.json").write_text(text, encoding="utf-8")
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def spec_as_plain(spec: Any) -> dict[str, Any] | None:
+    """Return an experiment spec as plain data for a file's metadata, without its secrets.
+
+    Args:
+        spec: a dataclass, a mapping, or None.
+    """
+    if spec is None:
+        return None
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        spec = dataclasses.asdict(spec)
+    plain = _plain(spec)
+    return plain if isinstance(plain, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items() if str(key) not in _SECRET_KEYS}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)
+
+
+# --- config.json of a Hugging Face model ---
+
+_TIMM_NAMES = {
+    "resnet_18": "resnet18",
+    "resnet_34": "resnet34",
+    "resnet_50": "resnet50",
+    "resnet_101": "resnet101",
+    "resnet_152": "resnet152",
+}
+_DEFAULT_PROPOSALS = 300
+
+
+def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the configuration from which transformers builds this network without a download.
+
+    Args:
+        checkpoint: canonical weights with their structure.
+        spec: the experiment spec as plain data, for what shapes do not show (dropout, auxiliary losses).
+
+    Raises:
+        WeightsError: Hugging Face's class cannot hold the network.
+    """
+    found, meta = checkpoint.architecture, checkpoint.meta
+    model = (spec or {}).get("model") or {}
+    _check(checkpoint)
+    found_classes = found.num_classes or 0
+    names = meta.class_names or tuple(f"LABEL_{column}" for column in range(found_classes))
+    config: dict[str, Any] = {
+        "architectures": ["DeformableDetrForObjectDetection"],
+        "model_type": "deformable_detr",
+        "activation_function": "relu",
+        "auxiliary_loss": bool(model.get("aux_loss", False)),
+        "d_model": found.hidden_dim,
+        "decoder_attention_heads": found.num_heads,
+        "decoder_ffn_dim": found.dec_feedforward,
+        "decoder_layers": found.dec_layers,
+        "decoder_n_points": found.dec_points,
+        "dilation": bool(meta.dilation),
+        "disable_custom_kernels": True,
+        "dropout": model.get("dropout_ratio", 0.1),
+        "encoder_attention_heads": found.num_heads,
+        "encoder_ffn_dim": found.enc_feedforward,
+        "encoder_layers": found.enc_layers,
+        "encoder_n_points": found.enc_points,
+        "id2label": {str(column): name for column, name in enumerate(names)},
+        "label2id": {name: column for column, name in reversed(list(enumerate(names)))},
+        "is_encoder_decoder": True,
+        "num_channels": 3,
+        "num_feature_levels": found.num_feature_levels,
+        "num_queries": meta.num_queries or _DEFAULT_PROPOSALS,
+        "position_embedding_type": "sine",
+        "return_intermediate": True,
+        # With tying, transformers uses one layer's branches for all: right only without refinement. With a
+        # single layer it fails.
+        "tie_word_embeddings": not found.with_box_refine and found.dec_layers > 1,
+        "two_stage": found.two_stage,
+        "two_stage_num_proposals": meta.num_queries or _DEFAULT_PROPOSALS,
+        "with_box_refine": found.with_box_refine,
+    }
+    return config | _backbone_settings(found, config["dilation"])
+
+
+def _backbone_settings(found: Architecture, dilation: bool) -> dict[str, Any]:
+    """Return the settings for a ResNet of timm's and the stages that feed the neck."""
+    backbone = _TIMM_NAMES[found.backbone]
+    stages = [found.backbone_stage_channels.index(channels) + 1 for channels in found.neck_in_channels]
+    if stages == ([2, 3, 4] if found.num_feature_levels > 1 else [4]):
+        # The spelling of the published files, which every version of transformers reads.
+        return {"backbone": backbone, "use_timm_backbone": True, "use_pretrained_backbone": False}
+    settings = {
+        "model_type": "timm_backbone",
+        "backbone": backbone,
+        "num_channels": 3,
+        "features_only": True,
+        "use_pretrained_backbone": False,
+        "out_indices": stages,
+    }
+    return {"backbone_config": settings | ({"output_stride": 16} if dilation else {})}
+
+
+def _check(checkpoint: Checkpoint) -> None:
+    """Refuse a network that Hugging Face's class does not support."""
+    found = checkpoint.architecture
+    if found.backbone not in _TIMM_NAMES:
+        _refuse(checkpoint, f"has the backbone {found.backbone}", "its Deformable DETR takes ResNets only")
+    if found.two_stage and not found.with_box_refine:
+        _refuse(checkpoint, "is two-stage without box refinement", "there it needs both")
+    if found.num_classes is None:
+        _refuse(checkpoint, "has no class head", "convert a whole detector")
+    if found.enc_points is None or found.dec_points is None:
+        _refuse(
+            checkpoint, "has a number of attention heads that its shapes do not show", "give its spec with -e"
+        )
+
+
+def _refuse(checkpoint: Checkpoint, what: str, why: str) -> NoReturn:
+    raise WeightsError(Problem(f"cannot become a Hugging Face model: it {what}; {why}", file=checkpoint.path))

@@ -1,4 +1,4 @@
-"""Checkpoints encrypted with a key of the user's own, by the ``cryptography`` library.
+"""Checkpoints encrypted with the user's key, by the ``cryptography`` library.
 
 A file begins with a header, followed by segments::
 
@@ -7,11 +7,11 @@ A file begins with a header, followed by segments::
 
 The AES key is derived from the user's key by scrypt with the salt. A segment's nonce is the prefix, the
 segment's number and whether it is the last; the header without the key check is authenticated with each. So
-segments can be neither changed, nor exchanged, nor left out. The key check is the authentication tag of
-nothing: it tells a wrong key from a damaged file.
+segments cannot be changed, exchanged or omitted. The key check is the authentication tag of empty content: it
+distinguishes a wrong key from a damaged file.
 
-The key is never written anywhere. Decrypted content never touches a disk where the system can keep files
-in memory (Linux).
+The key is never written. Decrypted content is not written to disk where the system has files in memory
+(Linux).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _key: str | None = None
 
 
 def use_encryption_key(key: str | None) -> None:
-    """Set the key of this process for every checkpoint it reads or writes.
+    """Set the key for every checkpoint that this process reads or writes.
 
     Args:
         key: any text; None or empty for none.
@@ -50,12 +50,12 @@ def use_encryption_key(key: str | None) -> None:
 
 
 def encryption_key() -> str | None:
-    """The key that :func:`use_encryption_key` has set."""
+    """Return the key set by :func:`use_encryption_key`."""
     return _key
 
 
 def is_encrypted(path: str | Path) -> bool:
-    """Whether a file begins as :func:`encrypt_file` writes it."""
+    """Return whether a file begins as :func:`encrypt_file` writes it."""
     try:
         with Path(path).open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -64,7 +64,7 @@ def is_encrypted(path: str | Path) -> bool:
 
 
 def is_whole_encrypted(path: str | Path) -> bool:
-    """Whether an encrypted file has the length that its header tells; needs no key."""
+    """Return whether an encrypted file has the length given in its header; needs no key."""
     with Path(path).open("rb") as file:
         head = file.read(_HEAD.size)
     if len(head) < _HEAD.size:
@@ -74,10 +74,10 @@ def is_whole_encrypted(path: str | Path) -> bool:
 
 
 def encrypt_file(source: BinaryIO, destination: str | Path, key: str) -> None:
-    """Encrypt all of a file, from its beginning.
+    """Encrypt a whole file.
 
     Args:
-        source: can be sought in.
+        source: a seekable file.
         destination: file to write.
         key: the user's key.
 
@@ -101,11 +101,11 @@ def decrypt_file(source: str | Path, destination: BinaryIO, key: str | None) -> 
 
     Args:
         source: the encrypted file.
-        destination: gets the content; nothing of a segment is written before it is authenticated.
+        destination: receives the content, each segment after its authentication.
         key: the user's key.
 
     Raises:
-        WeightsError: there is no key, it is the wrong one, or the file is damaged.
+        WeightsError: the key is missing or wrong, or the file is damaged.
         StackError: the library is not installed.
     """
     if not key:
@@ -125,7 +125,7 @@ def decrypt_file(source: str | Path, destination: BinaryIO, key: str | None) -> 
                     "cannot be decrypted with this key",
                     file=source,
                     where="encryption_key",
-                    hint="give the key it was encrypted with",
+                    hint="give the key that it was encrypted with",
                 )
             ) from None
         count = _num_segments(_HEAD.unpack(head)[3])
@@ -139,10 +139,10 @@ def decrypt_file(source: str | Path, destination: BinaryIO, key: str | None) -> 
 
 @contextmanager
 def plain_file(path: str | Path, key: str | None = None) -> Iterator[Path]:
-    """A path under which the content of a file, encrypted or not, can be read inside the block.
+    """Yield a path from which a file, encrypted or not, can be read inside the block.
 
     Args:
-        path: the file. One that is not encrypted is given as it is.
+        path: the file; if it is not encrypted, it is yielded itself.
         key: the key; by default the process's.
 
     Raises:
@@ -159,9 +159,9 @@ def plain_file(path: str | Path, key: str | None = None) -> Iterator[Path]:
 
 @contextmanager
 def hidden_file() -> Iterator[tuple[BinaryIO, Path]]:
-    """An open file in memory, and a path that stands for it in this process while the block runs.
+    """Yield an open file in memory, and its path in this process.
 
-    Where the system has no such files it is a temporary file that only the user can read.
+    On systems without such files it is a temporary file that only the user can read.
     """
     if hasattr(os, "memfd_create") and Path("/proc/self/fd").is_dir():
         with os.fdopen(os.memfd_create("checkpoint", os.MFD_CLOEXEC), "w+b") as file:
@@ -172,7 +172,7 @@ def hidden_file() -> Iterator[tuple[BinaryIO, Path]]:
 
 
 def _cipher(key: str, head: bytes) -> AESGCM:
-    # Imported here: a run without a key needs no such library.
+    # Imported here: runs without a key do not need it.
     try:
         from cryptography.hazmat.primitives.ciphers.aead import AESGCM
         from cryptography.hazmat.primitives.kdf.scrypt import Scrypt

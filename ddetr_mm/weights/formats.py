@@ -1,4 +1,15 @@
-"""Key tables of the checkpoint formats, and the code that renames keys by them."""
+"""Key tables of the checkpoint formats, and the renaming of keys by them.
+
+Canonical names are those of mmdet's ``DeformableDETR`` (3.x). Each table pairs a canonical name with the
+format's own. Placeholders: ``{i}``, ``{j}`` a number; ``{leaf}`` the last part of a name (``weight``,
+``bias`` …); ``{rest}`` anything; ``{level}`` a feature level from a backbone stage; ``{extra}`` a feature
+level from one more convolution, which the canonical names count from 0 and the other formats from the last
+``{level}``.
+
+Several foreign names mean that the canonical tensor is their concatenation along axis 0. The decoder's norms
+are paired crosswise because the original numbers them in order of creation (cross attention first), mmdet in
+order of use (self attention first).
+"""
 
 from __future__ import annotations
 
@@ -11,24 +22,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# --- Which key of each format is which: the tables that all conversions read ---
-# Our canonical names are those of mmdet's ``DeformableDETR`` (3.x). Each table pairs a canonical name with
-# the format's own. Placeholders: ``{i}``, ``{j}`` a number; ``{leaf}`` the last part of a name
-# (``weight``, ``bias`` …); ``{rest}`` anything; ``{level}`` a feature level fed by a backbone stage;
-# ``{extra}`` a feature level made by one more convolution, which the canonical names count from 0 and the
-# other formats count on from the last ``{level}``.
-#
-# A foreign side of several names means that the canonical tensor is their concatenation along axis 0.
-#
-# The decoder's norms look twisted because the original numbers them by the order in which it made them
-# (cross attention first), mmdet by the order in which it applies them (self attention first).
+# --- Tables ---
 
 CheckpointFormat = Literal["mmdet", "tao", "official", "hf"]
 
 
 @dataclass(frozen=True)
 class KeyRule:
-    """One line of a table: canonical name, foreign name (or the names it is split into)."""
+    """One line of a table: canonical name, foreign name (or the names that it is split into)."""
 
     ours: str
     theirs: str | tuple[str, ...]
@@ -38,7 +39,8 @@ class KeyRule:
 class AliasRule:
     """A key that repeats another key of the same format.
 
-    ``when`` says in which models the format writes it: ``"refine"`` (box refinement) or ``"two_stage"``.
+    ``when`` is the kind of model for which the format writes it: ``"refine"`` (box refinement) or
+    ``"two_stage"``.
     """
 
     alias: str
@@ -48,15 +50,15 @@ class AliasRule:
 
 @dataclass(frozen=True)
 class FormatTable:
-    """All that is known of one format's names.
+    """The names of one format.
 
     Attributes:
         name: the format.
-        rules: pairs of names; the first that fits counts.
+        rules: pairs of names; the first match counts.
         aliases: repeated keys.
         without_counters: whether the format has no ``num_batches_tracked`` (frozen batch norm only).
-        alternatives: pairs (other spelling, spelling used by ``rules``) of foreign names that may be read;
-            applied in turn, each at most once.
+        alternatives: pairs (other spelling, spelling of ``rules``) of foreign names that may be read,
+            applied in order, each at most once.
     """
 
     name: CheckpointFormat
@@ -124,11 +126,11 @@ TAO = FormatTable(
     tuple(KeyRule(rule.ours, _tao(str(rule.theirs))) for rule in _OFFICIAL_RULES),
     tuple(AliasRule(_tao(rule.alias), _tao(rule.canonical), rule.when) for rule in _OFFICIAL_ALIASES),
 )
-"""The reference's Lightning checkpoint: the original's names behind the two wrappers' prefixes."""
+"""TAO's Lightning checkpoint: the original's names behind the prefixes of two wrappers."""
 
 
 def _hf_resnet_alternatives() -> tuple[tuple[str, str], ...]:
-    """Hugging Face's own ResNet (in place of timm's): nested numbers for torchvision's names."""
+    """Return the names of Hugging Face's own ResNet (instead of timm's), paired with torchvision's."""
     backbone = "model.backbone.conv_encoder.model"
     pairs = [
         (f"{backbone}.embedder.embedder.convolution.{{leaf}}", f"{backbone}.conv1.{{leaf}}"),
@@ -195,7 +197,7 @@ HF = FormatTable(
         AliasRule("model.decoder.class_embed.{i}.{rest}", "class_embed.{i}.{rest}", "two_stage"),
     ),
     without_counters=True,
-    # What transformers 5 calls the same modules once they are in memory; its files keep the names above.
+    # Names of transformers 5 in memory; its files keep the names above.
     alternatives=(
         ("model.backbone.model.{rest}", "model.backbone.conv_encoder.model.{rest}"),
         (
@@ -206,7 +208,7 @@ HF = FormatTable(
         *_hf_resnet_alternatives(),
     ),
 )
-"""Hugging Face's ``DeformableDetrForObjectDetection`` as its published files spell it."""
+"""Hugging Face's ``DeformableDetrForObjectDetection`` in its published files."""
 
 MMDET = FormatTable("mmdet", (KeyRule("{rest}", "{rest}"),))
 """mmdet 3.x, and ours: the canonical names themselves."""
@@ -261,13 +263,13 @@ MMDET_2 = FormatTable(
         ),
     ),
 )
-"""mmdet 2.x, read only: the transformer stood inside the head."""
+"""mmdet 2.x, read only: the transformer was part of the head."""
 
 TABLES = {table.name: table for table in (MMDET, TAO, OFFICIAL, HF)}
-"""Format name → the table it is written by."""
+"""Format name → the table for writing."""
 
 
-# --- The one engine that applies the tables of :mod:`ddetr_mm.weights.formats`, in either direction ---
+# --- Renaming keys ---
 
 _PATTERNS = {
     "i": r"\d+",
@@ -283,15 +285,15 @@ _PATTERNS = {
 
 @dataclass
 class KeyTrace:
-    """Which key became which while one table was applied.
+    """Which key became which when one table was applied.
 
     Attributes:
         mapped: source key → the target keys that hold its values.
-        unexpected: source keys that no rule knows.
-        aliases: source key → the key it repeats.
+        unexpected: source keys without a rule.
+        aliases: source key → the key that it repeats.
         dropped: source key → why it was left out.
-        differing_aliases: repeated keys whose values are not those of the key they repeat.
-        used_alias: whether some alias of the given kind (``refine``, ``two_stage``) was seen.
+        differing_aliases: repeated keys whose values differ from those of the key that they repeat.
+        used_alias: the kinds of aliases (``refine``, ``two_stage``) that were seen.
     """
 
     mapped: dict[str, list[str]] = field(default_factory=dict)
@@ -303,12 +305,12 @@ class KeyTrace:
 
 
 def is_counter(key: str) -> bool:
-    """Whether a key is one of batch norm's step counters, which evaluation never reads."""
+    """Return whether a key is one of batch norm's step counters, which evaluation does not read."""
     return key.endswith(".num_batches_tracked")
 
 
 def num_stage_levels(state_dict: Mapping[str, Tensor], table: FormatTable) -> int:
-    """How many feature levels come straight from a backbone stage: those with a 1x1 projection."""
+    """Count the feature levels from a backbone stage: those with a 1x1 projection."""
     pattern = _compiled(_foreign_projection(table))
     found = 0
     for key, value in state_dict.items():
@@ -325,7 +327,7 @@ def _foreign_projection(table: FormatTable) -> str:
 
 
 def to_canonical(state_dict: Mapping[str, Tensor], table: FormatTable) -> tuple[dict[str, Tensor], KeyTrace]:
-    """Rename a foreign state dict into canonical names.
+    """Rename a foreign state dict to canonical names.
 
     Tensors are not copied, except where several are joined into one.
 
@@ -369,7 +371,7 @@ def _resolve_alias(
     table: FormatTable,
     trace: KeyTrace,
 ) -> str | None:
-    """The name under which a key counts, or None when the key only repeats one that is there."""
+    """Return the name to match a key by, or None where the key only repeats another."""
     for rule in table.aliases:
         match = _compiled(rule.alias).fullmatch(usual)
         if match is None:
@@ -387,7 +389,7 @@ def _resolve_alias(
 
 
 def _first_match(key: str, table: FormatTable, num_levels: int) -> tuple[str, int | None] | None:
-    """The canonical name of a foreign key, and its position when it is a part of a joined tensor."""
+    """Return the canonical name of a foreign key, and its position if it is a part of a joined tensor."""
     for rule in table.rules:
         options = (rule.theirs,) if isinstance(rule.theirs, str) else rule.theirs
         for position, template in enumerate(options):
@@ -408,7 +410,7 @@ def _first_match(key: str, table: FormatTable, num_levels: int) -> tuple[str, in
 def _join(
     ours: str, pieces: dict[int, tuple[str, Tensor]], canonical: dict[str, Tensor], trace: KeyTrace
 ) -> None:
-    """Concatenate q, k and v; without all three of equal width none can be used."""
+    """Concatenate q, k and v; unless all three have equal width, none is used."""
     tensors = [pieces[position][1] for position in sorted(pieces)]
     if len(tensors) == 3 and len({tuple(tensor.shape[1:]) for tensor in tensors}) == 1:
         canonical[ours] = torch.cat(tensors)
@@ -425,15 +427,15 @@ def from_canonical(
     with_box_refine: bool,
     two_stage: bool,
 ) -> tuple[dict[str, Tensor], KeyTrace]:
-    """Rename a canonical state dict into a foreign format, its repeated keys restored.
+    """Rename a canonical state dict to a foreign format, with its repeated keys.
 
-    Repeated keys share one tensor, as they do in the format's own files.
+    Repeated keys share one tensor, as in the format's own files.
 
     Args:
         state_dict: canonical key → tensor.
         table: the target format's table.
         with_box_refine: whether the model refines boxes from layer to layer.
-        two_stage: whether its encoder makes the proposals.
+        two_stage: whether its encoder proposes the boxes.
 
     Returns:
         The foreign state dict and the trace of every canonical key.
@@ -480,7 +482,7 @@ def _foreign_names(key: str, table: FormatTable, num_levels: int) -> list[str] |
 
 
 def _usual_spelling(key: str, table: FormatTable) -> str:
-    """A foreign key in the spelling the table's rules use."""
+    """Return a foreign key in the spelling of the table's rules."""
     for spelling, usual in table.alternatives:
         match = _compiled(spelling).fullmatch(key)
         if match is not None:
@@ -489,7 +491,7 @@ def _usual_spelling(key: str, table: FormatTable) -> str:
 
 
 def same_values(left: Tensor, right: Tensor) -> bool:
-    """Bit-for-bit equality of two tensors (equal NaNs count as equal)."""
+    """Return whether two tensors are equal bit for bit (equal NaNs included)."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
     if left.data_ptr() == right.data_ptr() and left.stride() == right.stride():
@@ -501,7 +503,7 @@ def same_values(left: Tensor, right: Tensor) -> bool:
 
 @cache
 def _compiled(template: str) -> re.Pattern[str]:
-    """The regular expression of a template; names of placeholders become group names."""
+    """Return the regular expression of a template; placeholders become groups."""
     pieces = re.split(r"\{(\w+)\}", template)
     text = "".join(
         re.escape(piece) if index % 2 == 0 else f"(?P<{piece}>{_PATTERNS[piece]})"

@@ -1,29 +1,61 @@
-"""GCViT weights of other layouts, converted by name to the backbone's own.
+"""GCViT: the published sizes, and checkpoints of other layouts under the names and shapes of our backbone.
 
-Two trees occur. The paper's (``patch_embed``, ``levels.N``), which published classifiers, TAO
-checkpoints and this package share, and timm's (``stem``, ``stages.N``). Either may lie below any
-prefix (``module.``, ``backbone.``, ``model.model.backbone.0.body.``) and inside a checkpoint's
-``state_dict`` or ``model``. Pure functions; nothing here knows mmdet.
+Two naming schemes occur. The paper's (``patch_embed``, ``levels.N``), which published classifiers, TAO
+checkpoints and this package share, and timm's (``stem``, ``stages.N``). The network is
+:mod:`ddetr_mm.models.gcvit`; nothing here needs it.
 
-Licence: Apache-2.0, written for this package; timm's and others' layouts are known from the names
-and shapes in their files. The weights themselves keep their own licence, see ``gcvit.py``.
+Licence: Apache-2.0. timm's layout is known from names and shapes in its files. Weights have their own
+licence, see :mod:`ddetr_mm.models.gcvit`.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddetr_mm.errors import Problem, WeightsError
+NUM_STAGES = 4
 
-_CONTAINERS = ("state_dict", "model", "model_state", "module")
-_ANCHORS = {"paper": "patch_embed.proj.weight", "timm": "stem.conv1.weight"}
+
+@dataclass(frozen=True)
+class GCViTVariant:
+    """The architecture of one published size; tuples have one entry for each stage."""
+
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    windows: tuple[int, ...]
+    dim: int
+    mlp_ratio: float
+    layer_scale: float | None
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.dim * 2**stage for stage in range(NUM_STAGES))
+
+
+_WINDOWS, _WINDOWS_384 = (7, 7, 14, 7), (12, 12, 24, 12)
+_DEEP = (3, 4, 19, 5)
+VARIANTS: dict[str, GCViTVariant] = {
+    "xxtiny": GCViTVariant((2, 2, 6, 2), (2, 4, 8, 16), _WINDOWS, 64, 3.0, None),
+    "xtiny": GCViTVariant((3, 4, 6, 5), (2, 4, 8, 16), _WINDOWS, 64, 3.0, None),
+    "tiny": GCViTVariant(_DEEP, (2, 4, 8, 16), _WINDOWS, 64, 3.0, None),
+    "small": GCViTVariant(_DEEP, (3, 6, 12, 24), _WINDOWS, 96, 2.0, 1e-5),
+    "base": GCViTVariant(_DEEP, (4, 8, 16, 32), _WINDOWS, 128, 2.0, 1e-5),
+    "large": GCViTVariant(_DEEP, (6, 12, 24, 48), _WINDOWS, 192, 2.0, 1e-5),
+    "large_384": GCViTVariant(_DEEP, (6, 12, 24, 48), _WINDOWS_384, 192, 2.0, 1e-5),
+}
+"""The only table of the sizes; a spec's backbone is ``gc_vit_`` and a key of it."""
+
+ANCHORS = ("patch_embed.proj.weight", "stem.conv1.weight")
+"""A key of the paper's and of timm's layout that every GCViT has."""
+
 _TABLE = "relative_position_bias_table"
+_INDEX = "relative_position_index"
 
 # timm's names to the paper's, applied in this order to the whole key.
 _TIMM_RULES: tuple[tuple[str, str], ...] = (
@@ -41,188 +73,77 @@ _TIMM_RULES: tuple[tuple[str, str], ...] = (
 )
 
 
-@dataclass
-class BackboneLoadReport:
-    """What became of every key; names without a side are the backbone's own.
-
-    Attributes:
-        layout: ``paper`` or ``timm``.
-        prefix: what stood before the keys in the file.
-        mapped: the file's key to the backbone's, for every weight that is loaded.
-        missing: keys of the backbone that the file has no weight for; they keep their values.
-        unexpected: keys of the file, without its prefix, that the backbone has no place for
-            (a classifier's head, blocks of a longer query pyramid).
-        reshaped: key to (shape in the file, shape loaded), position tables of another window.
-        skipped: key to (shape in the file, shape wanted), not loaded because they do not fit.
-        outside: how many keys of the file are not below the prefix (the rest of a detector).
-    """
-
-    layout: str
-    prefix: str
-    mapped: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    skipped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    outside: int = 0
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.layout} layout, prefix '{self.prefix}': {len(self.mapped)} weights loaded, "
-            f"{len(self.missing)} missing, {len(self.unexpected)} unexpected, "
-            f"{len(self.reshaped)} reshaped, {len(self.skipped)} of another shape skipped"
-        ]
-        lines += [f"  missing     {key}" for key in self.missing]
-        lines += [f"  unexpected  {key}" for key in self.unexpected]
-        for word, shapes in (("reshaped", self.reshaped), ("skipped", self.skipped)):
-            lines += [
-                f"  {word:<11} {key}: {old} in the file, {new} here" for key, (old, new) in shapes.items()
-            ]
-        return "\n".join(lines)
+def is_gcvit(keys: Collection[str]) -> bool:
+    """Return whether a backbone's own keys are those of our GCViT."""
+    return ANCHORS[0] in keys and any(key.startswith("levels.0.q_global_gen.") for key in keys)
 
 
-def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint, whether or not it wraps them in ``state_dict`` or alike.
-
-    Raises:
-        WeightsError: the checkpoint is no mapping.
-    """
-    if not isinstance(checkpoint, Mapping):
-        raise WeightsError(
-            Problem("is no checkpoint", value=type(checkpoint).__name__, allowed="names with their tensors")
-        )
-    for _ in _CONTAINERS:
-        inner = next(
-            (checkpoint[name] for name in _CONTAINERS if isinstance(checkpoint.get(name), Mapping)), None
-        )
-        if inner is None:
-            break
-        checkpoint = inner
-    return {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+def variant_name(depths: tuple[int, ...], dim: int, window: int) -> str | None:
+    """Return the key of :data:`VARIANTS` with these depths, width and window of the third stage, or None."""
+    for name, variant in VARIANTS.items():
+        if (variant.depths, variant.dim, variant.windows[2]) == (depths, dim, window):
+            return name
+    return None
 
 
-def find_layout(keys: Mapping[str, Any], prefix: str | None = None) -> tuple[str, str]:
-    """The layout and prefix of the GCViT inside a state dict.
+def own_names(keys: Collection[str], target: Collection[str]) -> dict[str, str]:
+    """Return our backbone's name for each key of a GCViT in either layout.
 
-    Raises:
-        WeightsError: none is there, or several are and ``prefix`` names none of them.
-    """
-    found = [
-        (layout, key[: -len(anchor)])
-        for layout, anchor in _ANCHORS.items()
-        for key in keys
-        if key.endswith(anchor) and (key == anchor or key[: -len(anchor)].endswith("."))
-    ]
-    if prefix is not None:
-        wanted = prefix if not prefix or prefix.endswith(".") else prefix + "."
-        found = [(layout, have) for layout, have in found if have == wanted]
-    if not found:
-        where = "" if prefix is None else f" below '{prefix}'"
-        raise WeightsError(
-            Problem(
-                f"no GCViT weights found{where}",
-                value=list(keys)[:3],
-                allowed=[f"a checkpoint with a key that ends in '{anchor}'" for anchor in _ANCHORS.values()],
-            )
-        )
-    if len(found) > 1:
-        raise WeightsError(
-            Problem(
-                "holds more than one GCViT",
-                value=[have for _, have in found],
-                hint="name the one to load with prefix",
-            )
-        )
-    return found[0]
-
-
-def convert_backbone_state_dict(
-    checkpoint: Mapping[str, Any], target: Mapping[str, Tensor], prefix: str | None = None
-) -> tuple[dict[str, Tensor], BackboneLoadReport]:
-    """Weights of any layout under the backbone's own names and in its shapes.
-
-    Position tables of another window are resized over their (2w - 1) x (2w - 1) grid. Global-query
-    pyramids of another resolution share their first blocks; what is over is unexpected, what is
-    lacking missing. A classifier's final ``norm`` is the norm of the last stage's output and serves
-    as ``norm3`` where the file has none.
+    A classifier's final ``norm`` is the norm of the last stage's output and becomes ``norm3`` where the file
+    has none. ``relative_position_index``, which follows from the window, is left out.
 
     Args:
-        checkpoint: a state dict or a checkpoint that wraps one; not changed.
-        target: the backbone's ``state_dict()``.
-        prefix: what stands before the backbone's keys in the file; None finds it.
-
-    Returns:
-        The weights to load (those that fit, so possibly not all) and the report.
-
-    Raises:
-        WeightsError: see :func:`find_layout`; also when fewer than half of the weights fit.
+        keys: the file's, without a prefix.
+        target: the backbone's own.
     """
-    state_dict = unwrap_state_dict(checkpoint)
-    layout, prefix = find_layout(state_dict, prefix)
-    report = BackboneLoadReport(layout, prefix)
-    named = _own_names(state_dict, target, report)
-    converted: dict[str, Tensor] = {}
-    for key, (source, tensor) in named.items():
-        if key not in target:
-            report.unexpected.append(source[len(prefix) :])
-            continue
-        fitted = _fit(key, tensor, target[key])
-        if fitted is None:
-            report.skipped[key] = (tuple(tensor.shape), tuple(target[key].shape))
-            continue
-        if key.endswith(_TABLE) and fitted.shape != tensor.shape:
-            report.reshaped[key] = (tuple(tensor.shape), tuple(fitted.shape))
-        converted[key] = fitted
-        report.mapped[source] = key
-    report.missing = [key for key in target if key not in named]
-    if 2 * len(converted) < len(target):
-        raise WeightsError(
-            Problem(
-                f"holds another GCViT than the model: {len(converted)} of {len(target)} weights fit",
-                value=report.skipped or report.unexpected,
-                hint="choose the file's variant",
-            )
-        )
-    return converted, report
-
-
-def _own_names(
-    state_dict: Mapping[str, Tensor], target: Mapping[str, Tensor], report: BackboneLoadReport
-) -> dict[str, tuple[str, Tensor]]:
-    """The backbone's name of every weight below the prefix, with the file's key."""
-    named: dict[str, tuple[str, Tensor]] = {}
-    for key, tensor in state_dict.items():
-        if not key.startswith(report.prefix):
-            report.outside += 1
-        elif not key.endswith("relative_position_index"):
-            own = key[len(report.prefix) :]
-            named[timm_to_paper(own) if report.layout == "timm" else own] = (key, tensor)
+    timm = ANCHORS[1] in keys
+    names = {key: timm_to_paper(key) if timm else key for key in keys if not key.endswith(_INDEX)}
     for leaf in ("weight", "bias"):
-        if f"norm3.{leaf}" in target and f"norm3.{leaf}" not in named and f"norm.{leaf}" in named:
-            named[f"norm3.{leaf}"] = named.pop(f"norm.{leaf}")
-    return named
+        if f"norm3.{leaf}" in target and f"norm3.{leaf}" not in names.values():
+            names.update({key: f"norm3.{leaf}" for key, own in names.items() if own == f"norm.{leaf}"})
+    return names
 
 
 def timm_to_paper(key: str) -> str:
-    """One key of timm's tree in the paper's; keys without a counterpart come back as they are."""
+    """Return the paper's name for one of timm's; keys without a counterpart are returned unchanged."""
     reduction = re.match(r"^stages\.(\d+)\.downsample\.(.*)$", key)
     if reduction:
-        # timm counts a reduction to the stage it leads to, the paper to the one it leaves.
+        # timm numbers a reduction by the stage after it, the paper by the stage before.
         key = f"stages.{int(reduction[1]) - 1}.downsample.{reduction[2]}"
     for pattern, replacement in _TIMM_RULES:
         key = re.sub(pattern, replacement, key)
     return re.sub(r"#(\d+)", lambda match: str(int(match[1]) - 1), key)
 
 
+def fit(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """Return a tensor in the backbone's shape, or None where it does not fit.
+
+    Position tables of another window are resized; a 1x1 convolution becomes a linear layer.
+
+    Args:
+        key: the backbone's.
+        tensor: the file's.
+        shape: the backbone's.
+    """
+    if tensor.shape == shape:
+        return tensor
+    if tensor.numel() == math.prod(shape) and tuple(tensor.shape[:2]) == shape[:2]:
+        return tensor.reshape(shape)
+    is_table = key.endswith(_TABLE) and tensor.ndim == len(shape) == 2 and tensor.shape[1] == shape[1]
+    if is_table and _side(tensor.shape[0]) ** 2 == tensor.shape[0]:
+        return resize_position_table(tensor, shape[0])
+    return None
+
+
 def resize_position_table(table: Tensor, rows: int) -> Tensor:
-    """A relative position bias table for another window.
+    """Resize a relative position bias table for another window.
 
     Args:
         table: ((2w - 1)**2, h).
         rows: (2v - 1)**2 of the new window v.
 
     Returns:
-        (rows, h), bicubic over the grid of offsets, each head by itself.
+        (rows, h), interpolated bicubically over the grid of offsets, each head by itself.
     """
     old_side, new_side = _side(table.shape[0]), _side(rows)
     grid = table.float().t().reshape(1, -1, old_side, old_side)
@@ -232,15 +153,3 @@ def resize_position_table(table: Tensor, rows: int) -> Tensor:
 
 def _side(rows: int) -> int:
     return round(rows**0.5)
-
-
-def _fit(key: str, tensor: Tensor, target: Tensor) -> Tensor | None:
-    """The tensor in the target's shape, or None where the two do not go together."""
-    if tensor.shape == target.shape:
-        return tensor
-    if tensor.numel() == target.numel() and tensor.shape[:2] == target.shape[:2]:
-        return tensor.reshape(target.shape)  # a 1x1 convolution where we have a linear layer
-    is_table = key.endswith(_TABLE) and tensor.ndim == 2 and tensor.shape[1] == target.shape[1]
-    if is_table and _side(tensor.shape[0]) ** 2 == tensor.shape[0]:
-        return resize_position_table(tensor, target.shape[0])
-    return None

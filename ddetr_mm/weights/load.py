@@ -1,4 +1,9 @@
-"""Load a checkpoint into a model, a backbone, or a resumed run."""
+"""Load a checkpoint into a detector or a backbone, and check whether a run can resume from it.
+
+:func:`load_for_model` and :func:`load_backbone` pair keys by name and return a :class:`LoadReport` of every
+key. :func:`require_resumable` and :func:`require_same_network` refuse a file to resume from before anything
+is loaded.
+"""
 
 from __future__ import annotations
 
@@ -11,308 +16,29 @@ import torch
 from torch import Tensor, nn
 
 from ddetr_mm.errors import Problem, WeightsError
+from ddetr_mm.weights import gcvit
 from ddetr_mm.weights.checkpoint import Checkpoint, backbone_kind, describe_backbone
-from ddetr_mm.weights.class_columns import ColumnPlan, numbered_by_position, plan_columns, same_classes
+from ddetr_mm.weights.class_columns import CLASS_KEY, HEAD_KEY, ColumnPlan, carried_rows, plan_head
 from ddetr_mm.weights.formats import to_canonical
 from ddetr_mm.weights.read import (
+    backbone_prefixes,
     find_weights,
-    is_backbone_alone,
     plain_state_dict,
     read_checkpoint,
     refuse_non_finite,
     strip_wrappers,
 )
 from ddetr_mm.weights.report import LoadReport
-from ddetr_mm.weights.safe_read import read_raw, short_names
-
-# --- Whether a training can go on from a file: told before anything of it is taken over ---
-# Resuming takes over weights, optimizer and schedules as they are: unlike with starting weights nothing can be
-# left out or carried over.
-
-NEEDED = ("state_dict", "optimizer", "meta")
-COUNTS = ("epoch", "iter")
-LIGHTNING = "optimizer_states"
+from ddetr_mm.weights.safe_read import RawFile, read_raw, short_names
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_START_WITH = "start a new training from its weights with train.pretrained_model_path"
-_CLASS_HEAD = "bbox_head.cls_branches.0.weight"
-
-
-def require_resumable(path: str | Path, *, where: str) -> None:
-    """Check, before anything is built, that mmengine can resume from a file.
-
-    Args:
-        path: the checkpoint.
-        where: the spec key that named it, for messages.
-
-    Raises:
-        WeightsError: when it cannot be read, asks for code to be run, or holds weights alone.
-    """
-    content = read_raw(path).payload
-    found = content if isinstance(content, Mapping) else {}
-    missing = [name for name in NEEDED if not isinstance(found.get(name), Mapping)]
-    if not missing:
-        missing = [f"meta.{name}" for name in COUNTS if not isinstance(found["meta"].get(name), int)]
-    if missing:
-        whose = (
-            " (it is the reference's, whose schedules are PyTorch Lightning's)" if LIGHTNING in found else ""
-        )
-        raise WeightsError(
-            Problem(
-                f"holds no training to go on with: {', '.join(missing)} is missing{whose}",
-                file=path,
-                where=where,
-                allowed="a checkpoint written by `ddetr-mm train`",
-                hint="to start anew from its weights, name it as train.pretrained_model_path",
-            )
-        )
-
-
-def require_same_network(path: str | Path, model: nn.Module, *, where: str) -> None:
-    """Check that a checkpoint to resume from holds the very network of the run.
-
-    Args:
-        path: the checkpoint, see :func:`require_resumable`.
-        model: the network of the run, possibly wrapped for parallel training.
-        where: what named the file, for messages.
-
-    Raises:
-        WeightsError: when it holds the weights of another network; told is what differs and what to do.
-    """
-    raw = read_raw(path)
-    theirs = _shapes(raw.payload["state_dict"])
-    ours = _shapes(unwrapped(model).state_dict())
-    if theirs == ours:
-        return
-    difference, key = _difference(theirs, ours)
-    raise WeightsError(
-        Problem(
-            f"cannot be resumed: {difference}",
-            file=raw.path,
-            where=where,
-            hint=f"resume with the spec that the run was started with ({key}), name an empty results_dir, or"
-            f" {_START_WITH}",
-        )
-    )
-
-
-def _shapes(state_dict: Mapping[str, Any]) -> Shapes:
-    return {
-        key.removeprefix("module."): tuple(value.shape)
-        for key, value in state_dict.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _difference(theirs: Shapes, ours: Shapes) -> tuple[str, str]:
-    """What differs between file and model in words, and the spec field to look at."""
-    backbones = describe_backbone(theirs), describe_backbone(ours)
-    parts = [{key: shape for key, shape in one.items() if "backbone." in key} for one in (theirs, ours)]
-    if parts[0] != parts[1]:
-        fitting = sum(parts[1].get(key) == shape for key, shape in parts[0].items())
-        detail = f"{backbones[0]} in the file, {backbones[1]} in the model ({fitting} of {len(parts[1])} fit)"
-        return f"it holds another backbone than the model: {detail}", "model.backbone"
-    columns = theirs.get(_CLASS_HEAD, (0,))[0], ours.get(_CLASS_HEAD, (0,))[0]
-    if columns[0] != columns[1]:
-        text = f"its class head has {columns[0]} columns, the model's {columns[1]}"
-        return text, "dataset.num_classes"
-    reshaped = [key for key in theirs if key in ours and theirs[key] != ours[key]]
-    lists = [
-        ("missing in the file", [key for key in ours if key not in theirs]),
-        ("not in the model", [key for key in theirs if key not in ours]),
-        (
-            "of another size",
-            [f"{key} {list(theirs[key])} in the file, {list(ours[key])} in the model" for key in reshaped],
-        ),
-    ]
-    told = [f"{len(keys)} keys {how} ({short_names(keys, 2)})" for how, keys in lists if keys]
-    return "it is of another network: " + "; ".join(told), "the section model"
-
-
-# --- Filling a backbone from a classifier's weights or from the backbone of a whole detector ---
-
-_CLASSIFIER = re.compile(r"(fc|head|classifier|last_linear)\..+")
-_PREFIXES = ("", "backbone.", "model.", "encoder.", "model.backbone.", "backbone.0.body.", "body.")
-
-
-def load_backbone(backbone: nn.Module, path: str | Path) -> LoadReport:
-    """Fill a backbone by name.
-
-    Args:
-        backbone: mmdet's ResNet, our ``GCViT``, or any module whose names the file has.
-        path: torchvision's or timm's ResNet or GCViT, a published GCViT classifier, a state dict of the
-            backbone itself, or a whole detector of any format, whose backbone is used.
-
-    Returns:
-        The account; keys of the model are those of ``backbone``.
-
-    Raises:
-        WeightsError: when the file cannot be read safely, holds another backbone, or nothing that fits.
-    """
-    raw = read_raw(path)
-    state_dict, _extras = plain_state_dict(raw)
-    report = LoadReport(str(raw.path), type(backbone).__name__, target_format="backbone")
-    tensors, file_keys = _backbone_part(raw, state_dict, report)
-    refuse_non_finite(raw.path, tensors)
-    fill_backbone(backbone, tensors, report, file_keys=file_keys)
-    return report
-
-
-def _backbone_part(
-    raw: Any, state_dict: Mapping[str, Tensor], report: LoadReport
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The backbone's tensors under its own names, and the file's key of each."""
-    stripped, original = strip_wrappers(state_dict)
-    in_detector = any(key.startswith(("transformer.", "bbox_head.")) for key in stripped)
-    for prefix in _PREFIXES:
-        part = {key[len(prefix) :]: value for key, value in stripped.items() if key.startswith(prefix)}
-        if is_backbone_alone(part) and not in_detector:
-            report.source_format = "backbone"
-            return part, {key: original.get(prefix + key, prefix + key) for key in part}
-    try:
-        found = find_weights(raw)
-    except WeightsError:
-        # No detector of a known format: any module's state dict, used by name as it stands.
-        report.source_format = "state dict"
-        names = {key: key.removeprefix("backbone.") for key in stripped}
-        return (
-            {names[key]: value for key, value in stripped.items()},
-            {names[key]: original.get(key, key) for key in stripped},
-        )
-    canonical, trace = to_canonical(found.state_dict, found.table)
-    report.source_format = found.table.name
-    sources = {ours: key for key, targets in trace.mapped.items() for ours in targets}
-    part = {
-        key.removeprefix("backbone."): value
-        for key, value in canonical.items()
-        if key.startswith("backbone.")
-    }
-    unwrapped_keys = {key: sources[f"backbone.{key}"] for key in part}
-    names = {key: found.original_keys.get(source, source) for key, source in unwrapped_keys.items()}
-    used = set(names.values())
-    for key in state_dict:
-        if key not in used:
-            report.dropped[key] = "not part of the backbone"
-    return part, names
-
-
-def fill_backbone(
-    backbone: nn.Module,
-    tensors: Mapping[str, Tensor],
-    report: LoadReport,
-    *,
-    prefix: str = "",
-    file_keys: Mapping[str, str] | None = None,
-) -> None:
-    """Copy tensors into a backbone and add every key to a report.
-
-    A backbone with a method ``load_backbone_state_dict(state_dict)`` (our GCViT, which also adapts position
-    tables) is asked to do it itself.
-
-    Args:
-        backbone: filled in place.
-        tensors: key → tensor; keys begin with ``prefix``.
-        report: gets every key.
-        prefix: what the report's model keys and ``tensors`` put before the backbone's own names.
-        file_keys: key in ``tensors`` → key in the file.
-
-    Raises:
-        WeightsError: when the backbones differ or nothing fits.
-    """
-    names = file_keys or {}
-    own = {key: value for key, value in backbone.state_dict().items() if isinstance(value, Tensor)}
-    part = {key[len(prefix) :]: value for key, value in tensors.items()}
-    if hasattr(backbone, "load_backbone_state_dict"):
-        _fill_by_itself(backbone, part, own, report, prefix, names)
-        return
-    _refuse_other(part, own, report)
-    fits = {key: value for key, value in part.items() if key in own and own[key].shape == value.shape}
-    for key, value in part.items():
-        file_key = names.get(prefix + key, prefix + key)
-        if key in fits:
-            report.mapped.setdefault(file_key, []).append(prefix + key)
-        elif key in own:
-            report.reshaped[prefix + key] = (tuple(value.shape), tuple(own[key].shape))
-        elif _CLASSIFIER.fullmatch(key):
-            report.dropped[file_key] = "the classifier's head"
-        else:
-            report.unexpected.append(file_key)
-    for key in own:
-        if key not in part:
-            if key.endswith("num_batches_tracked"):
-                report.filled[prefix + key] = "left as the model made it"
-            else:
-                report.missing.append(prefix + key)
-    with torch.no_grad():
-        for key, value in fits.items():
-            own[key].copy_(value)
-
-
-def _refuse_other(part: Mapping[str, Tensor], own: Mapping[str, Tensor], report: LoadReport) -> None:
-    theirs = {f"backbone.{key}": tuple(value.shape) for key, value in part.items()}
-    ours = {f"backbone.{key}": tuple(value.shape) for key, value in own.items()}
-    kinds = backbone_kind(theirs)[0], backbone_kind(ours)[0]
-    fitting = sum(ours.get(key) == shape for key, shape in theirs.items())
-    if ("unknown" not in kinds and kinds[0] != kinds[1]) or fitting * 2 < len(ours):
-        raise WeightsError(
-            Problem(
-                f"holds another backbone than the model: {describe_backbone(theirs)} in the file,"
-                f" {describe_backbone(ours)} in the model ({fitting} of {len(ours)} keys fit)",
-                file=report.source,
-                hint="give the weights of this backbone, or choose the file's backbone in the spec",
-            )
-        )
-
-
-def _fill_by_itself(
-    backbone: Any,
-    part: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    report: LoadReport,
-    prefix: str,
-    names: Mapping[str, str],
-) -> None:
-    before = {key: tuple(value.shape) for key, value in part.items()}
-    theirs = {f"backbone.{key}": shape for key, shape in before.items()}
-    ours = {f"backbone.{key}": tuple(value.shape) for key, value in own.items()}
-    kinds = backbone_kind(theirs)[0], backbone_kind(ours)[0]
-    if "unknown" not in kinds and kinds[0] != kinds[1]:
-        _refuse_other(part, own, report)
-    try:
-        result = backbone.load_backbone_state_dict(dict(part))
-    except WeightsError as error:
-        found = f"{describe_backbone(theirs)} in the file, {describe_backbone(ours)} in the model"
-        raise WeightsError(
-            Problem(f"holds another backbone than the model: {found}", file=report.source), *error.problems
-        ) from error
-
-    def in_file(key: str) -> str:
-        return names.get(prefix + key, prefix + key)
-
-    for source, key in result.mapped.items():
-        if key in result.reshaped:
-            continue
-        report.mapped.setdefault(in_file(source), []).append(prefix + key)
-    for key in result.unexpected:
-        if _CLASSIFIER.fullmatch(key):
-            report.dropped[in_file(key)] = "the classifier's head"
-        else:
-            report.unexpected.append(in_file(key))
-    report.missing += [prefix + key for key in result.missing]
-    for key, (there, here) in result.skipped.items():
-        report.reshaped[prefix + key] = (tuple(there), tuple(here))
-    for key, (there, here) in result.reshaped.items():
-        report.carried_over[prefix + key] = f"position table resized from {list(there)} to {list(here)}"
-    for key in before:
-        if key.endswith("relative_position_index"):
-            report.dropped[in_file(key)] = "a buffer the model makes itself"
-
-
-# --- Filling a model from a checkpoint of any format, by name, with an account of every key ---
-
-_CLASS_KEY = re.compile(r"bbox_head\.cls_branches\.\d+\.(weight|bias)")
 _COUNTERS = (".num_batches_tracked", ".relative_position_index")
+_COMPUTED = "a buffer that the model computes"
+_NECK_BIAS = re.compile(r"neck\..+\.conv\.bias")
+_CLASSIFIER = re.compile(r"(fc|head|classifier|last_linear)\..+")
+
+# --- A whole detector ---
 
 
 def load_for_model(
@@ -322,27 +48,27 @@ def load_for_model(
     class_names: Sequence[str] | None = None,
     strict: bool = False,
 ) -> LoadReport:
-    """Fill a detector with the weights of a checkpoint.
+    """Load a checkpoint into a detector.
 
-    Keys are paired by name. What does not fit in size is left at its initial values and reported; the class
-    head is carried over class by class where the file's classes and ``class_names`` are both known.
+    What does not fit in size keeps its initial values and is reported; the class head is loaded class by
+    class where the file's classes and ``class_names`` are both known.
 
     Args:
         model: mmdet's ``DeformableDETR`` or ours, possibly wrapped for parallel training.
         path: a checkpoint of any format (:func:`ddetr_mm.weights.read_checkpoint`).
-        class_names: one name for every column of the model's class head, the background's included.
+        class_names: one name for every column of the model's class head, background included.
         strict: raise unless every value of the model came from the file and every weight of the file's
-            network went into the model. Keys of no Deformable DETR (a criterion's buffers …) may be left.
+            network went into the model. Keys of no Deformable DETR (such as a criterion's buffers) may be
+            left.
 
     Returns:
-        The account; ``mapped`` leads from the file's keys to the model's.
+        The report; ``mapped`` leads from the file's keys to the model's.
 
     Raises:
-        WeightsError: when the file cannot be read, holds another backbone than the model, has nothing in
-            common with it, or with ``strict`` when something is left over.
+        WeightsError: the file cannot be read, holds another backbone than the model, has nothing in common
+            with it, or with ``strict`` something is left over.
     """
-    checkpoint = read_checkpoint(path)
-    return fill_model(model, checkpoint, class_names=class_names, strict=strict)
+    return fill_model(model, read_checkpoint(path), class_names=class_names, strict=strict)
 
 
 def fill_model(
@@ -352,17 +78,16 @@ def fill_model(
     class_names: Sequence[str] | None = None,
     strict: bool = False,
 ) -> LoadReport:
-    """As :func:`load_for_model`, from a checkpoint already in memory.
+    """Load a checkpoint in memory, see :func:`load_for_model`.
 
     Raises:
-        WeightsError: nothing in it fits the model, or what is missing may not be.
+        WeightsError: see there.
     """
     network = unwrapped(model)
     target: dict[str, Tensor] = {
         key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)
     }
-    _refuse_other_backbone(checkpoint, target)
-    _refuse_other_scheme(checkpoint, network)
+    _refuse_other_detector(checkpoint, network, target)
     report = LoadReport(
         str(checkpoint.path), type(network).__name__, source_format=checkpoint.format, target_format="model"
     )
@@ -372,24 +97,21 @@ def fill_model(
     report.unexpected = list(checkpoint.trace.unexpected)
     file_keys = {ours: key for key, targets in checkpoint.trace.mapped.items() for ours in targets}
 
-    plan = _column_plan(checkpoint, target, class_names, report)
-    head = getattr(network, "bbox_head", None)
-    if plan is None and getattr(head, "background_column", False) and numbered_by_position(checkpoint.meta):
-        plan = plan_columns((), class_names or ())
-        report.notes.append(
-            "the file numbers its classes by position, the model by category id, and there are no names to"
-            " match them by: the class head keeps its initial values"
-        )
+    plan = None
+    if HEAD_KEY in target:
+        by_category = bool(getattr(getattr(network, "bbox_head", None), "background_column", False))
+        plan, notes = plan_head(checkpoint, target[HEAD_KEY].shape[0], class_names, by_category=by_category)
+        report.notes += notes
     remaining = dict(checkpoint.state_dict)
     backbone = getattr(network, "backbone", None)
-    if isinstance(backbone, nn.Module) and hasattr(backbone, "load_backbone_state_dict"):
+    if isinstance(backbone, nn.Module) and gcvit.is_gcvit(backbone.state_dict()):
         part = {key: remaining.pop(key) for key in [*remaining] if key.startswith("backbone.")}
         if part:
             fill_backbone(backbone, part, report, prefix="backbone.", file_keys=file_keys)
     loaded = _copy_by_name(remaining, target, plan, report, file_keys)
     _report_missing(target, loaded, checkpoint, report)
     taken = [key for targets in report.mapped.values() for key in targets]
-    # Biases of the attention alone do not count: they have the same size at any width.
+    # Biases of the attention do not count: they have the same size at any width.
     if not any(key.startswith(("encoder.", "decoder.")) and target[key].dim() > 1 for key in taken):
         raise WeightsError(
             Problem(
@@ -408,13 +130,14 @@ def fill_model(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside wrappers for parallel training."""
+    """Return the network inside wrappers for parallel training."""
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model
 
 
-def _refuse_other_backbone(checkpoint: Checkpoint, target: Mapping[str, Tensor]) -> None:
+def _refuse_other_detector(checkpoint: Checkpoint, network: nn.Module, target: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint with another backbone, or another number of stages, than the network."""
     theirs = {key: tuple(value.shape) for key, value in checkpoint.state_dict.items()}
     ours = {key: tuple(value.shape) for key, value in target.items()}
     kinds = backbone_kind(theirs)[0], backbone_kind(ours)[0]
@@ -424,54 +147,24 @@ def _refuse_other_backbone(checkpoint: Checkpoint, target: Mapping[str, Tensor])
     if has_backbone and (not shared or ("unknown" not in kinds and kinds[0] != kinds[1])):
         raise WeightsError(
             Problem(
-                f"holds another backbone than the model: {describe_backbone(theirs)} in the file,"
-                f" {describe_backbone(ours)} in the model",
+                f"holds another backbone than the model: {_both_backbones(theirs, ours)}",
                 file=checkpoint.path,
                 where="model.backbone",
                 hint="set model.backbone to the checkpoint's, or give a checkpoint of this backbone",
             )
         )
-
-
-def _refuse_other_scheme(checkpoint: Checkpoint, network: nn.Module) -> None:
     two_stage = getattr(network, "as_two_stage", None)
     if isinstance(two_stage, bool) and two_stage != checkpoint.architecture.two_stage:
         if two_stage:
-            what, hint = "is no two-stage model, but the network is", "use a model without as_two_stage"
+            what, hint = "is not a two-stage model, but the network is", "use a model without as_two_stage"
         else:
-            what = "is a two-stage model (the encoder proposes the boxes), which a spec has no words for"
+            what = "is a two-stage model (the encoder proposes the boxes), which a spec cannot describe"
             hint = "convert it with `ddetr-mm weights … --to mmdet` and use it in an mmdet config"
         raise WeightsError(Problem(what, file=checkpoint.path, hint=hint))
 
 
-def _column_plan(
-    checkpoint: Checkpoint,
-    target: Mapping[str, Tensor],
-    class_names: Sequence[str] | None,
-    report: LoadReport,
-) -> ColumnPlan | None:
-    """How the class head is carried over, or None when its tensors are taken as they are."""
-    head = target.get("bbox_head.cls_branches.0.weight")
-    if head is None or checkpoint.architecture.num_classes is None:
-        return None
-    columns, there = head.shape[0], checkpoint.architecture.num_classes
-    if class_names is not None and len(class_names) != columns:
-        raise WeightsError(
-            Problem(
-                f"{len(class_names)} class names were given for a class head of {columns} columns",
-                hint="give one name a column, the background's included",
-            )
-        )
-    names = checkpoint.meta.class_names
-    if names is not None and class_names is not None:
-        return None if same_classes(names, class_names) else plan_columns(names, class_names)
-    if columns != there:
-        unknown = "the file's" if names is None else "the model's"
-        report.notes.append(
-            f"the class head has {there} columns in the file and {columns} in the model, and {unknown}"
-            " classes are not known by name: it keeps its initial values"
-        )
-    return None
+def _both_backbones(theirs: Shapes, ours: Shapes) -> str:
+    return f"{describe_backbone(theirs)} in the file, {describe_backbone(ours)} in the model"
 
 
 def _copy_by_name(
@@ -481,7 +174,7 @@ def _copy_by_name(
     report: LoadReport,
     file_keys: Mapping[str, str],
 ) -> set[str]:
-    """Copy what fits; returns the model's keys that are accounted for."""
+    """Copy what fits; returns the model's keys that the file has."""
     done: set[str] = set()
     fresh = {}
     for key, value in tensors.items():
@@ -489,16 +182,16 @@ def _copy_by_name(
         place = target.get(key)
         if place is None:
             if key.endswith(_COUNTERS):
-                report.dropped[file_key] = "a buffer the model makes itself"
-            elif re.fullmatch(r"neck\..+\.conv\.bias", key) and not bool(torch.count_nonzero(value)):
+                report.dropped[file_key] = _COMPUTED
+            elif _NECK_BIAS.fullmatch(key) and not bool(torch.count_nonzero(value)):
                 report.dropped[file_key] = "zero bias of a neck that has none in the model"
             else:
                 report.unexpected.append(file_key)
             continue
         done.add(key)
-        if plan is not None and _CLASS_KEY.fullmatch(key) and value.shape[1:] == place.shape[1:]:
-            # Branches shared by all layers are one tensor: read it before the first copy changes it.
-            fresh[key] = _carried(value, place, plan)
+        if plan is not None and CLASS_KEY.fullmatch(key) and value.shape[1:] == place.shape[1:]:
+            # Branches shared by all layers are one tensor: computed before the first copy changes it.
+            fresh[key] = carried_rows(value, place, plan)
             report.carried_over[key] = plan.describe()
         elif value.shape != place.shape:
             report.reshaped[key] = (tuple(value.shape), tuple(place.shape))
@@ -511,14 +204,6 @@ def _copy_by_name(
     return done
 
 
-def _carried(value: Tensor, place: Tensor, plan: ColumnPlan) -> Tensor:
-    """The model's rows with those of the shared classes replaced by the file's."""
-    result = place.detach().clone()
-    for source, column in plan.pairs:
-        result[column] = value[source].to(result)
-    return result
-
-
 def _report_missing(
     target: Mapping[str, Tensor], loaded: set[str], checkpoint: Checkpoint, report: LoadReport
 ) -> None:
@@ -528,8 +213,8 @@ def _report_missing(
         if key in accounted:
             continue
         if key.endswith(_COUNTERS):
-            report.filled[key] = "left as the model made it"
-        elif re.fullmatch(r"neck\..+\.conv\.bias", key) and not checkpoint.architecture.neck_bias:
+            report.filled[key] = "left as the model created it"
+        elif _NECK_BIAS.fullmatch(key) and not checkpoint.architecture.neck_bias:
             with torch.no_grad():
                 place.zero_()
             report.filled[key] = "zeros: the source's neck has no bias"
@@ -538,30 +223,295 @@ def _report_missing(
 
 
 def _scheme_notes(network: nn.Module, checkpoint: Checkpoint, report: LoadReport) -> None:
-    """What differs between file and model without showing in any shape."""
+    """Report differences between file and model that no shape shows."""
     meta = checkpoint.meta
     zeroed = getattr(network, "zero_padded_values", None)
     if isinstance(zeroed, bool) and zeroed != meta.zero_padded_values:
         report.notes.append(
-            "the weights were made with attention values at padded positions"
+            "the weights were trained with attention values at padded positions"
             f" {_zeroed(meta.zero_padded_values)}; the model has them {_zeroed(zeroed)}"
             " (ddetr_mm.zero_padded_values)"
         )
     refine = getattr(network, "with_box_refine", None)
     if isinstance(refine, bool) and refine != meta.with_box_refine:
         report.notes.append(
-            "the weights were made "
-            + ("with" if meta.with_box_refine else "without")
-            + " box refinement, the model is the other way (model.with_box_refine)"
+            f"the weights were trained {_with(meta.with_box_refine)} box refinement, the model is"
+            f" {_with(refine)} (model.with_box_refine)"
         )
     dilations = getattr(getattr(network, "backbone", None), "dilations", None)
     if meta.dilation is not None and dilations is not None and meta.dilation != (max(dilations) > 1):
         report.notes.append(
-            "the weights were made "
-            + ("with" if meta.dilation else "without")
-            + " a dilated last stage of the backbone, the model is the other way (model.dilation)"
+            f"the weights were trained {_with(meta.dilation)} a dilated last stage of the backbone, the model"
+            f" is {_with(not meta.dilation)} (model.dilation)"
         )
 
 
 def _zeroed(value: bool) -> str:
     return "zeroed" if value else "as they are"
+
+
+def _with(value: bool) -> str:
+    return "with" if value else "without"
+
+
+# --- A backbone ---
+
+
+def load_backbone(backbone: nn.Module, path: str | Path, prefix: str | None = None) -> LoadReport:
+    """Load a file into a backbone.
+
+    Args:
+        backbone: mmdet's ResNet, our ``GCViT``, or any module whose names the file has.
+        path: torchvision's or timm's ResNet or GCViT, a published GCViT classifier, a state dict of the
+            backbone, or a whole detector of any format, whose backbone is used.
+        prefix: what precedes the backbone's keys in the file, where it holds several; None finds it.
+
+    Returns:
+        The report; keys of the model are those of ``backbone``.
+
+    Raises:
+        WeightsError: the file cannot be read safely, holds another backbone or several, or nothing that fits.
+    """
+    raw = read_raw(path)
+    report = LoadReport(str(raw.path), type(backbone).__name__, target_format="backbone")
+    tensors, file_keys = _backbone_part(raw, prefix, report)
+    refuse_non_finite(raw.path, tensors)
+    fill_backbone(backbone, tensors, report, file_keys=file_keys)
+    return report
+
+
+def _backbone_part(
+    raw: RawFile, prefix: str | None, report: LoadReport
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the backbone's tensors without prefix, and the file's key of each; the others are reported."""
+    state_dict, _extras = plain_state_dict(raw)
+    stripped, original = strip_wrappers(state_dict)
+    detector = None
+    if prefix is None:
+        try:
+            detector = find_weights(raw)
+        except WeightsError:  # not a Deformable DETR
+            prefix = _only_prefix(raw.path, stripped)
+    if detector is not None:
+        report.source_format = detector.table.name
+        canonical, trace = to_canonical(detector.state_dict, detector.table)
+        sources = {ours: key for key, targets in trace.mapped.items() for ours in targets}
+        part = {
+            key.removeprefix("backbone."): value
+            for key, value in canonical.items()
+            if key.startswith("backbone.")
+        }
+        names = {key: sources[f"backbone.{key}"] for key in part}
+        names = {key: detector.original_keys.get(source, source) for key, source in names.items()}
+    elif prefix is None:
+        # Any other module's state dict, used by name.
+        report.source_format = "state dict"
+        part = {key.removeprefix("backbone."): value for key, value in stripped.items()}
+        names = {key.removeprefix("backbone."): original.get(key, key) for key in stripped}
+    else:
+        report.source_format = "backbone"
+        start = prefix + "." if prefix and not prefix.endswith(".") else prefix
+        part = {key[len(start) :]: value for key, value in stripped.items() if key.startswith(start)}
+        names = {key: original.get(start + key, start + key) for key in part}
+        if not part:
+            raise WeightsError(
+                Problem(f"holds no keys below '{start}'", file=raw.path, value=short_names(list(stripped)))
+            )
+    used = set(names.values())
+    report.dropped |= {key: "not part of the backbone" for key in state_dict if key not in used}
+    return part, names
+
+
+def _only_prefix(path: Path, keys: Mapping[str, Any]) -> str | None:
+    """Return what precedes the only known backbone among the keys; None without one."""
+    found = backbone_prefixes(keys)
+    if len(found) > 1:
+        raise WeightsError(
+            Problem(
+                "holds more than one backbone",
+                file=path,
+                value=", ".join(f"'{name}'" for name in found),
+                hint="name one with init_cfg's prefix",
+            )
+        )
+    return found[0] if found else None
+
+
+def fill_backbone(
+    backbone: nn.Module,
+    tensors: Mapping[str, Tensor],
+    report: LoadReport,
+    *,
+    prefix: str = "",
+    file_keys: Mapping[str, str] | None = None,
+) -> None:
+    """Copy tensors into a backbone and report every key.
+
+    For our GCViT the names of other layouts are converted and position tables resized, see
+    :mod:`ddetr_mm.weights.gcvit`.
+
+    Args:
+        backbone: changed in place.
+        tensors: key → tensor; keys begin with ``prefix``.
+        report: receives every key.
+        prefix: of ``tensors`` and of the report's model keys.
+        file_keys: key in ``tensors`` → key in the file.
+
+    Raises:
+        WeightsError: the backbones differ, or nothing fits.
+    """
+    names = file_keys or {}
+    own = {key: value for key, value in backbone.state_dict().items() if isinstance(value, Tensor)}
+    part = {key[len(prefix) :]: value for key, value in tensors.items()}
+    adapts = gcvit.is_gcvit(own)
+    own_names = gcvit.own_names(part, own) if adapts else {key: key for key in part}
+    fitted: dict[str, Tensor] = {}
+    for key, name in own_names.items():
+        if name in own:
+            shape = tuple(own[name].shape)
+            value = gcvit.fit(name, part[key], shape) if adapts else part[key]
+            if value is not None and value.shape == shape:
+                fitted[name] = value
+    _refuse_other_backbone({name: part[key] for key, name in own_names.items()}, own, len(fitted), report)
+    for key, value in part.items():
+        file_key, target = names.get(prefix + key, prefix + key), own_names.get(key)
+        if target is None:
+            report.dropped[file_key] = _COMPUTED
+        elif target not in own:
+            if _CLASSIFIER.fullmatch(key):
+                report.dropped[file_key] = "the classifier's head"
+            else:
+                report.unexpected.append(file_key)
+        elif target not in fitted:
+            report.reshaped[prefix + target] = (tuple(value.shape), tuple(own[target].shape))
+        elif fitted[target].numel() != value.numel():
+            sizes = f"from {list(value.shape)} to {list(own[target].shape)}"
+            report.carried_over[prefix + target] = f"position table resized {sizes}"
+        else:
+            report.mapped.setdefault(file_key, []).append(prefix + target)
+    for key in own:
+        if key in own_names.values():
+            continue
+        if key.endswith("num_batches_tracked"):
+            report.filled[prefix + key] = "left as the model created it"
+        else:
+            report.missing.append(prefix + key)
+    with torch.no_grad():
+        for key, value in fitted.items():
+            own[key].copy_(value)
+
+
+def _refuse_other_backbone(
+    part: Mapping[str, Tensor], own: Mapping[str, Tensor], fitting: int, report: LoadReport
+) -> None:
+    """Refuse weights of another known backbone, and those of which less than half fit."""
+    theirs = {f"backbone.{key}": tuple(value.shape) for key, value in part.items()}
+    ours = {f"backbone.{key}": tuple(value.shape) for key, value in own.items()}
+    # GCViTs that differ in their windows alone can be converted.
+    kinds = [backbone_kind(shapes)[0].removesuffix("_384") for shapes in (theirs, ours)]
+    if ("unknown" not in kinds and kinds[0] != kinds[1]) or fitting * 2 < len(ours):
+        raise WeightsError(
+            Problem(
+                f"holds another backbone than the model: {_both_backbones(theirs, ours)}"
+                f" ({fitting} of {len(ours)} keys fit)",
+                file=report.source,
+                hint="give the weights of this backbone, or choose the file's backbone in the spec",
+            )
+        )
+
+
+# --- Resuming ---
+# A run resumes with weights, optimizer and schedules exactly as saved: nothing can be left out or converted.
+
+_NEEDED = ("state_dict", "optimizer", "meta")
+_COUNTS = ("epoch", "iter")
+_LIGHTNING = "optimizer_states"
+_START_WITH = "start a new run from its weights with train.pretrained_model_path"
+
+
+def require_resumable(path: str | Path, *, where: str) -> None:
+    """Check that mmengine can resume from a file.
+
+    Args:
+        path: the checkpoint.
+        where: the spec key that named it, for messages.
+
+    Raises:
+        WeightsError: it cannot be read, would run code, or holds weights only.
+    """
+    content = read_raw(path).payload
+    found = content if isinstance(content, Mapping) else {}
+    missing = [name for name in _NEEDED if not isinstance(found.get(name), Mapping)]
+    if not missing:
+        missing = [f"meta.{name}" for name in _COUNTS if not isinstance(found["meta"].get(name), int)]
+    if missing:
+        tao = " (it is TAO's, with schedules of PyTorch Lightning)" if _LIGHTNING in found else ""
+        raise WeightsError(
+            Problem(
+                f"cannot be resumed: {', '.join(missing)} is missing{tao}",
+                file=path,
+                where=where,
+                allowed="a checkpoint written by `ddetr-mm train`",
+                hint=_START_WITH,
+            )
+        )
+
+
+def require_same_network(path: str | Path, model: nn.Module, *, where: str) -> None:
+    """Check that a checkpoint to resume from holds exactly the run's network.
+
+    Args:
+        path: the checkpoint, see :func:`require_resumable`.
+        model: the run's network, possibly wrapped for parallel training.
+        where: what named the file, for messages.
+
+    Raises:
+        WeightsError: it holds another network; the message says what differs.
+    """
+    raw = read_raw(path)
+    theirs = _shapes(raw.payload["state_dict"])
+    ours = _shapes(unwrapped(model).state_dict())
+    if theirs == ours:
+        return
+    difference, key = _difference(theirs, ours)
+    raise WeightsError(
+        Problem(
+            f"cannot be resumed: {difference}",
+            file=raw.path,
+            where=where,
+            hint=f"resume with the spec that the run was started with ({key}), give an empty results_dir, or"
+            f" {_START_WITH}",
+        )
+    )
+
+
+def _shapes(state_dict: Mapping[str, Any]) -> Shapes:
+    return {
+        key.removeprefix("module."): tuple(value.shape)
+        for key, value in state_dict.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _difference(theirs: Shapes, ours: Shapes) -> tuple[str, str]:
+    """Return the difference between file and model in words, and the spec field to check."""
+    parts = [{key: shape for key, shape in one.items() if "backbone." in key} for one in (theirs, ours)]
+    if parts[0] != parts[1]:
+        fitting = sum(parts[1].get(key) == shape for key, shape in parts[0].items())
+        detail = f"{_both_backbones(theirs, ours)} ({fitting} of {len(parts[1])} keys fit)"
+        return f"it holds another backbone than the model: {detail}", "model.backbone"
+    columns = theirs.get(HEAD_KEY, (0,))[0], ours.get(HEAD_KEY, (0,))[0]
+    if columns[0] != columns[1]:
+        text = f"its class head has {columns[0]} columns, the model's {columns[1]}"
+        return text, "dataset.num_classes"
+    lists = {
+        "missing in the file": [key for key in ours if key not in theirs],
+        "not in the model": [key for key in theirs if key not in ours],
+        "of another size": [
+            f"{key} {list(theirs[key])} in the file, {list(ours[key])} in the model"
+            for key in theirs
+            if key in ours and theirs[key] != ours[key]
+        ],
+    }
+    listed = [f"{len(keys)} keys {how} ({short_names(keys, 2)})" for how, keys in lists.items() if keys]
+    return "it is of another network: " + "; ".join(listed), "the section model"

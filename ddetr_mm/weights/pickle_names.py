@@ -1,17 +1,15 @@
-"""Which classes and functions a pickle asks for, and what each of them gets instead of itself.
+"""The classes and functions that a pickle names, and their inert replacements.
 
-``torch.load(weights_only=True)`` refuses every global it does not know. That is right for code and too
-strict for bookkeeping: Lightning and mmengine store harmless containers beside the weights. The way out
-here never imports or calls anything a file names:
+``torch.load(weights_only=True)`` refuses every global that it does not know, also the harmless containers
+that Lightning and mmengine store beside the weights. Nothing that a file names is imported or called here:
 
 - the names are listed with :mod:`pickletools`, which only reads;
-- names torch itself allows (tensors, storages, OrderedDict) are left to torch;
-- names of known bookkeeping classes are bound to inert stand-ins of ours, which keep what they are given
-  and do nothing;
-- a file with any other name is refused, and the message says which name it was.
+- names that torch allows (tensors, storages, OrderedDict) are left to torch;
+- names of known bookkeeping classes are bound to inert classes of ours, which keep their arguments;
+- a file with any other name is refused, and the message has the name.
 
-Listing the names decides only which stand-ins are offered. What may run is decided by torch's
-weights-only unpickler alone, which looks names up in its own table and in ours, nowhere else.
+The list of names only decides which replacements are offered. What may run is decided by torch's weights-only
+unpickler, which looks names up in its own table and in ours.
 """
 
 from __future__ import annotations
@@ -28,10 +26,10 @@ SafeGlobal: TypeAlias = "Callable[..., Any] | tuple[Callable[..., Any], str]"
 
 
 class InertObject:
-    """Stands for an object of a bookkeeping class: keeps its arguments and state, does nothing."""
+    """Replaces an object of a bookkeeping class: keeps its arguments and state, does nothing."""
 
     def __new__(cls, *_args: Any, **_options: Any) -> InertObject:
-        """Make an empty stand-in whatever the arguments are."""
+        """Create an empty object for any arguments."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **_options: Any) -> None:
@@ -39,38 +37,38 @@ class InertObject:
         self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
-        """Keep the state as it is."""
+        """Keep the state."""
         self.state = state
 
 
 class InertDict:
-    """Stands for a dictionary class; calling it gives an ordered dictionary of plain data."""
+    """Replaces a dictionary class; calling it returns an ordered dictionary."""
 
     def __new__(cls, *_args: Any, **_options: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
-        """An empty dictionary, which the unpickler then fills."""
+        """Return an empty dictionary, which the unpickler fills."""
         return OrderedDict()
 
 
 class InertList:
-    """Stands for a list class; calling it gives a plain list."""
+    """Replaces a list class; calling it returns a list."""
 
     def __new__(cls, *_args: Any, **_options: Any) -> list[Any]:  # type: ignore[misc]
-        """An empty list, which the unpickler then fills."""
+        """Return an empty list, which the unpickler fills."""
         return []
 
 
 class InertHistory(InertObject):
-    """Stands for mmengine's HistoryBuffer."""
+    """Replaces mmengine's HistoryBuffer."""
 
 
 class InertMethod(InertObject):
-    """Stands for the methods of HistoryBuffer that mmengine pickles as ``getattr(HistoryBuffer, name)``."""
+    """Replaces the methods of HistoryBuffer that mmengine pickles as ``getattr(HistoryBuffer, name)``."""
 
     def __new__(cls, owner: Any = None, name: Any = None, *_rest: Any, **_options: Any) -> InertMethod:
-        """Make a stand-in for a statistics method of a history; refuse to be asked for anything else.
+        """Create a replacement for a statistics method of a history, and refuse any other attribute.
 
         Raises:
-            pickle.UnpicklingError: for an attribute of any other object, or of another name.
+            pickle.UnpicklingError: the object or the attribute is another one.
         """
         if owner is not InertHistory or name not in ("min", "max", "current", "mean"):
             raise pickle.UnpicklingError(f"asks for attribute {name!r} of {owner!r} by builtins.getattr")
@@ -81,7 +79,7 @@ _HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 _LIGHTNING = r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities)"
 _CLASS_NAME = r"_?[A-Z]\w*"
 
-_STAND_INS: tuple[tuple[str, type], ...] = (
+_REPLACEMENTS: tuple[tuple[str, type], ...] = (
     # Lightning: hyper parameters, loop and callback states.
     (rf"{_LIGHTNING}(\.\w+)*\.AttributeDict", InertDict),
     (rf"{_LIGHTNING}(\.\w+)*\.{_CLASS_NAME}", InertObject),
@@ -106,12 +104,11 @@ _STAND_INS: tuple[tuple[str, type], ...] = (
     (r"uuid\.UUID", InertObject),
     (r"decimal\.Decimal", InertObject),
     (r"_io\.BytesIO", InertObject),
-    # Built-in types as values (the type argument of a defaultdict, a field's type …). They are never called:
-    # a stand-in takes their place.
+    # Built-in types as values (the type argument of a defaultdict, a field's type …): replaced, never called.
     (r"builtins\.(int|float|str|bool|list|dict|tuple|frozenset|bytes|object)", InertObject),
 )
 
-# What torch's weights-only unpickler may allow by itself (it has the last word): the parts of tensors.
+# Parts of tensors, which torch's weights-only unpickler may allow by itself.
 _TORCH_OWN = re.compile(
     r"torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild_from_type_v2|torch\.serialization\._get_layout"
     r"|torch\.(storage\.)?\w*Storage|torch\.(cuda\.)?\w*Tensor|torch\.(Size|device)|torch\.nn\.parameter\.Parameter"
@@ -119,30 +116,30 @@ _TORCH_OWN = re.compile(
     r"|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)"
 )
 
-_COMPILED = tuple((re.compile(pattern), stand_in) for pattern, stand_in in _STAND_INS)
+_COMPILED = tuple((re.compile(pattern), replacement) for pattern, replacement in _REPLACEMENTS)
 
 
-def stand_in_for(name: str) -> type | None:
-    """The inert class that takes the place of a known bookkeeping class, or None for any other name.
+def replacement_for(name: str) -> type | None:
+    """Return the inert replacement of a known bookkeeping class, or None for any other name.
 
     Args:
         name: dotted name, module first.
     """
-    for pattern, stand_in in _COMPILED:
+    for pattern, replacement in _COMPILED:
         if pattern.fullmatch(name):
-            return stand_in
+            return replacement
     return None
 
 
 def names_in_pickle(pickled: bytes | BinaryIO) -> list[str]:
-    """The dotted names of every class and function a pickle asks for, in order, without running it.
+    """Return the dotted names of every class and function that a pickle names, in order, without running it.
 
     Args:
-        pickled: a pickle, or a file standing at the start of one, which is left standing behind its end.
+        pickled: a pickle, or a file at the start of one, which is read to its end.
 
     Raises:
-        ValueError: when there is no whole pickle. Damaged bytes may raise other errors of
-            :mod:`pickletools` (IndexError, OverflowError, UnicodeDecodeError), too.
+        ValueError: the pickle is incomplete. Damaged bytes may raise other errors of :mod:`pickletools`
+            (IndexError, OverflowError, UnicodeDecodeError).
     """
     names: dict[str, None] = {}
     strings: list[str] = []
@@ -151,7 +148,7 @@ def names_in_pickle(pickled: bytes | BinaryIO) -> list[str]:
             module, _, name = str(argument).partition(" ")
             names[_modern(module, name)] = None
         elif opcode.name == "STACK_GLOBAL":
-            # Protocol 4 takes module and name from the stack: usually the two strings put there last.
+            # Protocol 4 takes module and name from the stack: usually the two last strings.
             names[".".join(strings[-2:]) or "a name put together at run time"] = None
         elif opcode.name in ("EXT1", "EXT2", "EXT4"):
             names[f"extension registry entry {argument}"] = None
@@ -161,7 +158,7 @@ def names_in_pickle(pickled: bytes | BinaryIO) -> list[str]:
 
 
 def _modern(module: str, name: str) -> str:
-    """A name as Python 3 has it: pickles of protocol 2 keep the names of Python 2 (``__builtin__ long``)."""
+    """Return a name of Python 3: pickles of protocol 2 have those of Python 2 (``__builtin__ long``)."""
     renamed = _compat_pickle.NAME_MAPPING.get((module, name))
     if renamed is None:
         renamed = (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
@@ -171,14 +168,13 @@ def _modern(module: str, name: str) -> str:
 def sort_names(
     names: Iterable[str],
 ) -> tuple[list[SafeGlobal], list[str]]:
-    """Decide on every name a file asks for.
+    """Sort the names of a file into replaced and refused ones.
 
     Args:
         names: dotted names.
 
     Returns:
-        ``(stand-in, name)`` pairs for :func:`torch.serialization.add_safe_globals`, and the names that stay
-        refused.
+        ``(replacement, name)`` pairs for :func:`torch.serialization.add_safe_globals`, and the refused names.
     """
     names = list(names)
     offered: list[SafeGlobal] = []
@@ -186,11 +182,11 @@ def sort_names(
     for name in names:
         if _TORCH_OWN.fullmatch(name):
             continue
-        stand_in = stand_in_for(name)
+        replacement = replacement_for(name)
         if name == "builtins.getattr" and _HISTORY in names:
-            stand_in = InertMethod
-        if stand_in is None:
+            replacement = InertMethod
+        if replacement is None:
             refused.append(name)
         else:
-            offered.append((stand_in, name))
+            offered.append((replacement, name))
     return offered, refused

@@ -1,4 +1,8 @@
-"""From a file to a :class:`~ddetr_mm.weights.checkpoint.Checkpoint`: the reading half of the passport."""
+"""Read a file of any format into a :class:`~ddetr_mm.weights.checkpoint.Checkpoint`.
+
+:func:`find_weights` recognises the format by its keys; :func:`read_checkpoint` renames them and completes the
+metadata. No code of a file is run.
+"""
 
 from __future__ import annotations
 
@@ -23,32 +27,35 @@ from ddetr_mm.weights.checkpoint import (
     ZERO_PADDED_VALUES,
     Architecture,
     Checkpoint,
-    CheckpointInfo,
     CheckpointMeta,
-    column_ids,
     infer_architecture,
-    is_filler,
     meta_from_dict,
 )
-from ddetr_mm.weights.class_columns import NUM_COLUMNS, coco_column_names
+from ddetr_mm.weights.class_columns import (
+    NUM_COLUMNS,
+    coco_column_names,
+    column_ids,
+    with_label_convention,
+)
 from ddetr_mm.weights.formats import HF, FormatTable, KeyTrace, to_canonical
 from ddetr_mm.weights.pickle_names import InertObject
 from ddetr_mm.weights.safe_read import RawFile, read_raw, refuse_encrypted, short_names
 
-# --- Weights at a URL: downloaded to a file first, then read like any file, without running code from it ---
-# The loaders of torch.hub and mmengine unpickle what they download without any protection.
+# --- Weights at a URL ---
 
 _SCHEMES = ("http", "https")
 
 
 def local_file(location: str | os.PathLike[str]) -> Path:
-    """The path itself, or for a URL that of its copy in torch's cache folder, downloaded once.
+    """Return a path, or for a URL that of its copy in torch's cache folder, downloaded once.
+
+    Unlike torch.hub and mmengine this does not unpickle what it downloads.
 
     Args:
         location: a path, or an http(s) URL.
 
     Raises:
-        WeightsError: the URL is of another kind, or nothing can be downloaded from it.
+        WeightsError: the URL has another scheme, or cannot be downloaded.
     """
     url = os.fspath(location)
     if "://" not in url:
@@ -77,26 +84,25 @@ def local_file(location: str | os.PathLike[str]) -> Path:
     return target
 
 
-# --- Settings of a model read out of the config text inside an mmdet checkpoint, without running it ---
+# --- Settings from the config text of an mmdet checkpoint ---
 
 _MAX_CHARACTERS = 4_000_000
 
 
 def model_settings(text: Any) -> dict[str, Any]:
-    """The assignment ``model = dict(...)`` of a config text, as plain data.
+    """Return the assignment ``model = dict(...)`` of a config text, as plain data.
 
-    Only literals, ``dict(...)`` calls, lists and tuples are understood; anything else in the text is left
-    out. Nothing is executed.
+    Only literals, ``dict(...)`` calls, lists and tuples are read; the rest is ignored. Nothing is executed.
 
     Args:
-        text: Python source of a flattened mmengine config; other types give an empty answer.
+        text: Python source of a flattened mmengine config; other types give an empty result.
     """
     if not isinstance(text, str) or len(text) > _MAX_CHARACTERS:
         return {}
     try:
         module = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        # An unreadable config costs only the hints it would have given.
+        # An unreadable config only gives no hints.
         return {}
     for statement in module.body:
         if isinstance(statement, ast.Assign) and any(
@@ -123,12 +129,12 @@ def _plain(node: ast.expr) -> Any:
     return None
 
 
-# --- Which format a file is in, told by its keys, and where in the file the weights stand ---
+# --- Format of a file ---
 
 _CONTAINERS = ("state_dict", "model", "model_state_dict", "module")
 
 _SIGNS: tuple[tuple[str, FormatTable], ...] = (
-    # The first pattern that fits any key decides; order matters.
+    # The first pattern that matches any key decides.
     (r"bbox_head\.transformer\.(encoder|decoder)\.layers\..+", formats.MMDET_2),
     (r"(model\.){1,2}transformer\.(encoder|decoder)\.layers\..+", formats.TAO),
     (r"transformer\.(encoder|decoder)\.layers\..+", formats.OFFICIAL),
@@ -140,13 +146,13 @@ _SIGNS: tuple[tuple[str, FormatTable], ...] = (
 
 @dataclass
 class FoundWeights:
-    """The weights of a file with the format they are in.
+    """The weights of a file and their format.
 
     Attributes:
-        state_dict: the file's own keys, wrappers' prefixes made the usual ones.
+        state_dict: the file's keys, with the format's usual prefixes.
         table: the format's table.
         original_keys: key in ``state_dict`` → key in the file, where the two differ.
-        extras: what else stands beside the weights (epoch, meta, args …).
+        extras: the other entries of the file (epoch, meta, args …).
     """
 
     state_dict: dict[str, Tensor]
@@ -156,10 +162,10 @@ class FoundWeights:
 
 
 def find_weights(raw: RawFile) -> FoundWeights:
-    """Find the state dict of a detector in a file and tell its format.
+    """Find the state dict of a detector in a file, and its format.
 
     Raises:
-        WeightsError: when the file holds no tensors, or none of a Deformable DETR.
+        WeightsError: the file holds no tensors, or none of a Deformable DETR.
     """
     state_dict, extras = plain_state_dict(raw)
     stripped, original = strip_wrappers(state_dict)
@@ -178,10 +184,10 @@ def find_weights(raw: RawFile) -> FoundWeights:
 
 
 def plain_state_dict(raw: RawFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The named tensors of a file, whatever they are of, and what stands beside them.
+    """Return the named tensors of a file, of any network, and its other entries.
 
     Raises:
-        WeightsError: when there are none, or when something else stands among them.
+        WeightsError: there are none, or other values are among them.
     """
     content = raw.payload
     if not isinstance(content, Mapping):
@@ -201,12 +207,12 @@ def plain_state_dict(raw: RawFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(weights, Mapping) or not weights:
         shown = short_names([str(key) for key in content]) or "nothing"
         _refuse(raw.path, f"holds no weights (its entries: {shown})", "give a file of a model's weights")
-    strange = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
-    if strange:
+    others = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
+    if others:
         _refuse(
             raw.path,
-            f"holds no plain state dict: {short_names(strange)} "
-            + ("is no tensor" if len(strange) == 1 else "are no tensors"),
+            f"holds no plain state dict: {short_names(others)} "
+            + ("is not a tensor" if len(others) == 1 else "are not tensors"),
             "save model.state_dict() alone",
         )
     tensors = {str(key): value for key, value in weights.items()}
@@ -215,7 +221,7 @@ def plain_state_dict(raw: RawFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _check_storage(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that claim more values than the file holds (a few bytes repeated without end)."""
+    """Refuse tensors that claim more values than the file holds (strides of 0)."""
     for key, value in tensors.items():
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             _refuse(
@@ -232,7 +238,7 @@ def _check_storage(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def strip_wrappers(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Remove ``module.`` and ``_orig_mod.``, which parallel and compiled models put before every key."""
+    """Remove ``module.`` and ``_orig_mod.``, the key prefixes of parallel and compiled models."""
     names = {key: re.sub(r"^(module\.|_orig_mod\.)+", "", key) for key in state_dict}
     if len(set(names.values())) != len(names):
         names = {key: key for key in state_dict}
@@ -243,7 +249,7 @@ def strip_wrappers(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 def _tao_prefixes(
     state_dict: Mapping[str, Tensor], original: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Give every key of the network the two prefixes of a full Lightning module."""
+    """Give every key the two prefixes of a full Lightning module."""
     renamed: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     for key, value in state_dict.items():
@@ -274,20 +280,23 @@ def _other_content(path: Path, state_dict: Mapping[str, Tensor]) -> Problem:
 
 
 def is_backbone_alone(state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether the keys are those of an image classifier: a ResNet or a GCViT by itself."""
-    return any(
-        re.fullmatch(
-            r"(layer1\.0\.conv1|levels\.0\.blocks\.0\.attn\.qkv|stages\.0\.blocks\.0\.attn\.qkv)\.weight", key
-        )
-        for key in state_dict
+    """Return whether the keys are those of a ResNet or a GCViT by itself."""
+    return "" in backbone_prefixes(state_dict)
+
+
+def backbone_prefixes(state_dict: Mapping[str, Any]) -> list[str]:
+    """Return what precedes the keys of each ResNet and GCViT in a state dict."""
+    anchor = re.compile(
+        r"((?:.+\.)?)(layer1\.0\.conv1|levels\.0\.blocks\.0\.attn\.qkv|stages\.0\.blocks\.0\.attn\.qkv)\.weight"
     )
+    return [match[1] for key in state_dict if (match := anchor.fullmatch(key))]
 
 
-# --- From a file to a :class:`~ddetr_mm.weights.checkpoint.Checkpoint`: the reading half of the passport ---
+# --- From a file to a checkpoint ---
 
 
 def read_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoint:
-    """Read a detector's checkpoint of any known format.
+    """Read a detector's checkpoint of any format.
 
     Args:
         path: a TAO ``.pth``, an original release, an mmdet ``.pth``, a safetensors file of one of these, or
@@ -295,11 +304,11 @@ def read_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoin
         check_finite: refuse weights that hold NaN or infinity.
 
     Returns:
-        The weights under canonical names. Tensors may be backed by the file (memory-mapped, copy on
-        write): changing them never changes the file.
+        The weights under canonical names. Tensors may be memory-mapped, copy on write: changing them does not
+        change the file.
 
     Raises:
-        WeightsError: when the file cannot be read safely, is no Deformable DETR, or has broken weights.
+        WeightsError: the file cannot be read safely, is not a Deformable DETR, or has broken weights.
     """
     raw = read_raw(path)
     found = find_weights(raw)
@@ -320,33 +329,23 @@ def read_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoin
     return Checkpoint(canonical, found.table.name, meta, architecture, raw.path, trace, notes)
 
 
-def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
-    """Tell a checkpoint's format, classes and structure without using its weights.
+def inspect_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint for its format, metadata and architecture, without checking its weights.
 
     PyTorch files are memory-mapped: little more than their index is read.
 
     Raises:
-        WeightsError: as :func:`read_checkpoint`, except that non-finite weights go unnoticed.
+        WeightsError: as :func:`read_checkpoint`, except that non-finite weights are not noticed.
     """
-    checkpoint = read_checkpoint(path, check_finite=False)
-    meta = checkpoint.meta
-    return CheckpointInfo(
-        path=checkpoint.path,
-        format=checkpoint.format,
-        class_names=meta.class_names,
-        category_ids=meta.category_ids,
-        num_classes=meta.num_classes,
-        zero_padded_values=meta.zero_padded_values,
-        label_mode=meta.label_mode,
-        background_column=meta.background_column,
-        architecture=checkpoint.architecture,
-        meta=meta,
-        notes=tuple(checkpoint.notes),
-    )
+    return read_checkpoint(path, check_finite=False)
 
 
 def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise a :class:`WeightsError` that names the keys holding NaN or infinity, if any do."""
+    """Refuse tensors with NaN or infinity.
+
+    Raises:
+        WeightsError: names their keys.
+    """
     broken = [key for key, value in tensors.items() if value.is_floating_point() and not _is_finite(value)]
     if broken:
         raise WeightsError(
@@ -361,12 +360,13 @@ def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _is_finite(value: Tensor) -> bool:
     if value.numel() == 0:
         return True
-    # Both ends are NaN as soon as one value is; unlike isfinite() this needs no memory of the tensor's size.
+    # Minimum and maximum are NaN if any value is; unlike isfinite() this allocates nothing of the tensor's
+    # size.
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(value))
 
 
 def _name_as_in_file(trace: KeyTrace, found: FoundWeights) -> None:
-    """Put the file's own keys into a trace made with unwrapped ones."""
+    """Replace unwrapped keys in a trace by the file's own."""
     names = found.original_keys
     if not names:
         return
@@ -377,9 +377,9 @@ def _name_as_in_file(trace: KeyTrace, found: FoundWeights) -> None:
 
 
 def _restore_shared_branches(canonical: dict[str, Tensor], trace: KeyTrace) -> None:
-    """Give every decoder layer its prediction branches where the file keeps only the first of equal ones.
+    """Give every decoder layer its prediction branches where the file has only the first of equal ones.
 
-    safetensors files hold no tensor twice, so Hugging Face leaves out branches that repeat the first.
+    safetensors files hold no tensor twice, so Hugging Face omits branches that repeat the first.
     """
     layers = {key.split(".")[2] for key in canonical if key.startswith("decoder.layers.")}
     count = len(layers) + ("memory_trans_fc.weight" in canonical)
@@ -398,7 +398,7 @@ def _restore_shared_branches(canonical: dict[str, Tensor], trace: KeyTrace) -> N
 def _interpret(
     raw: RawFile, found: FoundWeights, canonical: dict[str, Tensor], trace: KeyTrace
 ) -> tuple[CheckpointMeta, Architecture, list[str]]:
-    """Metadata and structure: what the file says where it says something, else what its format means."""
+    """Return metadata, architecture and notes: what the file says, completed by its format's conventions."""
     format_name = found.table.name
     notes: list[str] = []
     hints = _hints(raw, found)
@@ -426,7 +426,10 @@ def _interpret(
         num_queries=architecture.num_queries or _count(hints.get("num_queries")),
         epoch=_epoch(found.extras),
     )
-    meta = _label_convention(format_name, found, meta)
+    described = found.extras.get("meta")
+    described = described.get("dataset_meta") if isinstance(described, Mapping) else None
+    ids = described.get("category_ids") if isinstance(described, Mapping) else None
+    meta = with_label_convention(meta, format_name, ids)
     meta = meta_from_dict(own, meta)
     meta = replace(meta, num_classes=columns)
     if meta.class_names is not None and columns is not None and len(meta.class_names) != columns:
@@ -438,12 +441,12 @@ def _interpret(
 
 
 def _count(value: Any) -> int | None:
-    """A positive whole number out of an untrusted file, or None."""
+    """Return a positive integer from an untrusted file, or None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _own_meta(raw: RawFile, found: FoundWeights) -> Mapping[str, Any]:
-    """What a file written by this package says about itself."""
+    """Return the metadata of a file written by this package."""
     candidates: list[Any] = [found.extras.get(META_KEY), raw.config.get(META_KEY)]
     meta = found.extras.get("meta")
     if isinstance(meta, Mapping):
@@ -458,7 +461,7 @@ def _own_meta(raw: RawFile, found: FoundWeights) -> Mapping[str, Any]:
 
 
 def _hints(raw: RawFile, found: FoundWeights) -> dict[str, Any]:
-    """Settings that a format's own bookkeeping tells: refinement, heads, dilation, zeroed padding."""
+    """Return settings from a format's own metadata: refinement, heads, dilation, zeroed padding."""
     hints: dict[str, Any] = {}
     if raw.config:
         hints["with_box_refine"] = bool(raw.config.get("with_box_refine", False))
@@ -494,7 +497,7 @@ def _hints(raw: RawFile, found: FoundWeights) -> dict[str, Any]:
 
 
 def _hf_dilation(config: Mapping[str, Any]) -> bool:
-    """Either spelling of it: by name, or as the stride of the backbone's last stage."""
+    """Return the dilation by name, or from the stride of the backbone's last stage."""
     backbone = config.get("backbone_config")
     stride = backbone.get("output_stride") if isinstance(backbone, Mapping) else None
     return bool(config.get("dilation", False)) or stride == 16
@@ -503,7 +506,7 @@ def _hf_dilation(config: Mapping[str, Any]) -> bool:
 def _class_names(
     raw: RawFile, found: FoundWeights, columns: int | None, notes: list[str]
 ) -> tuple[str, ...] | None:
-    """One name a column, from wherever the format keeps them."""
+    """Return one name for each column, from where the format keeps them."""
     if found.table.name == "hf":
         return _hf_names(raw.config, columns)
     meta = found.extras.get("meta")
@@ -524,30 +527,10 @@ def _hf_names(config: Mapping[str, Any], columns: int | None) -> tuple[str, ...]
     if not isinstance(labels, Mapping) or columns is None or len(labels) != columns:
         return None
     names = [labels.get(str(column)) for column in range(columns)]
-    # transformers invents LABEL_0, LABEL_1 … where nobody gave names.
+    # transformers writes LABEL_0, LABEL_1 … where no names were given.
     if any(not isinstance(name, str) for name in names) or names == [f"LABEL_{i}" for i in range(columns)]:
         return None
     return tuple(str(name) for name in names)
-
-
-def _label_convention(format_name: str, found: FoundWeights, meta: CheckpointMeta) -> CheckpointMeta:
-    """What a column of the class head means in a format that says nothing about it itself."""
-    names = meta.class_names
-    if format_name in ("tao", "official"):
-        return replace(meta, label_mode="category_id", background_column=0)
-    if format_name == "hf":
-        if (meta.num_classes == NUM_COLUMNS) if names is None else is_filler(names[0]):
-            return replace(meta, label_mode="category_id", background_column=0)
-        return meta
-    described = found.extras.get("meta")
-    described = described.get("dataset_meta") if isinstance(described, Mapping) else None
-    ids = described.get("category_ids") if isinstance(described, Mapping) else None
-    if isinstance(ids, (list, tuple)) and all(number is None or isinstance(number, int) for number in ids):
-        by_id = all(number is None or number == column for column, number in enumerate(ids))
-        if by_id and ids and ids[0] is None:
-            return replace(meta, label_mode="category_id", background_column=0, category_ids=tuple(ids))
-        return replace(meta, category_ids=tuple(ids))
-    return meta
 
 
 def _epoch(extras: Mapping[str, Any]) -> int | None:

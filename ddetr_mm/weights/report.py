@@ -1,8 +1,8 @@
-"""The account of every key of a checkpoint: what a conversion or a load reports."""
+"""The report of every key of a checkpoint that was converted or loaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 Shape = tuple[int, ...]
@@ -10,27 +10,27 @@ Shape = tuple[int, ...]
 
 @dataclass
 class LoadReport:
-    """What became of every key when weights were converted or loaded.
+    """Where every key went when weights were converted or loaded.
 
-    Every key of the source stands in exactly one of ``mapped`` (as a source), ``unexpected``,
-    ``reshaped``, ``carried_over``, ``aliases`` and ``dropped``; every key the target asks for stands in
-    ``mapped`` (as a target), ``missing``, ``filled``, ``reshaped`` or ``carried_over``.
+    Every key of the source is in exactly one of ``mapped`` (as a source), ``unexpected``, ``reshaped``,
+    ``carried_over``, ``aliases`` and ``dropped``; every key of the target is in ``mapped`` (as a target),
+    ``missing``, ``filled``, ``reshaped`` or ``carried_over``.
 
     Attributes:
         source: the file or folder read.
-        target: the file written or a description of the model filled.
+        target: the file written, or the model's class.
         source_format: ``mmdet``, ``tao``, ``official``, ``hf`` or the name of a backbone layout.
         target_format: as ``source_format``, or ``model``.
-        mapped: source key → target keys that took its values unchanged. One key feeds several where the
-            target splits or repeats it; several keys feed one where the target joins them.
+        mapped: source key → target keys with its values unchanged. One key has several where the target
+            splits or repeats it; several keys have one where the target joins them.
         missing: target keys without a source; they keep their initial values.
-        unexpected: source keys without a place in the target.
+        unexpected: source keys that the target does not have.
         reshaped: target key → (shape in the source, shape in the target); not loaded.
-        carried_over: target key → how part of its values was taken over.
-        aliases: source key → the key it repeats.
-        filled: target key → the value put there because the source format has no such key.
+        carried_over: target key → which part of its values was loaded.
+        aliases: source key → the key that it repeats.
+        filled: target key → its value, where the source format has no such key.
         dropped: source key → why it is not needed in the target.
-        notes: further remarks a reader must see, one sentence each.
+        notes: remarks for the user, one sentence each.
     """
 
     source: str
@@ -49,14 +49,14 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every key found its place with its own shape."""
+        """Whether no key is missing, unexpected or of another shape."""
         return not (self.missing or self.unexpected or self.reshaped)
 
     def summary(self) -> str:
-        """A few lines for people: counts, then the first keys of every group that needs attention."""
+        """Return a few lines: counts, then the first keys of every group that needs attention."""
         lines = [
             f"{self.source} ({self.source_format}) -> {self.target or self.target_format}"
-            f" ({self.target_format}): {len(self.mapped)} keys taken over"
+            f" ({self.target_format}): {len(self.mapped)} keys loaded"
         ]
         lines += _listed("missing (initial values stay)", self.missing)
         lines += _listed("unexpected (not used)", self.unexpected)
@@ -75,26 +75,12 @@ class LoadReport:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, ready for JSON."""
-        return {
-            "source": self.source,
-            "target": self.target,
-            "source_format": self.source_format,
-            "target_format": self.target_format,
-            "complete": self.complete,
-            "mapped": {key: list(targets) for key, targets in self.mapped.items()},
-            "missing": list(self.missing),
-            "unexpected": list(self.unexpected),
-            "reshaped": {
-                key: {"source_shape": list(there), "target_shape": list(here)}
-                for key, (there, here) in self.reshaped.items()
-            },
-            "carried_over": dict(self.carried_over),
-            "aliases": dict(self.aliases),
-            "filled": dict(self.filled),
-            "dropped": dict(self.dropped),
-            "notes": list(self.notes),
+        """Return all fields as plain data, for JSON."""
+        reshaped = {
+            key: {"source_shape": list(there), "target_shape": list(here)}
+            for key, (there, here) in self.reshaped.items()
         }
+        return asdict(self) | {"complete": self.complete, "reshaped": reshaped}
 
 
 def _listed(title: str, items: list[str], shown: int = 6) -> list[str]:
@@ -108,5 +94,5 @@ def _counted(title: str, items: dict[str, str]) -> list[str]:
     if not items:
         return []
     reasons = dict.fromkeys(items.values())
-    told = f": {'; '.join(reasons)}" if len(reasons) <= 2 else ""
-    return [f"  {len(items)} keys {title}{told}"]
+    why = f": {'; '.join(reasons)}" if len(reasons) <= 2 else ""
+    return [f"  {len(items)} keys {title}{why}"]

@@ -1,9 +1,9 @@
-"""Reading a weights file without ever running code from it.
+"""Read a weights file without running code from it.
 
 PyTorch files (zip archives and the older bare pickles) go through ``torch.load(weights_only=True)`` with
-inert stand-ins for known bookkeeping classes (:mod:`ddetr_mm.weights.pickle_names`); safetensors files
-go through the safetensors library; a folder counts as one saved by Hugging Face's ``save_pretrained``.
-Everything that can be wrong with a file becomes a :class:`~ddetr_mm.errors.WeightsError`.
+inert replacements of known bookkeeping classes (:mod:`ddetr_mm.weights.pickle_names`); safetensors files
+go through the safetensors library; a folder is one saved by Hugging Face's ``save_pretrained``.
+Every defect of a file becomes a :class:`~ddetr_mm.errors.WeightsError`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.weights.encryption import MAGIC, plain_file
 from ddetr_mm.weights.pickle_names import SafeGlobal, names_in_pickle, sort_names
 
-# --- Why a file cannot be read, in words: the messages of :mod:`ddetr_mm.weights.safe_read` ---
+# --- Messages ---
 
 ENCRYPTED = (
-    "is encrypted by the reference's own, closed scheme and cannot be read here",
+    "is encrypted by TAO's own, closed scheme and cannot be read here",
     "decrypt it with the tool that wrote it, or save it there without encryption_key",
 )
-"""What is wrong with a file the reference encrypted, and the mend."""
+"""Problem and hint for a file that TAO encrypted."""
 
-MALICIOUS_MEND = (
+_SAVE_PLAIN = (
     "loading never runs code from a file: save the state_dict alone (torch.save(model.state_dict(), path))"
     " where you trust it, or do not use this file"
 )
@@ -59,8 +59,8 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def explain_strange_bytes(path: Path, start: bytes) -> Problem:
-    """The problem with a file that begins like no weights file.
+def explain_start(path: Path, start: bytes) -> Problem:
+    """Return the problem with a file that does not begin like a weights file.
 
     Args:
         path: the file.
@@ -82,11 +82,10 @@ def explain_strange_bytes(path: Path, start: bytes) -> Problem:
     if _is_text(start):
         return _not_weights(path, "a JSON file" if start.lstrip()[:1] in (b"{", b"[") else "a text file")
     return Problem(
-        "is neither a PyTorch nor a safetensors file; it may be damaged, or encrypted by the reference's"
+        "is neither a PyTorch nor a safetensors file; it may be damaged, or encrypted by TAO's"
         " own, closed scheme, which cannot be read here",
         file=path,
-        hint="check where it comes from; what the reference has encrypted must be saved there without"
-        " encryption_key",
+        hint="check where it comes from; what TAO encrypted must be saved there without encryption_key",
     )
 
 
@@ -111,31 +110,31 @@ def _is_text(start: bytes) -> bool:
 
 
 def short_names(names: Sequence[str], shown: int = 4) -> str:
-    """The first names of a list, and how many more there are."""
+    """Return the first names of a list, and how many more there are."""
     rest = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + rest
 
 
-# --- Reading a weights file without ever running code from it ---
+# --- Reading ---
 
 _MAX_PICKLE_BYTES = 256 * 2**20
 _MAX_JSON_BYTES = 64 * 2**20
 _PICKLES_IN_OLD_FILE = 5  # magic number, protocol, system, the object, the storages' keys
 _AGAIN = "copy or download it again"
 _DAMAGE = (ValueError, IndexError, OverflowError, EOFError, struct.error)
-"""What pickletools raises on bytes that are no pickle."""
+"""What pickletools raises on bytes that are not a pickle."""
 
 
 @dataclass
 class RawFile:
-    """What stands in a file, before anything is made of it.
+    """The content of a file.
 
     Attributes:
         path: the file or folder.
         kind: ``torch``, ``safetensors`` or ``hf_folder``.
         payload: the unpickled object of a PyTorch file, else key → tensor.
         metadata: text metadata of a safetensors file.
-        config: ``config.json`` of a Hugging Face folder, also when its weights file alone was named.
+        config: ``config.json`` of a Hugging Face folder, also where its weights file was given.
     """
 
     path: Path
@@ -153,8 +152,8 @@ def read_raw(path: str | Path) -> RawFile:
             package (:mod:`ddetr_mm.weights.encryption`).
 
     Raises:
-        WeightsError: when it is missing, broken, of another kind, or asks for code to be run; when it is
-            encrypted and the process has no key, or the wrong one.
+        WeightsError: it is missing, damaged, of another kind, or would run code; or it is encrypted and the
+            process has no key or the wrong one.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -179,14 +178,14 @@ def read_raw(path: str | Path) -> RawFile:
         return RawFile(path, "safetensors", tensors, metadata, _config_beside(path))
     if start.startswith(b"\x80"):
         return RawFile(path, "torch", _read_torch_pickle(path))
-    raise WeightsError(explain_strange_bytes(path, start))
+    raise WeightsError(explain_start(path, start))
 
 
 def _refuse(path: Path, what: str, hint: str, cause: BaseException | None = None) -> NoReturn:
     raise WeightsError(Problem(what, file=path, hint=hint)) from cause
 
 
-# --- PyTorch files ---------------------------------------------------------------------------------
+# --- PyTorch files ---
 
 
 def _read_torch_zip(path: Path, size: int) -> Any:
@@ -195,12 +194,12 @@ def _read_torch_zip(path: Path, size: int) -> Any:
             pickled = _data_pickle(path, archive, size)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, *_DAMAGE) as error:
         _refuse(path, "is truncated or damaged: its zip directory cannot be followed", _AGAIN, error)
-    # Memory-mapped storages cannot reach outside the file, whatever sizes the pickle claims.
+    # Memory-mapped storages cannot reach outside the file, for any sizes that the pickle claims.
     return _load(path, _names(path, pickled), mmap=True)
 
 
 def _data_pickle(path: Path, archive: zipfile.ZipFile, size: int) -> bytes:
-    """The pickle inside a PyTorch zip archive, after a look at the archive's own honesty."""
+    """Return the pickle inside a PyTorch zip archive, after checks of the archive."""
     entries = archive.infolist()
     packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
@@ -243,7 +242,7 @@ def _names(path: Path, pickled: bytes) -> list[str]:
 
 
 def _read_torch_pickle(path: Path) -> Any:
-    """A file of the kind torch.save wrote before zip archives: pickles in a row, then raw storages."""
+    """Read a file of torch.save before zip archives: several pickles, then raw storages."""
     names: list[str] = []
     with path.open("rb") as file:
         for number in range(_PICKLES_IN_OLD_FILE):
@@ -252,35 +251,35 @@ def _read_torch_pickle(path: Path) -> Any:
             except _DAMAGE as error:
                 if number == 0:
                     _refuse(path, f"is no whole PyTorch file ({error})", _AGAIN, error)
-                break  # fewer pickles than torch.save writes: torch.load below says what is missing
+                break  # fewer pickles than torch.save writes: torch.load below reports what is missing
     return _load(path, names, mmap=False)
 
 
 def _load(path: Path, names: list[str], *, mmap: bool) -> Any:
     offered, refused = sort_names(dict.fromkeys(names))
     if refused:
-        _refuse(path, f"asks to run or build {short_names(refused)}", MALICIOUS_MEND)
+        _refuse(path, f"asks to run or build {short_names(refused)}", _SAVE_PLAIN)
     try:
         with warnings.catch_warnings(), _only_allowed(offered):
-            # Files of other pickle protocols make torch warn; they load or fail here.
+            # torch warns of other pickle protocols; such files load or fail here.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        # Damaged bytes surface as nearly any of Python's errors; none of them is a defect of ours.
+        # Damaged bytes cause nearly any of Python's errors.
         text = _first_line(str(error))
         if "magic number" in text:
-            _refuse(path, "is a pickle, but torch.save did not write it", MALICIOUS_MEND, error)
+            _refuse(path, "is a pickle, but torch.save did not write it", _SAVE_PLAIN, error)
         if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in text:
-            _refuse(path, f"is not a plain file of weights: {text}", MALICIOUS_MEND, error)
-        what = f"is truncated, damaged or no PyTorch file: {type(error).__name__}: {text}"
+            _refuse(path, f"is not a plain file of weights: {text}", _SAVE_PLAIN, error)
+        what = f"is truncated, damaged or not a PyTorch file: {type(error).__name__}: {text}"
         _refuse(path, what, _AGAIN, error)
 
 
 @contextmanager
 def _only_allowed(offered: Sequence[SafeGlobal]) -> Iterator[None]:
-    """Allow these names beside torch's own, and no others that somebody allowed for the whole process.
+    """Allow these names beside torch's own, and no others that were allowed for the whole process.
 
-    Both a real class and its stand-in under one name would leave it to chance which is used.
+    With both a real class and its replacement under one name, either might be used.
     """
     before = torch.serialization.get_safe_globals()
     torch.serialization.clear_safe_globals()
@@ -299,7 +298,7 @@ def _first_line(text: str, limit: int = 200) -> str:
     return "no reason given"
 
 
-# --- safetensors -----------------------------------------------------------------------------------
+# --- safetensors ---
 
 
 def _looks_like_safetensors(start: bytes, size: int) -> bool:
@@ -310,10 +309,10 @@ def _looks_like_safetensors(start: bytes, size: int) -> bool:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and text metadata of a safetensors file.
+    """Return tensors and text metadata of a safetensors file.
 
     Raises:
-        WeightsError: when the header is too large, damaged, or promises more data than there is.
+        WeightsError: the header is too large, damaged, or claims more data than the file has.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -333,7 +332,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         _refuse(path, f"is no whole safetensors file: {_first_line(str(error))}", _AGAIN, error)
 
 
-# --- Hugging Face folders --------------------------------------------------------------------------
+# --- Hugging Face folders ---
 
 
 def _read_folder(folder: Path) -> RawFile:
@@ -369,7 +368,7 @@ def _read_folder(folder: Path) -> RawFile:
 
 
 def _config_beside(path: Path) -> dict[str, Any]:
-    """The ``config.json`` of a Hugging Face folder whose weights file was named instead of the folder."""
+    """Return ``config.json`` of a Hugging Face folder whose weights file was given instead of the folder."""
     config_path = path.with_name("config.json")
     if path.name not in ("model.safetensors", "pytorch_model.bin") or not config_path.is_file():
         return {}
@@ -412,5 +411,5 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def refuse_encrypted(path: Path) -> NoReturn:
-    """Raise the error for files encrypted by the reference."""
+    """Raise the error for files that TAO encrypted."""
     _refuse(path, *ENCRYPTED)

@@ -76,8 +76,8 @@ def test_the_checkpoint_knows_its_classes_and_loads_safely(trained_project: Proj
     from ddetr_mm.weights import inspect_checkpoint
 
     info = inspect_checkpoint(trained_project.folder / LATEST)
-    assert info.class_names[1:] == ("triangle", "star", "rectangle", "circle")
-    assert info.zero_padded_values is False and info.label_mode == "category_id"
+    assert info.meta.class_names[1:] == ("triangle", "star", "rectangle", "circle")
+    assert info.meta.zero_padded_values is False and info.meta.label_mode == "category_id"
 
 
 def test_training_again_continues_from_the_latest_checkpoint(trained_project: Project, tmp_path: Path):

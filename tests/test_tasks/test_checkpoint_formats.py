@@ -207,7 +207,7 @@ def test_mmdet_s_test_tool_gets_what_the_spec_s_network_needs(name, folder, tmp_
     weight = "bbox_head.cls_branches.0.weight"
     start = torch.load("ours.pth", weights_only=True)["state_dict"][weight]
     assert torch.equal(content["state_dict"][weight][[1, 2, 4]], start[[1, 2, 4]])
-    assert inspect_checkpoint(checkpoint).label_mode == "category_id"
+    assert inspect_checkpoint(checkpoint).meta.label_mode == "category_id"
 
 
 def test_the_translated_config_carries_what_the_origin_demands(folder, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_golden_models(name, table, backbone, channels, classes, refine):
         ("resnext50_32x4d", "unknown"),
     ],
 )
-def test_resnets_are_told_apart(name, expected):
+def test_resnets_are_reported_apart(name, expected):
     with torch.device("meta"):
         model = getattr(torchvision.models, name)()
     shapes = {f"backbone.{key}": tuple(value.shape) for key, value in model.state_dict().items()}
@@ -55,7 +55,7 @@ def test_resnets_are_told_apart(name, expected):
 
 
 @pytest.mark.parametrize("variant", ["xxtiny", "xtiny", "tiny", "small", "base", "large", "large_384"])
-def test_gcvits_are_told_apart(variant):
+def test_gcvits_are_reported_apart(variant):
     from ddetr_mm.models import GCViT
 
     with torch.device("meta"):

@@ -9,6 +9,7 @@ from weights_builders import detector, small_canonical, write_mmdet
 from ddetr_mm.errors import WeightsError
 from ddetr_mm.weights import (
     convert_checkpoint,
+    full_class_names,
     inspect_checkpoint,
     load_for_model,
     names_by_category_id,
@@ -114,3 +115,10 @@ def test_positions_without_names_are_not_taken_for_category_ids(tmp_path):
     assert torch.equal(model.state_dict()["bbox_head.cls_branches.0.weight"], before)
     assert torch.equal(model.state_dict()["level_embed"], source["level_embed"])
     assert any("numbers its classes by position" in note for note in report.notes)
+
+
+def test_class_names_are_filled_up_and_never_too_many():
+    assert full_class_names(None, 3) == ["background", "unknown", "unknown"]
+    assert full_class_names(("background", "cat"), 3) == ["background", "cat", "unknown"]
+    with pytest.raises(WeightsError, match="class list and the checkpoint disagree"):
+        full_class_names(("a", "b", "c"), 2)

@@ -48,7 +48,7 @@ def test_content_comes_back_and_is_not_readable_before(tmp_path, small_segments,
     assert b"weights" not in path.read_bytes()
 
 
-def test_a_wrong_key_and_none_are_told(tmp_path):
+def test_a_wrong_key_and_none_are_reported(tmp_path):
     path = encrypted(tmp_path / "a.pth", b"x")
     with pytest.raises(WeightsError, match=r"a\.pth: encryption_key: cannot be decrypted with this key"):
         decrypted(path, "wrong horse")

@@ -76,7 +76,7 @@ def test_a_missing_part_leaves_the_others_unexpected():
     assert "model.decoder.layers.0.self_attn.q_proj.weight" in trace.unexpected
 
 
-def test_differing_alias_is_told():
+def test_differing_alias_is_reported():
     foreign, _ = from_canonical(small_canonical(), TAO, with_box_refine=True, two_stage=False)
     key = "model.model.transformer.decoder.bbox_embed.0.layers.0.bias"
     foreign[key] = foreign[key] + 1

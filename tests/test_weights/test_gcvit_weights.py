@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ddetr_mm.errors import WeightsError
 from ddetr_mm.models import GCViT
-from ddetr_mm.models.gcvit import VARIANTS, GCViTVariant, relative_position_index
-from ddetr_mm.weights.gcvit import convert_backbone_state_dict, resize_position_table, timm_to_paper
+from ddetr_mm.models.gcvit import relative_position_index
+from ddetr_mm.weights import load_backbone
+from ddetr_mm.weights.gcvit import VARIANTS, GCViTVariant, resize_position_table, timm_to_paper
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,17 @@ def thin(**kwargs) -> GCViT:
 def random_weights(model: GCViT, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {key: torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Load a checkpoint from a file into a GCViT; returns the report."""
+
+    def load_file(model, checkpoint, prefix=None):
+        torch.save(checkpoint, tmp_path / "gcvit.pth")
+        return load_backbone(model, tmp_path / "gcvit.pth", prefix)
+
+    return load_file
 
 
 def as_classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,7 +71,7 @@ def as_classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         ("model.model.backbone.0.body.", ("state_dict",)),
     ],
 )
-def test_a_classifier_is_loaded_below_any_prefix(prefix, containers) -> None:
+def test_a_classifier_is_loaded_below_any_prefix(load, prefix, containers) -> None:
     model = thin()
     source = as_classifier(random_weights(model))
     checkpoint: dict = {prefix + key: value for key, value in source.items()}
@@ -67,30 +79,33 @@ def test_a_classifier_is_loaded_below_any_prefix(prefix, containers) -> None:
         checkpoint["model.model.query_embed.weight"] = torch.zeros(3, 4)
     for container in containers:
         checkpoint = {container: checkpoint, "epoch": 3, "args": None}
-    report = model.load_backbone_state_dict(checkpoint)
-    assert (report.layout, report.prefix) == ("paper", prefix)
-    assert report.outside == ("body" in prefix)
-    assert sorted(report.unexpected) == ["head.bias", "head.weight"]
-    assert report.missing == [f"norm{stage}.{leaf}" for stage in range(3) for leaf in ("weight", "bias")]
-    assert report.mapped[f"{prefix}norm.weight"] == "norm3.weight"
+    report = load(model, checkpoint)
+    why = {key: reason for key, reason in report.dropped.items() if not key.endswith("position_index")}
+    expected = {f"{prefix}head.{leaf}": "the classifier's head" for leaf in ("weight", "bias")}
+    if "body" in prefix:
+        expected["model.model.query_embed.weight"] = "not part of the backbone"
+    assert why == expected and len(report.dropped) == len(expected) + 8
+    assert (report.unexpected, report.reshaped, report.carried_over) == ([], {}, {})
+    missing = [f"norm{stage}.{leaf}" for stage in range(3) for leaf in ("weight", "bias")]
+    assert sorted(report.missing) == sorted(missing)
+    assert report.mapped[f"{prefix}norm.weight"] == ["norm3.weight"]
     loaded = model.state_dict()
     assert len(report.mapped) == len(loaded) - 6
-    for file_key, key in report.mapped.items():
+    for file_key, (key,) in report.mapped.items():
         assert torch.equal(loaded[key], source[file_key[len(prefix) :]])
 
 
-def test_our_own_weights_come_back_as_they_were() -> None:
-    weights = random_weights(thin())
-    converted, report = convert_backbone_state_dict(weights, thin().state_dict())
-    assert converted.keys() == weights.keys()
-    assert all(torch.equal(converted[key], weights[key]) for key in weights)
-    assert (report.missing, report.unexpected, report.reshaped, report.skipped) == ([], [], {}, {})
+def test_our_own_weights_come_back_as_they_were(load) -> None:
+    model, weights = thin(), random_weights(thin())
+    assert load(model, weights).complete
+    loaded = model.state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[key], weights[key]) for key in weights)
 
 
-def test_without_the_last_stage_a_classifier_s_norm_is_not_used() -> None:
-    model = thin(out_indices=(0, 1, 2))
-    report = model.load_backbone_state_dict(as_classifier(random_weights(thin())))
-    assert {"norm.weight", "norm.bias"} < set(report.unexpected)
+def test_without_the_last_stage_a_classifier_s_norm_is_not_used(load) -> None:
+    report = load(thin(out_indices=(0, 1, 2)), as_classifier(random_weights(thin())))
+    assert report.unexpected == ["norm.weight", "norm.bias"]
 
 
 def test_timm_s_names_each_lead_to_one_of_ours() -> None:
@@ -109,15 +124,15 @@ def test_timm_s_names_each_lead_to_one_of_ours() -> None:
     assert set(named) == set(ours)
 
 
-def test_tables_of_another_window_are_resized_and_told() -> None:
+def test_tables_of_another_window_are_resized_and_reported(load) -> None:
     model = thin(windows=(12, 12, 24, 12))
     source = random_weights(thin())
-    report = model.load_backbone_state_dict(source)
+    report = load(model, source)
     tables = [key for key in source if key.endswith("relative_position_bias_table")]
-    assert sorted(report.reshaped) == sorted(tables)
-    assert report.reshaped["levels.2.blocks.1.attn.relative_position_bias_table"] == ((729, 4), (2209, 4))
-    assert (report.missing, report.unexpected, report.skipped) == ([], [], {})
-    assert "729" in str(report)
+    assert sorted(report.carried_over) == sorted(tables)
+    how = report.carried_over["levels.2.blocks.1.attn.relative_position_bias_table"]
+    assert how == "position table resized from [729, 4] to [2209, 4]" and how in report.summary()
+    assert report.complete
     key = tables[0]
     assert torch.equal(model.state_dict()[key], resize_position_table(source[key], 23**2))
 
@@ -139,41 +154,43 @@ def test_resizing_keeps_constants_heads_and_symmetry(old, new, heads, value) -> 
         assert torch.allclose(resized, table, atol=1e-6)
 
 
-def test_query_pyramids_of_another_resolution_share_their_first_blocks() -> None:
+def test_query_pyramids_of_another_resolution_share_their_first_blocks(load) -> None:
     small, large = thin(), thin(resolution=448)
-    missing = large.load_backbone_state_dict(random_weights(small)).missing
+    missing = load(large, random_weights(small)).missing
     longer = ["levels.0.q_global_gen.to_q_global.3", "levels.1.q_global_gen.to_q_global.2"]
     assert {key.split(".conv.")[0] for key in missing} == set(longer)
-    unexpected = small.load_backbone_state_dict(random_weights(large)).unexpected
-    assert sorted(unexpected) == sorted(missing)
+    assert sorted(load(small, random_weights(large)).unexpected) == sorted(missing)
 
 
-def test_a_weight_of_another_shape_is_skipped_and_told() -> None:
+def test_a_weight_of_another_shape_is_skipped_and_reported(load) -> None:
     model = thin()
     before = model.state_dict()["patch_embed.proj.weight"].clone()
     source = {**random_weights(model), "patch_embed.proj.weight": torch.zeros(32, 4, 3, 3)}
-    report = model.load_backbone_state_dict(source)
-    assert report.skipped == {"patch_embed.proj.weight": ((32, 4, 3, 3), (32, 3, 3, 3))}
+    report = load(model, source)
+    assert report.reshaped == {"patch_embed.proj.weight": ((32, 4, 3, 3), (32, 3, 3, 3))}
     assert torch.equal(model.state_dict()["patch_embed.proj.weight"], before)
-    assert "skipped" in str(report) and "(32, 4, 3, 3) in the file" in str(report)
+    assert "reshaped (not used)" in report.summary() and "[32, 4, 3, 3] in the file" in report.summary()
+
+
+QKV = "levels.0.blocks.0.attn.qkv.weight"
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "prefix", "told"),
+    ("checkpoint", "prefix", "words"),
     [
-        ({"layer1.0.conv1.weight": torch.zeros(1)}, None, "no GCViT weights found"),
-        ({"patch_embed.proj.weight": torch.zeros(1)}, "backbone", "below 'backbone'"),
-        ({f"{p}.patch_embed.proj.weight": torch.zeros(1) for p in "ab"}, None, "more than one"),
-        ({"patch_embed.proj.weight": torch.zeros(1)}, None, "another GCViT"),
-        ([1, 2], None, "no checkpoint"),
+        ({"layer1.0.conv1.weight": torch.zeros(1)}, None, "another backbone"),
+        ({QKV: torch.zeros(1)}, "backbone", "no keys below 'backbone.'"),
+        ({f"{name}.{QKV}": torch.zeros(1) for name in "ab"}, None, "more than one.*'a.', 'b.'"),
+        ({QKV: torch.zeros(1, 1)}, None, "another backbone"),
+        ([1, 2], None, "not named weights"),
     ],
 )
-def test_what_is_no_gcvit_is_refused(checkpoint, prefix, told) -> None:
-    with pytest.raises(WeightsError, match=told):
-        thin().load_backbone_state_dict(checkpoint, prefix)
+def test_what_is_no_gcvit_is_refused(load, checkpoint, prefix, words) -> None:
+    with pytest.raises(WeightsError, match=words):
+        load(thin(), checkpoint, prefix)
 
 
-def test_prefix_chooses_between_two() -> None:
+def test_prefix_chooses_between_two(load) -> None:
     weights = random_weights(thin())
     both = {
         f"{name}.{key}": value + shift
@@ -181,9 +198,8 @@ def test_prefix_chooses_between_two() -> None:
         for key, value in weights.items()
     }
     model = thin()
-    report = model.load_backbone_state_dict(both, "plain")
-    assert report.prefix == "plain."
-    assert report.outside == len(weights)
+    report = load(model, both, "plain")
+    assert report.dropped == {f"ema.{key}": "not part of the backbone" for key in weights}
     assert torch.equal(model.state_dict()["norm3.bias"], weights["norm3.bias"])
 
 
@@ -207,7 +223,7 @@ def test_init_cfg_reads_a_file_and_logs_the_report(kind, tmp_path, caplog) -> No
     finally:
         logger.removeHandler(caplog.handler)
     assert torch.equal(model.state_dict()["norm3.weight"], source["norm.weight"])
-    assert "6 missing, 2 unexpected" in caplog.text
+    assert "missing (initial values stay), 6" in caplog.text and "10 keys not needed" in caplog.text
 
 
 class _Harmful:

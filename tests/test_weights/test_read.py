@@ -43,37 +43,41 @@ def write_hf(folder, tensors, **config):
 
 def test_tao_golden(tmp_path):
     info = inspect_checkpoint(write_golden("resnet50_4lvl", tmp_path))
-    assert (info.format, info.zero_padded_values, info.label_mode) == ("tao", False, "category_id")
-    assert (info.background_column, info.num_classes, info.class_names) == (0, 8, None)
+    assert (info.format, info.meta.zero_padded_values, info.meta.label_mode) == ("tao", False, "category_id")
+    assert (info.meta.background_column, info.meta.num_classes, info.meta.class_names) == (0, 8, None)
     assert info.architecture.backbone == "resnet_50" and info.meta.epoch == 11
 
 
 def test_official_golden(tmp_path):
     info = inspect_checkpoint(write_golden("official_4lvl", tmp_path))
-    assert (info.format, info.zero_padded_values, info.label_mode) == ("official", True, "category_id")
+    assert (info.format, info.meta.zero_padded_values, info.meta.label_mode) == (
+        "official",
+        True,
+        "category_id",
+    )
     assert (info.meta.num_heads, info.meta.num_queries, info.meta.epoch) == (8, 20, 49)
 
 
 def test_official_91_columns_are_cocos(tmp_path):
     info = inspect_checkpoint(write(tmp_path / "x.pth", {"model": foreign(OFFICIAL, num_classes=91)}))
-    assert info.class_names[:3] == ("background", "person", "bicycle")
-    assert info.class_names[90] == "toothbrush" and info.class_names[12] == "unknown"
-    assert info.category_ids[1] == 1 and info.category_ids[12] is None
+    assert info.meta.class_names[:3] == ("background", "person", "bicycle")
+    assert info.meta.class_names[90] == "toothbrush" and info.meta.class_names[12] == "unknown"
+    assert info.meta.category_ids[1] == 1 and info.meta.category_ids[12] is None
     assert any("COCO" in note for note in info.notes)
 
 
 def test_hugging_face_labels(tmp_path):
     named = {"id2label": {"0": "cat", "1": "dog", "2": "cow", "3": "hen"}}
     info = inspect_checkpoint(write_hf(tmp_path / "a", foreign(HF), with_box_refine=True, **named))
-    assert (info.format, info.label_mode, info.background_column) == ("hf", "contiguous", None)
-    assert info.class_names == ("cat", "dog", "cow", "hen") and info.zero_padded_values
+    assert (info.format, info.meta.label_mode, info.meta.background_column) == ("hf", "contiguous", None)
+    assert info.meta.class_names == ("cat", "dog", "cow", "hen") and info.meta.zero_padded_values
     gaps = {"id2label": {"0": "N/A", "1": "dog", "2": "N/A", "3": "hen"}}
     info = inspect_checkpoint(write_hf(tmp_path / "b", foreign(HF), with_box_refine=True, **gaps))
-    assert (info.label_mode, info.background_column) == ("category_id", 0)
-    assert info.category_ids == (None, 1, None, 3)
+    assert (info.meta.label_mode, info.meta.background_column) == ("category_id", 0)
+    assert info.meta.category_ids == (None, 1, None, 3)
     invented = {"id2label": {str(i): f"LABEL_{i}" for i in range(4)}}
     info = inspect_checkpoint(write_hf(tmp_path / "c", foreign(HF), with_box_refine=True, **invented))
-    assert info.class_names is None
+    assert info.meta.class_names is None
     assert info.meta.num_heads == 8
 
 
@@ -114,7 +118,7 @@ def test_weights_file_named_instead_of_its_folder(tmp_path):
     labels = {"id2label": {"0": "cat", "1": "dog", "2": "cow", "3": "hen"}}
     folder = write_hf(tmp_path / "a", foreign(HF), with_box_refine=True, **labels)
     info = inspect_checkpoint(folder / "model.safetensors")
-    assert info.class_names == ("cat", "dog", "cow", "hen") and info.meta.num_heads == 8
+    assert info.meta.class_names == ("cat", "dog", "cow", "hen") and info.meta.num_heads == 8
 
 
 def test_bare_hugging_face_model_without_heads(tmp_path):
@@ -137,8 +141,8 @@ def test_mmdet_zoo_file(tmp_path):
         epoch=50,
     )
     info = inspect_checkpoint(path)
-    assert (info.format, info.zero_padded_values, info.label_mode) == ("mmdet", True, "contiguous")
-    assert info.class_names == ("a", "b", "c", "d") and info.background_column is None
+    assert (info.format, info.meta.zero_padded_values, info.meta.label_mode) == ("mmdet", True, "contiguous")
+    assert info.meta.class_names == ("a", "b", "c", "d") and info.meta.background_column is None
     assert (info.architecture.num_heads, info.architecture.enc_points) == (4, 4)
     assert not info.meta.neck_bias and info.meta.epoch == 50
 
@@ -151,14 +155,18 @@ def test_our_training_file_by_its_config_and_dataset(tmp_path):
         cfg="model = dict(type='TAODeformableDETR', zero_padded_values=False)",
     )
     info = inspect_checkpoint(path)
-    assert (info.zero_padded_values, info.label_mode, info.background_column) == (False, "category_id", 0)
-    assert info.category_ids == (None, 1, None, 3)
+    assert (info.meta.zero_padded_values, info.meta.label_mode, info.meta.background_column) == (
+        False,
+        "category_id",
+        0,
+    )
+    assert info.meta.category_ids == (None, 1, None, 3)
 
 
 def test_contiguous_category_ids_are_kept(tmp_path):
     meta = {"classes": ("a", "b", "c", "d"), "category_ids": [3, 5, 8, 9]}
     info = inspect_checkpoint(write_mmdet(tmp_path / "x.pth", small_canonical(), dataset_meta=meta))
-    assert (info.label_mode, info.category_ids) == ("contiguous", (3, 5, 8, 9))
+    assert (info.meta.label_mode, info.meta.category_ids) == ("contiguous", (3, 5, 8, 9))
 
 
 def test_own_metadata_wins_over_what_the_format_means(tmp_path):
@@ -166,7 +174,11 @@ def test_own_metadata_wins_over_what_the_format_means(tmp_path):
     path = write(tmp_path / "x.pth", {"state_dict": foreign(TAO), "ddetr_mm": own})
     info = inspect_checkpoint(path)
     assert (info.format, info.meta.source_format) == ("tao", "hf")
-    assert (info.zero_padded_values, info.label_mode, info.background_column) == (True, "contiguous", None)
+    assert (info.meta.zero_padded_values, info.meta.label_mode, info.meta.background_column) == (
+        True,
+        "contiguous",
+        None,
+    )
 
 
 def test_metadata_of_wrong_types_is_not_believed(tmp_path):
@@ -179,13 +191,17 @@ def test_metadata_of_wrong_types_is_not_believed(tmp_path):
     }
     path = write(tmp_path / "x.pth", {"state_dict": foreign(TAO), "ddetr_mm": own})
     info = inspect_checkpoint(path)
-    assert (info.zero_padded_values, info.class_names, info.architecture.num_heads) == (False, None, 8)
+    assert (info.meta.zero_padded_values, info.meta.class_names, info.architecture.num_heads) == (
+        False,
+        None,
+        8,
+    )
 
 
-def test_class_names_of_another_number_are_told_and_left_out(tmp_path):
+def test_class_names_of_another_number_are_reported_and_left_out(tmp_path):
     path = write_mmdet(tmp_path / "x.pth", small_canonical(), dataset_meta={"classes": ("a", "b")})
     info = inspect_checkpoint(path)
-    assert info.class_names is None and "2 class names for 4 columns" in info.notes[0]
+    assert info.meta.class_names is None and "2 class names for 4 columns" in info.notes[0]
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
@@ -236,7 +252,7 @@ def test_args_that_are_no_namespace_do_no_harm(tmp_path):
     assert inspect_checkpoint(write(tmp_path / "x.pth", content)).architecture.num_heads == 8
 
 
-def test_dilation_is_told_by_every_world_that_notes_it(tmp_path):
+def test_dilation_is_reported_by_every_world_that_notes_it(tmp_path):
     def told(name, **content):
         path = tmp_path / name
         torch.save(content, path)

@@ -366,7 +366,7 @@ def test_storage_that_claims_more_than_the_file_is_refused(tmp_path):
         ([1, 2], "a list"),
         ({}, "holds no weights"),
         ({"state_dict": {}}, "holds no weights"),
-        ({"state_dict": {"a": "text", "b": torch.zeros(1)}}, "no plain state dict: a is no tensor"),
+        ({"state_dict": {"a": "text", "b": torch.zeros(1)}}, "no plain state dict: a is not a tensor"),
         ({"state_dict": {"a": {"b": torch.zeros(1)}}}, "no plain state dict"),
         ({"epoch": 3, "lr": 0.1}, "no plain state dict"),
         ({"state_dict_encrypted": True, "state_dict": {"a": torch.zeros(1)}}, "encrypted"),

@@ -49,7 +49,7 @@ def test_golden_through_every_format_and_back(name, route, tmp_path):
         path = destination
         info = inspect_checkpoint(path)
         assert info.format == step and info.meta.source_format == first.format
-        assert info.zero_padded_values == first.zero_padded_values
+        assert info.meta.zero_padded_values == first.meta.zero_padded_values
     expected, written = golden_state_dict(name), file_tensors(path)
     assert set(written) == set(expected)
     assert all(torch.equal(written[key], expected[key]) for key in expected)
@@ -146,7 +146,7 @@ def test_safetensors_carry_class_names_and_the_spec_without_secrets(to, tmp_path
         metadata = json.loads(file.metadata()["ddetr_mm"])
     assert metadata["class_names"] == list(NAMES) and metadata["spec"]["model"]["nheads"] == 4
     info = inspect_checkpoint(path)
-    assert (info.format, info.class_names, info.zero_padded_values) == (to, NAMES, True)
+    assert (info.format, info.meta.class_names, info.meta.zero_padded_values) == (to, NAMES, True)
     assert (info.architecture.num_heads, info.architecture.enc_points) == (4, 8)
     assert any("num_queries = 300" in note and "20" in note for note in report.notes)
     expected, found = read_checkpoint(source).state_dict, read_checkpoint(path).state_dict
@@ -161,7 +161,7 @@ def test_class_names_give_category_ids_where_columns_are_ids(tmp_path):
     convert_checkpoint(
         tmp_path / "x.pth", tmp_path / "y.pth", "mmdet", class_names=("background", "a", "unknown", "c")
     )
-    assert inspect_checkpoint(tmp_path / "y.pth").category_ids == (None, 1, None, 3)
+    assert inspect_checkpoint(tmp_path / "y.pth").meta.category_ids == (None, 1, None, 3)
 
 
 def test_class_names_must_be_one_a_column(tmp_path):
@@ -197,7 +197,7 @@ def test_written_files_load_in_torch_without_any_allowed_class(tmp_path):
         assert torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / f"{to}.pth") == []
 
 
-def test_difference_of_padding_is_told(tmp_path):
+def test_difference_of_padding_is_reported(tmp_path):
     tensors, _ = from_canonical(small_canonical(), TAO, with_box_refine=True, two_stage=False)
     source = tmp_path / "tao.pth"
     torch.save({"state_dict": tensors}, source)
