@@ -41,10 +41,7 @@ def write_kitti_labels(
         boxes_xyxy: (n, 4) pixels of the original image.
         scores: (n,).
     """
-    lines = [
-        kitti_line(name, box, score)
-        for name, box, score in zip(names, boxes_xyxy, scores, strict=True)
-    ]
+    lines = [kitti_line(name, box, score) for name, box, score in zip(names, boxes_xyxy, scores, strict=True)]
     write_text_whole(Path(path), "".join(f"{line}\n" for line in lines))
 
 
