@@ -1,4 +1,4 @@
-"""Disk and memory: what a run will need against what the machine has. Arithmetic only, no torch."""
+"""Disk and memory that a run needs, against what the machine has. Arithmetic only, no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ddetr_mm.preflight.report import Finding, Section, fault, note
 
 GIB = 1 << 30
 RESERVE = 0.05
-"""Share of the memory that is left alone: allocators do not use all of it."""
+"""Share of the memory that allocators cannot use."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ModelSize:
 
     Attributes:
         weights: all parameters and buffers.
-        trained: the parameters that training moves.
+        trained: the trained parameters.
         optimizer_copies: numbers the optimizer keeps for each of those (AdamW 2, SGD with momentum 1).
     """
 
@@ -42,7 +42,7 @@ class ModelSize:
 
     @property
     def fixed(self) -> int:
-        """Bytes that training holds whatever the batch: weights, gradients, optimizer."""
+        """Bytes that do not depend on the batch: weights, gradients, optimizer."""
         return self.weights + self.trained + self.optimizer
 
 
@@ -78,7 +78,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def num_checkpoints(num_epochs: int, interval: int, unit: str, steps_an_epoch: int) -> int:
-    """How many checkpoints a whole training leaves, that of the end included."""
+    """Number of checkpoints of a whole training run, the last one included."""
     units = num_epochs if unit == "epoch" else num_epochs * max(steps_an_epoch, 1)
     return math.ceil(units / interval)
 
@@ -139,13 +139,13 @@ def check_disk_writable(folder: Path) -> list[Finding]:
 
 
 def check_memory(need: MemoryNeed, available: int, device: str, options: dict[str, bool]) -> Section:
-    """Whether a training step fits, and if not, what would make it fit.
+    """Whether a training step fits into memory, and if not, options that make it fit.
 
     Args:
         need: the estimate.
-        available: bytes that the device has for us.
-        device: its name, for the reader.
-        options: spec field → whether it can still be turned to save memory.
+        available: free bytes of the device.
+        device: its name, for messages.
+        options: spec field → whether changing it saves memory.
     """
     section = Section("memory")
     height, width = need.padded_hw
@@ -155,7 +155,7 @@ def check_memory(need: MemoryNeed, available: int, device: str, options: dict[st
         f"{size_text(size.optimizer)}",
         f"activations {size_text(need.per_image)} an image at {width}x{height} (width x height), "
         f"{size_text(need.per_image * need.batch_size)} for a batch of {need.batch_size}",
-        f"about {size_text(need.total)} in all; {device} has {size_text(available)} for us",
+        f"about {size_text(need.total)} in all; {device} has {size_text(available)} free",
     ]
     section.data = dict(
         needed_bytes=need.total,
@@ -183,7 +183,7 @@ def check_memory(need: MemoryNeed, available: int, device: str, options: dict[st
 
 
 def ways_to_fit(need: MemoryNeed, usable: float, options: dict[str, bool]) -> Iterator[str]:
-    """Options that would make a step fit, the surest first."""
+    """Options that make a step fit, the surest first."""
     room = usable - need.size.fixed
     batch = int(room // need.per_image) if need.per_image else 0
     if batch >= 1:
