@@ -222,7 +222,7 @@ def backbone_config(
             raise ValueError("the channels of ddetr_mm.backbone must be looked up before translating")
         return dict(spec.ddetr_mm.backbone), channels
     if model.backbone.startswith("gc_vit_"):
-        from ddetr_mm.models.gcvit import VARIANTS  # loads mmdet, which other specs need not
+        from ddetr_mm.weights.gcvit import VARIANTS  # loads torch, which other specs need not
 
         variant = model.backbone.removeprefix("gc_vit_")
         config: dict[str, Any] = dict(

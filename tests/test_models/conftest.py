@@ -1,3 +1,3 @@
-"""Importing ddetr_mm before mmdet: it answers for mmcv's compiled ops where there are none."""
+"""Import ddetr_mm before mmdet, so that mmcv-lite's missing ops are replaced."""
 
 import ddetr_mm  # noqa: F401

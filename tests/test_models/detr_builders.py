@@ -1,4 +1,4 @@
-"""Small Deformable DETR configs, batches and golden weights that the tests of this folder share."""
+"""Small Deformable DETR configs, batches and golden weights for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _layer_configs(
 
 
 def head_config(num_classes: int = 4, width: int = 32) -> dict:
-    """A prediction head with the reference's losses."""
+    """A prediction head with TAO's losses."""
     return {
         "type": "TAODeformableDETRHead",
         "num_classes": num_classes,
@@ -148,7 +148,7 @@ def head_config(num_classes: int = 4, width: int = 32) -> dict:
 
 
 def assigner_config() -> dict:
-    """The reference's matching costs."""
+    """TAO's matching costs."""
     return {
         "type": "HungarianAssigner",
         "match_costs": [

@@ -1,3 +1,5 @@
+"""Channels of backbone configs, dilated ResNet and fused batch norms."""
+
 from __future__ import annotations
 
 import copy
@@ -91,7 +93,7 @@ def test_other_outputs_than_feature_maps_are_refused() -> None:
         feature_channels({"type": "OneVector"})
 
 
-# --- A detector without batch norms of its own predicts what it predicted ---
+# --- Fused batch norms ---
 
 sys.path.append(str(Path(__file__).resolve().parent))
 

@@ -1,3 +1,5 @@
+"""Normalisation and fixed padding, against TAO's outputs and mmdet."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -43,7 +45,7 @@ def test_meets_tao() -> None:
     for image, data_sample in enumerate(found["data_samples"]):
         assert data_sample.batch_input_shape == (160, 160)
         assert data_sample.pad_shape == [(96, 160), (160, 96)][image]
-        # The reference's mask: everything beyond the unpadded image, fixed padding included.
+        # TAO's mask: everything beyond the unpadded image, fixed padding included.
         height, width = data_sample.img_shape
         padding = np.ones(data_sample.batch_input_shape)
         padding[:height, :width] = 0

@@ -1,3 +1,5 @@
+"""Deformable attention against mmcv's module."""
+
 from __future__ import annotations
 
 import pytest

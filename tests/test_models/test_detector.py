@@ -1,4 +1,4 @@
-"""Options that make the detector faster change nothing but rounding."""
+"""The detector: golden outputs, padding, options for speed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ddetr_mm.models.deformable_attention import DeformableAttention
 from ddetr_mm.models.detector import feature_sizes_hw, level_padding
 from ddetr_mm.weights.formats import OFFICIAL, TAO, to_canonical
 
-# ---  ---
+# --- Outputs ---
 
 R50 = {
     "type": "ResNet",
@@ -349,7 +349,7 @@ def test_runs_through_the_preprocessor() -> None:
     assert [len(result.pred_instances) for result in results] == [3, 3]
 
 
-# ---  ---
+# --- Padding ---
 
 SIDES = st.integers(1, 70)
 
@@ -361,7 +361,7 @@ SIDES = st.integers(1, 70)
     strides=st.lists(st.sampled_from([1, 4, 7, 8, 32]), min_size=1, max_size=3),
 )
 def test_equals_the_interpolated_mask(input_hw, shares, strides) -> None:
-    """The reference's way: draw the mask at full size, then take the nearest pixel of each cell."""
+    """TAO's method: draw the mask at full size, then take the nearest pixel of each cell."""
     valid = [(max(1, round(a * input_hw[0])), max(1, round(b * input_hw[1]))) for a, b in shares]
     levels = [(-(-input_hw[0] // stride), -(-input_hw[1] // stride)) for stride in strides]
     masks, ratios = level_padding(valid, input_hw, levels, "cpu")
@@ -390,7 +390,7 @@ def test_feature_sizes() -> None:
     assert feature_sizes_hw([torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 2, 3)]) == ((4, 5), (2, 3))
 
 
-# --- Options that make the detector faster change nothing but rounding ---
+# --- Options for speed ---
 
 
 def build_for_speed(**options):

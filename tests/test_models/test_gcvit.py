@@ -1,4 +1,4 @@
-"""GCViT as a graph: torch.compile without breaks, ONNX of standard operators."""
+"""GCViT against golden outputs, timm and the paper; in mmdet's tools; as a graph."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from ddetr_mm.weights.formats import TAO, to_canonical
 from ddetr_mm.weights.gcvit import VARIANTS, GCViTVariant
 from ddetr_mm.weights.safe_read import read_raw
 
-# --- GCViT's arithmetic: against reference outputs, timm, and a plain transcription of the paper ---
+# --- Outputs ---
 
 
 def shake(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -395,7 +395,7 @@ def test_strict_loading_passes_over_the_index_of_other_implementations() -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"variant": "huge"}, "xxtiny"),
         ({"out_indices": ()}, "out_indices"),
@@ -407,10 +407,10 @@ def test_strict_loading_passes_over_the_index_of_other_implementations() -> None
         ({"resolution": 8}, "resolution"),
     ],
 )
-def test_wrong_arguments_are_reported(options, told) -> None:
-    with pytest.raises(SpecError, match=told):
+def test_wrong_arguments_are_reported(options, message) -> None:
+    with pytest.raises(SpecError, match=message):
         GCViT(**options)
-    with pytest.raises(SpecError, match=told):
+    with pytest.raises(SpecError, match=message):
         MODELS.build({"type": "GCViT", **options})
 
 
@@ -432,7 +432,7 @@ def test_every_variant_has_its_published_size() -> None:
         assert count / 1e6 == pytest.approx(expected, rel=0.01), variant
 
 
-# --- A mixed config: mmdet's Faster R-CNN on GCViT, trained and tested by mmdet's tools ---
+# --- mmdet's Faster R-CNN on GCViT ---
 # DINO on GCViT: tests/test_projects/test_gcvit_dino.py.
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -573,7 +573,7 @@ def test_trains_and_runs_the_test_tool(shapes, tmp_path) -> None:
     assert -1 <= metrics["coco/bbox_mAP"] <= 1
 
 
-# --- GCViT as a graph: torch.compile without breaks, ONNX of standard operators ---
+# --- torch.compile and ONNX ---
 
 
 @pytest.fixture(autouse=True)

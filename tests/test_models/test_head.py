@@ -1,3 +1,5 @@
+"""Losses, detections and refused settings of the head."""
+
 from __future__ import annotations
 
 import numpy as np

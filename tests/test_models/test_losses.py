@@ -1,3 +1,5 @@
+"""Matching and losses, against mmdet and on several ranks."""
+
 from __future__ import annotations
 
 import multiprocessing

@@ -1,3 +1,5 @@
+"""Encoder and decoder against mmdet's."""
+
 from __future__ import annotations
 
 import pytest

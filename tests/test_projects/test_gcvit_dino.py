@@ -7,7 +7,7 @@ from pathlib import Path
 from mmengine.config import Config
 from project_runs import PROJECTS, TINY, losses, train_and_test, weights
 
-from ddetr_mm.models.gcvit import VARIANTS
+from ddetr_mm.weights.gcvit import VARIANTS
 
 SHAPES = PROJECTS / "gcvit_dino" / "dino_gcvit-xxtiny_shapes.py"
 

@@ -1,13 +1,17 @@
-"""The structure read off names and shapes."""
+"""The architecture inferred from names and shapes."""
+
+from typing import get_args
 
 import pytest
 import torch
 import torchvision
 from weights_builders import golden_state_dict, small_canonical
 
+from ddetr_mm.spec.schema import Backbone
 from ddetr_mm.weights import infer_architecture
 from ddetr_mm.weights.checkpoint import backbone_kind, describe_backbone, expected_keys
 from ddetr_mm.weights.formats import TABLES, to_canonical
+from ddetr_mm.weights.gcvit import VARIANTS
 
 
 def golden_canonical(name, table):
@@ -91,3 +95,7 @@ def test_expected_keys_are_those_of_mmdet():
 def test_unknown_backbone_is_described_by_its_keys():
     assert "backbone.stages.0.x" in describe_backbone({"backbone.stages.0.x": (1,), "backbone.y": (2,)})
     assert describe_backbone({}) == "no backbone"
+
+
+def test_the_table_of_gcvits_has_the_names_of_a_spec():
+    assert ["resnet_50", *(f"gc_vit_{name}" for name in VARIANTS)] == list(get_args(Backbone))

@@ -1,4 +1,4 @@
-"""Class heads numbered by position, brought into models that number by category id."""
+"""Class columns by position and by category id."""
 
 import json
 

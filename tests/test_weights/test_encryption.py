@@ -1,3 +1,5 @@
+"""Encrypted checkpoints: round trips, wrong keys, damaged files."""
+
 import io
 
 import pytest

@@ -1,4 +1,4 @@
-"""The tables and the engine: there and back without a lost bit or key."""
+"""Renaming keys by the tables: every bit and key survives a round trip."""
 
 import pytest
 import torch

@@ -45,7 +45,7 @@ def worst(predictions, expected):
 
 
 def golden_detector(path, **options):
-    """A detector of the structure the file tells."""
+    """A detector of the file's architecture."""
     found = inspect_checkpoint(path).architecture
     return detector(
         num_classes=found.num_classes,

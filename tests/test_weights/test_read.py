@@ -1,4 +1,4 @@
-"""Settings out of config text, which is never run."""
+"""Reading checkpoints: formats and metadata, URLs, config texts."""
 
 import argparse
 import functools
@@ -19,7 +19,7 @@ from ddetr_mm.weights.formats import HF, MMDET_2, OFFICIAL, TAO, from_canonical
 from ddetr_mm.weights.read import local_file, model_settings
 from ddetr_mm.weights.safe_read import read_raw
 
-# --- What a checkpoint says about itself, format by format ---
+# --- Formats and metadata ---
 
 
 def foreign(table, **options):
@@ -252,24 +252,24 @@ def test_args_that_are_no_namespace_do_no_harm(tmp_path):
     assert inspect_checkpoint(write(tmp_path / "x.pth", content)).architecture.num_heads == 8
 
 
-def test_dilation_is_reported_by_every_world_that_notes_it(tmp_path):
-    def told(name, **content):
+def test_dilation_is_read_from_every_format_that_has_it(tmp_path):
+    def dilation(name, **content):
         path = tmp_path / name
         torch.save(content, path)
         return inspect_checkpoint(path).meta.dilation
 
     official, _ = from_canonical(small_canonical(), OFFICIAL, with_box_refine=True, two_stage=False)
     for value in (True, False):
-        assert told("official.pth", model=official, args=argparse.Namespace(dilation=value)) is value
-    assert told("official.pth", model=official, args=argparse.Namespace(dilation="yes")) is None
+        assert dilation("official.pth", model=official, args=argparse.Namespace(dilation=value)) is value
+    assert dilation("official.pth", model=official, args=argparse.Namespace(dilation="yes")) is None
     meta = {"cfg": "model = dict(backbone=dict(type='TorchvisionDilatedResNet'))"}
-    assert told("mmdet.pth", state_dict=small_canonical(), meta=meta) is True
+    assert dilation("mmdet.pth", state_dict=small_canonical(), meta=meta) is True
     meta = {"cfg": "model = dict(backbone=dict(type='ResNet'))"}
-    assert told("mmdet.pth", state_dict=small_canonical(), meta=meta) is False
-    assert told("bare.pth", state_dict=small_canonical()) is None
+    assert dilation("mmdet.pth", state_dict=small_canonical(), meta=meta) is False
+    assert dilation("bare.pth", state_dict=small_canonical()) is None
 
 
-# --- Weights at a URL are files first: downloaded once, and never executed ---
+# --- URLs ---
 
 
 class Harmful:
@@ -323,7 +323,7 @@ def test_code_behind_a_url_does_not_run(url, capsys, tmp_path):
     assert "code from a file ran" not in capsys.readouterr().out
 
 
-# --- Settings out of config text, which is never run ---
+# --- Config texts ---
 
 
 def test_literals_and_dict_calls_are_read():

@@ -1,4 +1,4 @@
-"""No code from a file ever runs; every broken file gets a message of its own."""
+"""No code from a file runs; every broken file gets its own message."""
 
 import builtins
 import functools
@@ -159,7 +159,7 @@ def zip_with_pickle(path: Path, pickled: bytes, data: bytes = b"") -> Path:
     return path
 
 
-# --- bookkeeping that must load ---------------------------------------------------------------------
+# --- Bookkeeping objects that must load ---
 
 
 def test_an_omegaconf_config_in_a_checkpoint_stays_inert():
@@ -229,7 +229,7 @@ def test_old_torch_format_loads(tmp_path):
     assert len(read_checkpoint(path).state_dict) == len(small_canonical())
 
 
-# --- broken files -----------------------------------------------------------------------------------
+# --- Broken files ---
 
 
 def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -297,7 +297,7 @@ def test_every_broken_file_has_a_clear_message(tmp_path):
             read_checkpoint(path)
         problem = caught.value.problems[0]
         assert str(problem.file) == str(path), name
-        assert problem.hint, f"{name}: no mend in {problem}"
+        assert problem.hint, f"{name}: no hint in {problem}"
 
 
 def test_missing_file_and_folders_of_other_kinds(tmp_path):
@@ -339,7 +339,7 @@ def test_zip_bomb_is_refused_unopened(tmp_path):
 
 
 def test_tensor_that_claims_more_than_its_bytes_is_refused(tmp_path):
-    path = tmp_path / "stretched.pth"
+    path = tmp_path / "expanded.pth"
     torch.save({"state_dict": {"encoder.layers.0.ffn.layers.1.weight": torch.zeros(1).expand(10**10)}}, path)
     assert path.stat().st_size < 10_000
     with pytest.raises(WeightsError, match="claims 10000000000 values"):

@@ -1,4 +1,4 @@
-"""Conversions between files: bit-exact both ways, everything accounted for, nothing half-written."""
+"""Conversions between files: bit-exact both ways, every key reported, nothing half-written."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""What a training can go on from, and what is told where it cannot."""
+"""Loading into models and backbones, and what a run can resume from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddetr_mm.weights import convert_checkpoint, load_backbone, load_for_model
 from ddetr_mm.weights.class_columns import plan_columns, same_classes
 from ddetr_mm.weights.load import require_resumable, require_same_network
 
-# --- Filling models: by name, with head surgery, and clear refusals ---
+# --- Detectors ---
 
 CLASSES = ("background", "cat", "dog", "traffic light", "unknown")
 
@@ -220,7 +220,7 @@ def test_column_plans():
     assert not same_classes(("a", "b"), ("b", "a"))
 
 
-# --- Backbones alone: torchvision, timm, detectors' backbones, and wrong files ---
+# --- Backbones ---
 
 
 def mmdet_resnet(depth=50):
@@ -355,9 +355,9 @@ def test_wrong_backbones_for_a_gcvit(tmp_path):
     resnet18 = save(tmp_path / "r18.pth", mmdet_resnet(18).state_dict())
     with pytest.raises(WeightsError, match="resnet_18 in the file, gc_vit_xxtiny in the model"):
         load_backbone(backbone, resnet18)
-    strange = save(tmp_path / "x.pth", {"a.weight": torch.zeros(1)})
+    unknown = save(tmp_path / "x.pth", {"a.weight": torch.zeros(1)})
     with pytest.raises(WeightsError, match="another backbone"):
-        load_backbone(backbone, strange)
+        load_backbone(backbone, unknown)
     other = save(tmp_path / "tiny.pth", GCViT(variant="xtiny").state_dict())
     with pytest.raises(WeightsError, match="gc_vit_xtiny in the file, gc_vit_xxtiny in the model"):
         load_backbone(backbone, other)
@@ -389,7 +389,7 @@ def test_any_other_mmdet_backbone_by_name(tmp_path):
     )
 
 
-# --- What a training can go on from, and what is told where it cannot ---
+# --- Resuming ---
 
 WHERE = "train.resume_training_checkpoint_path"
 WHOLE = dict(state_dict={"a": torch.zeros(1)}, optimizer={"state": {}}, meta={"epoch": 1, "iter": 5})
@@ -423,7 +423,7 @@ def model() -> nn.Module:
 
 
 def training_file(path: Path, network: nn.Module) -> Path:
-    """A checkpoint of a training, as far as resuming looks at it."""
+    """A checkpoint with what resuming checks."""
     torch.save({**WHOLE, "state_dict": network.state_dict()}, path)
     return path
 
