@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
+from ddetr_mm.datasets.images import read_image
+from ddetr_mm.errors import DataError
 from ddetr_mm.evaluation.coco_eval import DetectionColumns, GroundTruthColumns
 
 # --- true positives, false positives and false negatives ---
@@ -296,9 +298,8 @@ def draw_worst_image(worst: WorstImage, matching: Matching, matrix: ConfusionMat
     if worst.path is None:
         return None
     try:
-        with Image.open(worst.path) as image:
-            picture = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        picture = Image.fromarray(read_image(worst.path))
+    except DataError:
         return None  # the report is written without this picture
     scale = min(LONG_SIDE_PX / max(picture.size), 4.0)
     size = (max(round(picture.width * scale), 1), max(round(picture.height * scale), 1))
