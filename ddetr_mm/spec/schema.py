@@ -677,8 +677,8 @@ class OwnSection(Section):
         "auto",
         origin=OURS,
         doc="""What a GPU computes deformable attention with. mmcv: its compiled op; triton: kernels that need
-        no build; torch: plain PyTorch, slow, on every device; auto: mmcv's op and the Triton kernels are
-        compared and timed once, and the faster one is used and logged.""",
+        no build; torch: plain PyTorch, slow, on every device; auto: the first of mmcv's op and the Triton
+        kernels that computes what PyTorch does on the first images, which is logged.""",
     )
     compile: Literal["none", "backbone", "all"] = spec_field(
         "none",
