@@ -166,7 +166,7 @@ LATEST_NAME = "dd_model_latest.pth"
 RESUME_KEY = "train.resume_training_checkpoint_path"
 
 _NAME = re.compile(r"model_epoch_(?P<epoch>\d{3,})(?:_step_(?P<step>\d{5,}))?\.pth")
-_LEFTOVER = re.compile(r"\.tmp-\d+-(?:model_epoch_.*|dd_model_latest)\.pth")
+_LEFTOVER = re.compile(r"\.tmp-\d+-(?:(?:model_epoch_.*|dd_model_latest)\.pth|last_checkpoint)")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -61,7 +61,6 @@ WRITERS = {
     "check": ("check", *SPEC, "results_dir=locked/results"),
     "translate": ("translate", *SPEC, "-o", "locked/x.py"),
     "weights": ("weights", "random.pth", "locked/x.pth", "--to", "tao"),
-    "coco": ("coco", "merge", "coco/train", "-o", "locked/x.json"),
 }
 
 

@@ -113,7 +113,6 @@ ARGUMENTS = {
     "no-such-format": (("weights", "random.pth", "x", "--to", "keras"), "invalid choice: 'keras'"),
     "no-destination": (("weights", "random.pth", "--to", "tao"), "DST"),
     "no-such-spec": (("spec", "fly"), "invalid choice: 'fly'"),
-    "no-action": (("coco",), "ACTION"),
     "translate-to-no-config": (("translate", "-e", "spec.yaml", "-o", "x.txt"), "*.py"),
 }
 

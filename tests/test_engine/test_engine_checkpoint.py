@@ -358,7 +358,7 @@ def test_broken_or_missing_latest_falls_back_to_the_newest_whole_file(tmp_path):
 
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
     kept = ["model_epoch_000.pth", "dd_model_latest.pth", ".tmp-12-results.json", "notes.txt"]
-    gone = [".tmp-12-model_epoch_001.pth", ".tmp-7-dd_model_latest.pth"]
+    gone = [".tmp-9-last_checkpoint", ".tmp-12-model_epoch_001.pth", ".tmp-7-dd_model_latest.pth"]
     for name in kept + gone:
         (tmp_path / name).touch()
     assert sorted(path.name for path in remove_leftovers(tmp_path)) == sorted(gone)
