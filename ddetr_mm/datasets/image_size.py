@@ -60,10 +60,12 @@ class UnreadableImage(Exception):
     Attributes:
         reason: what is wrong.
         truncated: the file ends before the image does.
+        hint: what the user can do.
     """
 
     reason: str
     truncated: bool = False
+    hint: str = "write or copy it again"
 
     def __str__(self) -> str:
         return self.reason

@@ -1,27 +1,29 @@
 """Decode image files, and resize images to Pillow's pixels.
 
-:func:`decode_image` is the one decoder of training, evaluation, inference, checks and drawings;
-:func:`read_image` reads a file through it and names the file in errors. :func:`resize_like_pillow` resizes as
-TAO does, :func:`resize_plain` as stock mmdet does.
+:func:`decode_image` is the one decoder of training, evaluation, inference, checks, calibration and drawings;
+:func:`read_image` reads a file through it and names the file in errors. :func:`to_eight_bits` is its rule for
+pixels of more than 8 bits. :func:`resize_like_pillow` resizes as TAO does, :func:`resize_plain` as stock
+mmdet does.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any
 
 import cv2
 import imagesize
-import mmcv
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 import torch
 from mmengine import fileio
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional
 
 from ddetr_mm.compat.patches import size_refused
@@ -36,7 +38,9 @@ Image8 = npt.NDArray[np.uint8]
 MAX_TURBO_PIXELS = 2**26
 """Larger JPEGs go to OpenCV, which refuses headers that claim too much."""
 
-_JPEG_START = b"\xff\xd8\xff"
+_JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_TIFF_BITS, _TIFF_ORIENTATION, _TIFF_SHORT = 258, 274, 3
 _EXIF_START, _EXIF_WITHIN, _EXIF_ORIENTATION = b"Exif\0\0", 1 << 17, 0x0112
 _REDUCED_FLAGS = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 
@@ -46,7 +50,7 @@ def decode_image(content: bytes, channel_order: str = "rgb") -> Image8:
 
     Usual colour JPEGs are decoded by libjpeg-turbo, everything else by OpenCV, and what OpenCV cannot decode
     by Pillow. EXIF orientation is applied. Grey and palette images become colour, CMYK is converted, alpha is
-    dropped, 16-bit values keep their high byte.
+    dropped; more than 8 bits are scaled by :func:`to_eight_bits`. Of several pages the first one is taken.
 
     Args:
         content: the file's bytes.
@@ -56,16 +60,21 @@ def decode_image(content: bytes, channel_order: str = "rgb") -> Image8:
         (H, W, 3) uint8, contiguous.
 
     Raises:
-        UnreadableImage: no decoder reads it.
+        UnreadableImage: no decoder reads it, it ends too early, or 8 bits cannot represent its values.
     """
     image = decode_jpeg(content, channel_order)
-    if image is None:
-        image = _decode_with_opencv(content, channel_order)
-    if image is None:
-        image = _decode_with_pillow(content, channel_order)
-    if image is None:
+    if image is not None:
+        return image
+    image_bgr = None
+    if not _jpeg_cut_short(content):
+        image_bgr = _decode_deep_tiff(content) if _is_deep_tiff(content) else _decode_with_opencv(content)
+    if image_bgr is None:
+        image_bgr = _decode_with_pillow(content)
+    if image_bgr is None:
         raise UnreadableImage("cannot be decoded")
-    return image
+    if channel_order == "rgb":
+        cv2.cvtColor(image_bgr, cv2.COLOR_BGR2RGB, dst=image_bgr)
+    return image_bgr
 
 
 def decode_jpeg(content: bytes, channel_order: str = "rgb") -> Image8 | None:
@@ -102,7 +111,7 @@ def decode_jpeg_reduced_bgr(content: bytes, reduction: int) -> Image8 | None:
         (ceil(H / reduction), ceil(W / reduction), 3) uint8 BGR, upright; None where the file is no JPEG or
         cannot be decoded.
     """
-    if not content.startswith(_JPEG_START):
+    if not content.startswith(_JPEG_START) or _jpeg_cut_short(content):
         return None
     image_bgr = cv2.imdecode(np.frombuffer(content, np.uint8), _REDUCED_FLAGS[reduction])
     return None if image_bgr is None else image_bgr.astype(np.uint8, copy=False)
@@ -139,8 +148,12 @@ def read_image(
     try:
         return decode_image(content, channel_order)
     except UnreadableImage as error:
-        problem = Problem(f"image file {error}", path, hint="write or copy it again")
-        raise DataError(problem) from error
+        raise DataError(unreadable_problem(path, error)) from error
+
+
+def unreadable_problem(path: str | PathLike[str], error: UnreadableImage) -> Problem:
+    """The message for an image file that :func:`decode_image` refuses."""
+    return Problem(f"image file {error}", path, hint=error.hint)
 
 
 @contextmanager
@@ -172,24 +185,187 @@ def _may_be_rotated(content: bytes) -> bool:
         return True
 
 
-def _decode_with_opencv(content: bytes, channel_order: str) -> Image8 | None:
+def _jpeg_cut_short(content: bytes) -> bool:
+    """Whether a JPEG lacks its end; OpenCV 4 makes the rest grey, while Pillow refuses it if pixels lack."""
+    return content.startswith(_JPEG_START) and not content[-64:].rstrip(b"\0").endswith(_JPEG_END)
+
+
+def _decode_with_opencv(content: bytes) -> Image8 | None:
     try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        image_bgr = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     except cv2.error:  # an empty file, or too many pixels
         return None
-    if image is not None and channel_order == "rgb":
-        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
-    return None if image is None else image.astype(np.uint8, copy=False)
+    if image_bgr is None:
+        return None
+    return image_bgr.astype(np.uint8, copy=False) if image_bgr.dtype == np.uint8 else to_eight_bits(image_bgr)
 
 
-def _decode_with_pillow(content: bytes, channel_order: str) -> Image8 | None:
-    """What OpenCV does not read, such as TIFF files that a tag rotates by a quarter."""
+def _decode_with_pillow(content: bytes) -> Image8 | None:
+    """What OpenCV does not read, such as TIFF files that a tag rotates by a quarter; BGR."""
     try:
-        image: Image8 = mmcv.imfrombytes(content, "color", channel_order, backend="pillow")
+        with Image.open(io.BytesIO(content)) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+                return _as_bgr(to_eight_bits(np.asarray(picture)))
+            image_rgb = np.asarray(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         # what Pillow's plugins raise on damaged files
         return None
-    return np.ascontiguousarray(image)
+    return np.ascontiguousarray(image_rgb[:, :, ::-1])
+
+
+# --- More than 8 bits ---
+
+PEAK_SHARE = 0.001
+"""Share of the values, at either end, that may be outliers: hot and dead pixels."""
+
+LEAST_LEVELS = 8
+"""Grey levels that the values of an image with more than 8 bits must cover."""
+
+_DEPTHS = (8, 10, 12, 14, 16, 20, 24, 32)
+_MEASURED_VALUES = 1 << 20
+
+
+def to_eight_bits(values: PixelArray) -> Image8:
+    """Scale pixels of more than 8 bits by the range that the image uses.
+
+    The depth of an image is the smallest of 8, 10, 12, 14, 16, 20, 24 and 32 bits that holds all but a
+    thousandth of its values: 12-bit data in a 16-bit file count as 12 bits. Its highest 8 bits are kept, so
+    full 16-bit data keep their high byte. Floating point values up to 1 are taken as the range 0 to 1, larger
+    ones as integers; what is not finite becomes 0.
+
+    Args:
+        values: (H, W) or (H, W, C), integers or floating point.
+
+    Returns:
+        Same shape, uint8.
+
+    Raises:
+        UnreadableImage: negative values, no finite value, or values so close to each other that fewer than
+            :data:`LEAST_LEVELS` grey levels would be left of them.
+    """
+    if values.dtype == np.uint8:
+        return values
+    floating = values.dtype.kind == "f"
+    if floating:
+        finite = np.isfinite(values)
+        if not finite.any():
+            raise UnreadableImage("has no finite value")
+        values = np.where(finite, values, 0)
+    low, high = _value_range(values)
+    unit = floating and high <= 1
+    step = 1 / 255 if unit else float(2 ** (_depth_of(high) - 8))
+    _refuse_lost_values(low, high, step, floating)
+    if unit:
+        return np.asarray(np.clip(np.rint(values * 255.0), 0, 255).astype(np.uint8))
+    return np.asarray(np.clip(values // values.dtype.type(step), 0, 255).astype(np.uint8))
+
+
+def _value_range(values: PixelArray) -> tuple[float, float]:
+    """Smallest and largest value without :data:`PEAK_SHARE` at either end, from evenly spread pixels."""
+    flat = np.sort(values.reshape(-1)[:: max(1, values.size // _MEASURED_VALUES)])
+    left_out = int(len(flat) * PEAK_SHARE)
+    return float(flat[left_out]), float(flat[len(flat) - 1 - left_out])
+
+
+def _depth_of(high: float) -> int:
+    """The bits that hold a value.
+
+    Raises:
+        UnreadableImage: more than 32.
+    """
+    found = next((bits for bits in _DEPTHS if high < 2**bits), None)
+    if found is None:
+        raise UnreadableImage(f"has values up to {high:.6g}, more than 32 bits hold")
+    return found
+
+
+def _refuse_lost_values(low: float, high: float, step: float, floating: bool) -> None:
+    """Refuse values of which 8 bits keep next to nothing; ``step`` is the size of a grey level."""
+    hint = "stretch the values, in all images alike, and write 8 or 16 bits"
+    if low < -step:
+        raise UnreadableImage(f"has negative values, down to {low:.6g}", hint=hint)
+    levels = (high - low) / step
+    if 0 < levels < LEAST_LEVELS and (floating or high - low >= 4 * LEAST_LEVELS):
+        raise UnreadableImage(
+            f"has values from {low:.6g} to {high:.6g}, of which 8 bits keep {int(levels) + 1} grey levels",
+            hint=hint,
+        )
+
+
+@dataclass(frozen=True)
+class _TiffTag:
+    """An entry of a TIFF file's first page: its first number (offsets are followed), and where that is."""
+
+    value: int
+    place: int
+
+
+def _tiff_tags(content: bytes) -> dict[int, _TiffTag]:
+    """The 16-bit entries of a TIFF file's first page; none where the file is damaged."""
+    order = "<" if content[:2] == b"II" else ">"
+    big = content[2:4] in (b"+\0", b"\0+")
+    count_format, entry_bytes, field_at, offset_format = ("Q", 20, 12, "Q") if big else ("H", 12, 8, "I")
+    try:
+        (page,) = struct.unpack_from(order + offset_format, content, 8 if big else 4)
+        (count,) = struct.unpack_from(order + count_format, content, page)
+        first = page + struct.calcsize(count_format)
+        found = {}
+        for start in range(first, first + min(count, 4096) * entry_bytes, entry_bytes):
+            tag, kind = struct.unpack_from(order + "HH", content, start)
+            (number,) = struct.unpack_from(order + offset_format, content, start + 4)
+            if kind != _TIFF_SHORT:
+                continue
+            place = start + field_at
+            if number * 2 > struct.calcsize(offset_format):  # longer than its field, which is an offset then
+                (place,) = struct.unpack_from(order + offset_format, content, place)
+            found[tag] = _TiffTag(struct.unpack_from(order + "H", content, place)[0], place)
+        return found
+    except struct.error:
+        return {}  # the decoders refuse it
+
+
+def _is_deep_tiff(content: bytes) -> bool:
+    if not content.startswith(_TIFF_STARTS):
+        return False
+    bits = _tiff_tags(content).get(_TIFF_BITS)
+    return bits is not None and bits.value > 8
+
+
+def _decode_deep_tiff(content: bytes) -> Image8 | None:
+    """A TIFF of more than 8 bits, which OpenCV decodes only unchanged; BGR, upright.
+
+    Versions of OpenCV differ in what they do about the orientation: it is taken out before, applied after.
+    """
+    orientation = _tiff_tags(content).get(_TIFF_ORIENTATION)
+    data = np.frombuffer(content, np.uint8).copy()
+    if orientation is not None:
+        data[orientation.place : orientation.place + 2] = (1, 0) if content[:2] == b"II" else (0, 1)
+    try:
+        values = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        return None
+    if values is None:
+        return None
+    if values.ndim == 3:  # without alpha
+        values = values[:, :, :3] if values.shape[2] >= 3 else values[:, :, 0]
+    return _as_bgr(_upright(to_eight_bits(values), orientation.value if orientation else 1))
+
+
+def _upright(image: Image8, orientation: int) -> Image8:
+    """Apply an EXIF orientation, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        image = image.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return image
+
+
+def _as_bgr(image: Image8) -> Image8:
+    """A grey (H, W) or coloured (H, W, 3) image as contiguous (H, W, 3)."""
+    return np.ascontiguousarray(image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2))
 
 
 # --- Resizing ---

@@ -32,7 +32,14 @@ from ddetr_mm.datasets.geometry import (
     scale_boxes,
 )
 from ddetr_mm.datasets.image_size import UnreadableImage
-from ddetr_mm.datasets.images import RESIZE_BACKENDS, decode_image, decode_jpeg_reduced_bgr, split_planes
+from ddetr_mm.datasets.images import (
+    RESIZE_BACKENDS,
+    decode_image,
+    decode_jpeg_reduced_bgr,
+    split_planes,
+    unreadable_problem,
+)
+from ddetr_mm.errors import DataError
 
 # --- Functions on ``results`` ---
 
@@ -155,12 +162,17 @@ IMAGENET_MEAN_BGR = (104.0, 116.0, 124.0)
 """The mean colour of ImageNet in 8 bits: about 0 after normalisation."""
 
 
-@TRANSFORMS.register_module()
+@TRANSFORMS.register_module(name=["TAOLoadImageFromFile", "LoadImageFromFile"])
 class TAOLoadImageFromFile(LoadImageFromFile):
     """mmcv's ``LoadImageFromFile`` through :func:`~ddetr_mm.datasets.images.decode_image`: faster on JPEGs.
 
-    Without ``min_short_side`` it gives mmcv's pixels, and also reads files that OpenCV alone does not. Other
-    values of ``color_type``, ``imdecode_backend`` or ``file_client_args`` leave the work to mmcv's class.
+    In mmdet's registry it also has mmcv's name, so that every pipeline, mmdet's own inferencer and mmdeploy
+    read the same pixels as training.
+
+    Without ``min_short_side`` it gives mmcv's pixels for 8-bit images, scales those of more bits by the range
+    that they use, and also reads files that OpenCV alone does not. A file that cannot be decoded raises
+    :class:`~ddetr_mm.errors.DataError`, unless ``ignore_empty`` is set. Other values of ``color_type``,
+    ``imdecode_backend`` or ``file_client_args`` leave the work to mmcv's class.
 
     With ``min_short_side`` large JPEGs are decoded at a half, a quarter or an eighth, which for 4K images
     takes a third of the time. The pixels are then not TAO's: an option for training only. ``ori_shape`` stays
@@ -193,7 +205,11 @@ class TAOLoadImageFromFile(LoadImageFromFile):
                     if self._put_reduced(results, reduced, reduction):
                         return results
                 return self._put(results, decode_image(content, "bgr"))
-            except (OSError, UnreadableImage):
+            except UnreadableImage as error:
+                if self.ignore_empty:
+                    return None
+                raise DataError(unreadable_problem(results["img_path"], error)) from error
+            except OSError:
                 pass  # mmcv's class reports it, or honours ``ignore_empty``
         loaded: Results | None = super().transform(results)
         return loaded

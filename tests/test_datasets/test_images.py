@@ -67,10 +67,86 @@ def test_cmyk_becomes_the_colours_shown():
     assert np.abs(decode_image(content) - shown).mean() < 3
 
 
-def test_sixteen_bits_keep_the_high_byte():
-    values = np.arange(0, 2**16, 13, dtype=np.uint16)[:5000].reshape(50, 100)
-    image = decode_image(encoded(values, "PNG"))
-    np.testing.assert_array_equal(image, np.repeat((values >> 8)[:, :, None], 3, axis=2))
+def tiff(values: np.ndarray) -> bytes:
+    return cv2.imencode(".tiff", values)[1].tobytes()
+
+
+RAMP = np.linspace(0, 1, 4800).reshape(60, 80)
+
+
+@pytest.mark.parametrize("encode", [lambda values: encoded(values, "PNG"), tiff], ids=["png", "tiff"])
+@pytest.mark.parametrize(("largest", "bits"), [(200, 8), (900, 10), (4095, 12), (10_000, 14), (65_535, 16)])
+def test_sixteen_bits_are_scaled_by_the_bits_in_use(encode, largest, bits):
+    values = (RAMP * largest).astype(np.uint16)
+    image = decode_image(encode(values))
+    np.testing.assert_array_equal(image, np.repeat((values >> (bits - 8))[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_sixteen_bits_and_no_alpha(channels):
+    values = np.random.default_rng(0).integers(0, 4096, (40, 50, channels)).astype(np.uint16)
+    for content in (tiff(values), cv2.imencode(".png", values)[1].tobytes()):
+        np.testing.assert_array_equal(decode_image(content, "bgr"), values[:, :, :3] >> 4)
+
+
+def test_hot_pixels_do_not_darken_an_image():
+    values = (RAMP * 4095).astype(np.uint16)
+    values[3, :2] = 65_535
+    image = decode_image(encoded(values, "PNG"))[:, :, 0]
+    assert (image[3, :2] == 255).all()
+    np.testing.assert_array_equal(image[10:], values[10:] >> 4)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32, np.float64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_other_number_types_follow_the_same_rule(dtype, channels):
+    values = (RAMP * 4095).astype(dtype)[:, :, None].repeat(channels, axis=2)
+    expected = np.repeat((values[:, :, :1] // 16), 3, axis=2)
+    np.testing.assert_array_equal(decode_image(tiff(values), "bgr"), expected)
+
+
+def test_floats_up_to_one_are_fractions_and_what_is_not_finite_is_black():
+    values = RAMP.astype(np.float32)
+    values[0, 5], values[0, 6], values[0, 7] = np.nan, np.inf, -np.inf
+    image = decode_image(tiff(values))[:, :, 0]
+    expected = np.rint(RAMP * 255)
+    expected[0, 5:8] = 0
+    np.testing.assert_allclose(image, expected, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.full((40, 50), np.nan, np.float32), "has no finite value"),
+        ((RAMP * 3000 - 1000).astype(np.int16), "has negative values, down to -99"),
+        ((RAMP * 1000 + 29_000).astype(np.uint16), r"from 29\d+ to 29\d+.*keep \d grey levels"),
+        ((RAMP * 0.01).astype(np.float32), "grey levels"),
+        ((RAMP * 1e12).astype(np.float32), "more than 32 bits"),
+    ],
+)
+def test_what_eight_bits_cannot_show_is_refused(tmp_path, values, reason):
+    """Never a black, white or even picture of an image that has something in it."""
+    (tmp_path / "x.tiff").write_bytes(tiff(values))
+    with pytest.raises(DataError, match=f"x.tiff: image file .*{reason}"):
+        read_image(tmp_path / "x.tiff")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_decoded_upright(kind, orientation):
+    values = (RAMP * 65_535).astype(np.uint16)
+    upright = decode_image(encoded((values >> 8).astype(np.uint8), "PNG", exif=turned(orientation)))
+    image = decode_image(encoded(values, kind, exif=turned(orientation)))
+    np.testing.assert_array_equal(image, upright)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("options", [{}, {"exif": turned(6)}])
+def test_files_cut_short_are_refused(kind, options):
+    whole = encoded(random_image(0, 200, 300), kind, **({} if kind == "BMP" else options))
+    decode_image(whole)
+    with pytest.raises(UnreadableImage):
+        decode_image(whole[: len(whole) * 2 // 3])
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\xff\xd8 no image", b"GIF89a"])

@@ -8,6 +8,7 @@ from data_builders import random_image
 from dataset_builders import config  # noqa: F401
 from golden_files import GOLDEN
 from mmcv.transforms import Compose
+from mmcv.transforms import LoadImageFromFile as MmcvLoader
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
 from mmdet.structures.mask import BitmapMasks
@@ -16,6 +17,7 @@ from PIL import Image
 
 import ddetr_mm
 import ddetr_mm.datasets.transforms  # noqa: F401
+from ddetr_mm.errors import DataError
 
 # --- The registered transforms: alone, with mmdet's own, and as TAO's training policy ---
 
@@ -409,7 +411,7 @@ def load(path, name="TAOLoadImageFromFile", size_hw=(401, 603), **options):
 
 
 def test_decodes_in_full_by_default(path):
-    ours, theirs = load(path), load(path, "LoadImageFromFile")
+    ours, theirs = load(path), load(path, MmcvLoader)
     assert ours.keys() == theirs.keys()
     np.testing.assert_array_equal(ours["img"], theirs["img"])
     assert ours["img_shape"] == ours["ori_shape"] == (401, 603)
@@ -473,11 +475,23 @@ def test_missing_file_is_reported_as_by_mmcv(tmp_path):
     assert load(tmp_path / "x.jpg", min_short_side=100, ignore_empty=True) is None
 
 
-def test_undecodable_files_are_reported_as_by_mmcv(tmp_path):
+def test_undecodable_files_are_named(tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"\xff\xd8 no image")
     for options in ({}, {"min_short_side": 100}):
-        with pytest.raises(AssertionError, match="failed to load image"):
+        with pytest.raises(DataError, match="x.jpg: image file cannot be decoded"):
             load(tmp_path / "x.jpg", **options)
+        assert load(tmp_path / "x.jpg", ignore_empty=True, **options) is None
+
+
+def test_pipelines_with_mmcvs_name_read_the_same_pixels(tmp_path):
+    """Twelve bits in a 16-bit file, in which mmcv's own class keeps 16 grey levels."""
+    values = np.linspace(0, 4095, 48 * 64).astype(np.uint16).reshape(48, 64)
+    cv2.imwrite(str(tmp_path / "x.png"), values)
+    for name in ("LoadImageFromFile", "TAOLoadImageFromFile"):
+        loaded = load(tmp_path / "x.png", name, size_hw=(48, 64))["img"]
+        np.testing.assert_array_equal(loaded, np.repeat((values >> 4)[:, :, None], 3, axis=2))
+    inferencer = TRANSFORMS.build({"type": "InferencerLoader"})(str(tmp_path / "x.png"))
+    np.testing.assert_array_equal(inferencer["img"], loaded)
 
 
 @pytest.mark.parametrize(
