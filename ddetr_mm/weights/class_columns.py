@@ -16,6 +16,15 @@ from typing import Any
 
 from torch import Tensor
 
+from ddetr_mm.classes import (
+    BACKGROUND,
+    UNKNOWN,
+    Columns,
+    compare_columns,
+    is_filler,
+    named_columns,
+    some_of,
+)
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.weights.checkpoint import Checkpoint, CheckpointMeta, LabelMode
 
@@ -25,15 +34,7 @@ CLASS_KEY = re.compile(r"bbox_head\.cls_branches\.\d+\.(weight|bias)")
 HEAD_KEY = "bbox_head.cls_branches.0.weight"
 """The canonical key whose first axis is the class columns."""
 
-FILLER_NAMES = frozenset({"", "n/a", "na", "background", "unknown", "__background__", "none"})
-"""Names of columns without a class, lower case."""
-
 # --- Names and category ids of the columns ---
-
-
-def is_filler(name: str) -> bool:
-    """Return whether a column's name means that it has no class (``background``, ``N/A`` …)."""
-    return name.strip().lower() in FILLER_NAMES
 
 
 def column_ids(class_names: Sequence[str] | None, label_mode: LabelMode) -> tuple[int | None, ...] | None:
@@ -72,7 +73,7 @@ def full_class_names(class_names: Sequence[str] | None, num_columns: int) -> lis
     Raises:
         WeightsError: there are more names than class columns.
     """
-    names = list(class_names or ["background"])
+    names = list(class_names or [BACKGROUND])
     if len(names) > num_columns:
         raise WeightsError(
             Problem(
@@ -81,7 +82,7 @@ def full_class_names(class_names: Sequence[str] | None, num_columns: int) -> lis
                 allowed=f"{num_columns}, the columns of the class head",
             )
         )
-    return names + ["unknown"] * (num_columns - len(names))
+    return names + [UNKNOWN] * (num_columns - len(names))
 
 
 # --- COCO's 91 columns ---
@@ -132,61 +133,54 @@ class ColumnPlan:
         """Return the plan in one sentence, for the report."""
         text = f"{len(self.carried)} classes by name"
         if self.carried:
-            text += f" ({_some(self.carried)})"
+            text += f" ({some_of(self.carried)})"
         if self.fresh:
-            text += f", initial values for {len(self.fresh)} new ({_some(self.fresh)})"
+            text += f", initial values for {len(self.fresh)} new ({some_of(self.fresh)})"
         if self.unused:
             text += f", {len(self.unused)} of the file not needed"
         return text
 
 
-def plan_columns(file_names: Sequence[str], model_names: Sequence[str]) -> ColumnPlan:
-    """Match the columns of two class heads by their names.
+def plan_columns(theirs: Columns, ours: Columns) -> ColumnPlan:
+    """Match the columns of two class heads by their names, see :func:`ddetr_mm.classes.find_names`.
 
-    Case, blanks, hyphens and underscores are ignored. Columns without a class (``background``, ``N/A`` …) are
-    matched only where both have one as column 0.
+    Columns without a class are matched only where both have none as column 0.
 
     Args:
-        file_names: one name for each column of the file's class head.
-        model_names: one name for each column of the model's.
+        theirs: the class of each column of the file's class head, see :func:`ddetr_mm.classes.named_columns`.
+        ours: likewise of the model's.
     """
-    where: dict[str, int] = {}
-    for column, name in enumerate(file_names):
-        if not is_filler(name):
-            where.setdefault(_essence(name), column)
-    pairs: list[tuple[int, int]] = []
-    carried: list[str] = []
-    fresh: list[str] = []
-    if file_names and model_names and is_filler(file_names[0]) and is_filler(model_names[0]):
-        pairs.append((0, 0))
-    for column, name in enumerate(model_names):
-        if is_filler(name):
-            continue
-        source = where.get(_essence(name))
-        if source is None:
-            fresh.append(name)
-        else:
-            pairs.append((source, column))
-            carried.append(name)
-    used = {_essence(name) for name in carried}
-    unused = [name for name in file_names if not is_filler(name) and _essence(name) not in used]
-    return ColumnPlan(tuple(pairs), tuple(carried), tuple(fresh), tuple(unused))
+    found = compare_columns(theirs, ours)
+    pairs = list(found.shared)
+    if theirs and ours and theirs[0] is None and ours[0] is None:
+        pairs.insert(0, (0, 0))
+    carried = tuple(str(ours[column]) for _source, column in found.shared)
+    return ColumnPlan(tuple(pairs), carried, found.only_second, found.only_first)
 
 
-def same_classes(file_names: Sequence[str], model_names: Sequence[str]) -> bool:
-    """Return whether two lists name the same classes in the same columns; all fillers are equal."""
-    return [_column(name) for name in file_names] == [_column(name) for name in model_names]
+def same_classes(theirs: Columns, ours: Columns) -> bool:
+    """Return whether two lists name the same classes in the same columns."""
+    found = compare_columns(theirs, ours)
+    return len(theirs) == len(ours) and not (found.only_first or found.only_second or found.clashes)
+
+
+def known_columns(meta: CheckpointMeta) -> tuple[str | None, ...] | None:
+    """Return the class of every column of a checkpoint; None where it names no class."""
+    if meta.class_names is None:
+        return None
+    columns = named_columns(meta.class_names, meta.category_ids)
+    return columns if any(name is not None for name in columns) else None
 
 
 def plan_head(
-    checkpoint: Checkpoint, num_columns: int, class_names: Sequence[str] | None, *, by_category: bool
+    checkpoint: Checkpoint, num_columns: int, class_names: Columns | None, *, by_category: bool
 ) -> tuple[ColumnPlan | None, list[str]]:
     """Decide how a checkpoint's class head is loaded into a model.
 
     Args:
         checkpoint: as read, or from :func:`to_category_ids`.
         num_columns: of the model's class head.
-        class_names: a name for each of the model's columns, or None.
+        class_names: the class of each of the model's columns, or None.
         by_category: whether the model's columns are category ids.
 
     Returns:
@@ -203,10 +197,11 @@ def plan_head(
                 hint="give one name for each column, background included",
             )
         )
-    names = meta.class_names
-    if file_columns is not None and names is not None and class_names is not None:
-        if not same_classes(names, class_names):
-            return plan_columns(names, class_names), []
+    names = known_columns(meta)
+    ours = None if class_names is None else named_columns(class_names)
+    if file_columns is not None and names is not None and ours is not None:
+        if not same_classes(names, ours):
+            return plan_columns(names, ours), []
     elif file_columns is not None and file_columns != num_columns:
         unknown = "the file's" if names is None else "the model's"
         note = (
@@ -215,9 +210,9 @@ def plan_head(
         )
         if not (by_category and numbered_by_position(meta)):
             return None, [note]
-        return plan_columns((), class_names or ()), [note, _UNMATCHED]
+        return plan_columns((), ours or ()), [note, _UNMATCHED]
     if by_category and numbered_by_position(meta):
-        return plan_columns((), class_names or ()), [_UNMATCHED]
+        return plan_columns((), ours or ()), [_UNMATCHED]
     return None, []
 
 
@@ -233,18 +228,6 @@ def carried_rows(value: Tensor, place: Tensor, plan: ColumnPlan) -> Tensor:
     for source, column in plan.pairs:
         result[column] = value[source].to(result)
     return result
-
-
-def _column(name: str) -> str:
-    return "" if is_filler(name) else _essence(name)
-
-
-def _essence(name: str) -> str:
-    return re.sub(r"[\s_\-]+", "", name).lower()
-
-
-def _some(names: Sequence[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (" …" if len(names) > shown else "")
 
 
 # --- From positions to category ids ---
@@ -282,7 +265,7 @@ def names_by_category_id(
         WeightsError: the head has too few columns for the file's classes.
     """
     if not numbered_by_position(meta):
-        return meta.class_names
+        return None if known_columns(meta) is None else meta.class_names
     names = _known_names(meta)
     ids = _category_ids(meta, names, num_columns)
     if max(ids) >= num_columns:
@@ -295,64 +278,131 @@ def names_by_category_id(
                 allowed=f"{max(ids) + 1} or more",
             )
         )
-    columns = ["background", *["unknown"] * (num_columns - 1)]
+    columns = [BACKGROUND, *[UNKNOWN] * (num_columns - 1)]
     for name, number in zip(names, ids, strict=True):
         columns[number] = name
     return tuple(columns)
 
 
 def to_category_ids(
-    checkpoint: Checkpoint, num_columns: int, class_names: Sequence[str] | None = None
+    checkpoint: Checkpoint, num_columns: int, class_names: Columns | None = None
 ) -> Checkpoint:
-    """Return a checkpoint whose class columns are category ids.
+    """Return a checkpoint whose class columns are the category ids of the data that it will predict.
+
+    Columns move where the file numbers its classes by position, and where a class of the data has another id
+    in the file. Classes are known by name alone; those that one side lacks are noted.
 
     Args:
         checkpoint: as read; not changed.
         num_columns: columns of the model's class head.
-        class_names: the data's class names by category id, fillers elsewhere; a class of the file is moved
-            to the column of its name. None, or a file without names: see :func:`names_by_category_id`.
+        class_names: the data's classes by category id, see :func:`ddetr_mm.classes.named_columns`. None, or a
+            file without names: see :func:`names_by_category_id`.
 
     Returns:
-        The checkpoint itself where its columns are category ids or unknown, else one with the columns moved
-        and a note.
+        The checkpoint itself where its columns fit or its classes are unknown, else one with the columns
+        moved and a note.
 
     Raises:
         WeightsError: no class of the file is among ``class_names``, or the head is too small.
     """
-    if not numbered_by_position(checkpoint.meta):
+    meta = checkpoint.meta
+    data = None if class_names is None else named_columns(class_names)
+    if data is not None and not any(name is not None for name in data):
+        data = None
+    known = known_columns(meta)
+    if numbered_by_position(meta):
+        theirs: Columns = known or _known_names(meta)
+        if data is None or known is None:
+            data = named_columns(names_by_category_id(meta, num_columns, path=checkpoint.path) or ())
+        wanted = data
+    elif data is None or known is None or checkpoint.architecture.num_classes is None:
         return checkpoint
-    names = _known_names(checkpoint.meta)
-    by_name = class_names if checkpoint.meta.class_names else None
-    wanted = by_name or names_by_category_id(checkpoint.meta, num_columns, path=checkpoint.path) or ()
-    plan = plan_columns(names, wanted)
-    if not plan.carried:
-        raise WeightsError(
-            Problem(
-                "has none of the data's classes",
-                file=checkpoint.path,
-                value=", ".join(names[:20]),
-                allowed=", ".join(plan.fresh[:20]),
-                hint="use the data the weights were trained for, or give its classes the file's names",
-            )
+    else:
+        theirs, wanted = known, data
+        if not compare_columns(known, data).clashes and num_columns == len(known):
+            note = _unmatched_note(plan_columns(known, data), checkpoint)
+            return replace(checkpoint, notes=[*checkpoint.notes, *note])
+    return _moved_checkpoint(checkpoint, plan_columns(theirs, wanted), wanted)
+
+
+def head_columns(theirs: Columns, data: Columns, *, path: str | Path) -> tuple[list[int | None] | None, str]:
+    """Return which column of an exported graph each category id of the data is; None where they agree.
+
+    Args:
+        theirs: the classes of the graph's columns.
+        data: those of the data, by category id.
+        path: the graph, for messages.
+
+    Returns:
+        A column of the graph for each of ``data``, None for classes that the graph lacks; and a note.
+
+    Raises:
+        WeightsError: they have no class in common.
+    """
+    plan = plan_columns(theirs, data)
+    _require_shared(plan, path)
+    if not compare_columns(theirs, data).clashes:
+        return None, _lacking(plan)
+    columns: list[int | None] = [None] * len(data)
+    for source, column in plan.pairs:
+        columns[column] = source
+    return columns, _moved_note(plan, by_position=False)
+
+
+def _unmatched_note(plan: ColumnPlan, checkpoint: Checkpoint) -> list[str]:
+    _require_shared(plan, checkpoint.path)
+    text = _lacking(plan)
+    return [text] if text else []
+
+
+def _require_shared(plan: ColumnPlan, path: str | Path) -> None:
+    """Refuse a file that has no class of the data."""
+    if plan.carried:
+        return
+    raise WeightsError(
+        Problem(
+            "has none of the data's classes",
+            file=path,
+            value=some_of(plan.unused, 20),
+            allowed=some_of(plan.fresh, 20),
+            hint="use the data the weights were trained for, or give its classes the file's names",
         )
+    )
+
+
+def _lacking(plan: ColumnPlan) -> str:
+    parts = []
+    if plan.fresh:
+        parts.append(f"{len(plan.fresh)} classes of the data are unknown to the file ({some_of(plan.fresh)})")
+    if plan.unused:
+        parts.append(f"{len(plan.unused)} classes of the file are not in the data ({some_of(plan.unused)})")
+    return "; ".join(parts)
+
+
+def _moved_checkpoint(checkpoint: Checkpoint, plan: ColumnPlan, wanted: Columns) -> Checkpoint:
+    by_position = numbered_by_position(checkpoint.meta)
+    _require_shared(plan, checkpoint.path)
     state_dict = {
         key: _moved(value, len(wanted), plan) if CLASS_KEY.fullmatch(key) else value
         for key, value in checkpoint.state_dict.items()
     }
+    names = tuple(
+        (UNKNOWN if column else BACKGROUND) if name is None else name for column, name in enumerate(wanted)
+    )
     meta = replace(
         checkpoint.meta,
         label_mode="category_id",
         background_column=0,
         num_classes=len(wanted),
-        class_names=tuple(wanted),
-        category_ids=column_ids(wanted, "category_id"),
+        class_names=names,
+        category_ids=tuple(None if name is None else column for column, name in enumerate(wanted)),
     )
     return replace(
         checkpoint,
         state_dict=state_dict,
         meta=meta,
         architecture=replace(checkpoint.architecture, num_classes=len(wanted)),
-        notes=[*checkpoint.notes, _moved_note(plan)],
+        notes=[*checkpoint.notes, _moved_note(plan, by_position=by_position)],
     )
 
 
@@ -365,7 +415,7 @@ def _category_ids(meta: CheckpointMeta, names: Sequence[str], num_columns: int) 
     if len(ids) == len(names):
         return ids
     if num_columns >= NUM_COLUMNS and len(names) > 1:
-        coco = plan_columns(coco_column_names(), names)
+        coco = plan_columns(named_columns(coco_column_names()), names)
         if not coco.fresh:
             return [column for column, _position in sorted(coco.pairs, key=lambda pair: pair[1])]
     return list(range(1, len(names) + 1))
@@ -379,11 +429,21 @@ def _moved(value: Tensor, num_columns: int, plan: ColumnPlan) -> Tensor:
     return moved
 
 
-def _moved_note(plan: ColumnPlan) -> str:
-    text = (
-        f"classes are numbered by position in the file and by category id here: {len(plan.carried)} are moved"
-    )
+def _moved_note(plan: ColumnPlan, *, by_position: bool) -> str:
+    if by_position:
+        text = "classes are numbered by position in the file and by category id here"
+    else:
+        text = "the file and the data number the same classes differently"
+    text += f": {len(plan.carried)} are moved by name"
+    moves = [f"{name} {source}->{column}" for name, (source, column) in _moves(plan)]
+    if moves:
+        text += f" ({some_of(moves)})"
     for names, what in ((plan.fresh, "unknown to the file and never predicted"), (plan.unused, "not needed")):
         if names:
-            text += f", {len(names)} {what} ({', '.join(names[:5])}{' …' if len(names) > 5 else ''})"
+            text += f", {len(names)} {what} ({some_of(names)})"
     return text
+
+
+def _moves(plan: ColumnPlan) -> list[tuple[str, tuple[int, int]]]:
+    pairs = plan.pairs[len(plan.pairs) - len(plan.carried) :]
+    return [(name, pair) for name, pair in zip(plan.carried, pairs, strict=True) if pair[0] != pair[1]]

@@ -17,7 +17,7 @@ from ddetr_mm.weights import (
     read_checkpoint,
     to_category_ids,
 )
-from ddetr_mm.weights.class_columns import NEVER_LOGIT, coco_column_names
+from ddetr_mm.weights.class_columns import NEVER_LOGIT, coco_column_names, head_columns
 from ddetr_mm.weights.formats import TAO, from_canonical
 
 WEIGHT, BIAS = "bbox_head.cls_branches.1.weight", "bbox_head.cls_branches.1.bias"
@@ -99,6 +99,66 @@ def test_category_ids_and_unknown_conventions_stay_as_they_are(tmp_path):
         assert not numbered_by_position(checkpoint.meta)
         assert to_category_ids(checkpoint, 4, ("background", "a", "b", "c")) is checkpoint
         assert names_by_category_id(checkpoint.meta, 4) is None
+
+
+SHAPES = {"classes": ("background", "triangle", "star", "circle"), "category_ids": [None, 1, 2, 3]}
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """Three classes by category id."""
+    return read_checkpoint(write_mmdet(tmp_path / "shapes.pth", small_canonical(), dataset_meta=SHAPES))
+
+
+def test_columns_follow_data_that_number_the_same_names_differently(shapes):
+    names = ("background", "circle", "unknown", "triangle", "star")
+    moved = to_category_ids(shapes, 5, names)
+    for key in (WEIGHT, BIAS):
+        assert torch.equal(moved.state_dict[key][[0, 1, 3, 4]], shapes.state_dict[key][[0, 3, 1, 2]])
+    assert moved.state_dict[BIAS][2] == NEVER_LOGIT
+    assert moved.meta.class_names == names and moved.meta.category_ids == (None, 1, None, 3, 4)
+    assert "number the same classes differently: 3 are moved by name" in moved.notes[-1]
+    assert "circle 3->1" in moved.notes[-1]
+
+
+def test_columns_stay_where_data_and_file_agree(shapes):
+    assert to_category_ids(shapes, 4, SHAPES["classes"]).state_dict is shapes.state_dict
+    found = to_category_ids(shapes, 4, ("background", "triangle", "unknown", "unknown"))
+    assert found.state_dict is shapes.state_dict
+    assert "2 classes of the file are not in the data (star, circle)" in found.notes[-1]
+
+
+def test_a_class_that_the_file_lacks_is_noted_and_never_predicted(shapes):
+    found = to_category_ids(shapes, 5, ("background", "triangle", "star", "circle", "square"))
+    assert torch.equal(found.state_dict[WEIGHT][:4], shapes.state_dict[WEIGHT])
+    assert found.state_dict[BIAS][4] == NEVER_LOGIT
+    assert "1 unknown to the file and never predicted (square)" in found.notes[-1]
+    # Another class in the column of one of the file's.
+    found = to_category_ids(shapes, 4, ("background", "triangle", "square", "circle"))
+    assert found.state_dict[BIAS][2] == NEVER_LOGIT
+    assert torch.equal(found.state_dict[BIAS][[1, 3]], shapes.state_dict[BIAS][[1, 3]])
+
+
+def test_data_without_any_class_of_the_file_are_refused(shapes):
+    with pytest.raises(WeightsError, match="none of the data's classes.*triangle, star.*allowed: ship"):
+        to_category_ids(shapes, 4, ("background", "ship", "plane", "car"))
+
+
+def test_a_class_may_be_called_unknown(tmp_path):
+    dataset = {"classes": ("background", "unknown", "a", "b"), "category_ids": [None, 1, 2, 3]}
+    file = read_checkpoint(write_mmdet(tmp_path / "x.pth", small_canonical(), dataset_meta=dataset))
+    moved = to_category_ids(file, 4, (None, "a", "b", "unknown"))
+    assert torch.equal(moved.state_dict[WEIGHT][1:], file.state_dict[WEIGHT][[2, 3, 1]])
+
+
+def test_head_columns_of_an_exported_graph():
+    theirs = (None, "a", "b", "c")
+    assert head_columns(theirs, (None, "a", "b", None), path="x.onnx")[0] is None
+    columns, note = head_columns(theirs, (None, "c", "d", "a"), path="x.onnx")
+    assert columns == [0, 3, None, 1]
+    assert "2 are moved by name" in note and "(d)" in note
+    with pytest.raises(WeightsError, match="none of the data's classes"):
+        head_columns(theirs, (None, "x"), path="x.onnx")
 
 
 def test_positions_without_names_are_not_taken_for_category_ids(tmp_path):

@@ -11,6 +11,7 @@ import torchvision
 from torch import nn
 from weights_builders import detector, resnet, write_golden, write_mmdet
 
+from ddetr_mm.classes import named_columns
 from ddetr_mm.errors import WeightsError
 from ddetr_mm.weights import convert_checkpoint, load_backbone, load_for_model
 from ddetr_mm.weights.class_columns import plan_columns, same_classes
@@ -212,11 +213,11 @@ def test_gcvit_detector_loads_from_a_reference_checkpoint_of_other_outputs(tmp_p
 
 
 def test_column_plans():
-    plan = plan_columns(("n/a", "a", "b b"), ("background", "B_b", "c"))
+    plan = plan_columns(named_columns(("n/a", "a", "b b")), named_columns(("background", "B_b", "c")))
     assert plan.pairs == ((0, 0), (1 + 1, 1)) and plan.carried == ("B_b",)
     assert plan.fresh == ("c",) and plan.unused == ("a",)
     assert plan_columns(("a", "b"), ("b", "a")).pairs == ((1, 0), (0, 1))
-    assert same_classes(("N/A", "a"), ("background", "A"))
+    assert same_classes(named_columns(("N/A", "a")), named_columns(("background", "A")))
     assert not same_classes(("a", "b"), ("b", "a"))
 
 
