@@ -23,6 +23,7 @@ from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, GraphSignature, ort_session,
 from ddetr_mm.deploy.tensorrt import EngineRunner
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.models.head import detection_size_hw, top_detections
+from ddetr_mm.weights.class_columns import NEVER_LOGIT
 
 
 class ExportedDetector(BaseDetector):
@@ -34,6 +35,10 @@ class ExportedDetector(BaseDetector):
         max_per_img: detections of an image.
         background_column: whether class column 0 is the background and never a label.
         data_preprocessor: normalisation, as in training, without padding.
+
+    Attributes:
+        class_columns: the graph's column for each label, None for labels that it never predicts; None where
+            labels are columns.
 
     Raises:
         WeightsError: the graph has another number of class columns.
@@ -66,6 +71,7 @@ class ExportedDetector(BaseDetector):
         self.max_batch_size = signature.batch_size or signature.max_batch_size
         self.max_per_img = max_per_img
         self.background_column = background_column
+        self.class_columns: Sequence[int | None] | None = None
 
     @abstractmethod
     def run_graph(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,6 +111,8 @@ class ExportedDetector(BaseDetector):
             torch.from_numpy(np.asarray(part, np.float32))
             for part in self.outputs(batch_inputs.cpu().numpy())
         )
+        if self.class_columns is not None:
+            logits = columns_by_label(logits, self.class_columns)
         metas = [sample.metainfo for sample in batch_data_samples]
         sizes_hw = torch.tensor([detection_size_hw(meta, rescale) for meta in metas], dtype=torch.float32)
         scores, labels, boxes_xyxy = top_detections(
@@ -128,6 +136,15 @@ class ExportedDetector(BaseDetector):
     def loss(self, batch_inputs: Tensor, batch_data_samples: Sequence) -> dict:
         """Not available."""
         raise NotImplementedError("an exported graph cannot be trained")
+
+
+def columns_by_label(logits: Tensor, columns: Sequence[int | None]) -> Tensor:
+    """Return logits (B, Q, labels) of logits (B, Q, C); labels without a column are never predicted."""
+    moved = logits.new_full((*logits.shape[:-1], len(columns)), NEVER_LOGIT)
+    for label, column in enumerate(columns):
+        if column is not None:
+            moved[..., label] = logits[..., column]
+    return moved
 
 
 @MODELS.register_module()

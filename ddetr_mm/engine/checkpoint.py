@@ -27,6 +27,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 
+from ddetr_mm.classes import BY_NAME_HINT, compare_columns, list_columns, named_columns, some_of
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.errors import InputError, Problem, WeightsError
 from ddetr_mm.files import write_text_whole, written_whole
@@ -410,11 +411,16 @@ class TAOCheckpointHook(Hook):
         self._torch_rng_to_restore: RngState | None = None
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Restore the message hub's form for mmengine, and keep this rank's random states for later."""
+        """Restore the message hub's form for mmengine, and keep this rank's random states for later.
+
+        Raises:
+            WeightsError: a resumed run's data number their classes otherwise than the checkpoint.
+        """
         if isinstance(checkpoint.get("message_hub"), dict):
             checkpoint["message_hub"] = message_state_from_plain(checkpoint["message_hub"])
         if not getattr(runner, "_resume", False):
             return
+        refuse_other_classes(checkpoint.get("meta") or {}, runner.train_dataloader.dataset, runner.logger)
         states = checkpoint.get("rng_states") or []
         if get_rank() < len(states):
             self._restore_later(states[get_rank()])
@@ -586,6 +592,44 @@ class TAOCheckpointHook(Hook):
     def _restore_later(self, state: RngState) -> None:
         self._host_rng_to_restore = state
         self._torch_rng_to_restore = state
+
+
+def refuse_other_classes(meta: Mapping[str, Any], dataset: Any, logger: Any) -> None:
+    """Check that a run resumes with its classes in the same columns; new and missing ones are logged.
+
+    Args:
+        meta: the checkpoint's ``meta``, with mmengine's ``dataset_meta``.
+        dataset: the training data.
+        logger: for the log.
+
+    Raises:
+        WeightsError: a column is another class, or a class is in another column.
+    """
+    saved = meta.get("dataset_meta") or {}
+    columns = [
+        named_columns(info.get("classes") or (), info.get("category_ids"))
+        for info in (saved, getattr(dataset, "metainfo", {}))
+    ]
+    if not all(any(name is not None for name in names) for names in columns):
+        return
+    found = compare_columns(*columns)
+    if found.clashes:
+        raise WeightsError(
+            Problem(
+                "cannot be resumed: the training data number their classes otherwise than the checkpoint",
+                where="dataset.train_data_sources",
+                value=list_columns(columns[1]),
+                allowed=list_columns(columns[0]),
+                hint="give the data the checkpoint's numbers, or start a new run with"
+                f" train.pretrained_model_path, which matches classes by name; {BY_NAME_HINT} in every run",
+            )
+        )
+    for names, what in (
+        (found.only_first, "of the checkpoint are not in the data"),
+        (found.only_second, "of the data are new to the checkpoint"),
+    ):
+        if names:
+            logger.warning(f"Resuming: {len(names)} classes {what}: {some_of(names)}.")
 
 
 def _counts_iterations(runner: Any) -> bool:

@@ -19,6 +19,7 @@ from mmengine import dist
 from mmengine.hooks import Hook, ProfilerHook
 from mmengine.runner import EpochBasedTrainLoop
 
+from ddetr_mm.classes import named_columns
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.fsdp import whole_model
 from ddetr_mm.engine.progress import Progress
@@ -358,7 +359,8 @@ class PretrainedWeightsHook(Hook):
                 report = load_backbone(model.backbone, self.backbone_path)
                 runner.logger.info(f"Backbone from {self.backbone_path}:\n{report.summary()}")
             if self.model_path:
-                classes = runner.train_dataloader.dataset.metainfo.get("classes")
+                metainfo = runner.train_dataloader.dataset.metainfo
+                classes = named_columns(metainfo.get("classes") or (), metainfo.get("category_ids")) or None
                 report = load_for_model(model, self.model_path, class_names=classes)
                 runner.logger.info(f"Model from {self.model_path}:\n{report.summary()}")
 

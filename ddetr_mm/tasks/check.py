@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddetr_mm.classes import named_columns
 from ddetr_mm.errors import DataError, InputError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, load_spec, task_results_dir
@@ -156,15 +157,13 @@ def _network_sections(
     from mmengine.logging import MMLogger
 
     from ddetr_mm.preflight import network
-    from ddetr_mm.tasks.runner import build_model, config_source, is_exported, register_scope
+    from ddetr_mm.tasks.runner import config_source, register_scope
 
     # mmengine logs every parameter; what matters is in the report.
     MMLogger.get_instance("ddetr_mm_check", log_level="ERROR")
     spec = loaded.spec
     if subtask != "train":
-        checkpoint = getattr(spec, subtask).checkpoint
-        if checkpoint and not is_exported(checkpoint):
-            build_model(loaded, subtask, checkpoint, where=f"{subtask}.checkpoint")
+        yield from _classes_section(loaded, subtask, splits)
         if not splits:
             return
     config = Config.fromstring(config_source(loaded, subtask if subtask == "train" else "evaluate"), ".py")
@@ -177,6 +176,35 @@ def _network_sections(
     if subtask == "train":
         device = network.device_for(spec)
         yield from network.check_training_step(model, config, spec, splits[0], folder, device)
+
+
+def _classes_section(loaded: LoadedSpec, subtask: str, splits: list[Split]) -> Iterator[Section]:
+    """Load the network that a subtask predicts with; its classes against those of the data, by name."""
+    from ddetr_mm.datasets.coco import build_label_map
+    from ddetr_mm.preflight.report import Section
+    from ddetr_mm.tasks.runner import build_model, exported_input, graph_columns_note, is_exported
+    from ddetr_mm.weights import read_checkpoint, to_category_ids
+
+    task, num_classes = getattr(loaded.spec, subtask), loaded.spec.dataset.num_classes
+    checkpoint, engine = task.checkpoint, getattr(task, "trt_engine", None)
+    columns = None
+    if splits and subtask == "evaluate":
+        labels = build_label_map(splits[0].table, "category_id", num_classes=num_classes)
+        columns = named_columns(labels.classes, labels.category_ids)
+    section = Section("classes of the network")
+    if engine or (checkpoint and is_exported(checkpoint)):
+        exported = exported_input(checkpoint, engine, where=subtask)
+        if exported is not None and columns is not None:
+            section.lines.append(graph_columns_note(None, exported, columns, engine or checkpoint))
+    elif checkpoint:
+        build_model(loaded, subtask, checkpoint, where=f"{subtask}.checkpoint", class_names=columns)
+        if columns is not None:
+            read = read_checkpoint(checkpoint)
+            known = len(read.notes)
+            section.lines += to_category_ids(read, num_classes, columns).notes[known:]
+    section.lines = [line for line in section.lines if line]
+    if section.lines:
+        yield section
 
 
 def _check_conversion(spec: ConvertSpec) -> Path:

@@ -11,8 +11,12 @@ import importlib.util
 import runpy
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ddetr_mm.errors import InputError, Problem, StackError
+
+if TYPE_CHECKING:
+    from ddetr_mm.weights.checkpoint import CheckpointMeta
 
 SPEC_SUFFIXES = (".yaml", ".yml")
 SUBTASK_OF_TOOL = {"test": "evaluate", "analysis_tools/confusion_matrix": "evaluate"}
@@ -148,7 +152,8 @@ def mmdet_checkpoint(path: str, folder: Path, spec_config: Path | None = None) -
     if spec_config is None and isinstance(meta, dict) and "mmengine_version" in meta:
         return Path(path)
     info = inspect_checkpoint(path)
-    if spec_config is not None and not (info.meta.label_mode == "category_id" and info.meta.neck_bias):
+    fits = info.meta.label_mode == "category_id" and info.meta.neck_bias
+    if spec_config is not None and not (fits and classes_agree(info.meta, spec_config)):
         return fitted_checkpoint(path, spec_config, converted)
     if info.format == "mmdet":
         return Path(path)
@@ -157,21 +162,47 @@ def mmdet_checkpoint(path: str, folder: Path, spec_config: Path | None = None) -
     return converted
 
 
+def classes_agree(meta: CheckpointMeta, spec_config: Path) -> bool:
+    """Whether a checkpoint's class columns are those of a spec's test data, as far as it names them."""
+    from ddetr_mm.classes import compare_columns
+    from ddetr_mm.weights.class_columns import known_columns
+
+    known = known_columns(meta)
+    if known is None:
+        return True
+    found = compare_columns(known, test_classes(spec_config))
+    return bool(found.shared) and not found.clashes
+
+
+def test_classes(spec_config: Path) -> tuple[str | None, ...]:
+    """The class of every column of a translated config's test data."""
+    from mmdet.registry import DATASETS
+    from mmengine.config import Config
+
+    import ddetr_mm.register  # noqa: F401 - before mmdet
+    from ddetr_mm.tasks.runner import data_columns, register_scope
+
+    config = Config.fromfile(str(spec_config))
+    register_scope(config)
+    return data_columns(DATASETS.build(config.test_dataloader.dataset).metainfo)
+
+
 def fitted_checkpoint(path: str, spec_config: Path, converted: Path) -> Path:
     """Load a checkpoint into a spec's network, classes by the names of its test data, and save that."""
     from dataclasses import replace
 
-    from mmdet.registry import DATASETS, MODELS
+    from mmdet.registry import MODELS
     from mmengine.config import Config
 
     import ddetr_mm.register  # noqa: F401 - before mmdet
+    from ddetr_mm.classes import BACKGROUND, UNKNOWN
     from ddetr_mm.tasks.runner import load_checkpoint, register_scope
     from ddetr_mm.weights import inspect_checkpoint
     from ddetr_mm.weights.convert import write_checkpoint
 
     config = Config.fromfile(str(spec_config))
     register_scope(config)
-    classes = DATASETS.build(config.test_dataloader.dataset).metainfo["classes"]
+    classes = test_classes(spec_config)
     model = MODELS.build(config.model)
     load_checkpoint(model, path, where="checkpoint", class_names=classes)
     meta = replace(
@@ -179,8 +210,8 @@ def fitted_checkpoint(path: str, spec_config: Path, converted: Path) -> Path:
         label_mode="category_id",
         background_column=0,
         num_classes=len(classes),
-        class_names=tuple(classes),
-        category_ids=None,
+        class_names=tuple(name or (UNKNOWN if column else BACKGROUND) for column, name in enumerate(classes)),
+        category_ids=tuple(None if name is None else column for column, name in enumerate(classes)),
         neck_bias=True,
     )
     write_checkpoint(converted, "mmdet", model.state_dict(), meta)

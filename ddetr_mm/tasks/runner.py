@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ddetr_mm.compat.patches import without_language_models
 with without_language_models():
     import ddetr_mm.register  # noqa: F401 - puts our components into the registries
 
+from ddetr_mm.classes import Columns, named_columns
 from ddetr_mm.engine.distributed import is_first_rank, is_rank
 from ddetr_mm.engine.runner import QuietRunner
 from ddetr_mm.files import write_text_whole
@@ -32,6 +33,7 @@ from ddetr_mm.weights import (
     read_checkpoint,
     to_category_ids,
 )
+from ddetr_mm.weights.class_columns import head_columns, known_columns, numbered_by_position
 from ddetr_mm.weights.load import unwrapped
 
 CONFIG_NAME = "config.py"
@@ -167,14 +169,54 @@ def build_predicting_runner(loaded: LoadedSpec, subtask: str, folder: Path) -> Q
     given = getattr(loaded.spec, subtask)
     exported = exported_input(given.checkpoint, given.trt_engine, where=subtask)
     runner = build_runner(loaded, subtask, folder, given.checkpoint, exported)
+    # Ground truth names the classes that the network's must be brought to; images alone name none.
+    data = data_columns(runner.test_dataloader.dataset.metainfo) if subtask == "evaluate" else None
     if exported is None:
-        # Ground truth names the classes that the checkpoint's must be brought to; images alone name none.
-        names = runner.test_dataloader.dataset.metainfo.get("classes") if subtask == "evaluate" else None
-        load_to_predict(runner.model, given.checkpoint, where=f"{subtask}.checkpoint", class_names=names)
+        load_to_predict(runner.model, given.checkpoint, where=f"{subtask}.checkpoint", class_names=data)
+    elif data is not None:
+        set_graph_columns(unwrapped(runner.model), exported, data, given.trt_engine or given.checkpoint)
     return runner
 
 
-def build_model(loaded: LoadedSpec, subtask: str, checkpoint: str, *, where: str) -> tuple[nn.Module, Config]:
+def data_columns(metainfo: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """The class of every label of a data set, None for the background and gaps."""
+    return named_columns(metainfo.get("classes") or (), metainfo.get("category_ids"))
+
+
+def set_graph_columns(model: Any, exported: ExportedInput, data: Columns, path: str) -> None:
+    """Bring the class columns of an exported graph to the data's category ids, by name, and say so.
+
+    Args:
+        model: an ``ExportedDetector``.
+        exported: names the graph's classes; without names its columns are taken for category ids.
+        data: the data's classes by category id.
+        path: the graph, for messages.
+
+    Raises:
+        WeightsError: graph and data have no class in common.
+    """
+    note = graph_columns_note(model, exported, data, path)
+    if note and is_first_rank():
+        print(f"{path}: {note}", file=sys.stderr)
+
+
+def graph_columns_note(model: Any | None, exported: ExportedInput, data: Columns, path: str) -> str:
+    """:func:`set_graph_columns` without printing; with no model it only compares."""
+    known = named_columns(exported.class_names or ())
+    if not any(name is not None for name in known):
+        return NAMELESS
+    columns, note = head_columns(known, data, path=path)
+    if columns is not None and model is not None:
+        model.class_columns = columns
+    return note
+
+
+NAMELESS = "the file names no classes: its class columns are taken for the data's category ids"
+
+
+def build_model(
+    loaded: LoadedSpec, subtask: str, checkpoint: str, *, where: str, class_names: Columns | None = None
+) -> tuple[nn.Module, Config]:
     """The network of a spec with the weights of a checkpoint, in eval mode, without a Runner.
 
     Args:
@@ -182,6 +224,7 @@ def build_model(loaded: LoadedSpec, subtask: str, checkpoint: str, *, where: str
         subtask: what the config is for.
         checkpoint: a checkpoint of any known format.
         where: the spec key that named it, for messages.
+        class_names: see :func:`load_checkpoint`.
 
     Returns:
         The detector and its config.
@@ -189,7 +232,7 @@ def build_model(loaded: LoadedSpec, subtask: str, checkpoint: str, *, where: str
     config = Config.fromstring(config_source(loaded, subtask, checkpoint), ".py")
     register_scope(config)
     model = MODELS.build(config.model)
-    load_checkpoint(model, checkpoint, where=where)
+    load_checkpoint(model, checkpoint, where=where, class_names=class_names)
     return model.eval(), config
 
 
@@ -198,9 +241,7 @@ def register_scope(config: Config) -> None:
     init_default_scope(config.get("default_scope", "mmdet"))
 
 
-def load_to_predict(
-    model: nn.Module, path: str, *, where: str, class_names: Sequence[str] | None = None
-) -> None:
+def load_to_predict(model: nn.Module, path: str, *, where: str, class_names: Columns | None = None) -> None:
     """:func:`load_checkpoint` into a model that will only predict: its norms are folded away.
 
     Raises:
@@ -210,23 +251,23 @@ def load_to_predict(
     fuse_norms(unwrapped(model))
 
 
-def load_checkpoint(
-    model: nn.Module, path: str, *, where: str, class_names: Sequence[str] | None = None
-) -> None:
+def load_checkpoint(model: nn.Module, path: str, *, where: str, class_names: Columns | None = None) -> None:
     """Load a checkpoint of any known format into a model and say how it went.
 
     Args:
         model: a spec's, built for evaluation, inference or export: its class columns are category ids.
         path: the checkpoint.
         where: the spec key that named it, for messages.
-        class_names: the data's class names by category id, where there are data; a checkpoint that numbers
-            its classes otherwise is brought to them by name.
+        class_names: the data's classes by category id, where there are data; a checkpoint that numbers its
+            classes otherwise is brought to them by name.
 
     Raises:
         WeightsError: when the file is missing, is not a checkpoint or leaves parameters without values.
     """
     columns = unwrapped(model).bbox_head.num_classes
     checkpoint = to_category_ids(read_checkpoint(path), columns, class_names)
+    if class_names and known_columns(checkpoint.meta) is None and not numbered_by_position(checkpoint.meta):
+        checkpoint.notes.append(NAMELESS)
     report = fill_model(model, checkpoint, strict=True)
     if is_first_rank():
         print(report.summary(), file=sys.stderr)

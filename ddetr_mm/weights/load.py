@@ -8,13 +8,14 @@ is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ddetr_mm.classes import Columns
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.weights import gcvit
 from ddetr_mm.weights.checkpoint import Checkpoint, backbone_kind, describe_backbone
@@ -45,7 +46,7 @@ def load_for_model(
     model: nn.Module,
     path: str | Path,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: Columns | None = None,
     strict: bool = False,
 ) -> LoadReport:
     """Load a checkpoint into a detector.
@@ -56,7 +57,8 @@ def load_for_model(
     Args:
         model: mmdet's ``DeformableDETR`` or ours, possibly wrapped for parallel training.
         path: a checkpoint of any format (:func:`ddetr_mm.weights.read_checkpoint`).
-        class_names: one name for every column of the model's class head, background included.
+        class_names: the class of every column of the model's class head, background included, see
+            :func:`ddetr_mm.classes.named_columns`.
         strict: raise unless every value of the model came from the file and every weight of the file's
             network went into the model. Keys of no Deformable DETR (such as a criterion's buffers) may be
             left.
@@ -75,7 +77,7 @@ def fill_model(
     model: nn.Module,
     checkpoint: Checkpoint,
     *,
-    class_names: Sequence[str] | None = None,
+    class_names: Columns | None = None,
     strict: bool = False,
 ) -> LoadReport:
     """Load a checkpoint in memory, see :func:`load_for_model`.

@@ -15,6 +15,7 @@ from ddetr_mm.deploy.onnx_export import ExportOptions, export_half, half_file
 from ddetr_mm.deploy.onnx_file import read_signature
 from ddetr_mm.deploy.tensorrt import require_tensorrt
 from ddetr_mm.errors import StackError, WeightsError
+from ddetr_mm.tasks.runner import ExportedInput, set_graph_columns
 
 SIZE_HW = (64, 96)
 
@@ -53,6 +54,24 @@ def test_it_predicts_what_the_detector_predicts(tmp_path, batch_size):
         assert (one.pred_instances.labels == other.pred_instances.labels).all()
         torch.testing.assert_close(one.pred_instances.bboxes, other.pred_instances.bboxes, atol=1e-2, rtol=0)
         assert other.pred_instances.labels.min() >= 1
+
+
+def test_labels_follow_the_columns_that_are_set(tmp_path, capsys):
+    export_onnx(tiny_detector(tmp_path), tmp_path / "m.onnx", input_size_hw=SIZE_HW, batch_size=-1)
+    detector = onnx_detector(tmp_path / "m.onnx", num_classes=6)
+    with torch.no_grad():
+        before = detector.test_step(batch_data(1))[0].pred_instances
+        names = ("background", "a", "b", "c", "d", "e")
+        exported = ExportedInput(None, names)
+        set_graph_columns(detector, exported, (None, "e", "d", "c", "b", "a"), "m.onnx")
+        after = detector.test_step(batch_data(1))[0].pred_instances
+    assert "5 are moved by name" in capsys.readouterr().err
+    assert after.labels.tolist() == (6 - before.labels).tolist()
+    assert after.scores.tolist() == before.scores.tolist()
+    with torch.no_grad():
+        set_graph_columns(detector, exported, (None, "x", None, None, None, "b"), "m.onnx")
+        only = detector.test_step(batch_data(1))[0].pred_instances
+    assert set(only.labels[only.scores > 1e-12].tolist()) == {5}  # x is never predicted
 
 
 def test_wrong_files_sizes_and_classes_are_refused(tmp_path):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import resource
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mmengine.runner.runner as mmengine_runner
 import numpy as np
@@ -29,9 +31,10 @@ from ddetr_mm.engine.checkpoint import (
     is_whole,
     link_latest,
     list_checkpoints,
+    refuse_other_classes,
     remove_leftovers,
 )
-from ddetr_mm.errors import InputError
+from ddetr_mm.errors import InputError, WeightsError
 
 
 def names(folder):
@@ -143,6 +146,30 @@ def test_early_stop_saves_the_end(make_runner, tmp_path):
     runner.train()
     assert names(tmp_path / "train") == ["model_epoch_001.pth"]
     assert load(tmp_path / "train" / LATEST_NAME)["meta"]["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("classes", "ids", "says"),
+    [
+        (("b", "a"), [1, 2], "error"),
+        (("a", "c"), [1, 2], "error"),
+        (("background", "b", "a"), [None, 1, 2], "error"),
+        (("a", "b"), [1, 2], ""),
+        (("a", "b", "c"), [1, 2, 3], "1 classes of the data are new to the checkpoint: c"),
+        (("a",), [1], "1 classes of the checkpoint are not in the data: b"),
+        ((), None, ""),
+    ],
+)
+def test_classes_stay_in_their_columns_on_resume(caplog, classes, ids, says):
+    meta = {"dataset_meta": {"classes": ("a", "b"), "category_ids": [1, 2]}}
+    data = SimpleNamespace(metainfo={"classes": classes, "category_ids": ids})
+    if says == "error":
+        with pytest.raises(WeightsError, match="0 a, 1 b") as caught:
+            refuse_other_classes(meta, data, logging.getLogger("resume"))
+        assert "category_ids: by_name" in str(caught.value)
+    else:
+        refuse_other_classes(meta, data, logging.getLogger("resume"))
+        assert says in caplog.text and bool(caplog.text) is bool(says)
 
 
 @pytest.mark.parametrize("validate", [False, True])

@@ -1,0 +1,126 @@
+"""Classes by name between data, checkpoints, exported graphs and class maps, as a user runs the commands."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .conftest import Project
+
+
+def document(project: Project, split: str) -> dict:
+    """The annotations of a split whose conversion made several shards, as one document."""
+    parts = [json.loads(path.read_text()) for path in project.results.glob(f"coco/{split}/**/*-of-*.json")]
+    return {
+        "images": [image for part in parts for image in part["images"]],
+        "categories": parts[0]["categories"],
+        "annotations": [
+            box | {"id": f"{number}-{box['id']}"}
+            for number, part in enumerate(parts)
+            for box in part["annotations"]
+        ],
+    }
+
+
+def renumbered(content: dict, new_ids: dict[str, int | str], path: Path) -> Path:
+    """The document with other category ids for the same names."""
+    ids = {entry["id"]: new_ids[entry["name"]] for entry in content["categories"]}
+    content = content | {
+        "categories": [{"id": ids[entry["id"]], "name": entry["name"]} for entry in content["categories"]],
+        "annotations": [box | {"category_id": ids[box["category_id"]]} for box in content["annotations"]],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+OTHER_IDS = {"circle": 3, "rectangle": 1, "star": 4, "triangle": 2}
+
+
+def named_predictions(folder: Path, names: dict[int, str]) -> list[tuple]:
+    """File, box, score and class name of every detection of an evaluation."""
+    found = json.loads((folder / "predictions.json").read_text())
+    return sorted(
+        (entry["image_id"], names[entry["category_id"]], round(entry["score"], 4), *map(round, entry["bbox"]))
+        for entry in found
+    )
+
+
+@pytest.fixture(scope="module")
+def project(trained_project: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The trained project with its test split in one file, and the same with other ids."""
+    content = document(trained_project, "test")
+    folder = trained_project.folder
+    own = {entry["name"]: entry["id"] for entry in content["categories"]}
+    renumbered(content, own, folder / "same.json")
+    renumbered(content, OTHER_IDS, folder / "other.json")
+    renumbered(content, {name: f"id-{name}" for name in own}, folder / "texts.json")
+    return trained_project
+
+
+def evaluate(project: Project, json_file: str, *overrides: str, command=("evaluate",), status: int = 0):
+    return project.run(
+        *command,
+        *("-e", project.spec),
+        *_tiny(),
+        f"evaluate.checkpoint={project.results}/train/dd_model_latest.pth",
+        f"dataset.test_data_sources.json_file={json_file}",
+        f"evaluate.results_dir={project.folder}/out-{json_file}",
+        *overrides,
+        status=status,
+    )
+
+
+def _tiny() -> tuple[str, ...]:
+    from .conftest import TINY
+
+    return TINY
+
+
+def test_evaluation_follows_names_when_the_data_have_other_ids(project: Project):
+    same = evaluate(project, "same.json")
+    other = evaluate(project, "other.json")
+    content = json.loads((project.folder / "same.json").read_text())
+    own = {entry["id"]: entry["name"] for entry in content["categories"]}
+    assert own != {number: name for name, number in OTHER_IDS.items()}
+    expected = named_predictions(project.folder / "out-same.json", own)
+    names = {number: name for name, number in OTHER_IDS.items()}
+    assert named_predictions(project.folder / "out-other.json", names) == expected
+    assert "moved by name" not in same.stderr
+    assert "number the same classes differently: 4 are moved by name" in other.stderr
+
+
+def test_check_says_what_evaluation_will_do(project: Project):
+    done = evaluate(project, "other.json", command=("check", "--for", "evaluate"))
+    assert "number the same classes differently: 4 are moved by name" in done.stdout
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("check", "--for", "evaluate")])
+def test_data_without_any_of_the_classes_are_refused(project: Project, command):
+    content = json.loads((project.folder / "same.json").read_text())
+    for entry in content["categories"]:
+        entry["name"] = f"ship {entry['id']}"
+    (project.folder / "ships.json").write_text(json.dumps(content))
+    done = evaluate(project, "ships.json", command=command, status=2)
+    assert "has none of the data's classes" in done.stderr + done.stdout
+
+
+def test_a_run_does_not_resume_on_other_numbers(project: Project, tmp_path: Path):
+    content = document(project, "train")
+    renumbered(content, OTHER_IDS, tmp_path / "train.json")
+    results = tmp_path / "results"
+    shutil.copytree(project.results / "train", results / "train")
+    sources = "{image_dir: results/shapes/data, json_file: %s}"
+    done = project.tiny(
+        "train",
+        f"results_dir={results}",
+        "train.num_epochs=3",
+        f"dataset.train_data_sources=[{sources % (tmp_path / 'train.json')}]",
+        f"dataset.val_data_sources=[{sources % (tmp_path / 'train.json')}]",
+        status=2,
+    )
+    assert "cannot be resumed: the training data number their classes otherwise" in done.stderr
+    assert "1 rectangle, 2 triangle, 3 circle, 4 star" in done.stderr
+    assert "1 triangle, 2 star, 3 rectangle, 4 circle" in done.stderr
