@@ -459,7 +459,12 @@ class ImageFolderDataset(BaseDetDataset):
     """
 
     def __init__(
-        self, folders: str | os.PathLike[str] | Sequence[str], *, recursive: bool = False, **kwargs: Any
+        self,
+        folders: str | os.PathLike[str] | Sequence[str],
+        *,
+        recursive: bool = False,
+        unreadable: str = "error",
+        **kwargs: Any,
     ) -> None:
         self.folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
         self.recursive = recursive
@@ -481,8 +486,43 @@ class ImageFolderDataset(BaseDetDataset):
         """Run the pipeline on sample ``idx``.
 
         Raises:
-            DataError: the image file cannot be read.
+            DataError: the image file cannot be read, and is not to be skipped.
         """
         info = self.get_data_info(idx)
-        with image_errors_named(info["img_path"], self.backend_args):
-            return self.pipeline(info)
+        try:
+            with image_errors_named(info["img_path"], self.backend_args):
+                return self.pipeline(info)
+        except DataError as error:
+            if self.unreadable == "error":
+                raise
+            return blank_sample(self.pipeline.transforms, self.get_data_info(idx), str(error))
+
+
+def blank_sample(transforms: Sequence[Any], info: Mapping[str, Any], reason: str) -> Any:
+    """What a pipeline makes of a blank image, to fill the place of one that cannot be read.
+
+    It is as small as the pipeline allows, so that it does not pad the other images of its batch.
+
+    Args:
+        transforms: the pipeline's: one that loads the image, any others, one that packs.
+        info: the data info of the image.
+        reason: becomes ``unreadable`` in the sample's metainfo.
+    """
+
+    def packed(size_hw: tuple[int, int], steps: Sequence[Any]) -> Any:
+        results = dict(info, img=np.zeros((*size_hw, 3), np.uint8), scale_factor=(1.0, 1.0))
+        results["img_shape"] = results["ori_shape"] = size_hw
+        for step in steps:
+            results = step(results)
+        return results
+
+    lying, standing = (packed(size_hw, transforms[1:]) for size_hw in ((32, 64), (64, 32)))
+    stretched = lying["inputs"].shape == standing["inputs"].shape
+    sample = lying if stretched else packed((32, 32), transforms[-1:])
+    sample["data_samples"].set_metainfo({"unreadable": reason})
+    return sample
+        unreadable: what happens to an image that cannot be read. ``'error'``: the run stops; ``'skip'``: a
+            blank sample takes its place in the batch, with the reason as ``unreadable`` in its metainfo.
+        if unreadable not in ("error", "skip"):
+            raise ValueError(f"unreadable must be 'error' or 'skip', not {unreadable!r}")
+        self.unreadable = unreadable

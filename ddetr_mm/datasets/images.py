@@ -60,11 +60,15 @@ def decode_image(content: bytes, channel_order: str = "rgb") -> Image8:
         (H, W, 3) uint8, contiguous.
 
     Raises:
-        UnreadableImage: no decoder reads it, it ends too early, or 8 bits cannot represent its values.
+        UnreadableImage: no decoder reads it, it ends too early, has too many pixels, or values that 8 bits
+            cannot represent.
     """
     image = decode_jpeg(content, channel_order)
     if image is not None:
         return image
+    refused = size_refused(*imagesize.get(io.BytesIO(content)))
+    if refused:
+        raise UnreadableImage(refused, hint="reduce its size, or leave it out")
     image_bgr = None
     if not _jpeg_cut_short(content):
         image_bgr = _decode_deep_tiff(content) if _is_deep_tiff(content) else _decode_with_opencv(content)
@@ -142,9 +146,6 @@ def read_image(
     except OSError as error:
         problem = Problem(f"image file cannot be read: {error.strerror or error}", path, hint=hint)
         raise DataError(problem) from error
-    refused = size_refused(*imagesize.get(io.BytesIO(content)))
-    if refused:
-        raise DataError(Problem(f"image file {refused}", path, hint="reduce its size, or leave it out"))
     try:
         return decode_image(content, channel_order)
     except UnreadableImage as error:

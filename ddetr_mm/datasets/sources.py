@@ -191,12 +191,49 @@ def list_images(
         if folder.is_file():
             found.append(folder)
         elif folder.is_dir():
-            items = folder.rglob("*") if recursive else folder.iterdir()
-            found += sorted(item for item in items if item.suffix.lower() in suffixes and item.is_file())
+            for item in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+                if item.name in SYSTEM_FILES or item.name.startswith("._"):
+                    skipped.append(SkippedFile(item, "a file of the operating system"))
+                elif item.suffix.lower() in suffixes:
+                    if item.is_file():
+                        found.append(item)
+                    else:
+                        skipped.append(SkippedFile(item, "no regular file"))
         else:
             problems.append(Problem("image folder does not exist", folder, hint="correct image_dir"))
     DataError.collect(problems)
     if not found:
         names = ", ".join(str(folder) for folder in folders) or "nothing"
         raise DataError(Problem("no image was found", names, allowed=suffixes))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), list(dict.fromkeys(skipped))
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file that is not read as an image, and why."""
+
+    path: Path
+    reason: str
+
+
+SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""Files that macOS and Windows leave in folders of images; macOS also leaves ``._<name>`` beside a file."""
+
+
+    """The image files of some folders, see :func:`find_images`.
+
+    Raises:
+        DataError: a folder does not exist, or none holds an image.
+    """
+    return find_images(folders, recursive=recursive, suffixes=suffixes)[0]
+
+
+def find_images(
+    folders: Sequence[str | os.PathLike[str]],
+    *,
+    recursive: bool = False,
+    suffixes: Sequence[str] = IMAGE_EXTENSIONS,
+) -> tuple[list[Path], list[SkippedFile]]:
+    Returns:
+        The images, and what is left out although it looks like one: system files, and folders, pipes and
+        dead links with the name of an image.
+
+    skipped: list[SkippedFile] = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import colorsys
 import functools
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from ddetr_mm.convert.kitti import kitti_line
 from ddetr_mm.datasets.images import read_image
+from ddetr_mm.datasets.sources import SkippedFile, list_images
 from ddetr_mm.errors import DataError, Problem, SpecError
 from ddetr_mm.files import write_text_whole, written_whole
 
@@ -148,27 +151,103 @@ def _draw_tag(
     canvas.text((x + 2 - left, y + 2 - top), text, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)
 
 
-def result_files(output_dir: Path, image: Path, per_sequence: bool) -> tuple[Path, Path]:
+# --- Names of result files ---
+
+
+@dataclass(frozen=True)
+class ResultNames:
+    """File names of an image's results: of its label file and of its annotated picture."""
+
+    label: str
+    picture: str
+
+    @classmethod
+    def of(cls, image: Path) -> ResultNames:
+        """The names of an image whose name no other image shares."""
+        return cls(f"{image.stem}.txt", image.name)
+
+
+def result_names(images: Sequence[Path], per_sequence: bool = False) -> dict[Path, ResultNames]:
+    """Names for the results of images that would otherwise write the same files.
+
+    Images of one name in several folders get the names of as many folders in front as it takes to tell them
+    apart (``cam1_a.png``, ``cam2_a.png``). Images that then differ in their ending only keep it in the name
+    of the label file (``a.bmp.txt``, ``a.png.txt``). What still collides is numbered in the order given. All
+    other images keep their names.
+
+    Args:
+        images: all images of a run.
+        per_sequence: as for :func:`result_files`.
+
+    Returns:
+        The names of the images whose names differ from :meth:`ResultNames.of`.
+    """
+    by_folder: dict[Path, list[Path]] = {}
+    for image in images:
+        by_folder.setdefault(result_folder(Path(), image, per_sequence), []).append(image)
+    found: dict[Path, ResultNames] = {}
+    for group in by_folder.values():
+        pictures = _picture_names(group)
+        stems = Counter(Path(name).stem for name in pictures)
+        labels = [
+            f"{name}.txt" if stems[Path(name).stem] > 1 else f"{Path(name).stem}.txt" for name in pictures
+        ]
+        pairs = zip(group, _numbered(labels), _numbered(pictures), strict=True)
+        names = {image: ResultNames(label, picture) for image, label, picture in pairs}
+        found |= {image: given for image, given in names.items() if given != ResultNames.of(image)}
+    return found
+
+
+def _picture_names(images: Sequence[Path]) -> list[str]:
+    """File names, with names of folders in front where images share one."""
+    same_name: dict[str, list[Path]] = {}
+    for image in images:
+        same_name.setdefault(image.name, []).append(image)
+    names: dict[Path, str] = {}
+    for group in same_name.values():
+        deepest = max(len(image.parts) for image in group)
+        for depth in range(1, deepest + 1):
+            parts = {image: "_".join(image.parts[-depth:]).replace("/", "") for image in group}
+            if len(set(parts.values())) == len(group):
+                break
+        names |= parts
+    return [names[image] for image in images]
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """The names, with ``_2``, ``_3`` … before the ending of those that an earlier one has."""
+    taken = set(names)
+    seen: set[str] = set()
+    result = []
+    for name in names:
+        number, given = 2, name
+        while given in seen or (given != name and given in taken):
+            given = f"{Path(name).stem}_{number}{Path(name).suffix}"
+            number += 1
+        seen.add(given)
+        result.append(given)
+    return result
+
+
+def result_folder(output_dir: Path, image: Path, per_sequence: bool) -> Path:
+    """The folder of an image's results; ``per_sequence`` names it after the folder two levels above."""
+    return output_dir / image.resolve().parent.parent.name if per_sequence else output_dir
+
+
+def result_files(
+    output_dir: Path, image: Path, per_sequence: bool, names: ResultNames | None = None
+) -> tuple[Path, Path]:
     """Label file and picture file of an image.
 
     Args:
         output_dir: the results folder.
         image: the image.
         per_sequence: put both under the name of the folder two levels above the image.
+        names: see :func:`result_names`.
     """
-    folder = output_dir / image.resolve().parent.parent.name if per_sequence else output_dir
-    return folder / LABELS_FOLDER / f"{image.stem}.txt", folder / IMAGES_FOLDER / image.name
-
-
-def refuse_shared_targets(images: Iterable[Path], per_sequence: bool) -> None:
-    """Check that every image has result files of its own.
-
-    Raises:
-        DataError: when two images would write the same file.
-    """
-    written: dict[str, str] = {}
-    for image in images:
-        claim_targets(written, result_files(Path(), image, per_sequence), image)
+    folder = result_folder(output_dir, image, per_sequence)
+    names = names or ResultNames.of(image)
+    return folder / LABELS_FOLDER / names.label, folder / IMAGES_FOLDER / names.picture
 
 
 def claim_targets(written: dict[str, str], targets: Iterable[Path], image: Path) -> None:
@@ -208,6 +287,8 @@ class DetectionWriter(BaseMetric):
 
     Args:
         output_dir: the results folder.
+        folders: the image folders of the run, from which images of one name get results of different names,
+            see :func:`result_names`. Without them, such images are refused.
         conf_threshold: detections with a lower score are left out.
         color_map: class name → colour; classes outside it are written and not drawn. Without a map
             every class has its own colour.
@@ -217,10 +298,10 @@ class DetectionWriter(BaseMetric):
         class_names_file: text file of class names, line 1 naming category 1; by default the names come
             from the checkpoint.
 
+    Images that the dataset could not read are not written; :attr:`skipped` has them after the run.
+
     Raises:
         DataError: when the names file or an image cannot be read, or two images would write the same file.
-            A rank knows its own images only:
-            :func:`~ddetr_mm.engine.detections.refuse_shared_targets` checks those of all.
         SpecError: an unknown colour.
     """
 
@@ -229,6 +310,7 @@ class DetectionWriter(BaseMetric):
     def __init__(
         self,
         output_dir: str,
+        folders: Sequence[str] | None = None,
         conf_threshold: float = 0.5,
         color_map: Mapping[str, str] | None = None,
         outline_width: int = 3,
@@ -243,12 +325,17 @@ class DetectionWriter(BaseMetric):
         self.outline_width = outline_width
         self.per_sequence = per_sequence
         self.named_classes = read_class_names(class_names_file) if class_names_file else None
+        self.skipped: list[SkippedFile] = []
+        self._names = result_names(list_images(folders), per_sequence) if folders else {}
         self._written: dict[str, str] = {}
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         """Write the files of a batch of images."""
         names = self._class_names()
         for sample in data_samples:
+            if sample.get("unreadable"):
+                self.results.append((str(sample["img_path"]), 0, sample["unreadable"]))
+                continue
             found = sample["pred_instances"]
             scores = found["scores"].detach().cpu().numpy()
             keep = scores >= self.conf_threshold
@@ -256,7 +343,7 @@ class DetectionWriter(BaseMetric):
             labels = found["labels"].detach().cpu().numpy()[keep]
             classes = [name_of(names, int(label)) for label in labels]
             self._write(Path(sample["img_path"]), boxes_xyxy, classes, scores[keep])
-            self.results.append((str(sample["img_path"]), int(keep.sum())))
+            self.results.append((str(sample["img_path"]), int(keep.sum()), None))
 
     def evaluate(self, size: int) -> dict[str, float]:
         """Count the images and objects of all ranks; an image that two ranks were given counts once.
@@ -269,10 +356,16 @@ class DetectionWriter(BaseMetric):
         metrics = self.compute_metrics([entry for part in parts for entry in part])
         return {f"{self.prefix}/{key}": value for key, value in metrics.items()}
 
-    def compute_metrics(self, results: list[tuple[str, int]]) -> dict[str, float]:
-        """Number of images, and of objects written."""
-        by_image = dict(results)
-        return {"images": float(len(by_image)), "objects": float(sum(by_image.values()))}
+    def compute_metrics(self, results: list[tuple[str, int, str | None]]) -> dict[str, float]:
+        """Number of images and objects written, and of images skipped."""
+        by_image = {image: count for image, count, reason in results if reason is None}
+        unreadable = {image: reason for image, _, reason in results if reason is not None}
+        self.skipped = [SkippedFile(Path(image), reason) for image, reason in sorted(unreadable.items())]
+        return {
+            "images": float(len(by_image)),
+            "objects": float(sum(by_image.values())),
+            "skipped": float(len(unreadable)),
+        }
 
     def _class_names(self) -> Sequence[str]:
         """Names by label: of the file given, else of the model."""
@@ -281,7 +374,8 @@ class DetectionWriter(BaseMetric):
         return (self.dataset_meta or {}).get("classes") or ()
 
     def _write(self, image: Path, boxes_xyxy: np.ndarray, classes: list[str], scores: np.ndarray) -> None:
-        labels_file, picture_file = targets = result_files(self.output_dir, image, self.per_sequence)
+        names = self._names.get(image)
+        labels_file, picture_file = targets = result_files(self.output_dir, image, self.per_sequence, names)
         claim_targets(self._written, targets, image)
         write_kitti_labels(labels_file, names=classes, boxes_xyxy=boxes_xyxy, scores=scores)
         colors = palette([*self._class_names(), *classes]) if self.colors is None else self.colors

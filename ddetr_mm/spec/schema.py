@@ -631,6 +631,12 @@ class OwnSection(Section):
         doc="""What training does with an image file that is missing or cannot be decoded. error: stop and
         name it; replace: name it in the log, take another image, and count how many were replaced.""",
     )
+    strict_images: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""What inference does with an image file that cannot be read. false: skip it, list it in
+        skipped.json, count it in status.json; true: stop with an error.""",
+    )
     quick_check: StrictBool = spec_field(
         True,
         origin=OURS,

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from ddetr_mm.datasets.sources import list_images
-from ddetr_mm.engine.detections import refuse_shared_targets
+from ddetr_mm.datasets.sources import SYSTEM_FILES, SkippedFile, find_images
 from ddetr_mm.engine.distributed import is_first_rank, process_group
+from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.files import write_text_whole
 from ddetr_mm.spec import LoadedSpec, load_spec
 from ddetr_mm.tasks.session import Session, open_session, require_checkpoint, require_gpus, run_on_ranks
+
+if TYPE_CHECKING:
+    from ddetr_mm.engine.runner import QuietRunner
 
 
 def run(arguments: Namespace) -> None:
@@ -30,22 +37,74 @@ def run(arguments: Namespace) -> None:
 
 
 def run_inference(arguments: Namespace) -> None:
-    """Detect; writes ``labels/*.txt`` and ``images_annotated/``."""
+    """Detect; writes ``labels/*.txt``, ``images_annotated/`` and, of files it skips, ``skipped.json``.
+
+    Raises:
+        DataError: a file cannot be read and ``ddetr_mm.strict_images`` is set, or no image can be read.
+    """
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "inference")
-    spec = loaded.spec
     if run_on_ranks(arguments, loaded, "inference"):
         return
     with predicting_session(loaded, "inference") as session:
-        source = spec.dataset.infer_data_sources
-        if source is not None and is_first_rank():
-            refuse_shared_targets(list_images(source.image_dir), spec.inference.is_internal)
+        source = loaded.spec.dataset.infer_data_sources
+        left_out = find_images(source.image_dir)[1] if source is not None else []
+        if loaded.spec.ddetr_mm.strict_images:
+            refuse_left_out(left_out)
         with process_group():
-            counts = predict(loaded, "inference", session)
+            runner = predicting_runner(loaded, "inference", session)
+            counts = runner.test()
             if is_first_rank():
+                writer = next(one for one in runner.test_evaluator.metrics if hasattr(one, "skipped"))
+                report_skipped([*left_out, *writer.skipped], session)
                 print(
                     f"{counts['inference/objects']:.0f} objects in {counts['inference/images']:.0f} images: "
                     f"{session.folder}/labels, {session.folder}/images_annotated"
                 )
+            if not counts["inference/images"]:
+                raise DataError(
+                    Problem(
+                        f"none of {counts['inference/skipped']:.0f} images can be read",
+                        where="dataset.infer_data_sources.image_dir",
+                        value=list(source.image_dir) if source is not None else None,
+                        hint=f"{SKIPPED_NAME} has the reasons",
+                    )
+                )
+
+
+# --- Files that inference skips ---
+
+SKIPPED_NAME = "skipped.json"
+SKIPPED_SHOWN = 20
+"""Skipped files that are named on the screen and in ``status.json``; :data:`SKIPPED_NAME` has all."""
+
+
+def refuse_left_out(left_out: Sequence[SkippedFile]) -> None:
+    """Refuse files that have the name of an image and are none; those of the operating system may stay.
+
+    Raises:
+        DataError: there are such files.
+    """
+    DataError.collect(
+        Problem(f"is {one.reason}", file=one.path, where="ddetr_mm.strict_images", hint="take it away")
+        for one in left_out
+        if one.path.name not in SYSTEM_FILES and not one.path.name.startswith("._")
+    )
+
+
+def report_skipped(skipped: Sequence[SkippedFile], session: Session) -> None:
+    """Write what was skipped to :data:`SKIPPED_NAME` and ``status.json``, and say so; no file without any."""
+    path = session.folder / SKIPPED_NAME
+    path.unlink(missing_ok=True)  # of an earlier run
+    if not skipped:
+        return
+    entries = [dict(file=str(one.path), reason=one.reason) for one in skipped]
+    write_text_whole(path, json.dumps(entries, indent=2, ensure_ascii=False) + "\n")
+    message = f"{len(skipped)} files were skipped: {path}"
+    shown = entries[:SKIPPED_SHOWN]
+    session.status.write(message, data=dict(skipped=len(skipped), skipped_files=shown), verbosity="WARNING")
+    print(f"note: {message}", file=sys.stderr)
+    for entry in shown:
+        print(f"  - {entry['file']}: {entry['reason']}", file=sys.stderr)
 
 
 @contextmanager
@@ -65,9 +124,14 @@ def predict(loaded: LoadedSpec, subtask: str, session: Session) -> dict[str, flo
     Returns:
         The metrics of the Runner's test loop.
     """
+    return predicting_runner(loaded, subtask, session).test()
+
+
+def predicting_runner(loaded: LoadedSpec, subtask: str, session: Session) -> QuietRunner:
+    """The Runner of a subtask that predicts, with its weights."""
     from ddetr_mm.tasks.runner import build_predicting_runner
 
     given = getattr(loaded.spec, subtask)
     runner = build_predicting_runner(loaded, subtask, session.folder)
     session.status.write(f"Loading checkpoint: {given.trt_engine or given.checkpoint}")
-    return runner.test()
+    return runner

@@ -216,19 +216,27 @@ def _add_inference(
     dataset = dict(
         type="ImageFolderDataset",
         folders=list(infer_source.image_dir),
+        unreadable="error" if spec.ddetr_mm.strict_images else "skip",
         metainfo=dict(classes=tuple(class_names)) if class_names else None,
         pipeline=Reference("test_pipeline"),
     )
     draft.add(
         "test_dataloader",
         data.dataloader(spec, dataset, train=False, batch_size=settings.batch_size),
-        ("dataset.infer_data_sources", "inference.batch_size", "dataset.batch_size", "dataset.workers"),
+        (
+            "dataset.infer_data_sources",
+            "ddetr_mm.strict_images",
+            "inference.batch_size",
+            "dataset.batch_size",
+            "dataset.workers",
+        ),
     )
     draft.add(
         "test_evaluator",
         dict(
             type="DetectionWriter",
             output_dir=str(task_results_dir(spec, "inference")),
+            folders=list(infer_source.image_dir),
             conf_threshold=settings.conf_threshold,
             color_map=dict(settings.color_map) if settings.color_map else None,
             outline_width=settings.outline_width,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import struct
 import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bad_input_project import assert_told, edit_json, run_here
+from PIL import Image
 
 TRAIN = "coco/train/train-shard-00000-of-00001.json"
 IMAGE = "data/train/images/00000.png"
@@ -122,8 +126,68 @@ IMAGES = {
 def test_image_in_inference(own_project: Path, kind: str):
     content, part = IMAGES[kind]
     (own_project / "data/val/images/00000.png").write_bytes(content())
-    ended = run_here(own_project, "inference", *SPEC, "inference.checkpoint=random.onnx")
+    ended = run_here(
+        own_project, "inference", *SPEC, "inference.checkpoint=random.onnx", "ddetr_mm.strict_images=true"
+    )
     assert_told(ended, "data/val/images/00000.png", part)
+
+
+@pytest.mark.parametrize("graph", ["random.onnx", "random.pth"])
+def test_inference_skips_what_is_no_image_and_counts_it(own_project: Path, graph: str):
+    """What macOS leaves in folders, a folder and a pipe with the name of an image, and unreadable images."""
+    folder = own_project / "data/val/images"
+    sound = sorted(path.stem for path in folder.iterdir())
+    for kind, (content, _) in IMAGES.items():
+        (folder / f"bad-{kind}.{(kind[:3] == 'jpe' and 'jpg') or 'png'}").write_bytes(content())
+    (folder / "._00000.png").write_bytes(b"\0\5\x16\7")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    run = ("inference", *SPEC, f"inference.checkpoint={graph}")
+    ended = run_here(own_project, *run)
+    assert ended.status == 0, ended.message
+    skipped = {"._00000.png", ".DS_Store", "folder.png", "pipe.png", "bad-jpeg-bomb.jpg"}
+    skipped |= {f"bad-{kind}.png" for kind in IMAGES if kind != "jpeg-bomb"}
+    results = own_project / "results/inference"
+    assert sorted(path.stem for path in (results / "labels").iterdir()) == sound
+    assert sorted(path.stem for path in (results / "images_annotated").iterdir()) == sound
+    listed = json.loads((results / "skipped.json").read_text())
+    assert {Path(entry["file"]).name for entry in listed} == skipped and all(e["reason"] for e in listed)
+    lines = [json.loads(line) for line in (results / "status.json").read_text().splitlines()]
+    assert [line["skipped"] for line in lines if "skipped" in line] == [len(skipped)]
+    assert lines[-1]["status"] == "SUCCESS"
+    assert f"{len(skipped)} files were skipped" in ended.message and "pipe.png" in ended.message
+    strict = run_here(own_project, *run, "ddetr_mm.strict_images=true")
+    assert strict.status == 2 and "folder.png" in strict.message and "DS_Store" not in strict.message
+
+
+def test_inference_without_any_readable_image(own_project: Path):
+    folder = own_project / "none"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"no image")
+    where = "dataset.infer_data_sources.image_dir"
+    ended = run_here(own_project, "inference", *SPEC, "inference.checkpoint=random.onnx", f"{where}=none")
+    assert ended.status == 2 and "none of 1 images can be read" in ended.message and where in ended.message
+
+
+def test_images_of_one_name_get_results_of_their_own(own_project: Path):
+    for number, name in enumerate(("cam1/a.png", "cam1/a.bmp", "cam1/b.png", "cam2/a.png")):
+        (own_project / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((40, 50, 3), 40 * number, np.uint8)).save(own_project / name)
+    where = "dataset.infer_data_sources.image_dir=[cam1,cam2]"
+    ended = run_here(own_project, "inference", *SPEC, "inference.checkpoint=random.onnx", where)
+    assert ended.status == 0, ended.message
+    results = own_project / "results/inference"
+    assert {path.name for path in (results / "labels").iterdir()} == {
+        *("cam1_a.txt", "cam2_a.txt", "a.txt", "b.txt")
+    }
+    shown = {path.name: Image.open(path).getpixel((45, 35)) for path in results.glob("images_annotated/*")}
+    assert shown == {
+        "cam1_a.png": (0, 0, 0),
+        "a.bmp": (40, 40, 40),
+        "b.png": (80, 80, 80),
+        "cam2_a.png": (120, 120, 120),
+    }
 
 
 @pytest.mark.parametrize(("kind", "workers"), [("missing", 2), ("png-bomb", 0)])

@@ -1,11 +1,18 @@
 """Finding annotation files and images."""
 
+import os
 from pathlib import Path
 
 import pytest
 from data_builders import coco, image, three_images, write_json
 
-from ddetr_mm.datasets.sources import CocoSource, join_location, list_images, read_coco_sources
+from ddetr_mm.datasets.sources import (
+    CocoSource,
+    find_images,
+    join_location,
+    list_images,
+    read_coco_sources,
+)
 from ddetr_mm.errors import DataError
 
 
@@ -103,6 +110,18 @@ def test_images_below_folders_and_single_files(tmp_path):
     touch(tmp_path, "b/2.jpg", "b/deep/0.bmp", "c.png")
     found = list_images([tmp_path / "b", tmp_path / "c.png", tmp_path / "b"], recursive=True)
     assert [path.name for path in found] == ["2.jpg", "0.bmp", "c.png"]
+
+
+def test_what_only_looks_like_an_image_is_left_out(tmp_path):
+    touch(tmp_path, "1.png", "._1.png", ".DS_Store", ".hidden.png", "notes.txt", "dead.png/x", "Thumbs.db")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere")
+    found, skipped = find_images([tmp_path])
+    assert [path.name for path in found] == [".hidden.png", "1.png"]
+    assert {one.path.name: one.reason for one in skipped} == {
+        **dict.fromkeys(("._1.png", ".DS_Store", "Thumbs.db"), "a file of the operating system"),
+        **dict.fromkeys(("dead.png", "pipe.jpg", "link.png"), "no regular file"),
+    }
 
 
 def test_missing_and_empty_folders(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import ddetr_mm.register  # noqa: F401
+from ddetr_mm.datasets.sources import SkippedFile
 from ddetr_mm.engine.detections import (
     DetectionWriter,
     draw_detections,
@@ -15,6 +16,7 @@ from ddetr_mm.engine.detections import (
     palette,
     parse_color_map,
     read_class_names,
+    result_names,
     save_image,
     write_kitti_labels,
 )
@@ -56,7 +58,7 @@ def test_only_confident_detections_are_written(picture: Path, tmp_path: Path):
     assert lines == [
         "guinea_pig 0.00 0 0.00 5.000 6.000 40.000 50.000 0.00 0.00 0.00 0.00 0.00 0.00 0.00 0.750"
     ]
-    assert made.compute_metrics(made.results) == {"images": 1.0, "objects": 1.0}
+    assert made.compute_metrics(made.results) == {"images": 1.0, "objects": 1.0, "skipped": 0.0}
 
 
 def test_a_class_without_colour_is_written_and_not_drawn(picture: Path, tmp_path: Path):
@@ -91,6 +93,55 @@ def test_two_images_never_write_the_same_file(picture: Path, tmp_path: Path):
     made.process(None, [sample(picture, [], [], [])])
     with pytest.raises(DataError, match="would both write"):
         made.process(None, [sample(other, [], [], [])])
+    made = writer(tmp_path / "out", folders=[str(picture.parent), str(other.parent)])
+    made.process(None, [sample(picture, [], [], []), sample(other, [], [], [])])
+    assert {path.name for path in (tmp_path / "out" / "labels").iterdir()} >= {
+        *("seq_images_one.txt", "other_images_one.txt")
+    }
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (["x/a.png", "x/b.png"], {}),
+        (
+            ["x/a.png", "x/a.bmp"],
+            {"x/a.png": ("a.png.txt", "a.png"), "x/a.bmp": ("a.bmp.txt", "a.bmp")},
+        ),
+        (["x/a.png", "y/a.png"], {"x/a.png": ("x_a.txt", "x_a.png"), "y/a.png": ("y_a.txt", "y_a.png")}),
+        (
+            ["x/images/a.png", "y/images/a.png", "y/images/b.png"],
+            {
+                "x/images/a.png": ("x_images_a.txt", "x_images_a.png"),
+                "y/images/a.png": ("y_images_a.txt", "y_images_a.png"),
+            },
+        ),
+        (
+            ["x/a.png", "y/a.png", "y/x_a.png"],
+            {
+                "x/a.png": ("x_a.png.txt", "x_a.png"),
+                "y/a.png": ("y_a.txt", "y_a.png"),
+                "y/x_a.png": ("x_a.png_2.txt", "x_a_2.png"),
+            },
+        ),
+    ],
+)
+def test_names_of_results_differ_and_change_only_where_they_must(images, expected):
+    names = result_names([Path(image) for image in images])
+    assert {str(image): (one.label, one.picture) for image, one in names.items()} == expected
+
+
+def test_sequences_have_folders_of_their_own():
+    images = [Path("/s1/images/a.png"), Path("/s2/images/a.png")]
+    assert result_names(images, per_sequence=True) == {}
+
+
+def test_an_unreadable_image_is_counted_and_not_written(picture: Path, tmp_path: Path):
+    made = writer(tmp_path / "out")
+    made.process(None, [dict(sample(picture, [[1, 1, 9, 9]], [0.9], [1]), unreadable="cannot be decoded")])
+    assert made.evaluate(1) == {"inference/images": 0.0, "inference/objects": 0.0, "inference/skipped": 1.0}
+    assert made.skipped == [SkippedFile(picture, "cannot be decoded")]
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_come_from_the_file_if_there_is_one(picture: Path, tmp_path: Path):
