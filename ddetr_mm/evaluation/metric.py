@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ddetr_mm.classes import find_names, some_of
 from ddetr_mm.datasets.coco_table import CocoTable
 from ddetr_mm.datasets.sources import read_coco_sources
 from ddetr_mm.errors import DataError, Problem
@@ -138,8 +139,10 @@ class FastCocoMetric(BaseMetric):
     samples, as with ``CocoMetric``. All its images are scored, also those without a sample.
 
     A label becomes a category id by ``dataset_meta['category_ids']`` where the dataset has it (None:
-    detections of this label are dropped). Without it, as in mmdet, label ``i`` is the ``i``-th category of
-    the file among ``dataset_meta['classes']``.
+    detections of this label are dropped). Without it label ``i`` is the category of the file with the name
+    ``dataset_meta['classes'][i]``, whatever the order of the file's categories; detections of a class that
+    the file lacks are dropped, which is logged. (mmdet's metric takes the ``i``-th category of the file among
+    these names, which is another class where the file has another order.)
 
     Args:
         ann_file: COCO annotation file (or pattern, or folder of shards).
@@ -206,6 +209,7 @@ class FastCocoMetric(BaseMetric):
         self.result: CocoResult | None = None
         self.source_results: dict[str, CocoResult] = {}
         self._table: CocoTable | None = None
+        self._missing_classes: list[str] = []
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keep the detections of one batch above the threshold, as arrays."""
@@ -350,9 +354,29 @@ class FastCocoMetric(BaseMetric):
         elif truth is None:
             ids = list(range(len(self._class_names())))
         else:
-            wanted = set(self._class_names())
-            ids = [number for number, name in truth.category_names.items() if name in wanted]
+            ids = self._ids_by_name(truth.category_names)
         return np.array(ids, dtype=np.int64)
+
+    def _ids_by_name(self, category_names: Mapping[int, str]) -> list[int]:
+        """The category id of each of the dataset's classes, -1 for those that the file lacks."""
+        classes, numbers = self._class_names(), list(category_names)
+        places = find_names(classes, list(category_names.values()))
+        missing = [name for name, place in zip(classes, places, strict=True) if place is None]
+        if classes and len(missing) == len(classes):
+            raise DataError(
+                Problem(
+                    "the annotations have none of the dataset's classes",
+                    where="val_evaluator",
+                    value=some_of(list(category_names.values()), 20),
+                    allowed=some_of(classes, 20),
+                )
+            )
+        if missing and missing != self._missing_classes:
+            self._missing_classes = missing
+            MMLogger.get_current_instance().warning(
+                f"{len(missing)} classes are not in the annotations and are not scored: {some_of(missing)}"
+            )
+        return [-1 if place is None else numbers[place] for place in places]
 
     def _class_names(self) -> list[str]:
         return list((self.dataset_meta or {}).get("classes") or ())

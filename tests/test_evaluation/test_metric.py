@@ -81,18 +81,32 @@ def test_labels_follow_category_ids_of_the_dataset(scene_file):
     assert dropped.result.num_detections == len(detections) - number
 
 
-def test_without_category_ids_labels_follow_the_file_like_mmdet(scene_file):
+def test_without_category_ids_labels_follow_the_declared_names(scene_file):
     (truth, detections), path = scene_file(1)
     content = json.loads(path.read_text())
     content["categories"].reverse()
     path.write_text(json.dumps(content))
-    subset = {"classes": ("class 3", "class 9")}  # in the file: 12, 9, 6, 3
+    subset = {"classes": ("class 3", "Class_9")}  # in the file: 12, 9, 6, 3
     keep = np.isin(detections.category_ids, [3, 9])
-    samples = data_samples(detections.rows(keep), {9: 0, 3: 1}, truth.image_ids)
+    samples = data_samples(detections.rows(keep), {3: 0, 9: 1}, truth.image_ids)
     metric = FastCocoMetric(ann_file=str(path))
     run(metric, samples, subset)
     expected = evaluate_boxes(truth, as_float32(detections), category_ids=[3, 9])
     assert metric.result.metrics == pytest.approx(expected.metrics)
+
+
+def test_classes_that_the_file_lacks_are_logged_or_refused(scene_file, capsys):
+    (truth, detections), path = scene_file(1)
+    labels = {number: label for label, number in enumerate([12, 9, 6, 3])}
+    samples = data_samples(detections, labels, truth.image_ids)
+    classes = ("class 12", "class 9", "class 6", "class 3", "zebra")
+    metrics = run(FastCocoMetric(ann_file=str(path)), samples, {"classes": classes})
+    assert metrics == run(
+        FastCocoMetric(ann_file=str(path)), data_samples(detections, LABELS, truth.image_ids)
+    )
+    assert "1 classes are not in the annotations and are not scored: zebra" in capsys.readouterr().out
+    with pytest.raises(DataError, match="none of the dataset's classes"):
+        run(FastCocoMetric(ann_file=str(path)), samples, {"classes": ("a", "b", "c", "d", "e")})
 
 
 def test_files_numbered_from_zero_lose_no_box(scene_file):
