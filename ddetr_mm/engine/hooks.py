@@ -18,6 +18,7 @@ from mmdet.registry import HOOKS
 from mmengine import dist
 from mmengine.hooks import Hook, ProfilerHook
 from mmengine.runner import EpochBasedTrainLoop
+from torch import nn
 
 from ddetr_mm.classes import named_columns
 from ddetr_mm.engine.distributed import is_first_rank
@@ -354,15 +355,38 @@ class PretrainedWeightsHook(Hook):
         if runner.iter > 0:
             runner.logger.info("The run resumes from a checkpoint: pretrained weights are not loaded.")
             return
+        metainfo = runner.train_dataloader.dataset.metainfo
         with whole_model(runner) as model:
-            if self.backbone_path:
-                report = load_backbone(model.backbone, self.backbone_path)
-                runner.logger.info(f"Backbone from {self.backbone_path}:\n{report.summary()}")
-            if self.model_path:
-                metainfo = runner.train_dataloader.dataset.metainfo
-                classes = named_columns(metainfo.get("classes") or (), metainfo.get("category_ids")) or None
-                report = load_for_model(model, self.model_path, class_names=classes)
-                runner.logger.info(f"Model from {self.model_path}:\n{report.summary()}")
+            for text in load_pretrained(model, self.backbone_path, self.model_path, metainfo):
+                runner.logger.info(text)
+
+
+def load_pretrained(
+    model: nn.Module, backbone_path: str | None, model_path: str | None, metainfo: Mapping[str, Any]
+) -> list[str]:
+    """Load the weights that a training run starts from; ``check`` calls it too.
+
+    Args:
+        model: the detector.
+        backbone_path: see :class:`PretrainedWeightsHook`.
+        model_path: likewise.
+        metainfo: of the training set: ``classes`` and ``category_ids`` of the class columns.
+
+    Returns:
+        A report of each file.
+
+    Raises:
+        WeightsError: a file is missing, is no checkpoint or does not fit the model.
+    """
+    texts = []
+    if backbone_path:
+        report = load_backbone(model.backbone, backbone_path)
+        texts.append(f"Backbone from {backbone_path}:\n{report.summary()}")
+    if model_path:
+        classes = named_columns(metainfo.get("classes") or (), metainfo.get("category_ids")) or None
+        report = load_for_model(model, model_path, class_names=classes)
+        texts.append(f"Model from {model_path}:\n{report.summary()}")
+    return texts
 
 
 # --- Replaced images ---

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmdet.registry import MODELS
+from mmdet.registry import DATASETS, MODELS
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import Runner, set_random_seed
 from torch import Tensor, nn
 
+from ddetr_mm.engine.hooks import load_pretrained
 from ddetr_mm.preflight import round_trip
 from ddetr_mm.preflight.annotations import largest_padded_hw
 from ddetr_mm.preflight.inputs import Split
@@ -32,7 +33,6 @@ from ddetr_mm.preflight.resources import (
     num_checkpoints,
 )
 from ddetr_mm.spec import ExperimentSpec
-from ddetr_mm.weights import load_backbone, load_for_model
 
 # --- One training step ---
 
@@ -215,23 +215,22 @@ CPU_STEP_IMAGES = 2
 """Images of the step on a CPU, where a whole batch of large images would take minutes."""
 
 
-def build_network(config: Any, spec: ExperimentSpec, class_names: Sequence[str]) -> nn.Module:
-    """The detector with the weights that training starts from.
+def build_network(config: Any, spec: ExperimentSpec) -> nn.Module:
+    """The detector with the weights that training starts from, loaded as training loads them.
 
     Args:
-        config: the translated config for ``train``.
+        config: the translated config; for ``train`` where ``spec`` names weights.
         spec: names those weights.
-        class_names: by label, to match the columns of a class head.
 
     Raises:
         WeightsError: weights are missing or do not fit.
     """
     model = MODELS.build(config.model)
     model.init_weights()
-    if spec.model.pretrained_backbone_path:
-        load_backbone(model.backbone, spec.model.pretrained_backbone_path)
-    if spec.train.pretrained_model_path:
-        load_for_model(model, spec.train.pretrained_model_path, class_names=class_names)
+    backbone_path, model_path = spec.model.pretrained_backbone_path, spec.train.pretrained_model_path
+    if "train_dataloader" in config and (backbone_path or model_path):
+        metainfo = DATASETS.build(config.train_dataloader.dataset).metainfo if model_path else {}
+        load_pretrained(model, backbone_path, model_path, metainfo)
     return model
 
 

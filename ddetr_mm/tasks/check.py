@@ -168,8 +168,7 @@ def _network_sections(
             return
     config = Config.fromstring(config_source(loaded, subtask if subtask == "train" else "evaluate"), ".py")
     register_scope(config)
-    names = [name for _, name in sorted(splits[0].table.category_names.items())]
-    model = network.build_network(config, spec, names)
+    model = network.build_network(config, spec)
     loader, metric = config.test_dataloader, config.test_evaluator
     for split in splits:
         yield from network.check_round_trip(model, split, loader, metric, folder, full=full)
@@ -182,7 +181,13 @@ def _classes_section(loaded: LoadedSpec, subtask: str, splits: list[Split]) -> I
     """Load the network that a subtask predicts with; its classes against those of the data, by name."""
     from ddetr_mm.datasets.coco import build_label_map
     from ddetr_mm.preflight.report import Section
-    from ddetr_mm.tasks.runner import build_model, exported_input, graph_columns_note, is_exported
+    from ddetr_mm.tasks.runner import (
+        build_model,
+        exported_input,
+        graph_columns_note,
+        is_exported,
+        predicted_names,
+    )
     from ddetr_mm.weights import read_checkpoint, to_category_ids
 
     task, num_classes = getattr(loaded.spec, subtask), loaded.spec.dataset.num_classes
@@ -194,6 +199,8 @@ def _classes_section(loaded: LoadedSpec, subtask: str, splits: list[Split]) -> I
     section = Section("classes of the network")
     if engine or (checkpoint and is_exported(checkpoint)):
         exported = exported_input(checkpoint, engine, where=subtask)
+        if exported is not None and subtask == "inference":
+            predicted_names(loaded, subtask, exported.class_names)
         if exported is not None and columns is not None:
             section.lines.append(graph_columns_note(None, exported, columns, engine or checkpoint))
     elif checkpoint:

@@ -31,7 +31,7 @@ def network_of(data_set, *overrides: str):
         Split.read(name, [dict(image_dir=str(folder / name), json_file=str(folder / f"{name}.json"))])
         for name in ("train", "val")
     ]
-    return config, loaded.spec, network.build_network(config, loaded.spec, ()), splits
+    return config, loaded.spec, network.build_network(config, loaded.spec), splits
 
 
 def test_the_whole_check_through_the_command(data_set, capsys):

@@ -168,6 +168,25 @@ def test_export(name, folder, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "model.parity.json").read_text())["passed"]
 
 
+@pytest.mark.parametrize("name", ["ours", *FORMATS])
+def test_check_loads_it_as_training_does(name, folder, tmp_path, monkeypatch):
+    """The class columns go to the data's ids, whatever the file's numbering; column 3 has no class."""
+    from ddetr_mm.preflight import network
+
+    built = []
+    monkeypatch.setattr(network, "check_round_trip", lambda model, *_, **__: built.append(model) or [])
+    monkeypatch.setattr(network, "check_training_step", lambda *_: [])
+    for path in (folder / "images").iterdir():  # other images than those of training
+        cv2.imwrite(str(tmp_path / path.name), cv2.imread(str(path))[:, ::-1])
+    words = (f"train.pretrained_model_path={path_of(name)}", f"train.results_dir={tmp_path}")
+    run(folder, monkeypatch, "check", *words, f"dataset.val_data_sources.0.image_dir={tmp_path}")
+    start = torch.load(folder / "ours.pth", weights_only=True)["state_dict"]
+    loaded = built[0].state_dict()
+    for key in ("bbox_head.cls_branches.0.weight", "bbox_head.cls_branches.1.bias"):
+        assert torch.equal(loaded[key][[1, 2, 4]], start[key][[1, 2, 4]])
+    assert torch.equal(loaded["backbone.conv1.weight"], start["backbone.conv1.weight"])
+
+
 @pytest.mark.parametrize("name", ["hf", "zoo"])
 def test_train_starts_from_it(name, folder, tmp_path, monkeypatch):
     """With a learning rate of nothing, what is trained is what was loaded."""
