@@ -135,7 +135,7 @@ def _checksum(name: str, array: npt.NDArray[Any]) -> int:
 
 # --- The cache ---
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the columns or their meaning change: older files are then not read."""
 
 FOLDER_VARIABLE = "DDETR_MM_CACHE"
@@ -220,7 +220,12 @@ def save_table(table: CocoTable, path: Path) -> None:
     """Write a table for :func:`open_table`."""
     names = json.dumps(list(table.category_names.items()))
     columns = {name: getattr(table, name) for name in table.array_names()}
-    write_columns(path, columns, {"category_names": names, "version": str(FORMAT_VERSION)})
+    metadata = {
+        "category_names": names,
+        "repairs": json.dumps(table.repairs),
+        "version": str(FORMAT_VERSION),
+    }
+    write_columns(path, columns, metadata)
 
 
 def open_table(path: Path, *, verify: bool = True) -> MappedCocoTable:
@@ -236,7 +241,8 @@ def open_table(path: Path, *, verify: bool = True) -> MappedCocoTable:
     ):
         raise DamagedFile(f"{path} is of another version")
     names = {int(category): str(name) for category, name in json.loads(found.metadata["category_names"])}
-    table = MappedCocoTable(**found.columns, category_names=names)
+    repairs = tuple(json.loads(found.metadata["repairs"]))
+    table = MappedCocoTable(**found.columns, category_names=names, repairs=repairs)
     object.__setattr__(table, "path", path)
     return table
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from mmdet.datasets.base_det_dataset import BaseDetDataset
+from mmdet.datasets.coco import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.logging import print_log
 
@@ -54,7 +55,7 @@ class LabelMap:
 
 
 def labels_of(
-    category_ids: npt.NDArray[np.int32], lookup: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    category_ids: npt.NDArray[np.int64], lookup: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 ) -> npt.NDArray[np.int64]:
     """(M,) the label of every category id; -1 where it has none.
 
@@ -175,11 +176,16 @@ class SerializedCocoDataset(BaseDetDataset):
             ``'process'``, one copy a process, nothing is written.
         missing_images: ``'error'``, or ``'replace'`` in training: an image that cannot be read is
             reported, counted in :attr:`num_replaced` and another one taken.
-        with_masks: keep segmentations; instances get ``mask``.
-        metainfo, data_root, data_prefix, filter_cfg, indices, pipeline, test_mode, lazy_init,
-            max_refetch, backend_args: as in mmdet. Classes that ``metainfo`` does not name are read from
-            the annotation files. ``filter_cfg`` knows ``filter_empty_gt`` and ``min_size``; without it
+        with_masks: keep segmentations; instances get ``mask`` (empty where there is none, which
+            ``LoadAnnotations`` then ignores). None: where a step of the pipeline has ``with_mask=True``.
+        strict_annotations: annotations that have to be left out (of an image or a category that is not in
+            the files, or without a box) are an error; otherwise they are counted in the log.
+        metainfo, data_root, data_prefix, filter_cfg, indices, pipeline, test_mode, lazy_init, max_refetch,
+            seg_map_suffix, return_classes, caption_prompt, serialize_data: as in mmdet. Classes that
+            ``metainfo`` does not name are read from the annotation files, and only where these have none
+            are they COCO's 80. ``filter_cfg`` knows ``filter_empty_gt`` and ``min_size``; without it
             images without objects are kept.
+        backend_args: for the images; annotation files are read from this machine.
 
     Differences to ``CocoDataset``: boxes thinner than one pixel are kept (as in TAO) while
     boxes without area inside the image are dropped; bad files raise
@@ -189,13 +195,14 @@ class SerializedCocoDataset(BaseDetDataset):
     gaps).
 
     Each data info: ``img_path``, ``img_id`` (unique over all sources), ``source_id``, ``original_img_id``,
-    ``height``, ``width`` (as recorded; the decoded image decides), ``seg_map_path`` (None), ``sample_idx``
+    ``height``, ``width`` (as recorded; the decoded image decides), ``seg_map_path`` (below
+    ``data_prefix['seg']``, else None), ``sample_idx``
     and ``instances``, each with ``bbox`` (x1, y1, x2, y2 in pixels, unclipped), ``bbox_label`` and
     ``ignore_flag`` (1 for crowds).
     """
 
     _fully_initialized: bool
-    METAINFO: ClassVar[dict[str, Any]] = {}
+    METAINFO: ClassVar[dict[str, Any]] = CocoDataset.METAINFO
 
     def __init__(
         self,
@@ -206,18 +213,23 @@ class SerializedCocoDataset(BaseDetDataset):
         num_classes: int | None = None,
         storage: str = "shared",
         missing_images: str = "error",
-        with_masks: bool = False,
+        with_masks: bool | None = None,
+        strict_annotations: bool = False,
         **kwargs: Any,
     ) -> None:
         if bool(ann_file) == bool(sources):
             raise ValueError("give ann_file or sources, and not both")
-        if kwargs.get("proposal_file") is not None:
-            raise ValueError("SerializedCocoDataset reads no proposals; use CocoDataset")
         if storage not in STORAGES:
             raise ValueError(f"storage must be one of {', '.join(STORAGES)}, not {storage!r}")
         if missing_images not in ("error", "replace"):
             raise ValueError(f"missing_images must be 'error' or 'replace', not {missing_images!r}")
+        check_mmdet_arguments(kwargs, with_sources=bool(sources))
+        if with_masks is None:
+            with_masks = wants_masks(args[6] if len(args) > 6 else kwargs.get("pipeline", ()))
+        given_metainfo = args[0] if args else kwargs.get("metainfo")
+        self._classes_given = "classes" in (given_metainfo or {}) or self.METAINFO is not CocoDataset.METAINFO
         self._given_sources = sources
+        self.strict_annotations = strict_annotations
         self.label_mode = label_mode
         self.num_classes = num_classes
         self.storage = storage
@@ -242,9 +254,13 @@ class SerializedCocoDataset(BaseDetDataset):
             annotations_required=not self.test_mode,
             with_masks=self.with_masks,
             storage=self.storage,
+            strict=self.strict_annotations,
         )
         label_map = build_label_map(
-            self.table, self.label_mode, self._metainfo.get("classes"), self.num_classes
+            self.table,
+            self.label_mode,
+            self._metainfo.get("classes") if self._classes_given else None,
+            self.num_classes,
         )
         self._set_labels(label_map)
         self._rows = self._filtered_rows()
@@ -351,14 +367,27 @@ class SerializedCocoDataset(BaseDetDataset):
         return [CocoSource.of(source).below(root) for source in self._given_sources]
 
     def _set_labels(self, label_map: LabelMap) -> None:
+        defaults = CocoDataset.METAINFO
+        if not self.table.category_names and not self._classes_given and self.label_mode == "contiguous":
+            label_map = LabelMap(defaults["classes"], (None,) * len(defaults["classes"]))  # as mmdet's
+        if label_map.classes != defaults["classes"] and self._metainfo.get("palette") == defaults["palette"]:
+            del self._metainfo["palette"]  # of other classes, and too short for more than these
         self._metainfo["classes"] = label_map.classes
         self._metainfo["category_ids"] = label_map.category_ids
         self._lookup = label_map.lookup()
         # names that tools for mmdet's CocoDataset use
         self.cat_ids = [category for category in label_map.category_ids if category is not None]
         self.cat2label = dict(zip(*(part.tolist() for part in self._lookup), strict=True))
-        for note in (*self.table.notes, *label_map.notes):
+        for note in (*self.table.notes, *label_map.notes, *self._notes_on_masks()):
             print_log(note, logger="current", level=logging.WARNING)
+
+    def _notes_on_masks(self) -> list[str]:
+        if not self.with_masks or not self.table.num_boxes:
+            return []
+        without = int((np.diff(self.table.mask_starts) == 0).sum())
+        if not without:
+            return []
+        return [f"annotations without a segmentation, ignored where masks are loaded: {without}"]
 
     def _filtered_rows(self) -> npt.NDArray[np.int32] | None:
         """The image rows that ``filter_cfg`` leaves; None for all."""
@@ -395,12 +424,15 @@ class SerializedCocoDataset(BaseDetDataset):
         table = self.table
         source = int(table.source_indices[row])
         height, width = table.sizes_hw[row].tolist()
+        name = table.file_name(row)
+        seg_folder = self.data_prefix.get("seg")
+        seg_name = name.rsplit(".", 1)[0] + self.seg_map_suffix
         info: dict[str, Any] = {
-            "img_path": self.sources[source].image_path(table.file_name(row)),
+            "img_path": self.sources[source].image_path(name),
             "img_id": int(table.image_ids[row]),
             "source_id": source,
-            "original_img_id": int(table.original_image_ids[row]),
-            "seg_map_path": None,
+            "original_img_id": table.original_id(row),
+            "seg_map_path": join_location(seg_folder, seg_name) if seg_folder else None,
             "height": height,
             "width": width,
             "instances": self._instances(table.boxes_of(row)),
@@ -422,10 +454,39 @@ class SerializedCocoDataset(BaseDetDataset):
         ]
         if self.with_masks:
             for instance, box in zip(instances, boxes.start + np.flatnonzero(usable), strict=True):
-                segmentation = self.table.segmentation(int(box))
-                if segmentation:
-                    instance["mask"] = segmentation
+                instance["mask"] = self.table.segmentation(int(box)) or []
         return instances
+
+
+def check_mmdet_arguments(arguments: Mapping[str, Any], *, with_sources: bool) -> None:
+    """Refuse arguments of mmdet's ``CocoDataset`` that would have no effect here.
+
+    Args:
+        arguments: what the dataset hands on to mmdet.
+        with_sources: whether the images' folders are in ``sources``.
+
+    Raises:
+        ValueError: one is given.
+    """
+    if arguments.get("proposal_file") is not None:
+        raise ValueError(
+            "SerializedCocoDataset reads no proposals (proposal_file); use CocoDataset for this dataset"
+        )
+    if arguments.get("file_client_args") is not None:
+        raise ValueError("file_client_args is gone from mmdet; use backend_args")
+    if with_sources and (arguments.get("data_prefix") or {}).get("seg"):
+        raise ValueError(
+            "data_prefix['seg'] belongs to ann_file: sources have no folder of segmentation maps"
+        )
+
+
+def wants_masks(pipeline: Any) -> bool:
+    """Whether a step of a pipeline, at any depth, is to load instance masks (``with_mask=True``)."""
+    if isinstance(pipeline, Mapping):
+        return bool(pipeline.get("with_mask")) or any(wants_masks(value) for value in pipeline.values())
+    if isinstance(pipeline, (list, tuple)):
+        return any(wants_masks(step) for step in pipeline)
+    return bool(getattr(pipeline, "with_mask", False)) or wants_masks(getattr(pipeline, "transforms", ()))
 
 
 def as_filler(sample: Any) -> Any:
@@ -449,6 +510,8 @@ class ImageFolderDataset(BaseDetDataset):
     Args:
         folders: a folder, or several, relative to ``data_root``; single image files count too.
         recursive: search subfolders too.
+        unreadable: what happens to an image that cannot be read. ``'error'``: the run stops; ``'skip'``: a
+            blank sample takes its place in the batch, with the reason as ``unreadable`` in its metainfo.
         metainfo, data_root, indices, pipeline, lazy_init: as in mmengine's ``BaseDataset``.
 
     Each data info: ``img_path``, ``img_id`` (the position in the whole list), ``source_id`` (position of
@@ -466,6 +529,9 @@ class ImageFolderDataset(BaseDetDataset):
         unreadable: str = "error",
         **kwargs: Any,
     ) -> None:
+        if unreadable not in ("error", "skip"):
+            raise ValueError(f"unreadable must be 'error' or 'skip', not {unreadable!r}")
+        self.unreadable = unreadable
         self.folders = [folders] if isinstance(folders, (str, os.PathLike)) else list(folders)
         self.recursive = recursive
         kwargs.setdefault("data_prefix", {})
@@ -521,8 +587,3 @@ def blank_sample(transforms: Sequence[Any], info: Mapping[str, Any], reason: str
     sample = lying if stretched else packed((32, 32), transforms[-1:])
     sample["data_samples"].set_metainfo({"unreadable": reason})
     return sample
-        unreadable: what happens to an image that cannot be read. ``'error'``: the run stops; ``'skip'``: a
-            blank sample takes its place in the batch, with the reason as ``unreadable`` in its metainfo.
-        if unreadable not in ("error", "skip"):
-            raise ValueError(f"unreadable must be 'error' or 'skip', not {unreadable!r}")
-        self.unreadable = unreadable

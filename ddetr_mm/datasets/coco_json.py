@@ -1,26 +1,41 @@
 """Decode one COCO annotation file into columns.
 
 The JSON is decoded into typed records (msgspec) that hold only what detection needs: polygons, licences and
-other fields never become Python objects. Errors name the file, the place in it and the value.
+other fields never become Python objects. A file that deviates from the format is decoded once more without
+types: what has one meaning only is repaired and counted (:class:`Repair`), everything else is refused with
+the number of cases and the first three of them.
+
+Repaired are ids that are texts or floats, ``null`` flags, boxes that only polygons or RLE give, missing sizes
+(left to :mod:`ddetr_mm.datasets.sources`), backslashes in ``file_name``, ``coco_url`` without ``file_name``
+(LVIS), UTF-16, gzip, and ``NaN`` in fields that are not read.
 
 Format: https://cocodataset.org/#format-data.
 """
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import hashlib
+import json
+import math
 import re
-from dataclasses import dataclass
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.datasets.geometry import box_around_segmentation
+from ddetr_mm.errors import DataError, Problem, shorten
 
 _Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-_CategoryId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_CategoryId = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _Side = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 
@@ -69,23 +84,47 @@ class _RawDocument(msgspec.Struct):
 
 
 @dataclass(frozen=True)
+class Repair:
+    """One kind of deviation in one file that was put right.
+
+    Attributes:
+        what: the deviation and what was done about it.
+        count: number of cases.
+        path: the file.
+        examples: place in the file and value of up to three cases.
+        drops: whether the annotations concerned are left out.
+    """
+
+    what: str
+    count: int
+    path: Path
+    examples: tuple[tuple[str, Any], ...]
+    drops: bool = False
+
+
+@dataclass(frozen=True)
 class JsonColumns:
     """The columns of one annotation file, in the file's order. N images, M annotations.
 
     Attributes:
-        image_ids: (N,) int64, as written.
-        sizes_hw: (N, 2) int32, pixels, as written.
-        file_names: N names, relative to the image folder.
+        image_ids: (N,) int64, as written; of a text that is no number, a digest (see ``id_texts``).
+        sizes_hw: (N, 2) int32, pixels, as written; 0 where the file has none.
+        file_names: N names, relative to the image folder, with ``/``.
         annotation_ids: (M,) int64; annotations without an id hold ``-1`` and ``has_id`` False.
         has_id: (M,) bool.
         annotation_image_ids: (M,) int64.
-        category_ids: (M,) int32.
+        category_ids: (M,) int64.
         boxes_xywh: (M, 4) float64, pixels, top-left corner, width, height.
         areas: (M,) float64, pixels; width times height where the file has none.
         crowd, ignored: (M,) bool, the annotation's ``iscrowd`` and ``ignore``.
         segmentations: M JSON texts (empty where absent), or None when not asked for.
         categories: category id to name, in the file's order.
         annotated: whether the file has ``annotations`` at all (a test set may not).
+        image_id_texts: N ids as written where they are texts, None for the others; empty where all ids are
+            numbers.
+        id_texts: number to text of every id that is no number, of images, annotations and categories.
+        annotation_rows: (M,) int64, place of each annotation in the file's list; None where none is left out.
+        repairs: what was put right.
     """
 
     image_ids: npt.NDArray[np.int64]
@@ -94,7 +133,7 @@ class JsonColumns:
     annotation_ids: npt.NDArray[np.int64]
     has_id: npt.NDArray[np.bool_]
     annotation_image_ids: npt.NDArray[np.int64]
-    category_ids: npt.NDArray[np.int32]
+    category_ids: npt.NDArray[np.int64]
     boxes_xywh: npt.NDArray[np.float64]
     areas: npt.NDArray[np.float64]
     crowd: npt.NDArray[np.bool_]
@@ -102,6 +141,14 @@ class JsonColumns:
     segmentations: list[bytes] | None
     categories: dict[int, str]
     annotated: bool
+    image_id_texts: list[str | None] = field(default_factory=list)
+    id_texts: dict[int, str] = field(default_factory=dict)
+    annotation_rows: npt.NDArray[np.int64] | None = None
+    repairs: list[Repair] = field(default_factory=list)
+
+    def place(self, annotation: int) -> int:
+        """Where annotation ``annotation`` stands in the file's list, for messages."""
+        return annotation if self.annotation_rows is None else int(self.annotation_rows[annotation])
 
 
 def parse_coco_json(
@@ -121,28 +168,79 @@ def parse_coco_json(
         The file's columns. Ids are not checked against each other here.
 
     Raises:
-        DataError: the file is not JSON, lacks a key, has a value of the wrong type or a box number that is
+        DataError: the file is not JSON, lacks a key, has a value that cannot be read or a box number that is
             not finite, or gives one category id two names.
     """
-    document = _decode(content, path, with_masks)
-    columns = _columns(document, path, with_masks)
-    _check_finite(columns, path)
-    return columns
-
-
-def _decode(content: bytes | memoryview, path: Path, with_masks: bool) -> Any:
-    if bytes(content[:3]) == b"\xef\xbb\xbf":  # a byte order mark, which some editors write
-        content = memoryview(content)[3:]
+    content, repairs = _as_utf8(content, path)
     try:
-        return msgspec.json.decode(content, type=_DocumentWithMasks if with_masks else _Document)
-    except msgspec.ValidationError as error:
-        raise DataError(_validation_problem(content, path, str(error))) from None
+        document = msgspec.json.decode(content, type=_DocumentWithMasks if with_masks else _Document)
+        columns = _columns(document, path, with_masks)
+    except msgspec.ValidationError:
+        columns = _repaired_columns(content, path, with_masks)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DataError(_syntax_problem(content, path, str(error))) from None
+        columns = _columns_despite_nan(content, path, with_masks, _syntax_problem(content, path, str(error)))
+    _check_finite(columns, path)
+    repairs += [*columns.repairs, *_slashed(columns, path)]
+    return replace(columns, repairs=repairs) if repairs else columns
+
+
+# --- Bytes to UTF-8 ---
+
+_NO_JSON: tuple[tuple[bytes, str, str], ...] = (
+    (b"PK\x03\x04", "a zip archive", "unpack it"),
+    (b"version https://git-lfs", "a pointer of Git LFS", "fetch the file itself: git lfs pull"),
+    (b"<", "HTML or XML", "download or export the annotations as COCO JSON"),
+    (b"\x80", "a pickle", "export the annotations as COCO JSON"),
+)
+"""First bytes, what such a file is, and what the user can do."""
+
+
+def _as_utf8(content: bytes | memoryview, path: Path) -> tuple[bytes | memoryview, list[Repair]]:
+    """The file's text in UTF-8, unpacked.
+
+    Raises:
+        DataError: a damaged gzip or UTF-16 file, or a file of another kind.
+    """
+    if bytes(content[:2]) == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                Problem(f"is a damaged gzip file: {error}", path, hint="write or copy it again")
+            ) from None
+    head = bytes(content[:32])
+    if head.startswith(codecs.BOM_UTF8):  # some editors write it
+        return memoryview(content)[3:], []
+    encoding = _wide_encoding(head)
+    if encoding:
+        try:
+            text = str(content, encoding).encode()
+        except UnicodeError as error:
+            raise DataError(Problem(f"is damaged {encoding.upper()} text: {error}", path)) from None
+        return text, [Repair(f"{encoding.upper()} text instead of UTF-8 is read", 1, path, ())]
+    for start, kind, hint in _NO_JSON:
+        if head.lstrip().startswith(start):
+            raise DataError(Problem(f"is {kind}, not JSON", path, hint=hint))
+    return content, []
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32 by its byte order mark, or by the zeros beside the first brace."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return {b"{\0": "utf-16-le", b"\0{": "utf-16-be"}.get(head[:2])
+
+
+# --- Errors of the decoder ---
 
 
 def _syntax_problem(content: bytes | memoryview, path: Path, message: str) -> Problem:
     """Malformed JSON, with the byte offset and the text around it."""
+    wrong_encoding = _encoding_problem(content, path)
+    if wrong_encoding:
+        return wrong_encoding
     message = message.removeprefix("JSON is malformed: ")
     match = re.search(r"\(byte (\d+)\)", message)
     if match is None:  # the decoder reached the end of the file
@@ -154,10 +252,55 @@ def _syntax_problem(content: bytes | memoryview, path: Path, message: str) -> Pr
     nearby = bytes(content[max(0, offset - 40) : offset + 20]).decode("utf-8", errors="replace")
     token = bytes(content[max(0, offset - 1) : offset + 9])
     if re.search(rb"NaN|nan|Infinity|inf", token):
-        message = "numbers must be finite (NaN and Infinity are not JSON)"
+        message = _NOT_FINITE
     return Problem(
         f"is not valid JSON: {message}", path, f"byte {offset}", nearby, hint="correct the text there"
     )
+
+
+_NOT_FINITE = "numbers must be finite (NaN and Infinity are not JSON)"
+
+
+def _encoding_problem(content: bytes | memoryview, path: Path) -> Problem | None:
+    """The first byte that is not UTF-8; which other encoding a file is in cannot be known."""
+    try:
+        str(content, "utf-8")
+    except UnicodeDecodeError as error:
+        start = max(error.start - 20, 0)
+        nearby = bytes(content[start : error.start + 20]).decode("latin-1")
+        what = f"is not UTF-8 text: invalid character {content[error.start]:#04x}"
+        hint = (
+            "convert it, for example from Latin-1: iconv -f LATIN1 -t UTF-8 old.json > new.json "
+            "(CP1252 for most files of Windows)"
+        )
+        return Problem(what, path, f"byte {error.start}", nearby, hint=hint)
+    return None
+
+
+def _columns_despite_nan(
+    content: bytes | memoryview, path: Path, with_masks: bool, problem: Problem
+) -> JsonColumns:
+    """The columns of a file whose only fault is ``NaN`` or ``Infinity`` where nothing is read.
+
+    Raises:
+        DataError: ``problem``, for any other fault.
+    """
+    if _NOT_FINITE not in problem.what:
+        raise DataError(problem)
+    count = 0
+
+    def constant(name: str) -> str:
+        nonlocal count
+        count += 1
+        return name  # a text: refused wherever a number is needed
+
+    try:
+        document = json.loads(bytes(content), parse_constant=constant)
+        columns = _repaired_columns(msgspec.json.encode(document), path, with_masks)
+    except (ValueError, RecursionError, DataError):
+        raise DataError(problem) from None
+    what = "NaN or Infinity in fields that are not read"
+    return replace(columns, repairs=[Repair(what, count, path, ()), *columns.repairs])
 
 
 def _validation_problem(content: bytes | memoryview, path: Path, message: str) -> Problem:
@@ -210,7 +353,7 @@ def _columns(document: Any, path: Path, with_masks: bool) -> JsonColumns:
         annotation_ids=np.fromiter(ids, np.int64, num_boxes),
         has_id=has_id,
         annotation_image_ids=np.fromiter((item.image_id for item in annotations), np.int64, num_boxes),
-        category_ids=np.fromiter((item.category_id for item in annotations), np.int32, num_boxes),
+        category_ids=np.fromiter((item.category_id for item in annotations), np.int64, num_boxes),
         boxes_xywh=boxes_xywh,
         areas=areas,
         crowd=np.fromiter((bool(item.iscrowd) for item in annotations), np.bool_, num_boxes),
@@ -242,5 +385,304 @@ def _check_finite(columns: JsonColumns, path: Path) -> None:
         what = "box numbers are not finite in single precision"
         if bad.size > 1:
             what += f" (in {bad.size} annotations)"
-        where, box = f"annotations[{row}].bbox", columns.boxes_xywh[row].tolist()
+        where, box = f"annotations[{columns.place(row)}].bbox", columns.boxes_xywh[row].tolist()
         raise DataError(Problem(what, path, where, box, hint="correct the box"))
+
+
+# --- Files that deviate from the format ---
+
+
+class _LooseImage(msgspec.Struct, gc=False):
+    id: Any = None
+    file_name: Any = None
+    coco_url: Any = None
+    width: Any = None
+    height: Any = None
+
+
+class _LooseAnnotation(msgspec.Struct, gc=False):
+    image_id: Any = None
+    category_id: Any = None
+    bbox: Any = None
+    id: Any = None
+    area: Any = None
+    iscrowd: Any = 0
+    ignore: Any = 0
+    segmentation: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _LooseCategory(msgspec.Struct):
+    id: Any = None
+    name: Any = None
+
+
+class _LooseDocument(msgspec.Struct):
+    images: list[_LooseImage]
+    categories: list[_LooseCategory] | None = None
+    annotations: list[_LooseAnnotation] | None = None
+
+
+EXAMPLES_SHOWN = 3
+
+_ID_HINT = "give an integer or a text"
+_INTEGER_TEXT = re.compile(r"\s*([+-]?\d{1,19})(?:\.0*)?\s*", re.ASCII)
+
+
+class _Deviations:
+    """What one file has that the format has not: repaired, or refused, each kind with its cases."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.id_texts: dict[int, str] = {}
+        self._repaired: dict[str, list[tuple[str, Any]]] = {}
+        self._counts: dict[str, int] = {}
+        self._dropping: set[str] = set()
+        self._refused: dict[str, str] = {}
+
+    def _add(self, what: str, where: str, value: Any) -> None:
+        cases = self._repaired.setdefault(what, [])
+        self._counts[what] = self._counts.get(what, 0) + 1
+        if len(cases) < EXAMPLES_SHOWN:
+            cases.append((where, value))
+
+    def repaired(self, what: str, where: str, value: Any, *, drops: bool = False) -> None:
+        """Count one case that was put right."""
+        self._add(what, where, value)
+        if drops:
+            self._dropping.add(what)
+
+    def refused(self, what: str, where: str, value: Any, hint: str) -> None:
+        """Count one case that cannot be read."""
+        self._add(what, where, value)
+        self._refused[what] = hint
+
+    def repairs(self) -> list[Repair]:
+        """All kinds that were put right.
+
+        Raises:
+            DataError: something was refused: one problem a kind.
+        """
+        DataError.collect(
+            refusal(what, self._counts[what], [(self.path, *case) for case in self._repaired[what]], hint)
+            for what, hint in self._refused.items()
+        )
+        return [
+            Repair(what, self._counts[what], self.path, tuple(cases), what in self._dropping)
+            for what, cases in self._repaired.items()
+        ]
+
+    def id_of(self, value: Any, name: str, index: int, key: str) -> int:
+        """The number of an id: as written, or a digest of a text that is no number; 0 where it is refused."""
+        if type(value) is int and -(2**63) <= value < 2**63:
+            return value
+        number = _number_of(value)
+        where = f"{name}[{index}].{key}"
+        if number is None:
+            kind = f"{name} whose {key} is neither an integer of 64 bits nor a text"
+            self.refused(kind, where, value, _ID_HINT)
+            return 0
+        self.repaired(f"{name} whose {key} is no integer: read as number or text", where, value)
+        if isinstance(value, str) and not _INTEGER_TEXT.fullmatch(value):
+            self.id_texts[number] = value
+        return number
+
+    def flag_of(self, value: Any, index: int, key: str) -> bool:
+        """``iscrowd`` or ``ignore``."""
+        if type(value) in (int, bool):
+            return bool(value)
+        where = f"annotations[{index}].{key}"
+        if value is None:
+            self.repaired(f"annotations whose {key} is null: read as 0", where, value)
+            return False
+        if value in (0.0, 1.0, "0", "1", "", "0.0", "1.0"):
+            self.repaired(f"annotations whose {key} is no integer: read as 0 or 1", where, value)
+            return value in (1.0, "1", "1.0")
+        self.refused(f"annotations whose {key} is neither 0 nor 1", where, value, "give 0 or 1")
+        return False
+
+    def side_of(self, value: Any, index: int, key: str) -> int:
+        """``width`` or ``height``; 0 where the file has none."""
+        if type(value) is int and 0 < value < 2**31:
+            return value
+        if value is None or value == 0:
+            return 0  # counted where it is read from the image
+        where = f"images[{index}].{key}"
+        number = _number_of(value) if not isinstance(value, bool) else None
+        if number is None or not 0 < number < 2**31 or number in self.id_texts:
+            hint = "give pixels, or leave it out: it is then read from the image"
+            self.refused(f"images whose {key} is no whole number >= 1", where, value, hint)
+            return 0
+        self.repaired(f"images whose {key} is no integer: read as the number", where, value)
+        return number
+
+    def name_of(self, image: _LooseImage, index: int) -> str:
+        """``file_name``, or the path in ``coco_url``."""
+        if isinstance(image.file_name, str):
+            return image.file_name
+        if image.file_name is None and isinstance(image.coco_url, str):
+            name = unquote(urlsplit(image.coco_url).path).lstrip("/")
+            self.repaired(
+                "images with coco_url and no file_name: its path is taken", f"images[{index}].coco_url", name
+            )
+            return name
+        hint = "name the file, relative to image_dir"
+        self.refused("images whose file_name is no text", f"images[{index}].file_name", image.file_name, hint)
+        return ""
+
+    def area_of(self, value: Any, index: int) -> float | None:
+        """``area``; None where the box gives it."""
+        if value is None or (type(value) in (int, float) and math.isfinite(value)):
+            return value
+        self.repaired(
+            "annotations whose area is no number: width times height", f"annotations[{index}].area", value
+        )
+        return None
+
+    def box_of(self, annotation: _LooseAnnotation, index: int) -> tuple[float, float, float, float] | None:
+        """``bbox``, or the box around the segmentation; None where the annotation has neither."""
+        value, where = annotation.bbox, f"annotations[{index}].bbox"
+        if value is None or value == []:
+            box = _box_of_segmentation(annotation.segmentation)
+            if box is None:
+                what = "annotations without bbox, polygon and RLE: left out"
+                self.repaired(what, f"annotations[{index}]", value, drops=True)
+            else:
+                self.repaired("annotations without bbox: the box around the segmentation", where, list(box))
+            return box
+        if isinstance(value, list) and len(value) == 4 and all(type(one) in (int, float) for one in value):
+            return value[0], value[1], value[2], value[3]
+        self.refused(
+            "annotations whose bbox is no list of length 4 of int or float",
+            where,
+            value,
+            "give x, y, width, height",
+        )
+        return 0.0, 0.0, 0.0, 0.0
+
+
+def refusal(what: str, count: int, cases: Sequence[tuple[Path, str, Any]], hint: str) -> Problem:
+    """A problem for ``count`` cases: the first is its place and value, up to two more are named."""
+    path, where, value = cases[0]
+    others = [
+        f"{place} ({shorten(found)})" if other == path else f"{other}: {place} ({shorten(found)})"
+        for other, place, found in cases[1:EXAMPLES_SHOWN]
+    ]
+    if count > 1:
+        what += f" ({count} in all: also {', '.join(others)})" if others else f" ({count} in all)"
+    return Problem(what, path, where, value, hint=hint)
+
+
+def _number_of(value: Any) -> int | None:
+    """The 63-bit number of an id or size; None where there is none."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 2**63 else None
+    if not isinstance(value, str) or not value.strip():
+        return value if type(value) is int and -(2**63) <= value < 2**63 else None
+    match = _INTEGER_TEXT.fullmatch(value)
+    if match and -(2**63) <= int(match.group(1)) < 2**63:
+        return int(match.group(1))
+    # The same text must give the same number in every file of a source.
+    digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _repaired_columns(content: bytes | memoryview, path: Path, with_masks: bool) -> JsonColumns:
+    """The columns of a file that is not as the format says.
+
+    Raises:
+        DataError: something in it has no meaning.
+    """
+    try:
+        loose = msgspec.json.decode(content, type=_LooseDocument)
+    except msgspec.ValidationError as error:
+        raise DataError(_validation_problem(content, path, str(error))) from None
+    if loose.categories is None and loose.annotations:
+        what = "is not a COCO annotation file: object missing required field 'categories'"
+        raise DataError(Problem(what, path, hint="give a COCO JSON object"))
+    found = _Deviations(path)
+    categories = [_repaired_category(found, index, item) for index, item in enumerate(loose.categories or [])]
+    images = [
+        _Image(
+            id=found.id_of(image.id, "images", index, "id"),
+            file_name=found.name_of(image, index),
+            width=found.side_of(image.width, index, "width"),
+            height=found.side_of(image.height, index, "height"),
+        )
+        for index, image in enumerate(loose.images)
+    ]
+    pairs = [
+        (index, repaired)
+        for index, item in enumerate(loose.annotations or [])
+        if (repaired := _repaired_annotation(found, index, item)) is not None
+    ]
+    repairs = found.repairs()
+    annotations = None if loose.annotations is None else [item for _, item in pairs]
+    columns = _columns(_DocumentWithMasks(images, categories, annotations), path, with_masks)
+    columns.sizes_hw[(columns.sizes_hw == 0).any(axis=1)] = 0
+    texts = [image.id if isinstance(image.id, str) else None for image in loose.images]
+    return replace(
+        columns,
+        image_id_texts=texts if any(text is not None for text in texts) else [],
+        id_texts=found.id_texts,
+        annotation_rows=np.array([index for index, _ in pairs], np.int64),
+        repairs=repairs,
+    )
+
+
+def _repaired_category(found: _Deviations, index: int, category: _LooseCategory) -> _Category:
+    number = found.id_of(category.id, "categories", index, "id")
+    where = f"categories[{index}].name"
+    if number < 0:
+        found.refused("category ids below 0", f"categories[{index}].id", category.id, "number them from 1")
+    if isinstance(category.name, str):
+        return _Category(number, category.name)
+    if type(category.name) in (int, float):
+        found.repaired("categories whose name is a number: read as text", where, category.name)
+    else:
+        found.refused("categories without a name", f"categories[{index}]", category.name, "give it a name")
+    return _Category(number, str(category.name))
+
+
+def _repaired_annotation(
+    found: _Deviations, index: int, annotation: _LooseAnnotation
+) -> _AnnotationWithMask | None:
+    """The annotation as the format has it; None where it is left out."""
+    image_id = found.id_of(annotation.image_id, "annotations", index, "image_id")
+    category_id = found.id_of(annotation.category_id, "annotations", index, "category_id")
+    box = found.box_of(annotation, index)
+    number = None if annotation.id is None else found.id_of(annotation.id, "annotations", index, "id")
+    crowd = found.flag_of(annotation.iscrowd, index, "iscrowd")
+    ignored = found.flag_of(annotation.ignore, index, "ignore")
+    if box is None:
+        return None
+    return _AnnotationWithMask(
+        image_id=image_id,
+        category_id=category_id,
+        bbox=box,
+        id=number,
+        area=found.area_of(annotation.area, index),
+        iscrowd=crowd,
+        ignore=ignored,
+        segmentation=annotation.segmentation,
+    )
+
+
+def _slashed(columns: JsonColumns, path: Path) -> list[Repair]:
+    """Put ``/`` for every backslash of relative file names, in place."""
+    changed = []
+    for row, name in enumerate(columns.file_names):
+        if "\\" in name and not re.match(r"\\|[A-Za-z]:", name):  # not of a Windows path: that is refused
+            changed.append((f"images[{row}].file_name", name))
+            columns.file_names[row] = name.replace("\\", "/")
+    if not changed:
+        return []
+    what = "file names with backslashes: read as '/'"
+    return [Repair(what, len(changed), path, tuple(changed[:EXAMPLES_SHOWN]))]
+
+
+def _box_of_segmentation(text: msgspec.Raw) -> tuple[float, float, float, float] | None:
+    """The box around a ``segmentation`` in JSON; None where there is none."""
+    try:
+        return box_around_segmentation(msgspec.json.decode(text)) if bytes(text) else None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None  # counted by the caller as an annotation without a box

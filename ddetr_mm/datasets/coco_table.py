@@ -3,11 +3,16 @@
 A table is a set of numpy arrays, grouped by image, so that any number of processes can read it from a mapped
 file without a copy (:mod:`ddetr_mm.datasets.annotation_cache`). Dataset and metric read the same table and
 therefore agree on the image ids.
+
+File names come from files that others have made, so they are confined: a relative name never leaves the image
+folder, and a name with the scheme of a URL is refused instead of fetched. An absolute name is taken as it is,
+also where there is an image folder, as in TAO and mmdet: the file's author means just these places.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,8 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddetr_mm.datasets.coco_json import JsonColumns
-from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.datasets.coco_json import EXAMPLES_SHOWN, JsonColumns, Repair, refusal
+from ddetr_mm.errors import DataError, Problem, shorten
 
 
 @dataclass(frozen=True)
@@ -25,27 +30,32 @@ class CocoTable:
     """Images and boxes of one or several sources. N images, M boxes, grouped by image row.
 
     Attributes:
-        image_ids: (N,) int64, unique. The files' own ids where those are unique over all sources, else
-            the row numbers.
-        original_image_ids: (N,) int64, as in the files; unique within one source.
+        image_ids: (N,) int64, unique. The files' own ids where those are numbers and unique over all
+            sources, else the row numbers.
+        original_image_ids: (N,) int64, as in the files; unique within one source. Of a text that is no
+            number, a digest: :meth:`original_id` gives the id as written.
         source_indices: (N,) int32, position in the list of sources.
         shard_indices: (N,) int32, position in the list of all files of all sources.
-        sizes_hw: (N, 2) int32, pixels, as recorded in the file.
+        sizes_hw: (N, 2) int32, pixels, as recorded in the file; 0 where it has none and none was asked for.
         file_name_bytes: (F,) uint8, all names in UTF-8, one after the other; read by :meth:`file_name`.
         file_name_starts: (N + 1,) int64.
         box_starts: (N + 1,) int64: image row ``i`` owns the boxes ``box_starts[i]:box_starts[i + 1]``, in
             the file's order.
         boxes_xywh: (M, 4) float64, pixels, unclipped.
         areas: (M,) float64, pixels.
-        category_ids: (M,) int32.
+        category_ids: (M,) int64.
         crowd: (M,) bool, ``iscrowd``.
         ignored: (M,) bool, the annotation says ``ignore``: not for training.
         visible: (M,) bool, whether the box keeps an area when it is clipped to its image. Others are no
             training target.
         mask_bytes, mask_starts: (S,) uint8 and (M + 1,) int64, the ``segmentation`` of every box as JSON
             text; both empty unless they were asked for.
+        id_text_bytes, id_text_starts: (T,) uint8 and (N + 1,) int64, image ids that are texts, empty for the
+            others; both empty where all are numbers.
         annotated_shards: (number of files,) bool, whether the file has ``annotations`` at all.
         category_names: category id to name, in the order of the files.
+        repairs: what deviated from the format and was put right or left out: a sentence a kind, with the
+            number of cases and the first three.
     """
 
     image_ids: npt.NDArray[np.int64]
@@ -58,14 +68,17 @@ class CocoTable:
     box_starts: npt.NDArray[np.int64]
     boxes_xywh: npt.NDArray[np.float64]
     areas: npt.NDArray[np.float64]
-    category_ids: npt.NDArray[np.int32]
+    category_ids: npt.NDArray[np.int64]
     crowd: npt.NDArray[np.bool_]
     ignored: npt.NDArray[np.bool_]
     visible: npt.NDArray[np.bool_]
     mask_bytes: npt.NDArray[np.uint8]
     mask_starts: npt.NDArray[np.int64]
+    id_text_bytes: npt.NDArray[np.uint8]
+    id_text_starts: npt.NDArray[np.int64]
     annotated_shards: npt.NDArray[np.bool_]
     category_names: Mapping[int, str]
+    repairs: tuple[str, ...] = ()
 
     @property
     def num_images(self) -> int:
@@ -84,10 +97,11 @@ class CocoTable:
 
     @property
     def notes(self) -> list[str]:
-        """Notes for the user: ids that were replaced, boxes that cannot be used."""
-        notes = []
+        """Notes for the user: repairs, ids that were replaced, boxes that cannot be used."""
+        notes = list(self.repairs)
         if not np.array_equal(self.image_ids, self.original_image_ids):
-            notes.append("image ids repeat across sources: images are numbered from 0 instead")
+            reason = "are texts" if len(self.id_text_starts) else "repeat across sources"
+            notes.append(f"image ids {reason}: images are numbered from 0 instead")
         lost = np.flatnonzero(~self.visible)
         rows = np.searchsorted(self.box_starts, lost, side="right") - 1
         sources, first, counts = np.unique(self.source_indices[rows], return_index=True, return_counts=True)
@@ -102,6 +116,14 @@ class CocoTable:
         """The name of image ``row``, relative to its source's image folder."""
         start, end = self.file_name_starts[row : row + 2]
         return self.file_name_bytes[start:end].tobytes().decode("utf-8", errors="surrogateescape")
+
+    def original_id(self, row: int) -> int | str:
+        """The id of image ``row`` as its file has it."""
+        if len(self.id_text_starts):
+            start, end = self.id_text_starts[row : row + 2]
+            if end > start:
+                return self.id_text_bytes[start:end].tobytes().decode("utf-8", errors="surrogatepass")
+        return int(self.original_image_ids[row])
 
     def boxes_of(self, row: int) -> slice:
         """The slice of the box columns that belongs to image ``row``."""
@@ -121,7 +143,7 @@ class CocoTable:
     @classmethod
     def array_names(cls) -> list[str]:
         """Names of the array columns, in order."""
-        return [field.name for field in fields(cls) if field.name != "category_names"]
+        return [field.name for field in fields(cls) if field.name not in ("category_names", "repairs")]
 
 
 def visible_boxes(
@@ -134,14 +156,14 @@ def visible_boxes(
 
     Args:
         boxes_xywh: (M, 4) pixels.
-        sizes_hw: (M, 2) the recorded size of each box's image.
+        sizes_hw: (M, 2) the recorded size of each box's image; 0 where it is not known.
 
     Returns:
         (M,) bool.
     """
     corners = boxes_xywh.astype(np.float32)
     corners[:, 2:] += corners[:, :2]
-    sizes_wh = sizes_hw[:, ::-1].astype(np.float32)
+    sizes_wh = np.where(sizes_hw == 0, np.inf, sizes_hw)[:, ::-1].astype(np.float32)
     left_top = np.maximum(corners[:, :2], 0)
     upright = (np.minimum(corners[:, 2:], sizes_wh) > left_top).all(axis=1)
     turned = (np.minimum(corners[:, 2:], sizes_wh[:, ::-1]) > left_top).all(axis=1)
@@ -153,32 +175,56 @@ def visible_boxes(
 
 @dataclass(frozen=True)
 class ParsedSource:
-    """The parsed files of one source, in order, with their paths for messages."""
+    """The parsed files of one source, in order, with their paths for messages.
+
+    Attributes:
+        paths: the files.
+        columns: their content.
+        has_folder: whether the source has an image folder.
+    """
 
     paths: tuple[Path, ...]
     columns: tuple[JsonColumns, ...]
+    has_folder: bool = True
 
 
-def build_table(sources: Sequence[ParsedSource], *, check_folders: Sequence[bool] = ()) -> CocoTable:
+def build_table(sources: Sequence[ParsedSource], *, strict: bool = False) -> CocoTable:
     """Merge parsed annotation files into one table.
 
     Args:
         sources: the sources in order; the files of one source share one space of image and annotation
             ids, different sources do not.
-        check_folders: per source, whether a ``file_name`` must stay inside the image folder. Default:
-            yes for all.
+        strict: annotations that have to be left out (of an image or a category that is not in the files,
+            or without a box) are an error.
 
     Raises:
-        DataError: duplicate ids within a source, annotations of unknown images or categories, names that
-            leave the image folder, or sources that disagree on a category's name.
+        DataError: duplicate ids within a source, names that are not below the image folder, sources that
+            disagree on a category's name, or, where ``strict``, annotations that have to be left out.
     """
-    checks = list(check_folders) or [True] * len(sources)
     category_names = merge_categories(sources)
-    parts = [_source_part(source, check) for source, check in zip(sources, checks, strict=True)]
+    parts = [_source_part(source) for source in sources]
+    repairs = merge_repairs(
+        [repair for source in sources for item in source.columns for repair in item.repairs]
+        + [repair for part in parts for repair in part.repairs]
+    )
+    if strict:
+        DataError.collect(
+            refusal(
+                repair.what.removesuffix(LEFT_OUT),
+                repair.count,
+                repair.cases,
+                "correct the file, or set ddetr_mm.strict_annotations to false (strict_annotations of the "
+                "dataset and the metric): they are then left out",
+            )
+            for repair in repairs
+            if repair.drops
+        )
     num_files = np.cumsum([0] + [len(source.paths) for source in sources])
 
     original_ids = np.concatenate([part.image_ids for part in parts])
-    unique = len(parts) == 1 or len(np.unique(original_ids)) == len(original_ids)
+    texts = [text for source in sources for item in source.columns for text in _id_texts(item)]
+    has_texts = any(texts)
+    unique = not has_texts and (len(parts) == 1 or len(np.unique(original_ids)) == len(original_ids))
     counts = np.concatenate([np.diff(part.box_starts) for part in parts])
     sizes_hw = np.concatenate([part.sizes_hw for part in parts])
     boxes_xywh = np.concatenate([part.boxes_xywh for part in parts])
@@ -203,9 +249,71 @@ def build_table(sources: Sequence[ParsedSource], *, check_folders: Sequence[bool
         visible=visible,
         mask_bytes=np.concatenate([part.mask_bytes for part in parts]),
         mask_starts=_mask_starts(parts),
+        id_text_bytes=np.frombuffer(b"".join(texts), np.uint8),
+        id_text_starts=_starts(list(map(len, texts))) if has_texts else np.empty(0, np.int64),
         annotated_shards=np.array([item.annotated for source in sources for item in source.columns], bool),
         category_names=category_names,
+        repairs=tuple(str(repair) for repair in repairs),
     )
+
+
+def _id_texts(columns: JsonColumns) -> list[bytes]:
+    """Every image's id as written where it is a text, else empty."""
+    if not columns.image_id_texts:
+        return [b""] * len(columns.image_ids)
+    return [(text or "").encode("utf-8", errors="surrogatepass") for text in columns.image_id_texts]
+
+
+# --- Repairs of all files ---
+
+LEFT_OUT = ": left out"
+
+
+@dataclass(frozen=True)
+class MergedRepair:
+    """One kind of deviation over all files.
+
+    Attributes:
+        what: the deviation and what was done about it.
+        count: number of cases.
+        cases: file, place and value of up to three of them.
+        drops: whether the annotations concerned are left out.
+    """
+
+    what: str
+    count: int
+    cases: tuple[tuple[Path, str, Any], ...]
+    drops: bool
+
+    def __str__(self) -> str:
+        shown, last = [], None
+        for path, where, value in self.cases:
+            place = where if path == last else f"{path}: {where}" if where else str(path)
+            shown.append(place + ("" if value is None else f" ({shorten(value)})"))
+            last = path
+        text = f"{self.what}: {self.count}"
+        return f"{text}, the first: {'; '.join(shown)}" if shown else text
+
+
+def merge_repairs(repairs: Sequence[Repair]) -> list[MergedRepair]:
+    """One entry a kind, in the order in which the kinds occur."""
+    by_kind: dict[str, list[Repair]] = {}
+    for repair in repairs:
+        by_kind.setdefault(repair.what, []).append(repair)
+    return [
+        MergedRepair(
+            what,
+            sum(repair.count for repair in found),
+            tuple((one.path, *case) for one in found for case in one.examples or (("", None),))[
+                :EXAMPLES_SHOWN
+            ],
+            found[0].drops,
+        )
+        for what, found in by_kind.items()
+    ]
+
+
+# --- One source ---
 
 
 @dataclass(frozen=True)
@@ -220,16 +328,16 @@ class _Part:
     box_starts: npt.NDArray[np.int64]
     boxes_xywh: npt.NDArray[np.float64]
     areas: npt.NDArray[np.float64]
-    category_ids: npt.NDArray[np.int32]
+    category_ids: npt.NDArray[np.int64]
     crowd: npt.NDArray[np.bool_]
     ignored: npt.NDArray[np.bool_]
     mask_bytes: npt.NDArray[np.uint8]
     mask_lengths: npt.NDArray[np.int64] | None
+    repairs: list[Repair]
 
 
-def _source_part(source: ParsedSource, check_folder: bool) -> _Part:
+def _source_part(source: ParsedSource) -> _Part:
     columns = source.columns
-    known = {category for item in columns for category in item.categories}
     check_unique(source, "images", [item.image_ids for item in columns])
     check_unique(
         source,
@@ -237,13 +345,13 @@ def _source_part(source: ParsedSource, check_folder: bool) -> _Part:
         [item.annotation_ids for item in columns],
         [item.has_id for item in columns],
     )
-    check_categories(source, known)
-    if check_folder:
-        check_file_names(source)
+    check_file_names(source)
 
     image_ids = np.concatenate([item.image_ids for item in columns])
-    box_rows = _image_rows(source, image_ids)
-    order = np.argsort(box_rows, kind="stable")
+    box_rows, has_image, repairs = _image_rows(source, image_ids)
+    has_category, unlisted = _listed_categories(source, has_image)
+    keep = np.flatnonzero(has_image & has_category)
+    order = keep[np.argsort(box_rows[keep], kind="stable")]
     names = [name.encode("utf-8", errors="surrogateescape") for item in columns for name in item.file_names]
     mask_bytes, mask_lengths = _mask_columns(columns, order)
     return _Part(
@@ -252,7 +360,7 @@ def _source_part(source: ParsedSource, check_folder: bool) -> _Part:
         sizes_hw=np.concatenate([item.sizes_hw for item in columns]),
         file_name_bytes=np.frombuffer(b"".join(names), np.uint8),
         file_name_lengths=np.fromiter(map(len, names), np.int64, len(names)),
-        box_starts=_starts(np.bincount(box_rows, minlength=len(image_ids))),
+        box_starts=_starts(np.bincount(box_rows[keep], minlength=len(image_ids))),
         boxes_xywh=np.concatenate([item.boxes_xywh for item in columns])[order],
         areas=np.concatenate([item.areas for item in columns])[order],
         category_ids=np.concatenate([item.category_ids for item in columns])[order],
@@ -260,6 +368,7 @@ def _source_part(source: ParsedSource, check_folder: bool) -> _Part:
         ignored=np.concatenate([item.ignored for item in columns])[order],
         mask_bytes=mask_bytes,
         mask_lengths=mask_lengths,
+        repairs=[*repairs, *unlisted, *_absolute_names(source)],
     )
 
 
@@ -281,32 +390,70 @@ def _mask_starts(parts: Sequence[_Part]) -> npt.NDArray[np.int64]:
     return _starts(np.concatenate(lengths)) if lengths else np.empty(0, np.int64)
 
 
-def _image_rows(source: ParsedSource, image_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """(M,) the image row of every annotation, all files of the source taken together."""
+def _image_rows(
+    source: ParsedSource, image_ids: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], list[Repair]]:
+    """The image row of every annotation of all files together, and which annotations have an image.
+
+    Returns:
+        (M,) rows, meaningless where there is no image; (M,) bool; the annotations without an image.
+    """
     order = np.argsort(image_ids, kind="stable")
     ordered = image_ids[order]
     rows: list[npt.NDArray[np.int64]] = []
-    problems = []
+    known: list[npt.NDArray[np.bool_]] = []
+    repairs = []
     for path, item in zip(source.paths, source.columns, strict=True):
         wanted = item.annotation_image_ids
-        if not len(ordered):
-            dangling = np.arange(len(wanted))
-            rows.append(np.zeros(len(wanted), np.int64))
-        else:
+        if len(ordered):
             places = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
-            dangling = np.flatnonzero(ordered[places] != wanted)
             rows.append(order[places])
-        if dangling.size:
-            first = int(dangling[0])
-            what = "no image has this id" + (f" (nor {dangling.size - 1} more)" if dangling.size > 1 else "")
-            where = f"annotations[{first}].image_id"
-            hint = "add the images, or remove the annotations"
-            problems.append(Problem(what, path, where, int(wanted[first]), hint=hint))
-    DataError.collect(problems[:MAX_PROBLEMS_SHOWN])
-    return np.concatenate(rows)
+            known.append(ordered[places] == wanted)
+        else:
+            rows.append(np.zeros(len(wanted), np.int64))
+            known.append(np.zeros(len(wanted), bool))
+        what = "annotations of images that are not in the file" + LEFT_OUT
+        repairs += _left_out(what, path, item, ~known[-1], "image_id", wanted)
+    return np.concatenate(rows), np.concatenate(known), repairs
 
 
-def _starts(counts: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def _listed_categories(
+    source: ParsedSource, has_image: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[np.bool_], list[Repair]]:
+    """(M,) which annotations have a category of their source; those with an image that have none."""
+    listed = np.array(sorted({number for item in source.columns for number in item.categories}), np.int64)
+    known: list[npt.NDArray[np.bool_]] = []
+    repairs = []
+    start = 0
+    for path, item in zip(source.paths, source.columns, strict=True):
+        known.append(np.isin(item.category_ids, listed))
+        unknown = ~known[-1] & has_image[start : start + len(item.category_ids)]
+        what = "annotations of categories that are not in the file" + LEFT_OUT
+        repairs += _left_out(what, path, item, unknown, "category_id", item.category_ids)
+        start += len(item.category_ids)
+    return np.concatenate(known), repairs
+
+
+def _left_out(
+    what: str,
+    path: Path,
+    item: JsonColumns,
+    marked: npt.NDArray[np.bool_],
+    key: str,
+    ids: npt.NDArray[np.int64],
+) -> list[Repair]:
+    rows = np.flatnonzero(marked)
+    if not rows.size:
+        return []
+    examples = tuple(
+        (f"annotations[{item.place(row)}].{key}", item.id_texts.get(int(ids[row]), int(ids[row])))
+        for row in rows[:EXAMPLES_SHOWN].tolist()
+    )
+    return [Repair(what, int(rows.size), path, examples, drops=True)]
+
+
+def _starts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    counts = np.asarray(counts, np.int64)
     starts = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     return starts
@@ -357,60 +504,58 @@ def check_unique(
     raise DataError(Problem(what, path, f"{kind}[{first}].id", example, hint=hint))
 
 
-def check_categories(source: ParsedSource, known: set[int]) -> None:
-    """Every annotation's category must be among the ``known`` ids of its source."""
-    problems = []
-    listed = np.fromiter(known, np.int64, len(known))
-    for path, item in zip(source.paths, source.columns, strict=True):
-        unknown = np.flatnonzero(~np.isin(item.category_ids, listed))
-        if unknown.size:
-            first = int(unknown[0])
-            problems.append(
-                Problem(
-                    "is not among the file's categories"
-                    + (f" ({unknown.size} annotations in all)" if unknown.size > 1 else ""),
-                    path,
-                    f"annotations[{first}].category_id",
-                    int(item.category_ids[first]),
-                    allowed=sorted(known)[:100],
-                    hint="add the category",
-                )
-            )
-    DataError.collect(problems[:MAX_PROBLEMS_SHOWN])
-
-
 def check_file_names(source: ParsedSource) -> None:
-    """Every ``file_name`` must be inside the source's image folder.
+    """Every ``file_name`` must be a path below the source's image folder, or an absolute path.
 
     Raises:
-        DataError: one is not.
+        DataError: one is not; with their number and the first three.
     """
-    problems = []
+    found: dict[str, list[tuple[Path, str, Any]]] = {}
+    hints: dict[str, str] = {}
     for path, item in zip(source.paths, source.columns, strict=True):
         for row, name in enumerate(item.file_names):
-            if leaves_folder(name):
-                problems.append(
-                    Problem(
-                        "names no file below the image folder",
-                        path,
-                        f"images[{row}].file_name",
-                        name,
-                        allowed="a relative path without '..'",
-                        hint="write the name relative to image_dir",
-                    )
-                )
-                if len(problems) == MAX_PROBLEMS_SHOWN:
-                    raise DataError(*problems)
-    DataError.collect(problems)
+            fault = name_fault(name)
+            if fault:
+                found.setdefault(fault[0], []).append((path, f"images[{row}].file_name", name))
+                hints[fault[0]] = fault[1]
+    DataError.collect(refusal(what, len(cases), cases, hints[what]) for what, cases in found.items())
 
 
-def leaves_folder(name: str) -> bool:
-    """Whether a file name, joined to a folder, names something outside it, or nothing."""
-    if name and name[0] not in "/\\" and ".." not in name and "\0" not in name and ":" not in name[:2]:
-        return False  # the common case, without building a path
+_SCHEME = re.compile(
+    r"(https?|ftps?|s3|s3a|gs|gcs|az|abfss?|hdfs|oss|file|data|lmdb|petrel|ceph|memcached|sftp|ssh)\s*:", re.I
+)
+
+
+def name_fault(name: str) -> tuple[str, str] | None:
+    """What is wrong with a ``file_name``, and what to do; None where it can be used."""
+    if name and "\\" not in name and ".." not in name and ":" not in name and "\0" not in name:
+        return None  # the common case
+    if not name or "\0" in name:
+        return "file names that name no file", "give the file's name, relative to image_dir"
+    if "://" in name or _SCHEME.match(name):
+        return (
+            "file names that are URLs, which are not fetched",
+            "download the images and give their names relative to image_dir",
+        )
     slashed = name.replace("\\", "/")
-    drive = len(name) > 1 and name[0].isalpha() and slashed[1:3] == ":/"
-    return not name or "\0" in name or slashed[0] == "/" or ".." in slashed.split("/") or drive
+    if name[0] == "\\" or re.match(r"[A-Za-z]:/", slashed):
+        return "file names that are paths of Windows", "give them relative to image_dir"
+    if slashed[0] != "/" and ".." in slashed.split("/"):
+        return "file names that leave the image folder", "write them relative to image_dir, without '..'"
+    return None
+
+
+def _absolute_names(source: ParsedSource) -> list[Repair]:
+    """Names that are taken as they are, although there is an image folder."""
+    if not source.has_folder:
+        return []
+    repairs = []
+    for path, item in zip(source.paths, source.columns, strict=True):
+        names = [(row, name) for row, name in enumerate(item.file_names) if name[:1] == "/"]
+        if names:
+            examples = tuple((f"images[{row}].file_name", name) for row, name in names[:EXAMPLES_SHOWN])
+            repairs.append(Repair("absolute file names: image_dir is not used", len(names), path, examples))
+    return repairs
 
 
 def merge_categories(sources: Sequence[ParsedSource]) -> dict[int, str]:

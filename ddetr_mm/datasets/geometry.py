@@ -6,6 +6,8 @@ Sizes are (height, width) in pixels, boxes (x1, y1, x2, y2) in pixels of their i
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -107,3 +109,80 @@ def _clip(boxes_xyxy: Boxes, size_hw: tuple[int, int]) -> tuple[Boxes, Keep]:
     boxes = np.clip(boxes_xyxy, np.float32(0), np.array([width, height, width, height], np.float32))
     keep: Keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
     return boxes, keep
+
+
+# --- Boxes around segmentations ---
+
+
+def box_around_segmentation(value: Any) -> tuple[float, float, float, float] | None:
+    """The box (x, y, width, height) in pixels around polygons or a run-length code.
+
+    Args:
+        value: a COCO ``segmentation``: a list of polygons ``[x1, y1, x2, y2, …]``, one such polygon, or
+            ``{"size": [height, width], "counts": …}`` with counts as a list or as COCO's text.
+
+    Returns:
+        The box, or None where the segmentation covers nothing or cannot be read.
+    """
+    try:
+        if isinstance(value, dict):
+            return _box_of_runs(value)
+        if not isinstance(value, list) or not value:
+            return None
+        polygons = value if isinstance(value[0], list) else [value]
+        whole = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
+        points = [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in whole]
+        if not points:
+            return None
+        corners = np.concatenate(points)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return None
+    if not np.isfinite(corners).all():
+        return None
+    left_top, right_bottom = corners.min(axis=0), corners.max(axis=0)
+    return (*left_top.tolist(), *(right_bottom - left_top).tolist())
+
+
+def _box_of_runs(code: dict[str, Any]) -> tuple[float, float, float, float] | None:
+    """The box around the pixels of a run-length code, whose runs go down the columns, background first."""
+    height, width = (int(side) for side in code["size"])
+    counts = code["counts"]
+    runs = np.asarray(_runs_of_text(counts) if isinstance(counts, str) else counts, np.int64)
+    if height <= 0 or width <= 0 or (runs < 0).any() or runs.sum() != height * width:
+        return None
+    ends = np.cumsum(runs)
+    starts, ends, lengths = (ends - runs)[1::2], ends[1::2], runs[1::2]
+    starts, last = starts[lengths > 0], ends[lengths > 0] - 1
+    if not len(starts):
+        return None
+    columns_of_start, columns_of_last = starts // height, last // height
+    whole_column = columns_of_last > columns_of_start
+    top = np.where(whole_column, 0, starts % height).min()
+    bottom = np.where(whole_column, height - 1, last % height).max()
+    left, right = columns_of_start.min(), columns_of_last.max()
+    return float(left), float(top), float(right - left + 1), float(bottom - top + 1)
+
+
+def _runs_of_text(text: str) -> list[int]:
+    """COCO's text of run lengths: five bits a character; from the third on, differences to the last but one.
+
+    Raises:
+        ValueError: a character that the code has not, or a text that ends inside a number.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in text.encode("ascii"):
+        bits = character - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError("no run-length code")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError("a run-length code that is cut")
+    return runs

@@ -5,18 +5,20 @@ from __future__ import annotations
 import glob
 import mmap
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ddetr_mm.datasets.annotation_cache import cached_table
-from ddetr_mm.datasets.coco_json import JsonColumns, parse_coco_json
-from ddetr_mm.datasets.coco_table import CocoTable, ParsedSource, build_table
-from ddetr_mm.datasets.image_size import IMAGE_EXTENSIONS
+from ddetr_mm.datasets.coco_json import EXAMPLES_SHOWN, JsonColumns, Repair, parse_coco_json, refusal
+from ddetr_mm.datasets.coco_table import CocoTable, ParsedSource, build_table, check_file_names
+from ddetr_mm.datasets.image_size import IMAGE_EXTENSIONS, UnreadableImage, read_image_size
 from ddetr_mm.errors import DataError, Problem
 
 STORAGES = ("shared", "process")
@@ -27,10 +29,9 @@ class CocoSource:
     """Images with their COCO annotations.
 
     Attributes:
-        image_dir: the folder that the files' ``file_name`` are relative to; empty for none, which
-            allows absolute names.
+        image_dir: the folder that the files' ``file_name`` are relative to; empty for none.
         json_file: an annotation file, a pattern (``shards/*.json``, ``**`` for any depth), or a folder
-            of ``.json`` shards.
+            of ``.json`` shards. Of the results of ``ddetr-mm convert`` only the shards are read.
     """
 
     image_dir: str
@@ -78,11 +79,14 @@ class CocoSource:
             DataError: the file does not exist, or nothing matches the pattern, or the folder holds no
                 ``.json`` file.
         """
+        if "://" in self.json_file:
+            hint = "copy the file to this machine"
+            raise DataError(Problem("annotation files are not fetched", self.json_file, hint=hint))
         path = Path(self.json_file)
         if path.is_file():
             return [path]
         if path.is_dir():
-            found = sorted(item for item in path.rglob("*.json") if item.is_file())
+            found = _files_of_folder(path)
             searched = path / "**" / "*.json"
         elif glob.has_magic(self.json_file):
             matches = map(Path, glob.glob(self.json_file, recursive=True))
@@ -94,6 +98,17 @@ class CocoSource:
             what = "there is no annotation file"
             raise DataError(Problem(what, searched, hint="correct the pattern or folder in json_file"))
         return found
+
+
+_SHARD_NAME = re.compile(r".+-shard-\d+-of-\d+\.json(\.gz)?")
+_RESULT_NAMES = ("status.json", "warnings.json")
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    """The annotation files below a folder: where there are shards of a conversion, those alone."""
+    files = (item for pattern in ("*.json", "*.json.gz") for item in folder.rglob(pattern))
+    found = sorted(item for item in files if item.is_file() and item.name not in _RESULT_NAMES)
+    return [item for item in found if _SHARD_NAME.fullmatch(item.name)] or found
 
 
 def join_location(folder: str, name: str) -> str:
@@ -111,6 +126,8 @@ def read_coco_sources(
     annotations_required: bool = True,
     with_masks: bool = False,
     storage: str = "process",
+    strict: bool = False,
+    sizes_required: bool = True,
 ) -> CocoTable:
     """Read and merge all sources.
 
@@ -120,6 +137,10 @@ def read_coco_sources(
         with_masks: keep segmentations too.
         storage: ``'process'``: parse, and keep the columns in this process; ``'shared'``: one parse and
             one copy a machine, see :mod:`ddetr_mm.datasets.annotation_cache`.
+        strict: annotations that have to be left out are an error, see
+            :func:`~ddetr_mm.datasets.coco_table.build_table`.
+        sizes_required: read the sizes that a file lacks from the images. The cache keeps them until the
+            annotation file changes.
 
     Raises:
         DataError: anything that is wrong with the files, see
@@ -133,16 +154,21 @@ def read_coco_sources(
     if not wanted:
         raise DataError(Problem("no data source is given", hint="give image_dir and json_file"))
     files = [source.files() for source in wanted]
-    check_folders = [bool(source.image_dir) for source in wanted]
 
     def build() -> CocoTable:
-        parsed = [
-            ParsedSource(tuple(paths), tuple(_parse_file(path, with_masks) for path in paths))
-            for paths in files
-        ]
-        return build_table(parsed, check_folders=check_folders)
+        parsed = []
+        for source, paths in zip(wanted, files, strict=True):
+            columns = [_parse_file(path, with_masks) for path in paths]
+            part = ParsedSource(tuple(paths), tuple(columns), has_folder=bool(source.image_dir))
+            parsed.append(_with_sizes(source, part) if sizes_required else part)
+        return build_table(parsed, strict=strict)
 
-    table = cached_table(files, [check_folders, with_masks], build) if storage == "shared" else build()
+    folders = [
+        source.image_dir if "://" in source.image_dir else os.path.abspath(source.image_dir)
+        for source in wanted
+    ]
+    options = [folders, [bool(source.image_dir) for source in wanted], with_masks, strict, sizes_required]
+    table = cached_table(files, options, build) if storage == "shared" else build()
     if annotations_required and not table.annotated_shards.all():
         path = [path for paths in files for path in paths][int(np.argmin(table.annotated_shards))]
         hint = "add the list, empty if there are none"
@@ -153,6 +179,50 @@ def read_coco_sources(
 def _parse_file(path: Path, with_masks: bool) -> JsonColumns:
     with _mapped(path) as content:
         return parse_coco_json(content, path, with_masks=with_masks)
+
+
+_SIZE_READERS = 16
+
+
+def _with_sizes(source: CocoSource, part: ParsedSource) -> ParsedSource:
+    """Fill in the sizes that the files lack, from the headers of the images.
+
+    Raises:
+        DataError: some of these images cannot be read.
+    """
+    missing = [np.flatnonzero((item.sizes_hw == 0).any(axis=1)) for item in part.columns]
+    if not any(rows.size for rows in missing):
+        return part
+    check_file_names(part)
+    columns, failures = [], []
+    with ThreadPoolExecutor(_SIZE_READERS) as pool:
+        for path, item, rows in zip(part.paths, part.columns, missing, strict=True):
+            names = [source.image_path(item.file_names[row]) for row in rows.tolist()]
+            for row, name, size in zip(rows.tolist(), names, pool.map(_size_or_fault, names), strict=True):
+                if isinstance(size, str):
+                    failures.append((path, f"images[{row}]", f"{name}: {size}"))
+                else:
+                    item.sizes_hw[row] = size
+            examples = tuple(
+                (f"images[{row}]", item.file_names[row]) for row in rows[:EXAMPLES_SHOWN].tolist()
+            )
+            what = "images without width and height: read from the image files"
+            repairs = [Repair(what, int(rows.size), path, examples)] if rows.size else []
+            columns.append(replace(item, repairs=[*item.repairs, *repairs]))
+    if failures:
+        what = "images without width and height, whose files cannot be read either"
+        hint = "add width and height, or correct image_dir"
+        raise DataError(refusal(what, len(failures), failures, hint))
+    return replace(part, columns=tuple(columns))
+
+
+def _size_or_fault(path: str) -> tuple[int, int] | str:
+    """Height and width of an image, or why it cannot be read."""
+    try:
+        width, height = read_image_size(path)
+    except UnreadableImage as error:
+        return str(error)
+    return height, width
 
 
 @contextmanager
@@ -169,12 +239,38 @@ def _mapped(path: Path) -> Iterator[memoryview]:
         raise DataError(Problem(f"cannot be read: {error.strerror}", path)) from error
 
 
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file that is not read as an image, and why."""
+
+    path: Path
+    reason: str
+
+
+SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""Files that macOS and Windows leave in folders of images; macOS also leaves ``._<name>`` beside a file."""
+
+
 def list_images(
     folders: Sequence[str | os.PathLike[str]],
     *,
     recursive: bool = False,
     suffixes: Sequence[str] = IMAGE_EXTENSIONS,
 ) -> list[Path]:
+    """The image files of some folders, see :func:`find_images`.
+
+    Raises:
+        DataError: a folder does not exist, or none holds an image.
+    """
+    return find_images(folders, recursive=recursive, suffixes=suffixes)[0]
+
+
+def find_images(
+    folders: Sequence[str | os.PathLike[str]],
+    *,
+    recursive: bool = False,
+    suffixes: Sequence[str] = IMAGE_EXTENSIONS,
+) -> tuple[list[Path], list[SkippedFile]]:
     """The image files of some folders: folders in the given order, files sorted by name.
 
     Args:
@@ -182,11 +278,16 @@ def list_images(
         recursive: search subfolders too.
         suffixes: lower-case extensions of images; file names may be in any case.
 
+    Returns:
+        The images, and what is left out although it looks like one: system files, and folders, pipes and
+        dead links with the name of an image.
+
     Raises:
         DataError: a folder does not exist, or none holds an image.
     """
     problems: list[Problem] = []
     found: list[Path] = []
+    skipped: list[SkippedFile] = []
     for folder in map(Path, folders):
         if folder.is_file():
             found.append(folder)
@@ -206,34 +307,3 @@ def list_images(
         names = ", ".join(str(folder) for folder in folders) or "nothing"
         raise DataError(Problem("no image was found", names, allowed=suffixes))
     return list(dict.fromkeys(found)), list(dict.fromkeys(skipped))
-@dataclass(frozen=True)
-class SkippedFile:
-    """A file that is not read as an image, and why."""
-
-    path: Path
-    reason: str
-
-
-SYSTEM_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
-"""Files that macOS and Windows leave in folders of images; macOS also leaves ``._<name>`` beside a file."""
-
-
-    """The image files of some folders, see :func:`find_images`.
-
-    Raises:
-        DataError: a folder does not exist, or none holds an image.
-    """
-    return find_images(folders, recursive=recursive, suffixes=suffixes)[0]
-
-
-def find_images(
-    folders: Sequence[str | os.PathLike[str]],
-    *,
-    recursive: bool = False,
-    suffixes: Sequence[str] = IMAGE_EXTENSIONS,
-) -> tuple[list[Path], list[SkippedFile]]:
-    Returns:
-        The images, and what is left out although it looks like one: system files, and folders, pipes and
-        dead links with the name of an image.
-
-    skipped: list[SkippedFile] = []

@@ -143,15 +143,18 @@ def test_options_and_sources_have_their_own_copies(json_file, tmp_path, parsed):
 
 
 def test_what_may_not_be_is_refused_from_the_cache_too(tmp_path):
-    document = coco([image(1, "/abs.jpg")], [])
+    sources = [{"image_dir": "x", "json_file": write_json(tmp_path / "a.json", coco([image(1)], []))}]
+    write_json(tmp_path / "a.json", coco([image(1)], [box(1, 2, [0, 0, 4, 5])]))
+    for _ in range(2):
+        assert "left out: 1" in read_coco_sources(sources, storage="shared").repairs[0]
+        with pytest.raises(DataError, match=r"annotations\[0\].image_id"):
+            read_coco_sources(sources, storage="shared", strict=True)
+    document = coco([image(1)], [])
     del document["annotations"]
-    path = write_json(tmp_path / "a.json", document)
-    options = {"storage": "shared", "annotations_required": False}
-    assert read_coco_sources([{"image_dir": "", "json_file": path}], **options).num_images == 1
-    with pytest.raises(DataError, match="file_name"):
-        read_coco_sources([{"image_dir": "x", "json_file": path}], **options)
+    write_json(tmp_path / "a.json", document)
+    assert read_coco_sources(sources, storage="shared", annotations_required=False).num_images == 1
     with pytest.raises(DataError, match="no annotations"):
-        read_coco_sources([{"image_dir": "", "json_file": path}], storage="shared")
+        read_coco_sources(sources, storage="shared")
 
 
 @pytest.mark.parametrize("damage", ["cut", "altered", "emptied", "another version"])
@@ -164,7 +167,7 @@ def test_a_damaged_cache_is_rebuilt(json_file, cache_folder, parsed, damage, cap
         "cut": content[:-5],
         "altered": content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
         "emptied": b"",
-        "another version": content.replace(b'"version": "2"', b'"version": "0"'),
+        "another version": content.replace(b'"version": "3"', b'"version": "0"'),
     }[damage]
     assert changed != content
     path.unlink()

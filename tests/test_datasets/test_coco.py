@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import ClassVar
 
 import cv2
 import numpy as np
@@ -11,14 +12,15 @@ from data_builders import box, categories, coco, image, three_images, write_json
 from dataset_builders import NAMES, PIPELINE, build, config, make_root, two_sources
 from hypothesis import given
 from hypothesis import strategies as st
+from mmdet.datasets import CocoDataset
 from mmdet.datasets.samplers import AspectRatioBatchSampler, ClassAwareSampler
-from mmdet.registry import DATASETS, METRICS
+from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.dataset import DefaultSampler, pseudo_collate
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from torch.utils.data import DataLoader
 
-from ddetr_mm.datasets.coco import build_label_map, labels_of
+from ddetr_mm.datasets.coco import SerializedCocoDataset, build_label_map, labels_of
 from ddetr_mm.datasets.sources import read_coco_sources
 from ddetr_mm.errors import DataError
 
@@ -146,8 +148,119 @@ def test_masks_when_asked_for(root):
     )
     with_masks = build(root, ann_file="c.json", with_masks=True).get_data_info(0)["instances"]
     assert with_masks[0]["mask"] == polygon
-    assert "mask" not in with_masks[1]
+    assert with_masks[1]["mask"] == []
     assert "mask" not in build(root, ann_file="c.json").get_data_info(0)["instances"][0]
+
+
+LOAD_MASKS = {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True, "poly2mask": False}
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        [PIPELINE[0], LOAD_MASKS, PIPELINE[3]],
+        [PIPELINE[0], {"type": "RandomChoice", "transforms": [[LOAD_MASKS]]}, PIPELINE[3]],
+        [TRANSFORMS.build(PIPELINE[0]), TRANSFORMS.build(LOAD_MASKS), TRANSFORMS.build(PIPELINE[3])],
+    ],
+    ids=["plain", "nested", "built"],
+)
+def test_masks_are_loaded_where_the_pipeline_wants_them(root, pipeline):
+    polygon = [[1.0, 1, 20, 1, 20, 20]]
+    boxes = [box(1, 7, [1, 1, 19, 19], segmentation=polygon), box(2, 7, [0, 0, 9, 9])]
+    write_json(root / "c.json", coco([image(7)], boxes))
+    ours = build(root, ann_file="c.json", pipeline=pipeline)[0]["data_samples"]
+    assert ours.gt_instances.masks.masks[0][0].tolist() == polygon[0]
+    assert ours.gt_instances.bboxes.tensor.tolist() == [[1, 1, 20, 20]]
+    assert ours.ignored_instances.bboxes.tensor.tolist() == [[0, 0, 9, 9]]  # as mmdet does with empty masks
+
+
+def test_no_mask_is_kept_where_no_step_wants_it(root):
+    assert not build(root, pipeline=PIPELINE).with_masks
+    assert not build(root, pipeline=[PIPELINE[0], LOAD_MASKS], with_masks=False).with_masks
+
+
+def test_segmentation_maps(root):
+    dataset = build(root, data_prefix={"img": "a/", "seg": "maps/"}, seg_map_suffix="_seg.png")
+    theirs = build(
+        root,
+        type="CocoDataset",
+        data_prefix={"img": "a/", "seg": "maps/"},
+        seg_map_suffix="_seg.png",
+        metainfo={"classes": NAMES},
+    )
+    assert dataset.get_data_info(1)["seg_map_path"] == f"{root}/maps/sub/3_seg.png"
+    assert [dataset.get_data_info(i)["seg_map_path"] for i in range(3)] == [
+        theirs.get_data_info(i)["seg_map_path"] for i in range(3)
+    ]
+
+
+def test_annotations_that_are_left_out(root):
+    document = three_images()
+    document["annotations"][0]["category_id"] = 77
+    write_json(root / "c.json", document)
+    dataset = build(root, ann_file="c.json")
+    assert [item["bbox_label"] for item in dataset.get_data_info(0)["instances"]] == [0, 0]
+    with pytest.raises(DataError, match=r"annotations\[0\].category_id.*77"):
+        build(root, ann_file="c.json", strict_annotations=True)
+
+
+def test_repairs_are_logged_once(root, monkeypatch):
+    logged = []
+    monkeypatch.setattr("ddetr_mm.datasets.coco.print_log", lambda text, **_: logged.append(text))
+    document = three_images()
+    for annotation in document["annotations"]:
+        annotation["iscrowd"] = None
+    write_json(root / "c.json", document)
+    build(root, ann_file="c.json")
+    places = "; ".join(f"annotations[{row}].iscrowd" for row in range(3))
+    expected = f"annotations whose iscrowd is null: read as 0: 4, the first: {root}/c.json: {places}"
+    assert logged == [expected]
+
+
+def test_text_ids_in_samples(root):
+    document = three_images()
+    for record in document["images"]:
+        record["id"] = f"frame {record['id']}"
+    for record in document["annotations"]:
+        record["image_id"] = f"frame {record['image_id']}"
+    write_json(root / "c.json", document)
+    infos = build(root, ann_file="c.json").load_data_list()
+    assert [info["img_id"] for info in infos] == [0, 1, 2]
+    assert [info["original_img_id"] for info in infos] == ["frame 7", "frame 3", "frame 5"]
+    assert [len(info["instances"]) for info in infos] == [3, 0, 1]
+
+
+# --- Classes that nobody gives ---
+
+
+def test_default_classes_are_those_of_mmdet_until_the_file_is_read(root):
+    theirs = build(root, type="CocoDataset", lazy_init=True).metainfo
+    assert build(root, lazy_init=True).metainfo == theirs
+    read = build(root).metainfo
+    assert read["classes"] == NAMES
+    assert "palette" not in read  # it belongs to COCO's classes
+
+
+def test_default_classes_hold_where_the_file_has_none_either(root):
+    write_json(root / "c.json", {"images": [image(7)]})
+    metainfo = build(root, ann_file="c.json", test_mode=True).metainfo
+    assert metainfo["classes"] == CocoDataset.METAINFO["classes"]
+    assert metainfo["palette"] == CocoDataset.METAINFO["palette"]
+    assert metainfo["category_ids"] == (None,) * 80
+
+
+def test_a_given_palette_stays(root):
+    palette = [(1, 2, 3)] * 3
+    assert build(root, metainfo={"palette": palette}).metainfo["palette"] == palette
+
+
+def test_classes_of_a_subclass_are_given(root):
+    class Bags(SerializedCocoDataset):
+        METAINFO: ClassVar = {"classes": ("bag",)}
+
+    dataset = build(root, type=Bags)
+    assert dataset.metainfo["classes"] == ("bag",)
+    assert [len(info["instances"]) for info in dataset.load_data_list()] == [0, 0, 1]
 
 
 def test_open_vocabulary_keys(root):
@@ -174,10 +287,17 @@ def test_a_test_set_needs_no_annotations(root):
         {"missing_images": "skip"},
         {"proposal_file": "x.pkl"},
         {"label_mode": "raw"},
+        {"file_client_args": {"backend": "disk"}},
+        {
+            "ann_file": "",
+            "sources": [{"image_dir": "a", "json_file": "a.json"}],
+            "data_prefix": {"img": "", "seg": "maps"},
+        },
     ],
 )
 def test_wrong_arguments(root, options):
-    with pytest.raises(ValueError, match=r"ann_file|storage|missing_images|proposals|label_mode"):
+    names = r"ann_file|storage|missing_images|proposal_file|label_mode|file_client_args|seg"
+    with pytest.raises(ValueError, match=names):
         build(root, **options)
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from data_builders import box, categories, coco, image, three_images, write_json
 
-from ddetr_mm.datasets.coco_table import leaves_folder, visible_boxes
-from ddetr_mm.datasets.sources import read_coco_sources
+from ddetr_mm.datasets.coco_table import name_fault, visible_boxes
+from ddetr_mm.datasets.sources import CocoSource, read_coco_sources
 from ddetr_mm.errors import DataError
 
 
@@ -23,9 +23,9 @@ def read(tmp_path, *documents, **options):
     return read_coco_sources(sources, **options)
 
 
-def problems(tmp_path, *documents):
+def problems(tmp_path, *documents, **options):
     with pytest.raises(DataError) as caught:
-        read(tmp_path, *documents)
+        read(tmp_path, *documents, **options)
     return caught.value.problems
 
 
@@ -128,23 +128,79 @@ def test_files_without_annotations_are_named(tmp_path):
     assert found.file.parent.name == "source1"
 
 
-def test_dangling_image_id(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "kind"), [("image_id", "annotations of images"), ("category_id", "annotations of categories")]
+)
+def test_annotations_of_what_is_not_listed_are_left_out_and_counted(tmp_path, key, kind):
     document = three_images()
-    document["annotations"][2]["image_id"] = 99
-    (found,) = problems(tmp_path, document)
-    assert (found.where, found.value) == ("annotations[2].image_id", 99)
+    document["annotations"][2][key] = 99
+    table = read(tmp_path, document)
+    assert table.category_ids.tolist() == [2, 1, 3]
+    assert table.box_starts.tolist() == [0, 2, 2, 3]
+    assert table.crowd.tolist() == [False, True, False]
+    (repair,) = table.repairs
+    assert repair.startswith(f"{kind} that are not in the file: left out: 1, the first: ")
+    assert repair.endswith(f"shard-0.json: annotations[2].{key} (99)")
+    assert table.notes == list(table.repairs)
+
+
+@pytest.mark.parametrize("key", ["image_id", "category_id"])
+def test_strict_reading_refuses_annotations_that_would_be_left_out(tmp_path, key):
+    document = three_images()
+    for annotation in document["annotations"][1:]:
+        annotation[key] = -5
+    (found,) = problems(tmp_path, document, strict=True)
+    assert (found.where, found.value) == (f"annotations[1].{key}", -5)
+    assert f"3 in all: also annotations[2].{key} (-5), annotations[3].{key} (-5)" in found.what
+    assert "strict_annotations" in found.hint
+
+
+def test_an_annotation_without_image_and_category_counts_once(tmp_path):
+    document = three_images()
+    document["annotations"][0].update(image_id=98, category_id=99)
+    table = read(tmp_path, document)
+    assert table.num_boxes == 3
+    assert len(table.repairs) == 1
+    assert "images" in table.repairs[0]
+
+
+def test_one_line_a_kind_over_all_files(tmp_path):
+    shards = [coco([image(n)], [box(n, 70 + n, [0, 0, 4, 5]), box(9 + n, n, [1, 1, 2, 2])]) for n in range(5)]
+    (repair,) = read(tmp_path, shards).repairs
+    assert "left out: 5, the first: " in repair
+    assert repair.count("shard-") == 3
 
 
 def test_boxes_without_any_image(tmp_path):
-    (found,) = problems(tmp_path, coco([], [box(1, 1, [0, 0, 4, 5])]))
-    assert found.where == "annotations[0].image_id"
+    table = read(tmp_path, coco([], [box(1, 1, [0, 0, 4, 5])]))
+    assert (table.num_images, table.num_boxes) == (0, 0)
+    assert "left out: 1" in table.repairs[0]
 
 
-def test_category_that_is_not_listed(tmp_path):
-    document = three_images()
-    document["annotations"][2]["category_id"] = 9
-    (found,) = problems(tmp_path, document)
-    assert (found.where, found.value) == ("annotations[2].category_id", 9)
+def test_segmentations_stay_with_their_boxes_when_others_are_left_out(tmp_path):
+    polygons = [[[float(n), 0, 9, 0, 9, 9]] for n in range(3)]
+    boxes = [box(n, 1 if n else 55, [0, 0, 4, 5], segmentation=polygons[n]) for n in range(3)]
+    table = read(tmp_path, coco([image(1)], boxes), with_masks=True)
+    assert [table.segmentation(index) for index in range(2)] == polygons[1:]
+
+
+def test_text_ids_join_files_and_stay_known(tmp_path):
+    """Annotations find their image over shards; images are numbered, and the id as written is kept."""
+    first = coco([image("cam/a"), image("0012"), image(5)], [box("b1", "cam/z", [0, 0, 4, 5])])
+    second = coco(
+        [image("cam/z", "z.jpg")], [box("b2", 12, [1, 1, 3, 3], 2), box("b3", "cam/a", [2, 2, 3, 3])]
+    )
+    table = read(tmp_path, [first, second])
+    assert table.image_ids.tolist() == [0, 1, 2, 3]
+    assert [table.original_id(row) for row in range(4)] == ["cam/a", "0012", 5, "cam/z"]
+    assert table.box_starts.tolist() == [0, 1, 2, 2, 3]
+    assert table.boxes_xywh[:, 0].tolist() == [2, 1, 0]
+    assert "image ids are texts: images are numbered from 0 instead" in table.notes
+
+
+def test_a_text_id_that_is_not_listed_is_shown_as_written(tmp_path):
+    table = read(tmp_path, coco([image("a")], [box(1, "b", [0, 0, 4, 5])]))
+    assert any("annotations[0].image_id ('b')" in repair for repair in table.repairs)
 
 
 def test_sources_must_agree_on_category_names(tmp_path):
@@ -169,32 +225,68 @@ def test_categories_of_several_sources_are_joined(tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "/etc/passwd",
         "../x.jpg",
         "a/../../x.jpg",
+        "a/..",
         "",
         "C:\\x.jpg",
+        "c:/x.jpg",
         "\\\\host\\x.jpg",
         "a\0b.jpg",
-        "a\\..\\..\\b",
+        "s3://bucket/x.jpg",
+        "S3:x.jpg",
+        "HTTPS://host/x.jpg",
+        "http:/host/x.jpg",
+        "file:///x.jpg",
+        "lmdb:x.jpg",
+        "a/petrel://x.jpg",
+        "/http://x.jpg",
     ],
 )
-def test_names_that_leave_the_folder(tmp_path, name):
-    assert leaves_folder(name)
+@pytest.mark.parametrize("image_dir", ["images", ""])
+def test_names_that_leave_the_folder_or_this_machine(tmp_path, name, image_dir):
     document = three_images()
     document["images"][1]["file_name"] = name
-    (found,) = problems(tmp_path, document)
+    path = write_json(tmp_path / "a.json", document)
+    with pytest.raises(DataError) as caught:
+        read_coco_sources([{"image_dir": image_dir, "json_file": str(path)}])
+    (found,) = caught.value.problems
     assert (found.where, found.value) == ("images[1].file_name", name)
+    assert "image_dir" in found.hint
 
 
-@pytest.mark.parametrize("name", ["x.jpg", "a/b/x.jpg", "..x.jpg", "a..b/x.jpg", "a:b.jpg", "./x.jpg"])
-def test_names_that_stay_in_the_folder(name):
-    assert not leaves_folder(name)
+@pytest.mark.parametrize(
+    "name",
+    ["x.jpg", "a/b/x.jpg", "..x.jpg", "a..b/x.jpg", "a:b.jpg", "./x.jpg", "/data/x.jpg", "cam 12:30:05.jpg"],
+)
+def test_names_that_can_be_used(name):
+    assert name_fault(name) is None
 
 
-def test_absolute_names_are_fine_without_a_folder(tmp_path):
-    path = write_json(tmp_path / "a.json", coco([image(1, "/data/x.jpg")], []))
-    assert read_coco_sources([{"image_dir": "", "json_file": str(path)}]).file_name(0) == "/data/x.jpg"
+def test_backslashes_cannot_leave_the_folder_either(tmp_path):
+    document = three_images()
+    document["images"][0]["file_name"] = "a\\..\\..\\b.jpg"
+    (found,) = problems(tmp_path, document)
+    assert "leave the image folder" in found.what
+
+
+def test_refused_names_are_counted_and_the_first_three_shown(tmp_path):
+    document = coco([image(n, f"http://host/{n}.jpg") for n in range(5)], [])
+    (found,) = problems(tmp_path, document)
+    assert "are URLs, which are not fetched (5 in all: also images[1].file_name" in found.what
+    assert "images[2].file_name" in found.what
+    assert "images[3].file_name" not in found.what
+
+
+@pytest.mark.parametrize("image_dir", ["", "images"])
+def test_absolute_names_are_taken_as_they_are(tmp_path, image_dir):
+    path = write_json(tmp_path / "a.json", coco([image(1, "/data/x.jpg"), image(2)], []))
+    source = CocoSource(image_dir, str(path))
+    table = read_coco_sources([source])
+    assert source.image_path(table.file_name(0)) == "/data/x.jpg"
+    assert source.image_path(table.file_name(1)) == (f"{image_dir}/2.jpg" if image_dir else "2.jpg")
+    expected = [f"absolute file names: image_dir is not used: 1, the first: {path}: images[0].file_name "]
+    assert [repair.split("(")[0] for repair in table.repairs] == (expected if image_dir else [])
 
 
 def test_boxes_without_area_in_the_image_are_counted(tmp_path):
@@ -216,3 +308,4 @@ def test_a_box_outside_the_recorded_size_may_lie_in_the_turned_image():
     boxes_xywh = np.array([[10.0, 50, 5, 10], [10, 70, 5, 10]])
     sizes_hw = np.array([[48, 64], [48, 64]], np.int32)
     assert visible_boxes(boxes_xywh, sizes_hw).tolist() == [True, False]
+    assert visible_boxes(boxes_xywh, np.zeros_like(sizes_hw)).tolist() == [True, True]  # sizes not known

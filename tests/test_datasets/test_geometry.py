@@ -7,8 +7,10 @@ import pytest
 from golden_files import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 
 from ddetr_mm.datasets.geometry import (
+    box_around_segmentation,
     crop_boxes,
     divisible_size_hw,
     fit_size_hw,
@@ -105,3 +107,53 @@ def test_cropped_boxes_lie_in_the_window(boxes, window):
     assert (kept[:, [2, 0]] <= window[3]).all()
     assert (kept[:, [3, 1]] <= window[2]).all()
     assert (kept[:, 2:] > kept[:, :2]).all()
+
+
+# --- Boxes around segmentations ---
+
+
+@given(seed=st.integers(0, 10**6), height=st.integers(1, 40), width=st.integers(1, 40), share=st.floats(0, 1))
+def test_boxes_around_run_lengths_equal_pycocotools(seed, height, width, share):
+    pixels = np.random.default_rng(seed).random((height, width)) < share**4
+    code = coco_mask.encode(np.asfortranarray(pixels, np.uint8))
+    expected = coco_mask.toBbox(code).tolist() if pixels.any() else None
+    text = {"size": code["size"], "counts": code["counts"].decode()}
+    changes = np.flatnonzero(np.diff(pixels.flatten("F").astype(int))) + 1
+    starts = [0, *([0] if pixels.flatten("F")[0] else []), *changes.tolist(), height * width]
+    runs = {"size": code["size"], "counts": np.diff(starts).tolist()}
+    for value in (text, runs):
+        found = box_around_segmentation(value)
+        assert (None if found is None else list(found)) == expected
+
+
+def test_boxes_around_polygons():
+    polygons = [[10.5, 20, 30, 20, 30, 60.25], [5, 25, 12, 25, 12, 30]]
+    assert box_around_segmentation(polygons) == (5, 20, 25, 40.25)
+    assert box_around_segmentation(polygons[0]) == (10.5, 20, 19.5, 40.25)
+    assert box_around_segmentation([*polygons, [1, 2], [0, 0, 1, 1, 2, 2, 3]]) == (5, 20, 25, 40.25)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [],
+        {},
+        "text",
+        7,
+        None,
+        [[]],
+        [[1, 2, 3, 4]],
+        [["a", "b", "c", "d", "e", "f"]],
+        [[1e400, 0, 1, 1, 2, 2]],
+        {"size": [4, 4], "counts": [3, 2]},
+        {"size": [4, 4], "counts": [18, -2]},
+        {"size": [4, 4], "counts": "\x7f"},
+        {"size": [4, 4], "counts": "oo"},
+        {"size": [0, 4], "counts": []},
+        {"size": [4], "counts": [16]},
+        {"size": [4, 4], "counts": [16]},
+    ],
+    ids=str,
+)
+def test_segmentations_that_cover_nothing_or_cannot_be_read(value):
+    assert box_around_segmentation(value) is None

@@ -1,10 +1,11 @@
 """Finding annotation files and images."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
-from data_builders import coco, image, three_images, write_json
+from data_builders import coco, image, three_images, write_images, write_json
 
 from ddetr_mm.datasets.sources import (
     CocoSource,
@@ -59,6 +60,72 @@ def test_a_name_with_brackets_is_a_file_when_it_exists(tmp_path):
 def test_wrong_sources(source, what):
     with pytest.raises(DataError, match=what):
         read_coco_sources([source])
+
+
+def test_of_a_conversion_only_the_shards_are_read(tmp_path):
+    """``convert`` leaves other files in its results folder, which hold no annotations."""
+    names = ["cam/cam-shard-00000-of-00002.json", "cam/cam-shard-00001-of-00002.json"]
+    for name in names:
+        write_json(tmp_path / name, coco([], []))
+    for name in ("status.json", "warnings.json", "experiment.json"):
+        write_json(tmp_path / name, '{"status": "SUCCESS"}\n{"status": "SUCCESS"}\n')
+    assert files(tmp_path) == [Path(name).name for name in names]
+
+
+def test_status_json_is_no_shard(shards):
+    write_json(shards / "status.json", "{}\n{}\n")
+    assert files(shards) == ["a.json", "b.json", "c.json"]
+
+
+def test_annotation_files_are_not_fetched():
+    with pytest.raises(DataError, match="annotation files are not fetched"):
+        files("s3://bucket/a.json")
+
+
+@pytest.fixture
+def without_sizes(tmp_path):
+    document = three_images()
+    write_images(tmp_path / "images", document)
+    document["images"][0].pop("width")
+    document["images"][1].update(width=None, height=0)
+    return tmp_path, {
+        "image_dir": str(tmp_path / "images"),
+        "json_file": str(write_json(tmp_path / "a.json", document)),
+    }
+
+
+@pytest.mark.parametrize("storage", ["process", "shared"])
+def test_missing_sizes_are_read_from_the_images(without_sizes, storage):
+    folder, source = without_sizes
+    table = read_coco_sources([source], storage=storage)
+    assert table.sizes_hw.tolist() == [[48, 64], [60, 40], [48, 64]]
+    assert table.visible.all()
+    (repair,) = table.repairs
+    assert repair.startswith("images without width and height: read from the image files: 2, the first: ")
+    if storage == "shared":  # from the cache, without the images
+        shutil.rmtree(folder / "images")
+        again = read_coco_sources([source], storage="shared")
+        assert again.sizes_hw.tolist() == table.sizes_hw.tolist()
+        assert again.repairs == table.repairs
+
+
+def test_missing_sizes_of_missing_images_are_refused(without_sizes):
+    folder, source = without_sizes
+    (folder / "images" / "7.jpg").unlink()
+    with pytest.raises(DataError) as caught:
+        read_coco_sources([source])
+    (found,) = caught.value.problems
+    assert found.where == "images[0]"
+    assert "7.jpg: cannot be read" in found.value
+    assert "add width and height" in found.hint
+
+
+def test_a_metric_needs_no_sizes(without_sizes):
+    folder, source = without_sizes
+    shutil.rmtree(folder / "images")
+    table = read_coco_sources([source], sizes_required=False)
+    assert table.sizes_hw.tolist() == [[0, 0], [0, 0], [48, 64]]
+    assert table.visible.all()
 
 
 def test_no_source():
