@@ -6,20 +6,24 @@ it builds a network. Every finding is counted, and shows the first case.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
 
-from ddetr_mm.preflight.images import check_ages, check_images, check_overlap
+from ddetr_mm.preflight.images import check_ages, check_doubles, check_images, check_overlap
 from ddetr_mm.preflight.inputs import Split
 from ddetr_mm.preflight.pictures import check_colors
 from ddetr_mm.preflight.report import FAULT, Finding, Section, fault, note
 from ddetr_mm.spec.schema import AugmentationConfig
 
 QUICK_SAMPLE = 40
-"""Image files of a split that the quick part reads."""
+"""Image files of a split of which the quick part reads the header."""
+
+QUICK_DECODED = 8
+"""Image files of a split that the quick part decodes."""
 
 
 def quick_sections(
@@ -35,7 +39,7 @@ def quick_sections(
     for split in splits:
         yield check_split_classes(split, num_classes, eval_class_ids)
         yield check_boxes(split)
-        yield check_images(split, sample=QUICK_SAMPLE)
+        yield check_images(split, sample=QUICK_SAMPLE, decoded=QUICK_DECODED)
     if len(splits) > 1:
         yield check_between_splits(splits)
 
@@ -84,6 +88,7 @@ def _sections_of(
     if not any(finding.weight == FAULT for finding in boxes.findings):
         yield check_fit(split, augmentation)
     yield check_images(split, full=full)
+    yield check_doubles(split, full=full)
     ages = check_ages(split, split.spread_rows(QUICK_SAMPLE).tolist())
     if ages.findings:
         yield ages
@@ -114,6 +119,10 @@ def check_boxes(split: Split) -> Section:
         f"{small:.0f} / {middle:.0f} / {large:.0f} px"
     )
     section.data["side_percentiles_px"] = [round(float(value), 2) for value in (small, middle, large)]
+    ignored = int(split.table.ignored.sum())
+    if ignored:
+        text = f"{ignored:,} of {len(boxes):,} boxes have ignore: 1: they are neither trained nor scored"
+        section.findings.append(note("boxes-ignored", text, where=split.where))
     format_faults = list(_wrong_format(split))
     section.findings += format_faults or _out_of_place(split)
     section.findings += _doubled(split)
@@ -121,21 +130,23 @@ def check_boxes(split: Split) -> Section:
 
 
 def _wrong_format(split: Split) -> Iterator[Finding]:
-    if are_fractions(split.table.boxes_xywh, split.box_sizes_wh):
+    counted = np.flatnonzero(~split.table.ignored)
+    boxes_xywh, sizes_wh = split.table.boxes_xywh[counted], split.box_sizes_wh[counted]
+    if are_fractions(boxes_xywh, sizes_wh):
         yield fault(
             "boxes-normalised",
-            f"all {len(split.table.boxes_xywh)} boxes are fractions of the image (0 to 1), the first in "
-            f"{split.box_example(0)}",
+            f"all {len(boxes_xywh)} boxes are fractions of the image (0 to 1), the first in "
+            f"{split.box_example(int(counted[0]))}",
             where=split.where,
             allowed="pixels: bbox = [x, y, width, height]",
             hint="multiply x and width by the image's width, y and height by its height",
         )
-    elif are_corners(split.table.boxes_xywh, split.box_sizes_wh):
-        beyond = np.flatnonzero(reach_beyond(split.table.boxes_xywh, split.box_sizes_wh))
+    elif are_corners(boxes_xywh, sizes_wh):
+        beyond = counted[reach_beyond(boxes_xywh, sizes_wh)]
         yield fault(
             "boxes-are-corners",
             f"the boxes are corners (x1, y1, x2, y2): read as x, y, width, height {len(beyond)} of "
-            f"{len(split.table.boxes_xywh)} reach beyond their image, the first in "
+            f"{len(boxes_xywh)} reach beyond their image, the first in "
             f"{split.box_example(int(beyond[0]))}",
             where=split.where,
             allowed="bbox = [x, y, width, height]",
@@ -174,7 +185,8 @@ def reach_beyond(
 
 def _out_of_place(split: Split) -> Iterator[Finding]:
     table = split.table
-    beyond = np.flatnonzero(reach_beyond(table.boxes_xywh, split.box_sizes_wh) & table.visible)
+    counted = table.visible & ~table.ignored
+    beyond = np.flatnonzero(reach_beyond(table.boxes_xywh, split.box_sizes_wh) & counted)
     if len(beyond):
         yield note(
             "boxes-beyond-image",
@@ -182,7 +194,7 @@ def _out_of_place(split: Split) -> Iterator[Finding]:
             f"{split.box_example(int(beyond[0]))}",
             where=split.where,
         )
-    lost = np.flatnonzero(~table.visible)
+    lost = np.flatnonzero(~table.visible & ~table.ignored)
     if len(lost):
         build = fault if len(lost) > table.num_boxes / 2 else note
         yield build(
@@ -191,7 +203,7 @@ def _out_of_place(split: Split) -> Iterator[Finding]:
             f"{split.box_example(int(lost[0]))}",
             where=split.where,
         )
-    tiny = np.flatnonzero((table.boxes_xywh[:, 2:].min(axis=1) < TINY_PX) & table.visible)
+    tiny = np.flatnonzero((table.boxes_xywh[:, 2:].min(axis=1) < TINY_PX) & counted)
     if len(tiny):
         yield note(
             "boxes-tiny",
@@ -267,6 +279,8 @@ def check_split_classes(
         section.findings.append(fault("no-images", "lists no image", where=split.where))
     elif not counts:
         section.findings.append(fault("no-boxes", "holds no box at all", where=split.where))
+    section.findings += _without_targets(split, counts)
+    section.findings += _repeated_names(split)
     if eval_class_ids and split.name != "train" and not set(eval_class_ids) & set(names):
         section.findings.append(
             fault(
@@ -289,6 +303,49 @@ def boxes_by_id(split: Split) -> dict[int, int]:
     """Category id → number of boxes, crowds included."""
     ids, counts = np.unique(split.table.category_ids, return_counts=True)
     return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+
+
+def _without_targets(split: Split, counts: Mapping[int, int]) -> Iterator[Finding]:
+    """Classes, or the whole split, whose boxes are all crowds or ignored: neither trained nor scored."""
+    table = split.table
+    for kind, flags, word, hint in (
+        ("boxes-all-crowds", table.crowd, "iscrowd: 1", "set iscrowd to 0 where a box holds one object"),
+        ("boxes-all-ignored", table.ignored, "ignore: 1", "set ignore to 0"),
+    ):
+        ids, flagged = np.unique(table.category_ids[flags], return_counts=True)
+        whole = [
+            number
+            for number, count in zip(ids.tolist(), flagged.tolist(), strict=True)
+            if counts[number] == count
+        ]
+        if not whole:
+            continue
+        names = table.category_names
+        if len(whole) == len(counts):
+            text = f"all {table.num_boxes:,} boxes have {word}, which is neither trained nor scored"
+        else:
+            each = _listed([f"{names[number]} ({counts[number]:,})" for number in whole])
+            text = (
+                f"all boxes of {len(whole)} classes have {word}, which is neither trained nor scored: {each}"
+            )
+        yield fault(kind, text, where=split.where, hint=hint)
+
+
+def _repeated_names(split: Split) -> Iterator[Finding]:
+    """One file under several image ids: its objects are trained as background of the other entries."""
+    table = split.table
+    names = map(table.file_name, range(table.num_images))
+    counts = Counter(zip(table.source_indices.tolist(), names, strict=True))
+    repeated = [(name, count) for (_, name), count in counts.items() if count > 1]
+    if repeated:
+        entries = sum(count for _, count in repeated)
+        yield note(
+            "file-names-repeated",
+            f"{len(repeated):,} files are listed under {entries:,} image ids, the first: {repeated[0][0]} "
+            f"under {repeated[0][1]}",
+            where=split.where,
+            hint="list a file once with all of its boxes: each entry takes the others' as background",
+        )
 
 
 def _ids_against_columns(split: Split, counts: dict[int, int], num_classes: int) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Checks of image files: present, whole, of the recorded size, unchanged, and in one split only."""
+"""Checks of image files: present, whole, of the recorded size, unchanged, not empty, and there once only."""
 
 from __future__ import annotations
 
@@ -11,16 +11,26 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from ddetr_mm.datasets.image_size import IMAGE_EXTENSIONS, UnreadableImage, read_image_size
+from ddetr_mm.datasets.images import decode_image
 from ddetr_mm.preflight.inputs import Split
 from ddetr_mm.preflight.report import Finding, Section, fault, note
 
 # --- Files against the annotations ---
 
 SAMPLE = 200
-"""Image files of a split that are read without ``full``, evenly spread."""
+"""Image files of a split of which the header is read without ``full``, evenly spread."""
+
+DECODED = 64
+"""Image files of a split that are decoded without ``full``."""
+
+LEAST_RANGE = 5
+"""Grey levels that an image must cover, a thousandth of its pixels at either end aside."""
+
+_MEASURED_SIDE_PX = 384
 
 _EXIF_ORIENTATION = 0x0112
 _SEARCHED_FOLDERS = 200
@@ -36,7 +46,9 @@ class FileStates:
         transposed: rows whose recorded width is the file's height and the reverse.
         exif_turned: those of them that an EXIF tag rotates.
         other_size: row → (recorded width, height, the file's width, height) of the other wrong sizes.
+        constant: rows of images that are nearly of one colour once decoded.
         seen: number of files read.
+        decoded: number of files decoded.
     """
 
     missing: list[int] = field(default_factory=list)
@@ -44,15 +56,30 @@ class FileStates:
     transposed: list[int] = field(default_factory=list)
     exif_turned: list[int] = field(default_factory=list)
     other_size: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
+    constant: list[int] = field(default_factory=list)
     seen: int = 0
+    decoded: int = 0
 
 
-def check_images(split: Split, *, full: bool = False, sample: int = SAMPLE) -> Section:
-    """The files of one split: a sample by their headers, or with ``full`` all of them, decoded."""
+def check_images(
+    split: Split, *, full: bool = False, sample: int = SAMPLE, decoded: int = DECODED
+) -> Section:
+    """The files of one split: a sample by their headers, some of them decoded, or with ``full`` all decoded.
+
+    Args:
+        split: the data.
+        full: decode all files.
+        sample: how many headers are read otherwise.
+        decoded: how many of these files are decoded, as training decodes them.
+    """
     section = Section(f"images of {split.name}")
     rows = split.spread_rows(None if full else sample)
-    states = read_files(split, rows, decode=full)
-    how = "decoded" if full else "checked"
+    urls = int(sum(split.is_url(row) for row in rows.tolist()))
+    if urls:
+        section.lines.append(f"{urls:,} images at URLs are not looked at")
+    rows = rows[[not split.is_url(row) for row in rows.tolist()]]
+    states = read_files(split, rows, decode=full, every=1 if full else max(1, -(-len(rows) // decoded)))
+    how = "decoded" if full else f"checked, {sum(state.decoded for state in states.values())} of them decoded"
     if len(rows) < split.table.num_images:
         how += " (--full decodes all)"
     section.lines.append(f"{len(rows):,} of {split.table.num_images:,} image files {how}")
@@ -67,10 +94,17 @@ def check_images(split: Split, *, full: bool = False, sample: int = SAMPLE) -> S
     return section
 
 
-def read_files(split: Split, rows: np.ndarray, *, decode: bool) -> dict[int, FileStates]:
-    """Source number → state of its files."""
+def read_files(split: Split, rows: np.ndarray, *, decode: bool, every: int = 1) -> dict[int, FileStates]:
+    """Source number → state of its files.
+
+    Args:
+        split: the data.
+        rows: the images.
+        decode: read sizes by decoding with Pillow, which finds damage that others overlook.
+        every: decode each so-manieth image as training does.
+    """
     found: dict[int, FileStates] = {}
-    for row in rows.tolist():
+    for number, row in enumerate(rows.tolist()):
         state = found.setdefault(int(split.table.source_indices[row]), FileStates())
         state.seen += 1
         path = split.path(row)
@@ -79,7 +113,11 @@ def read_files(split: Split, rows: np.ndarray, *, decode: bool) -> dict[int, Fil
             continue
         try:
             width, height = read_image_size(str(path), decode=decode)
-        except UnreadableImage as error:
+            if number % every == 0:
+                state.decoded += 1
+                if is_constant(decode_image(path.read_bytes())):
+                    state.constant.append(row)
+        except (UnreadableImage, OSError) as error:
             state.broken[row] = str(error)
             continue
         recorded_height, recorded_width = split.table.sizes_hw[row].tolist()
@@ -116,6 +154,7 @@ def _judged(split: Split, source: int, state: FileStates) -> Iterator[Finding]:
             where=where,
             hint="write or copy them again, or leave them out of the annotations",
         )
+    yield from _constant(split, where, state)
     yield from _transposed(split, where, state)
     if state.other_size:
         row, (recorded_width, recorded_height, width, height) = next(iter(state.other_size.items()))
@@ -131,6 +170,30 @@ def _judged(split: Split, source: int, state: FileStates) -> Iterator[Finding]:
             value=folder,
             hint="the images were changed after they were annotated: annotate or convert anew",
         )
+
+
+def _constant(split: Split, where: str, state: FileStates) -> Iterator[Finding]:
+    """Nearly one colour: with boxes the pixels are lost, without any it may be a covered camera."""
+    objects = np.diff(split.table.box_starts)
+    for word, build in (("with", fault), ("without", note)):
+        paths = [str(split.path(row)) for row in state.constant if (objects[row] > 0) == (word == "with")]
+        if paths:
+            yield build(
+                "images-constant",
+                f"{len(paths)} of {state.decoded} decoded images {word} objects are nearly of one colour as "
+                f"the network sees them, the first: {', '.join(paths[:3])}",
+                where=where,
+                hint="look at them; if they are not empty, write their values stretched to 8 bits",
+            )
+
+
+def is_constant(image_rgb: npt.NDArray[np.uint8]) -> bool:
+    """Whether all channels of an image cover less than :data:`LEAST_RANGE` levels."""
+    step = max(1, max(image_rgb.shape[:2]) // _MEASURED_SIDE_PX)
+    values = np.sort(image_rgb[::step, ::step].reshape(-1, 3), axis=0)
+    left_out = len(values) // 1000
+    spread = values[len(values) - 1 - left_out].astype(int) - values[left_out]
+    return bool((spread < LEAST_RANGE).all())
 
 
 def _transposed(split: Split, where: str, state: FileStates) -> Iterator[Finding]:
@@ -244,7 +307,7 @@ def check_ages(split: Split, rows: Sequence[int]) -> Section:
     return section
 
 
-# --- Images in two splits, compared by content ---
+# --- Equal images, compared by content ---
 
 MOST_HASHED = 4000
 """Files of equal size that are read at most, where not all are asked for."""
@@ -288,10 +351,41 @@ def check_overlap(splits: Sequence[Split], *, full: bool = False) -> Section:
     return section
 
 
+def check_doubles(split: Split, *, full: bool = False) -> Section:
+    """Equal images inside one split, under different names."""
+    section = Section(f"equal images in {split.name}")
+    groups = [sorted(set(paths)) for _, paths in sorted(files_by_size(split).items())]
+    candidates = [path for paths in groups if len(paths) > 1 for path in paths]
+    complete = full or len(candidates) <= MOST_HASHED
+    by_content: dict[bytes, list[Path]] = defaultdict(list)
+    for path in candidates if complete else candidates[:MOST_HASHED]:
+        by_content[digest_of(path)].append(path)
+    doubled = [paths for paths in by_content.values() if len(paths) > 1]
+    more = sum(len(paths) - 1 for paths in doubled)
+    section.lines.append(
+        f"{more:,} images are copies of another one"
+        + ("" if complete else f", among {MOST_HASHED:,} files read (--full reads all)")
+    )
+    section.data["num_copies"] = more
+    if doubled:
+        section.findings.append(
+            note(
+                "images-doubled",
+                f"{more:,} of {split.table.num_images:,} images of {split.name} are copies of another one, "
+                f"the first: {doubled[0][1]} is {doubled[0][0]}",
+                where=split.where,
+                hint="keep one of each: copies count more than other images",
+            )
+        )
+    return section
+
+
 def files_by_size(split: Split) -> dict[int, list[Path]]:
     """Size in bytes → the image files of that size; missing files are left out."""
     found: dict[int, list[Path]] = defaultdict(list)
     for row in range(split.table.num_images):
+        if split.is_url(row):
+            continue
         path = split.path(row)
         try:
             found[path.stat().st_size].append(path)

@@ -61,10 +61,18 @@ class Split:
         """(M, 2) the recorded width and height of every box's image."""
         return self.table.sizes_hw[self.box_rows][:, ::-1].astype(np.float64)
 
+    def location(self, row: int) -> str:
+        """The path or URL of an image row."""
+        source = self.sources[int(self.table.source_indices[row])]
+        return source.image_path(self.table.file_name(row))
+
+    def is_url(self, row: int) -> bool:
+        """Whether an image is at a URL that mmengine's file backends read."""
+        return "://" in self.location(row)
+
     def path(self, row: int) -> Path:
         """The image file of an image row."""
-        source = self.sources[int(self.table.source_indices[row])]
-        return Path(source.image_path(self.table.file_name(row)))
+        return Path(self.location(row))
 
     def spread_rows(self, most: int | None) -> npt.NDArray[np.int64]:
         """At most ``most`` image rows, evenly spread over the split; all of them for None."""
@@ -89,6 +97,7 @@ class Split:
             num_images_without_objects=int((table.box_starts[1:] == table.box_starts[:-1]).sum()),
             num_boxes=table.num_boxes,
             num_crowds=int(table.crowd.sum()),
+            num_ignored=int(table.ignored.sum()),
             num_invisible=int((~table.visible).sum()),
             boxes_by_class=by_class,
             notes=list(table.notes),

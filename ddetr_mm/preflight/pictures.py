@@ -91,6 +91,8 @@ def mean_and_spread(split: Split, most: int) -> tuple[npt.NDArray[Any], npt.NDAr
     """
     means, spreads = [], []
     for row in split.spread_rows(most).tolist():
+        if split.is_url(row):
+            continue
         try:
             image_rgb = read_image(split.path(row))
         except DataError:

@@ -176,7 +176,14 @@ def overview(counts_by_split: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _overview_rows(all_counts: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
-    for key in ("num_images", "num_images_without_objects", "num_boxes", "num_crowds", "num_invisible"):
+    for key in (
+        "num_images",
+        "num_images_without_objects",
+        "num_boxes",
+        "num_crowds",
+        "num_ignored",
+        "num_invisible",
+    ):
         yield key.removeprefix("num_").replace("_", " "), [f"{one[key]:,}" for one in all_counts]
     classes = [one["boxes_by_class"] for one in all_counts]
     for name in dict.fromkeys(name for one in classes for name in one):

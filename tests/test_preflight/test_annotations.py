@@ -96,6 +96,18 @@ def test_doubled_boxes(data_set):
     assert "1 boxes are in one place with another class" in found["boxes-of-two-classes"]
 
 
+def test_ignored_boxes_are_counted_and_not_judged(data_set):
+    """They may be regions of any shape; neither their place nor their format says anything."""
+
+    def ignore(items):
+        items[0].update(ignore=1, bbox=[-50, -50, 500, 500])
+        items[1].update(ignore=1, bbox=[300, 10, 60, 20])
+
+    found = findings_of(data_set, ignore)
+    assert set(found) == {"boxes-ignored"}
+    assert "2 of 120 boxes have ignore: 1" in found["boxes-ignored"]
+
+
 @given(
     st.lists(st.tuples(*[st.sampled_from([0.0, -0.0, 1.0, 1.5, 2.0**60, 1e-300])] * 3), max_size=30),
 )
@@ -121,10 +133,10 @@ def make_split(tmp_path: Path):
         folder = tmp_path / "images"
         folder.mkdir(exist_ok=True)
         for number in range(images):
-            Image.new("RGB", (40, 30)).save(folder / f"{number}.png")
+            Image.effect_noise((40, 30), 60).convert("RGB").save(folder / f"{number}.png")
         document = {
             "images": [dict(id=n, file_name=f"{n}.png", width=40, height=30) for n in range(images)],
-            "annotations": [dict(id=n, area=1, iscrowd=0, **entry) for n, entry in enumerate(annotations)],
+            "annotations": [dict(id=n, area=1, iscrowd=0) | entry for n, entry in enumerate(annotations)],
             "categories": [dict(id=first_id + n, name=class_name) for n, class_name in enumerate(names)],
         }
         path = tmp_path / f"{name}.json"
@@ -192,6 +204,43 @@ def test_missing_images_are_counted(make_split):
 
 def test_no_box_at_all(make_split):
     assert "no-boxes" in kinds(check_split_classes(make_split("train", []), num_classes=3))
+
+
+@pytest.mark.parametrize(("flag", "kind"), [("iscrowd", "boxes-all-crowds"), ("ignore", "boxes-all-ignored")])
+def test_classes_without_a_target_are_a_fault(make_split, flag, kind):
+    split = make_split("train", [box(0, 1) | {flag: 1}, box(0, 1) | {flag: 1}, box(1, 2)])
+    section = check_split_classes(split, num_classes=3)
+    assert kinds(section) == [kind] and section.findings[0].weight == "fault"
+    text = str(section.findings[0].problem)
+    assert "cat (2)" in text and "dog" not in text and f"set {flag} to 0" in text
+    split = make_split("val", [box(0, 1) | {flag: 1}, box(1, 2) | {flag: 1}])
+    section = check_split_classes(split, num_classes=3)
+    assert kinds(section) == [kind] and "all 2 boxes" in str(section.findings[0].problem)
+    mixed = make_split("test", [box(0, 1) | {flag: 1}, box(1, 1), box(1, 2)])
+    assert kinds(check_split_classes(mixed, num_classes=3)) == []
+
+
+def test_a_file_under_several_ids_is_counted(make_split, tmp_path):
+    make_split("train", [box(0, 1), box(1, 2), box(2, 2)], images=3)
+    document = json.loads((tmp_path / "train.json").read_text())
+    for entry in document["images"]:
+        entry["file_name"] = "0.png"
+    (tmp_path / "train.json").write_text(json.dumps(document))
+    source = dict(image_dir=str(tmp_path / "images"), json_file=str(tmp_path / "train.json"))
+    section = check_split_classes(Split.read("train", [source]), num_classes=3)
+    assert kinds(section) == ["file-names-repeated"]
+    assert "1 files are listed under 3 image ids, the first: 0.png under 3" in str(
+        section.findings[0].problem
+    )
+    # The same names in two sources are two files.
+    other = dict(image_dir=str(tmp_path), json_file=str(tmp_path / "other.json"))
+    document["images"] = document["images"][:1]
+    document["annotations"] = document["annotations"][:1]
+    for path in ("train.json", "other.json"):
+        (tmp_path / path).write_text(json.dumps(document))
+    assert kinds(check_split_classes(Split.read("train", [source, other]), num_classes=3)) == [
+        "classes-without-boxes"
+    ]
 
 
 def test_an_unreadable_file_is_a_finding_and_the_other_split_is_read(make_split, tmp_path):
