@@ -17,6 +17,7 @@ from mmengine.dist import all_gather_object
 from mmengine.evaluator import BaseMetric
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from ddetr_mm.classes import Columns, named_columns, read_class_map, require_same_names
 from ddetr_mm.convert.kitti import kitti_line
 from ddetr_mm.datasets.images import read_image
 from ddetr_mm.datasets.sources import SkippedFile, list_images
@@ -277,6 +278,8 @@ def claim_targets(written: dict[str, str], targets: Iterable[Path], image: Path)
 
 # --- The metric ---
 
+CLASSMAP_KEY = "dataset.infer_data_sources.classmap"
+
 
 @METRICS.register_module()
 class DetectionWriter(BaseMetric):
@@ -295,13 +298,14 @@ class DetectionWriter(BaseMetric):
         outline_width: width of the drawn boxes in pixels.
         per_sequence: put results under the name of the folder two levels above each image
             (``<sequence>/images/x.jpg`` → ``<sequence>/labels/x.txt``).
-        class_names_file: text file of class names, line 1 naming category 1; by default the names come
-            from the checkpoint.
+        class_names_file: class names, see :func:`ddetr_mm.classes.read_class_map`; by default they come from
+            the checkpoint. Detections of ids that it does not name are left out and counted.
 
     Images that the dataset could not read are not written; :attr:`skipped` has them after the run.
 
     Raises:
-        DataError: when the names file or an image cannot be read, or two images would write the same file.
+        DataError: when the names file or an image cannot be read, the file contradicts the model's class
+            names, or two images would write the same file.
         SpecError: an unknown colour.
     """
 
@@ -324,7 +328,11 @@ class DetectionWriter(BaseMetric):
         self.colors = None if color_map is None else parse_color_map(color_map)
         self.outline_width = outline_width
         self.per_sequence = per_sequence
-        self.named_classes = read_class_names(class_names_file) if class_names_file else None
+        self.class_names_file = class_names_file
+        self.named_classes: tuple[str | None, ...] | None = None
+        if class_names_file:
+            self.named_classes = read_class_map(class_names_file, where=CLASSMAP_KEY)
+        self._compared = False
         self.skipped: list[SkippedFile] = []
         self._names = result_names(list_images(folders), per_sequence) if folders else {}
         self._written: dict[str, str] = {}
@@ -334,16 +342,17 @@ class DetectionWriter(BaseMetric):
         names = self._class_names()
         for sample in data_samples:
             if sample.get("unreadable"):
-                self.results.append((str(sample["img_path"]), 0, sample["unreadable"]))
+                self.results.append((str(sample["img_path"]), 0, sample["unreadable"], 0))
                 continue
             found = sample["pred_instances"]
             scores = found["scores"].detach().cpu().numpy()
             keep = scores >= self.conf_threshold
             boxes_xyxy = found["bboxes"].detach().float().cpu().numpy()[keep]
             labels = found["labels"].detach().cpu().numpy()[keep]
-            classes = [name_of(names, int(label)) for label in labels]
-            self._write(Path(sample["img_path"]), boxes_xyxy, classes, scores[keep])
-            self.results.append((str(sample["img_path"]), int(keep.sum()), None))
+            rows = [row for row, label in enumerate(labels) if self._is_named(int(label))]
+            classes = [name_of(names, int(labels[row])) for row in rows]
+            self._write(Path(sample["img_path"]), boxes_xyxy[rows], classes, scores[keep][rows])
+            self.results.append((str(sample["img_path"]), len(rows), None, len(labels) - len(rows)))
 
     def evaluate(self, size: int) -> dict[str, float]:
         """Count the images and objects of all ranks; an image that two ranks were given counts once.
@@ -356,29 +365,44 @@ class DetectionWriter(BaseMetric):
         metrics = self.compute_metrics([entry for part in parts for entry in part])
         return {f"{self.prefix}/{key}": value for key, value in metrics.items()}
 
-    def compute_metrics(self, results: list[tuple[str, int, str | None]]) -> dict[str, float]:
-        """Number of images and objects written, and of images skipped."""
-        by_image = {image: count for image, count, reason in results if reason is None}
-        unreadable = {image: reason for image, _, reason in results if reason is not None}
+    def compute_metrics(self, results: list[tuple[str, int, str | None, int]]) -> dict[str, float]:
+        """Number of images and objects written, of images skipped, and of objects that the file names not."""
+        by_image = {image: (count, unnamed) for image, count, reason, unnamed in results if reason is None}
+        unreadable = {image: reason for image, _, reason, _ in results if reason is not None}
         self.skipped = [SkippedFile(Path(image), reason) for image, reason in sorted(unreadable.items())]
-        return {
+        metrics = {
             "images": float(len(by_image)),
-            "objects": float(sum(by_image.values())),
+            "objects": float(sum(count for count, _ in by_image.values())),
             "skipped": float(len(unreadable)),
         }
-
-    def _class_names(self) -> Sequence[str]:
-        """Names by label: of the file given, else of the model."""
         if self.named_classes is not None:
-            return self.named_classes
-        return (self.dataset_meta or {}).get("classes") or ()
+            metrics["unnamed"] = float(sum(unnamed for _, unnamed in by_image.values()))
+        return metrics
+
+    def _class_names(self) -> Columns:
+        """Names by label: of the file given, else of the model."""
+        meta = self.dataset_meta or {}
+        model = meta.get("classes") or ()
+        if self.named_classes is None:
+            return model
+        if model and not self._compared:
+            known = named_columns(model, meta.get("category_ids"))
+            require_same_names(self.named_classes, known, path=str(self.class_names_file), where=CLASSMAP_KEY)
+            self._compared = True
+        return self.named_classes
+
+    def _is_named(self, label: int) -> bool:
+        """Whether a label is written: all are, unless a file names the classes."""
+        names = self.named_classes
+        return names is None or (label < len(names) and names[label] is not None)
 
     def _write(self, image: Path, boxes_xyxy: np.ndarray, classes: list[str], scores: np.ndarray) -> None:
         names = self._names.get(image)
         labels_file, picture_file = targets = result_files(self.output_dir, image, self.per_sequence, names)
         claim_targets(self._written, targets, image)
         write_kitti_labels(labels_file, names=classes, boxes_xyxy=boxes_xyxy, scores=scores)
-        colors = palette([*self._class_names(), *classes]) if self.colors is None else self.colors
+        known = [name for name in self._class_names() if name is not None]
+        colors = palette([*known, *classes]) if self.colors is None else self.colors
         picture = read_image(image)
         drawn = draw_detections(
             picture,
@@ -391,26 +415,7 @@ class DetectionWriter(BaseMetric):
         save_image(picture_file, drawn)
 
 
-def read_class_names(path: str | Path) -> list[str]:
-    """Class names by label from a text file of one name a line; label 0 is the background.
-
-    Raises:
-        DataError: when the file cannot be read.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            Problem(
-                f"the class names cannot be read: {error}",
-                file=path,
-                where="dataset.infer_data_sources.classmap",
-                allowed="a text file of one class name a line; line 1 names category 1",
-            )
-        ) from error
-    return ["background", *(line.strip() for line in lines if line.strip())]
-
-
-def name_of(names: Sequence[str], label: int) -> str:
+def name_of(names: Columns, label: int) -> str:
     """The name of a label, or ``class_<label>`` beyond the names."""
-    return names[label] if label < len(names) else f"class_{label}"
+    name = names[label] if label < len(names) else None
+    return f"class_{label}" if name is None else name

@@ -18,12 +18,22 @@ from ddetr_mm.compat.patches import without_language_models
 with without_language_models():
     import ddetr_mm.register  # noqa: F401 - puts our components into the registries
 
-from ddetr_mm.classes import Columns, named_columns
+from ddetr_mm.classes import (
+    BACKGROUND,
+    UNKNOWN,
+    Columns,
+    named_columns,
+    read_class_map,
+    require_same_names,
+)
+from ddetr_mm.datasets.sources import read_coco_sources
+from ddetr_mm.engine.detections import CLASSMAP_KEY
 from ddetr_mm.engine.distributed import is_first_rank, is_rank
 from ddetr_mm.engine.runner import QuietRunner
+from ddetr_mm.errors import DataError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.models.backbones import fuse_norms
-from ddetr_mm.spec import LoadedSpec
+from ddetr_mm.spec import ExperimentSpec, LoadedSpec
 from ddetr_mm.translate import spec_config_text, to_config
 from ddetr_mm.translate.to_config import ExportedModel
 from ddetr_mm.weights import (
@@ -112,6 +122,8 @@ def config_source(
         zeroed, names = info.meta.zero_padded_values, info.meta.class_names
         if subtask == "inference":
             names = names_by_category_id(info.meta, loaded.spec.dataset.num_classes, path=checkpoint)
+    if subtask == "inference" and (checkpoint or exported):
+        names = predicted_names(loaded, subtask, names)
     draft = to_config(
         loaded,
         subtask,
@@ -121,6 +133,85 @@ def config_source(
         exported=exported.translated if exported else None,
     )
     return spec_config_text(loaded, draft, subtask)
+
+
+def predicted_names(loaded: LoadedSpec, subtask: str, known: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Class names for the results of a subtask, by class column.
+
+    Args:
+        loaded: the spec.
+        subtask: ``inference`` or ``export``.
+        known: the names that the checkpoint or graph carries.
+
+    Returns:
+        These where it carries any, compared with the class map in inference. Else those of
+        ``val_data_sources``, of ``train_data_sources`` or of the class map; an inference with a class map
+        uses that alone. None, with a warning, where nothing names the classes.
+
+    Raises:
+        DataError: the class map contradicts the names, or cannot be read.
+    """
+    spec = loaded.spec
+    infer_source, num_columns = spec.dataset.infer_data_sources, spec.dataset.num_classes
+    path = infer_source.classmap if infer_source is not None else None
+    columns = named_columns(known or ())
+    is_known = any(name is not None for name in columns)
+    listed = None
+    if path and not (is_known and subtask == "export"):
+        listed = read_class_map(path, where=CLASSMAP_KEY)
+        padded = (*columns, *(None,) * (num_columns - len(columns)))
+        require_same_names(listed, padded, path=str(path), where=CLASSMAP_KEY)
+    if is_known:
+        return tuple(known or ())
+    if listed is not None and subtask == "inference":
+        return None
+    names, origin = names_of_data(spec)
+    if names is None and listed is not None:
+        names, origin = listed, CLASSMAP_KEY
+    if is_first_rank():
+        if names is None:
+            print(
+                "warning: neither the checkpoint nor the spec's data name the classes: results have numbers "
+                "instead; give dataset.val_data_sources or dataset.infer_data_sources.classmap",
+                file=sys.stderr,
+            )
+        else:
+            print(f"note: the checkpoint names no classes; the names come from {origin}", file=sys.stderr)
+    if names is None:
+        return None
+    filled = (*names, *(None,) * (num_columns - len(names)))
+    return tuple(name or (UNKNOWN if column else BACKGROUND) for column, name in enumerate(filled))
+
+
+def names_of_data(spec: ExperimentSpec) -> tuple[tuple[str | None, ...] | None, str]:
+    """The classes of a spec's validation data, else training data, by category id; and the key of the data.
+
+    Data that cannot be read, or whose ids do not fit the class columns, name nothing; the reason is printed.
+    """
+    num_columns = spec.dataset.num_classes
+    for split in ("val", "train"):
+        key = f"dataset.{split}_data_sources"
+        sources = getattr(spec.dataset, f"{split}_data_sources") or []
+        if not sources:
+            continue
+        try:
+            table = read_coco_sources(
+                [dict(image_dir=one.image_dir, json_file=one.json_file) for one in sources],
+                annotations_required=False,
+                storage="shared",
+            )
+        except DataError as error:
+            print(f"note: {key} cannot name the classes: {error}", file=sys.stderr)
+            continue
+        found = table.category_names
+        if found and all(0 <= number < num_columns for number in found):
+            return tuple(found.get(number) if number else None for number in range(max(found) + 1)), key
+        print(
+            f"note: {key} cannot name the classes: its category ids do not fit "
+            f"dataset.num_classes {num_columns}",
+            file=sys.stderr,
+        )
+    return None, ""
 
 
 def build_runner(

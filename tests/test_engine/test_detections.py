@@ -15,7 +15,6 @@ from ddetr_mm.engine.detections import (
     name_of,
     palette,
     parse_color_map,
-    read_class_names,
     result_names,
     save_image,
     write_kitti_labels,
@@ -146,17 +145,30 @@ def test_an_unreadable_image_is_counted_and_not_written(picture: Path, tmp_path:
 
 def test_names_come_from_the_file_if_there_is_one(picture: Path, tmp_path: Path):
     names = tmp_path / "names.txt"
-    names.write_text("dog\nhorse\n")
-    assert read_class_names(names) == ["background", "dog", "horse"]
+    names.write_text("\ncat\n\nhorse\n")
     made = writer(tmp_path / "out", class_names_file=str(names))
-    made.process(None, [sample(picture, [[1, 1, 9, 9]], [0.9], [2])])
-    assert (tmp_path / "out" / "labels" / "one.txt").read_text().startswith("horse ")
+    made.dataset_meta = {}
+    boxes = [[1, 1, 9, 9]] * 5
+    made.process(None, [sample(picture, boxes, [0.9] * 5, [1, 2, 3, 4, 5])])
+    lines = (tmp_path / "out" / "labels" / "one.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["cat", "horse"]
+    counts = made.evaluate(1)
+    assert (counts["inference/objects"], counts["inference/unnamed"]) == (2, 3)
     assert name_of(NAMES, 7) == "class_7"
+
+
+def test_a_file_that_contradicts_the_model_is_refused(picture: Path, tmp_path: Path):
+    names = tmp_path / "names.txt"
+    names.write_text("guinea pig\ncat\n")
+    made = writer(tmp_path / "out", class_names_file=str(names))
+    with pytest.raises(DataError, match="category 1 is 'guinea pig' here and 'cat' in the model"):
+        made.process(None, [sample(picture, [[1, 1, 9, 9]], [0.9], [2])])
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_input_is_reported(tmp_path: Path):
     with pytest.raises(DataError, match="classmap"):
-        read_class_names(tmp_path / "nowhere.txt")
+        DetectionWriter(str(tmp_path), class_names_file=str(tmp_path / "nowhere.txt"))
     with pytest.raises(SpecError, match="no-such-colour"):
         DetectionWriter(str(tmp_path), color_map={"cat": "no-such-colour"})
 

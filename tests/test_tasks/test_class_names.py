@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ddetr_mm.errors import DataError
+from ddetr_mm.spec import load_spec
+from ddetr_mm.tasks.runner import predicted_names
+
 from .conftest import Project
 
 
@@ -17,11 +21,7 @@ def document(project: Project, split: str) -> dict:
     return {
         "images": [image for part in parts for image in part["images"]],
         "categories": parts[0]["categories"],
-        "annotations": [
-            box | {"id": f"{number}-{box['id']}"}
-            for number, part in enumerate(parts)
-            for box in part["annotations"]
-        ],
+        "annotations": [box for part in parts for box in part["annotations"]],
     }
 
 
@@ -124,3 +124,67 @@ def test_a_run_does_not_resume_on_other_numbers(project: Project, tmp_path: Path
     assert "cannot be resumed: the training data number their classes otherwise" in done.stderr
     assert "1 rectangle, 2 triangle, 3 circle, 4 star" in done.stderr
     assert "1 triangle, 2 star, 3 rectangle, 4 circle" in done.stderr
+
+
+# --- Names of results ---
+
+
+def infer(project: Project, text: str, tmp_path: Path, status: int = 0, command=("inference",)):
+    classmap = tmp_path / "classes.txt"
+    classmap.write_text(text)
+    return project.run(
+        *command,
+        *("-e", project.spec),
+        *_tiny(),
+        f"inference.checkpoint={project.results}/train/dd_model_latest.pth",
+        f"inference.results_dir={tmp_path}/out",
+        "inference.conf_threshold=0",
+        "inference.color_map=null",
+        f"dataset.infer_data_sources={{image_dir: results/shapes/data/test/images, classmap: {classmap}}}",
+        status=status,
+    )
+
+
+def test_a_class_map_agrees_with_the_checkpoint_or_is_refused(project: Project, tmp_path: Path):
+    done = infer(project, "triangle\n\nrectangle\n", tmp_path)
+    names = {line.split()[0] for path in (tmp_path / "out/labels").iterdir() for line in path.open()}
+    assert names and names <= {"triangle", "rectangle"}
+    assert "that the class map does not name were left out" in done.stderr
+    shifted = "star\nrectangle\ncircle\ntriangle\n"
+    for command in (("inference",), ("check", "--for", "inference")):
+        done = infer(project, shifted, tmp_path, status=2, command=command)
+        assert "category 1 is 'star' here and 'triangle' in the model (4 names differ)" in done.stderr
+
+
+def names_of(project: Project, known: tuple[str, ...] | None, *overrides: str, subtask: str = "export"):
+    """The class names of a subtask's results, without running it."""
+    sources = f"[{{image_dir: {project.folder}, json_file: {project.folder}/same.json}}]"
+    given = [f"dataset.val_data_sources={sources}", "dataset.train_data_sources=null"]
+    given += ["export.checkpoint=x.pth", "export.onnx_file=x.onnx"]
+    loaded = load_spec(project.spec, [*given, "inference.checkpoint=x.pth", *overrides], subtask)
+    return predicted_names(loaded, subtask, known)
+
+
+OWN = ("background", "triangle", "star", "rectangle", "circle")
+
+
+def test_names_of_a_checkpoint_without_any(project: Project, tmp_path: Path, capsys):
+    classmap = tmp_path / "classes.txt"
+    classmap.write_text("a\n\nc\n")
+    source = f"dataset.infer_data_sources={{image_dir: x, classmap: {classmap}}}"
+    other = ("background", "x", "y", "z", "w")
+    assert names_of(project, other) == other  # what the checkpoint says counts
+    assert capsys.readouterr().err == ""
+    assert names_of(project, None) == OWN
+    assert "the names come from dataset.val_data_sources" in capsys.readouterr().err
+    assert names_of(project, ("background", "unknown", "unknown", "unknown", "unknown")) == OWN
+    assert names_of(project, None, source) == OWN
+    no_data = "dataset.val_data_sources=null"
+    assert names_of(project, None, source, no_data) == ("background", "a", "unknown", "c", "unknown")
+    assert names_of(project, None, no_data) is None
+    assert "warning: neither the checkpoint nor the spec's data name the classes" in capsys.readouterr().err
+    # Inference writes the class map's names and no others.
+    assert names_of(project, None, source, subtask="inference") is None
+    classmap.write_text("a\nb\nc\nd\ne\n")
+    with pytest.raises(DataError, match="names 5 classes, the model has 4"):
+        names_of(project, None, source, subtask="inference")
