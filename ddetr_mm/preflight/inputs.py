@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from ddetr_mm.datasets.coco_table import CocoTable
 from ddetr_mm.datasets.sources import CocoSource, list_images, read_coco_sources
-from ddetr_mm.errors import DataError, Problem
-from ddetr_mm.preflight.report import FAULT, Finding, Section
+from ddetr_mm.errors import DataError, InputError, Problem
+from ddetr_mm.preflight.report import FAULT, Finding, Section, fault, note
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec
 
 
@@ -143,13 +143,20 @@ def read_splits(
 
 
 def check_named_files(spec: ExperimentSpec, subtask: str) -> list[Finding]:
-    """Checkpoints, ONNX files and image folders that the spec names and that do not exist."""
-    problems: list[Problem] = []
+    """Checkpoints, ONNX files and image folders that the spec names and that cannot be used."""
+    findings: list[Finding] = []
     if subtask == "inference":
         try:
             list_images(spec.dataset.infer_data_sources.image_dir)
         except DataError as error:
-            problems += error.problems
+            findings += [Finding("file-missing", problem) for problem in error.problems]
+    for key, path in named_files(spec, subtask).items():
+        findings += check_named_file(key, path, spec.encryption_key)
+    return findings
+
+
+def named_files(spec: ExperimentSpec, subtask: str) -> dict[str, str]:
+    """Spec key → the file or folder of weights that it names, where it names one."""
     keys = {
         "train": ("pretrained_model_path", "resume_training_checkpoint_path"),
         "gen_trt_engine": ("onnx_file",),
@@ -157,12 +164,72 @@ def check_named_files(spec: ExperimentSpec, subtask: str) -> list[Finding]:
     paths = {f"{subtask}.{key}": getattr(getattr(spec, subtask), key) for key in keys}
     if subtask == "train":
         paths["model.pretrained_backbone_path"] = spec.model.pretrained_backbone_path
-    problems += [
-        Problem("does not exist", file=path, where=key, hint="correct the path")
-        for key, path in paths.items()
-        if path and not Path(path).exists()
+    return {key: path for key, path in paths.items() if path}
+
+
+def check_named_file(key: str, path: str, encryption_key: str | None) -> Iterator[Finding]:
+    """Whether a file of weights is there and can be opened with the key.
+
+    Args:
+        key: the spec key that names it.
+        path: a file or folder; shown as written, also where it is a URL.
+        encryption_key: the spec's.
+    """
+    if "://" in path:
+        yield fault("file-is-url", "is a URL", file=path, where=key, hint="download it, and name the file")
+        return
+    place = Path(path).expanduser()
+    if not place.exists():
+        yield fault("file-missing", "does not exist", file=path, where=key, hint="correct the path")
+    elif place.is_file() and place.stat().st_size == 0:
+        yield fault("file-empty", "is empty (0 bytes)", file=path, where=key, hint="write or copy it again")
+    elif place.is_file():
+        from ddetr_mm.weights.encryption import require_key
+
+        try:
+            require_key(place, encryption_key)
+        except InputError as error:
+            for problem in error.problems:
+                where = key if problem.where is None else f"{key}, {problem.where}"
+                yield Finding("file-key", replace(problem, file=path, where=where))
+
+
+def check_frozen(spec: ExperimentSpec) -> list[Finding]:
+    """Parts that are frozen although no weights are loaded: they stay at random values for the whole run."""
+    if spec.model.pretrained_backbone_path or spec.train.pretrained_model_path:
+        return []
+    if spec.train.resume_training_checkpoint_path:
+        return []
+    frozen = [f"{name} (train.freeze)" for name in spec.train.freeze or ()]
+    frozen += _frozen_in_backbone(spec)
+    if not frozen:
+        return []
+    return [
+        note(
+            "frozen-at-random",
+            f"no pretrained weights are given, so these parts stay at random values: {', '.join(frozen)}",
+            where="model.pretrained_backbone_path",
+            hint="name weights there (torchvision's of a ResNet-50: `python -c \"import torchvision; "
+            "torchvision.models.resnet50(weights='DEFAULT')\"` prints where), or a detector in "
+            "train.pretrained_model_path",
+        )
     ]
-    return [Finding("file-missing", problem) for problem in problems]
+
+
+def _frozen_in_backbone(spec: ExperimentSpec) -> list[str]:
+    own = spec.ddetr_mm.backbone
+    if own is not None and (own.get("init_cfg") or {}).get("type") == "Pretrained":
+        return []
+    if not spec.model.train_backbone:
+        return ["the backbone (model.train_backbone: false)"]
+    if own is None:
+        # As in the translated config: TAO never trains these parts of a ResNet.
+        resnet = spec.model.backbone.startswith("resnet")
+        return ["the stem, the first stage and all batch norms of the ResNet"] if resnet else []
+    stages = own.get("frozen_stages", -1)
+    return (
+        [f"the stem and the first {stages} stages (ddetr_mm.backbone.frozen_stages)"] if stages >= 0 else []
+    )
 
 
 def check_conversion(spec: ConvertSpec) -> list[Problem]:

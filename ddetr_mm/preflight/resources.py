@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +136,32 @@ def check_disk_writable(folder: Path) -> list[Finding]:
             )
         ]
     return []
+
+
+LEAST_FREE = 256 << 20
+"""Bytes that a training run needs on the disk of its results, whatever its network: checkpoints and logs."""
+
+
+def check_free_space(folder: Path, named: Mapping[str, str]) -> list[Finding]:
+    """Whether one checkpoint fits on the disk of the results, before the network is built.
+
+    Args:
+        folder: the results folder, which need not exist.
+        named: spec key → file of weights that the run starts from; a checkpoint is no smaller.
+    """
+    sizes = [Path(path).stat().st_size for path in named.values() if Path(path).is_file()]
+    free, least = shutil.disk_usage(existing_parent(folder)).free, max([LEAST_FREE, *sizes])
+    if free >= least:
+        return []
+    return [
+        fault(
+            "disk-too-small",
+            f"a checkpoint and logs need {size_text(least)}, and {size_text(free)} are free",
+            file=existing_parent(folder),
+            where="results_dir",
+            hint="free space, or choose another results_dir",
+        )
+    ]
 
 
 def check_memory(need: MemoryNeed, available: int, device: str, options: dict[str, bool]) -> Section:

@@ -16,7 +16,7 @@ from ddetr_mm.classes import named_columns
 from ddetr_mm.errors import DataError, InputError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, load_spec, task_results_dir
-from ddetr_mm.tasks.session import choose_device, print_notes, require_gpus
+from ddetr_mm.tasks.session import choose_device, encryption_key_of, print_notes, require_gpus
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,8 +42,36 @@ def run(arguments: Namespace) -> None:
     if isinstance(loaded.spec, ConvertSpec):
         path = _check_conversion(loaded.spec)
     else:
-        path = _check_experiment(loaded, arguments, console)
+        with encryption_key_of(loaded.spec):
+            path = _check_experiment(loaded, arguments, console)
     console.print(f"the run can start; report: {path}", highlight=False, soft_wrap=True)
+
+
+def early_check(loaded: LoadedSpec, *, resumes: bool) -> None:
+    """Check the files that a training run names, its key and its disk, before anything is built.
+
+    Args:
+        loaded: the spec.
+        resumes: the results folder has a checkpoint to resume from: pretrained weights are not loaded.
+
+    Raises:
+        DataError: a file is missing, empty, a URL or encrypted with another key, or the disk is full.
+    """
+    from ddetr_mm.preflight.inputs import check_frozen, check_named_file, named_files
+    from ddetr_mm.preflight.resources import check_disk_writable, check_free_space
+
+    spec = loaded.spec
+    named = named_files(spec, "train")
+    if resumes:
+        named = {key: path for key, path in named.items() if "pretrained" not in key}
+    findings = [
+        one for key, path in named.items() for one in check_named_file(key, path, spec.encryption_key)
+    ]
+    folder = task_results_dir(spec, "train")
+    findings += check_disk_writable(folder) + check_free_space(folder, named)
+    DataError.collect(finding.problem for finding in findings)
+    for finding in () if resumes else check_frozen(spec):
+        print(f"warning: {finding.kind}: {finding.problem}", file=sys.stderr)
 
 
 def quick_check(loaded: LoadedSpec) -> None:
@@ -86,10 +114,16 @@ def tolerated_kinds(spec: ExperimentSpec) -> tuple[str, ...]:
 
 def _check_experiment(loaded: LoadedSpec, arguments: Namespace, console: Console) -> Path:
     from ddetr_mm.preflight.annotations import thorough_sections
-    from ddetr_mm.preflight.inputs import check_named_files, read_splits, split_sources
+    from ddetr_mm.preflight.inputs import (
+        check_frozen,
+        check_named_files,
+        named_files,
+        read_splits,
+        split_sources,
+    )
     from ddetr_mm.preflight.pictures import check_normalisation
     from ddetr_mm.preflight.report import Report, Section, overview
-    from ddetr_mm.preflight.resources import check_disk_writable
+    from ddetr_mm.preflight.resources import check_disk_writable, check_free_space
 
     spec, subtask = loaded.spec, arguments.subtask
     folder = task_results_dir(spec, subtask)
@@ -98,6 +132,9 @@ def _check_experiment(loaded: LoadedSpec, arguments: Namespace, console: Console
     values = Section("spec", findings=check_normalisation(augmentation.input_mean, augmentation.input_std))
     values.findings += check_disk_writable(folder)
     values.findings += check_named_files(spec, subtask)
+    if subtask == "train":
+        values.findings += check_free_space(folder, named_files(spec, subtask))
+        values.findings += check_frozen(spec)
     report.add(values)
     splits, failures = read_splits(split_sources(spec, subtask))
     for section in failures:

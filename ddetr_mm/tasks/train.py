@@ -9,7 +9,7 @@ from argparse import Namespace
 
 from ddetr_mm.engine.distributed import decided_by_first_rank, is_first_rank, process_group
 from ddetr_mm.spec import load_spec
-from ddetr_mm.tasks.check import quick_check
+from ddetr_mm.tasks.check import early_check, quick_check
 from ddetr_mm.tasks.session import open_session, require_gpus, run_on_ranks
 
 
@@ -22,6 +22,8 @@ def run(arguments: Namespace) -> None:
     with open_session(loaded, "train") as session:
         require_gpus(spec)
         if is_first_rank():
+            resumes = not spec.train.is_dry_run and any(session.folder.glob("*.pth"))
+            early_check(loaded, resumes=resumes)
             quick_check(loaded)
         with process_group():
             from ddetr_mm.engine.checkpoint import RESUME_KEY, checkpoint_to_resume

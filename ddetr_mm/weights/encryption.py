@@ -96,6 +96,47 @@ def encrypt_file(source: BinaryIO, destination: str | Path, key: str) -> None:
             file.write(cipher.encrypt(nonce, source.read(SEGMENT_BYTES), head))
 
 
+def require_key(path: str | Path, key: str | None) -> None:
+    """Check the key of a file without decrypting it; files that are not encrypted need none.
+
+    Raises:
+        WeightsError: the key is missing or wrong, or the file is damaged.
+        StackError: the library is not installed.
+    """
+    if not is_encrypted(path):
+        return
+    if not key:
+        raise WeightsError(Problem("is encrypted", file=path, hint="give its key: encryption_key=…"))
+    _opened_cipher(path, key)
+
+
+def _opened_cipher(path: str | Path, key: str) -> tuple[AESGCM, bytes]:
+    """The cipher of a file and the header that it authenticates.
+
+    Raises:
+        WeightsError: the key is wrong, or the file is damaged.
+    """
+    with Path(path).open("rb") as file:
+        head, check = file.read(_HEAD.size), file.read(_TAG_BYTES)
+    if not is_whole_encrypted(path):
+        raise _damaged(path)
+    cipher = _cipher(key, head)
+    from cryptography.exceptions import InvalidTag
+
+    try:
+        cipher.decrypt(_nonce(head, _KEY_CHECK, False), check, head)
+    except InvalidTag:
+        raise WeightsError(
+            Problem(
+                "cannot be decrypted with this key",
+                file=path,
+                where="encryption_key",
+                hint="give the key that it was encrypted with",
+            )
+        ) from None
+    return cipher, head
+
+
 def decrypt_file(source: str | Path, destination: BinaryIO, key: str | None) -> None:
     """Decrypt a file that :func:`encrypt_file` wrote.
 
@@ -110,24 +151,11 @@ def decrypt_file(source: str | Path, destination: BinaryIO, key: str | None) -> 
     """
     if not key:
         raise WeightsError(Problem("is encrypted", file=source, hint="give its key: encryption_key=…"))
-    with Path(source).open("rb") as file:
-        head, check = file.read(_HEAD.size), file.read(_TAG_BYTES)
-        if not is_whole_encrypted(source):
-            raise _damaged(source)
-        cipher = _cipher(key, head)
-        from cryptography.exceptions import InvalidTag
+    cipher, head = _opened_cipher(source, key)
+    from cryptography.exceptions import InvalidTag
 
-        try:
-            cipher.decrypt(_nonce(head, _KEY_CHECK, False), check, head)
-        except InvalidTag:
-            raise WeightsError(
-                Problem(
-                    "cannot be decrypted with this key",
-                    file=source,
-                    where="encryption_key",
-                    hint="give the key that it was encrypted with",
-                )
-            ) from None
+    with Path(source).open("rb") as file:
+        file.seek(_HEADER_BYTES)
         count = _num_segments(_HEAD.unpack(head)[3])
         for number in range(count):
             nonce = _nonce(head, number, number == count - 1)

@@ -155,6 +155,8 @@ def read_raw(path: str | Path) -> RawFile:
         WeightsError: it is missing, damaged, of another kind, or would run code; or it is encrypted and the
             process has no key or the wrong one.
     """
+    if "://" in str(path):
+        raise WeightsError(Problem("is a URL", file=path, hint="download it, and name the file"))
     path = Path(path).expanduser()
     if path.is_dir():
         return _read_folder(path)

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from ddetr_mm.cli import main
+from ddetr_mm.preflight import resources
+from ddetr_mm.preflight.inputs import check_frozen, check_named_file
+from ddetr_mm.spec import load_spec
+from ddetr_mm.tasks.check import early_check
+from ddetr_mm.weights.encryption import encrypt_file
 
 
 @pytest.fixture
@@ -63,6 +69,86 @@ def test_categories_from_zero(data_set, check):
     status, against, message = check()
     assert status == 2 and list(against) == ["ids-from-zero"]
     assert "numbered from 0" in message and "(car)" in message and "dataset.num_classes=3" in message
+
+
+def encrypted(path, key: str) -> None:
+    with path.with_suffix(".plain").open("wb+") as file:
+        file.write(b"weights" * 100)
+        encrypt_file(file, path, key)
+
+
+KEYS = (
+    "train.pretrained_model_path",
+    "train.resume_training_checkpoint_path",
+    "model.pretrained_backbone_path",
+)
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize("key", KEYS)
+def test_files_that_training_names_are_looked_at_before_anything_is_built(
+    data_set, command, key, capsys, monkeypatch
+):
+    """Also with ``ddetr_mm.quick_check: false``; the message has the spec key and the path as written."""
+
+    def refuse(*_args, **_options):
+        raise AssertionError("the network was built")
+
+    monkeypatch.setattr("ddetr_mm.tasks.runner.build_runner", refuse)
+    folder = data_set.folder
+    (folder / "empty.pth").touch()
+    encrypted(folder / "secret.pth", "right")
+    quick = ["--quick"] if command == "check" else ["ddetr_mm.quick_check=false"]
+    for path, extra, parts in (
+        ("nowhere.pth", [], ["does not exist"]),
+        ("https://example.org/a//b.pth", [], ["is a URL", "download it"]),
+        (f"{folder}/empty.pth", [], ["is empty"]),
+        (f"{folder}/secret.pth", [], ["is encrypted", "encryption_key=…"]),
+        (f"{folder}/secret.pth", ["encryption_key=wrong"], ["cannot be decrypted with this key"]),
+    ):
+        assert main([command, "-e", data_set.spec, *quick, f"{key}={path}", *extra]) == 2
+        message = capsys.readouterr().err
+        assert all(part in message for part in [path, key, *parts]), message
+        assert "Traceback" not in message
+
+
+def test_the_right_key_opens_a_named_file(data_set):
+    encrypted(data_set.folder / "secret.pth", "right")
+    assert list(check_named_file("train.x", str(data_set.folder / "secret.pth"), "right")) == []
+
+
+def test_a_full_disk_stops_training_before_anything_is_built(data_set, capsys, monkeypatch):
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: SimpleNamespace(free=10 << 20))
+    assert main(["train", "-e", data_set.spec]) == 2
+    message = capsys.readouterr().err
+    assert "results_dir" in message and "10.0 MiB are free" in message
+
+
+def frozen_at_random(data_set, *overrides: str) -> str:
+    spec = load_spec(data_set.spec, list(overrides), "train").spec
+    return " ".join(str(finding.problem) for finding in check_frozen(spec))
+
+
+def test_frozen_parts_without_weights_are_named(data_set, check, capsys):
+    """The spec of the documentation's example: a ResNet-50 without a file."""
+    own = "ddetr_mm.backbone=null"
+    assert "the stem, the first stage and all batch norms" in frozen_at_random(data_set, own)
+    assert "torchvision" in frozen_at_random(data_set, own)
+    assert "the first 1 stages" in frozen_at_random(data_set)
+    whole = frozen_at_random(data_set, own, "model.train_backbone=false", "train.freeze=[neck]")
+    assert "neck (train.freeze), the backbone (model.train_backbone: false)" in whole
+    assert "model.pretrained_backbone_path" in whole
+    assert frozen_at_random(data_set, "ddetr_mm.backbone.frozen_stages=-1") == ""
+    assert frozen_at_random(data_set, own, "model.backbone=gc_vit_xxtiny") == ""
+    for key in KEYS:
+        assert frozen_at_random(data_set, f"{key}=x.pth") == ""
+    assert check()[0] == 0
+    report = json.loads((data_set.folder / "results" / "train" / "check.json").read_text())
+    assert [one["weight"] for one in report["findings"] if one["kind"] == "frozen-at-random"] == ["note"]
+    early_check(load_spec(data_set.spec, [], "train"), resumes=False)
+    assert "warning: frozen-at-random" in capsys.readouterr().err
+    early_check(load_spec(data_set.spec, [], "train"), resumes=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_wrong_folder(data_set, check):
