@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddetr_mm.classes import named_columns
-from ddetr_mm.errors import DataError, InputError
+from ddetr_mm.errors import DataError, InputError, WeightsError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, load_spec, task_results_dir
 from ddetr_mm.tasks.session import choose_device, encryption_key_of, print_notes, require_gpus
@@ -55,7 +55,8 @@ def early_check(loaded: LoadedSpec, *, resumes: bool) -> None:
         resumes: the results folder has a checkpoint to resume from: pretrained weights are not loaded.
 
     Raises:
-        DataError: a file is missing, empty, a URL or encrypted with another key, or the disk is full.
+        WeightsError: a file is missing, empty, a URL or encrypted with another key.
+        DataError: the disk is full.
     """
     from ddetr_mm.preflight.inputs import check_frozen, check_named_file, named_files
     from ddetr_mm.preflight.resources import check_disk_writable, check_free_space
@@ -64,11 +65,13 @@ def early_check(loaded: LoadedSpec, *, resumes: bool) -> None:
     named = named_files(spec, "train")
     if resumes:
         named = {key: path for key, path in named.items() if "pretrained" not in key}
-    findings = [
-        one for key, path in named.items() for one in check_named_file(key, path, spec.encryption_key)
-    ]
+    WeightsError.collect(
+        finding.problem
+        for key, path in named.items()
+        for finding in check_named_file(key, path, spec.encryption_key)
+    )
     folder = task_results_dir(spec, "train")
-    findings += check_disk_writable(folder) + check_free_space(folder, named)
+    findings = check_disk_writable(folder) + check_free_space(folder, named)
     DataError.collect(finding.problem for finding in findings)
     for finding in () if resumes else check_frozen(spec):
         print(f"warning: {finding.kind}: {finding.problem}", file=sys.stderr)
