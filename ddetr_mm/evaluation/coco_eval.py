@@ -13,7 +13,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,26 @@ BACKENDS = ("auto", "fast", "pycocotools")
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Precision (T, R, K, A, M), recall (T, K, A, M), scores (T, R, K, A, M)."""
 
-Runner = Callable[[GroundTruthColumns, DetectionColumns, np.ndarray, np.ndarray], Arrays]
+
+@dataclass(frozen=True)
+class EvaluationLimits:
+    """What COCO's evaluation is restricted to.
+
+    Attributes:
+        iou_thresholds: T thresholds, ascending.
+        max_detections: M limits of detections per image and class, ascending.
+    """
+
+    iou_thresholds: tuple[float, ...]
+    max_detections: tuple[int, ...]
+
+    def threshold_row(self, iou: float) -> int | None:
+        """The row of an IoU threshold; None where it is not among them."""
+        rows = np.flatnonzero(np.isclose(self.iou_thresholds, iou))
+        return int(rows[0]) if len(rows) else None
+
+
+Runner = Callable[[GroundTruthColumns, DetectionColumns, np.ndarray, np.ndarray, EvaluationLimits], Arrays]
 
 
 def choose_backend(name: str) -> tuple[str, Runner]:
@@ -191,7 +210,11 @@ _hotcoco_processes: set[int] = set()
 
 
 def _run_hotcoco(
-    truth: GroundTruthColumns, detections: DetectionColumns, images: np.ndarray, categories: np.ndarray
+    truth: GroundTruthColumns,
+    detections: DetectionColumns,
+    images: np.ndarray,
+    categories: np.ndarray,
+    limits: EvaluationLimits,
 ) -> Arrays:
     import hotcoco
 
@@ -207,11 +230,15 @@ def _run_hotcoco(
         iscrowd=truth.iscrowd.astype(np.int64),
     )
     evaluator = hotcoco.COCOeval(annotations, annotations.load_res(_result_table(detections)), "bbox")
-    return _run_evaluator(evaluator)
+    return _run_evaluator(evaluator, limits)
 
 
 def _run_pycocotools(
-    truth: GroundTruthColumns, detections: DetectionColumns, images: np.ndarray, categories: np.ndarray
+    truth: GroundTruthColumns,
+    detections: DetectionColumns,
+    images: np.ndarray,
+    categories: np.ndarray,
+    limits: EvaluationLimits,
 ) -> Arrays:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -252,10 +279,12 @@ def _run_pycocotools(
             results = COCO()
             results.dataset = {**annotations.dataset, "annotations": []}
             results.createIndex()
-        return _run_evaluator(COCOeval(annotations, results, "bbox"))
+        return _run_evaluator(COCOeval(annotations, results, "bbox"), limits)
 
 
-def _run_evaluator(evaluator: Any) -> Arrays:
+def _run_evaluator(evaluator: Any, limits: EvaluationLimits) -> Arrays:
+    evaluator.params.iouThrs = np.array(limits.iou_thresholds)
+    evaluator.params.maxDets = list(limits.max_detections)
     evaluator.evaluate()
     evaluator.accumulate()
     arrays = evaluator.eval
@@ -292,6 +321,7 @@ METRIC_NAMES = (
 
 MAX_DETECTIONS = (1, 10, 100)
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+COCO_LIMITS = EvaluationLimits(tuple(IOU_THRESHOLDS.tolist()), MAX_DETECTIONS)
 RECALL_THRESHOLDS = np.linspace(0.0, 1.0, 101)
 UNDEFINED = -1.0
 """COCO's value for a metric without ground truth."""
@@ -307,7 +337,7 @@ class ClassResult:
         category_id: COCO category id.
         name: its name.
         AP, AP50, AP75, APs, APm, APl: average precision.
-        AR: average recall at 100 detections.
+        AR: average recall at the largest limit of detections, 100.
         num_boxes: ground-truth boxes without crowds.
         num_detections: detections of this class.
     """
@@ -330,7 +360,8 @@ class CocoResult:
     """The result of an evaluation.
 
     Attributes:
-        metrics: the twelve metrics by :data:`METRIC_NAMES`, each in 0..1, or -1 if undefined.
+        metrics: the metrics by :data:`METRIC_NAMES`, each in 0..1, or -1 if undefined. With other limits of
+            detections n1, n2 … the recalls are ``ARmax<n1>``, ``ARmax<n2>`` …
         per_class: one entry per class, in the order of ``category_ids``.
         category_ids: (K,) scored classes, ascending.
         precision: (T, R, K) interpolated precision, all areas, 100 detections; -1 without ground truth.
@@ -364,6 +395,8 @@ def evaluate_boxes(
     category_ids: Sequence[int] | None = None,
     image_ids: Sequence[int] | np.ndarray | None = None,
     backend: str = "auto",
+    limits: EvaluationLimits = COCO_LIMITS,
+    use_categories: bool = True,
 ) -> CocoResult:
     """Compute COCO's metrics.
 
@@ -374,6 +407,9 @@ def evaluate_boxes(
         category_ids: classes to score; None for all categories of the ground truth.
         image_ids: images to score; None for all images of the ground truth.
         backend: one of :data:`BACKENDS`.
+        limits: thresholds and limits other than COCO's. AP is then that of 100 detections where this is one
+            of the limits, and all else is that of the last limit, as in pycocotools.
+        use_categories: False: all boxes are of one class, ``object``, as for region proposals.
 
     Raises:
         DataError: a class or image is asked for that the ground truth does not have.
@@ -386,17 +422,26 @@ def evaluate_boxes(
     finite = detections.finite_rows()
     detections = detections.rows(finite).select(images, categories)
     notes = _notes(truth, detections, num_non_finite=int(len(finite) - finite.sum()))
+    if not use_categories:
+        # pycocotools ranks the detections of an image by score, and equal ones by class.
+        detections = detections.rows(np.argsort(detections.category_ids, kind="stable"))
+        truth = replace(truth, category_ids=np.ones(len(truth)), category_names={1: "object"})
+        detections = replace(detections, category_ids=np.ones(len(detections)))
+        categories = np.ones(min(len(categories), 1), dtype=np.int64)
     if len(categories) == 0 or len(images) == 0:
-        shape = (len(IOU_THRESHOLDS), len(RECALL_THRESHOLDS), len(categories), 4, len(MAX_DETECTIONS))
+        num_limits = len(limits.max_detections)
+        shape = (len(limits.iou_thresholds), len(RECALL_THRESHOLDS), len(categories), 4, num_limits)
         precision, scores = np.full(shape, UNDEFINED), np.full(shape, UNDEFINED)
         recall = np.full((shape[0], *shape[2:]), UNDEFINED)
         name = "none"
     else:
         name, run = choose_backend(backend)
-        precision, recall, scores = run(truth, detections, images, categories)
+        dense_truth, dense_detections = _dense(truth, detections, images, categories)
+        numbers = np.arange(1, len(images) + 1), np.arange(1, len(categories) + 1)
+        precision, recall, scores = run(dense_truth, dense_detections, *numbers, limits)
     return CocoResult(
-        metrics=_summary(precision, recall),
-        per_class=_per_class(truth, detections, categories, precision, recall),
+        metrics=_summary(precision, recall, limits),
+        per_class=_per_class(truth, detections, categories, precision, recall, limits),
         category_ids=categories,
         precision=precision[:, :, :, _ALL, -1],
         scores=scores[:, :, :, _ALL, -1],
@@ -485,34 +530,64 @@ def _notes(truth: GroundTruthColumns, detections: DetectionColumns, num_non_fini
     return notes
 
 
+def _dense(
+    truth: GroundTruthColumns, detections: DetectionColumns, images: np.ndarray, categories: np.ndarray
+) -> tuple[GroundTruthColumns, DetectionColumns]:
+    """The same with images and categories numbered from 1 in their order.
+
+    The backends take detections as float64, which cannot hold ids above 2^53.
+    """
+    names = {number: truth.category_names[one] for number, one in enumerate(categories.tolist(), start=1)}
+    new_truth = replace(
+        truth,
+        image_ids=np.arange(1, len(images) + 1),
+        box_image_ids=np.searchsorted(images, truth.box_image_ids) + 1,
+        category_ids=np.searchsorted(categories, truth.category_ids) + 1,
+        category_names=names,
+    )
+    new_detections = replace(
+        detections,
+        image_ids=np.searchsorted(images, detections.image_ids) + 1,
+        category_ids=np.searchsorted(categories, detections.category_ids) + 1,
+    )
+    return new_truth, new_detections
+
+
 def _mean(values: np.ndarray) -> float:
     """Mean of the defined values, or -1."""
     defined = values[values > UNDEFINED]
     return float(defined.mean()) if defined.size else UNDEFINED
 
 
-def _precision_metrics(precision: np.ndarray) -> dict[str, float]:
+def _precision_metrics(precision: np.ndarray, limits: EvaluationLimits) -> dict[str, float]:
     """AP, AP50, AP75, APs, APm, APl of a (T, R, K, A, M) array."""
-    at_50, at_75 = 0, 5
+    most = limits.max_detections
+    at_100 = most.index(100) if 100 in most else -1
+
+    def at(iou: float) -> float:
+        row = limits.threshold_row(iou)
+        return UNDEFINED if row is None else _mean(precision[row, :, :, _ALL, -1])
+
     return {
-        "AP": _mean(precision[:, :, :, _ALL, -1]),
-        "AP50": _mean(precision[at_50, :, :, _ALL, -1]),
-        "AP75": _mean(precision[at_75, :, :, _ALL, -1]),
+        "AP": _mean(precision[:, :, :, _ALL, at_100]),
+        "AP50": at(0.5),
+        "AP75": at(0.75),
         "APs": _mean(precision[:, :, :, _SMALL, -1]),
         "APm": _mean(precision[:, :, :, _MEDIUM, -1]),
         "APl": _mean(precision[:, :, :, _LARGE, -1]),
     }
 
 
-def _summary(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
+def _summary(precision: np.ndarray, recall: np.ndarray, limits: EvaluationLimits) -> dict[str, float]:
+    recalls = {
+        f"ARmax{most}": _mean(recall[:, :, _ALL, place]) for place, most in enumerate(limits.max_detections)
+    }
     return dict(
-        **_precision_metrics(precision),
-        ARmax1=_mean(recall[:, :, _ALL, 0]),
-        ARmax10=_mean(recall[:, :, _ALL, 1]),
-        ARmax100=_mean(recall[:, :, _ALL, 2]),
-        ARs=_mean(recall[:, :, _SMALL, 2]),
-        ARm=_mean(recall[:, :, _MEDIUM, 2]),
-        ARl=_mean(recall[:, :, _LARGE, 2]),
+        **_precision_metrics(precision, limits),
+        **recalls,
+        ARs=_mean(recall[:, :, _SMALL, -1]),
+        ARm=_mean(recall[:, :, _MEDIUM, -1]),
+        ARl=_mean(recall[:, :, _LARGE, -1]),
     )
 
 
@@ -522,6 +597,7 @@ def _per_class(
     categories: np.ndarray,
     precision: np.ndarray,
     recall: np.ndarray,
+    limits: EvaluationLimits,
 ) -> tuple[ClassResult, ...]:
     num_boxes = _counts(truth.category_ids[~truth.iscrowd])
     num_detections = _counts(detections.category_ids)
@@ -529,8 +605,8 @@ def _per_class(
         ClassResult(
             category_id=category,
             name=truth.category_names[category],
-            **_precision_metrics(precision[:, :, column : column + 1]),
-            AR=_mean(recall[:, column, _ALL, 2]),
+            **_precision_metrics(precision[:, :, column : column + 1], limits),
+            AR=_mean(recall[:, column, _ALL, -1]),
             num_boxes=num_boxes.get(category, 0),
             num_detections=num_detections.get(category, 0),
         )
@@ -541,3 +617,58 @@ def _per_class(
 def _counts(values: np.ndarray) -> Mapping[int, int]:
     unique, counts = np.unique(values, return_counts=True)
     return dict(zip(unique.tolist(), counts.tolist(), strict=True))
+
+
+# --- recall of region proposals, mmdet's way ---
+
+
+def fast_recalls(
+    truth: GroundTruthColumns, detections: DetectionColumns, limits: EvaluationLimits
+) -> list[float]:
+    """Average recall at each limit of detections, whatever the class, as mmdet's ``proposal_fast``.
+
+    Boxes and detections of an image are paired greedily, the largest IoU first; crowds do not count. The
+    recall at a threshold is the share of boxes whose partner has at least this IoU. 0 without any box.
+    """
+    finite = detections.rows(detections.finite_rows())
+    paired: list[list[np.ndarray]] = [[] for _ in limits.max_detections]
+    for image in truth.image_ids.tolist():
+        boxes = _corners(truth.boxes_xywh[(truth.box_image_ids == image) & ~truth.iscrowd])
+        mine = finite.rows(finite.image_ids == image)
+        best_first = mine.rows(np.argsort(-mine.scores, kind="stable"))
+        ious = pairwise_iou(boxes, _corners(best_first.boxes_xywh))
+        for values, most in zip(paired, limits.max_detections, strict=True):
+            values.append(greedy_ious(ious[:, :most]))
+    joined = [np.concatenate([np.zeros(0), *values]) for values in paired]
+    return [
+        float(np.mean([(values >= iou).mean() for iou in limits.iou_thresholds])) if len(values) else 0.0
+        for values in joined
+    ]
+
+
+def greedy_ious(ious: np.ndarray) -> np.ndarray:
+    """(N,) IoUs of the greedy pairs of a (N, D) matrix, largest first; 0 for boxes without a partner."""
+    left = ious.copy()
+    pairs = np.zeros(len(left))
+    for row in range(min(left.shape)):
+        box, detection = np.unravel_index(int(left.argmax()), left.shape)
+        pairs[row] = left[box, detection]
+        left[box, :] = left[:, detection] = -1
+    return pairs
+
+
+def pairwise_iou(boxes_xyxy: np.ndarray, others_xyxy: np.ndarray) -> np.ndarray:
+    """(N, D) IoUs of (N, 4) with (D, 4) boxes, as float32."""
+    left_top = np.maximum(boxes_xyxy[:, None, :2], others_xyxy[None, :, :2])
+    right_bottom = np.minimum(boxes_xyxy[:, None, 2:], others_xyxy[None, :, 2:])
+    shared = np.prod(np.maximum(right_bottom - left_top, 0), axis=2)
+    areas, other_areas = (np.prod(one[:, 2:] - one[:, :2], axis=1) for one in (boxes_xyxy, others_xyxy))
+    union = np.maximum(areas[:, None] + other_areas - shared, 1e-6)
+    return np.asarray(shared / union, dtype=np.float32)
+
+
+def _corners(boxes_xywh: np.ndarray) -> np.ndarray:
+    """(n, 4) x, y, width, height → corners, float32."""
+    return np.concatenate(
+        [boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1, dtype=np.float32
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from ddetr_mm.datasets.coco_table import CocoTable
 from ddetr_mm.datasets.sources import read_coco_sources
 from ddetr_mm.errors import DataError, Problem
 from ddetr_mm.evaluation.coco_eval import (
+    COCO_LIMITS,
     METRIC_NAMES,
     UNDEFINED,
     CocoResult,
     DetectionColumns,
+    EvaluationLimits,
     GroundTruthColumns,
     evaluate_boxes,
+    fast_recalls,
     xyxy_to_xywh,
 )
 from ddetr_mm.files import written_whole
@@ -127,6 +130,31 @@ MMDET_NAMES = {
 """mmdet's metric keys → COCO's names."""
 
 
+MMDET_PROPOSAL_NUMS = (100, 300, 1000)
+"""mmdet's default limits of detections."""
+
+_MMDET_RECALLS = ("AR@100", "AR@300", "AR@1000")
+_MMDET_RECALLS_BY_SIZE = {"AR_s@1000": "ARs", "AR_m@1000": "ARm", "AR_l@1000": "ARl"}
+METRICS_HONOURED = ("bbox", "proposal", "proposal_fast")
+
+
+def metric_keys(limits: EvaluationLimits) -> dict[str, str]:
+    """Item (``mAP``, ``AR@100`` …) → name in a :class:`CocoResult`; without ``bbox_``, for any limits."""
+    most = limits.max_detections
+    return {
+        **{key.removeprefix("bbox_"): name for key, name in MMDET_NAMES.items() if "mAP" in key},
+        **{f"AR@{limit}": f"ARmax{limit}" for limit in most},
+        **{f"AR_{size}@{most[-1]}": f"AR{size}" for size in "sml"},
+    }
+
+
+def known_items(limits: EvaluationLimits) -> dict[str, str]:
+    """:func:`metric_keys`, and mmdet's fixed names, which stand for the first, second and third limit."""
+    by_place = zip(_MMDET_RECALLS, limits.max_detections, strict=False)
+    fixed = {item: f"ARmax{limit}" for item, limit in by_place}
+    return {**fixed, **_MMDET_RECALLS_BY_SIZE, **metric_keys(limits)}
+
+
 @METRICS.register_module()
 class FastCocoMetric(BaseMetric):
     """COCO's box metrics; replaces mmdet's ``CocoMetric``.
@@ -149,7 +177,8 @@ class FastCocoMetric(BaseMetric):
         sources: several ``dict(image_dir=…, json_file=…)``; exclusive with ``ann_file``.
         eval_class_ids: category ids to score; None for all.
         conf_threshold: detections below this score are dropped.
-        classwise: log a table of the metrics of each class.
+        classwise: ``"table"``: log a table of the metrics of each class; True: also report
+            ``coco/<class>_precision`` (AP, -1 without ground truth) for each, for ``save_best``; False: none.
         per_source: with several sources, also score each alone.
         image_ids: images to score (the dataset's ids); None for all of the ground truth.
         results_dir: folder for ``results.json`` (the twelve metrics), ``results_detail.json`` (by class
@@ -157,13 +186,22 @@ class FastCocoMetric(BaseMetric):
         outfile_prefix: also write predictions as ``<prefix>.bbox.json``, as ``CocoMetric`` does.
         format_only: only write the predictions, for data without ground truth.
         backend: see :func:`ddetr_mm.evaluation.coco_eval.evaluate_boxes`.
-        metric: only ``"bbox"``; accepted for configs of ``CocoMetric``, as the next two.
-        collect_device: unused; results are gathered directly.
-        backend_args: only None.
+        strict_annotations: as in :class:`~ddetr_mm.datasets.coco.SerializedCocoDataset`.
+        metric: ``"bbox"``; ``"proposal"``, recall whatever the class, as ``coco/AR@100`` …; or
+            ``"proposal_fast"``, the same by mmdet's own short function; or several of them. Masks
+            (``"segm"``) are scored by ``CocoMetric``.
+        proposal_nums: limits of detections per image and class. None: COCO's 1, 10, 100, and mmdet's 100,
+            300, 1000 for proposals or where ``metric_items`` names these.
+        iou_thrs: IoU thresholds; None: 0.50, 0.55 … 0.95. ``bbox_mAP_50`` is -1 where 0.5 is not among them.
+        metric_items: what to report, such as ``["mAP", "AR@100"]``; None: everything.
+        sort_categories: order the file's categories by id.
+        use_mp_eval: without effect: scoring uses all cores where hotcoco is installed.
+        collect_device: without effect: results are gathered directly.
+        backend_args: None or the local backend; annotation files are read from this machine.
         prefix: see ``BaseMetric``.
 
     Raises:
-        ValueError: contradicting arguments.
+        ValueError: contradicting arguments, or one of ``CocoMetric`` that is not supported.
     """
 
     default_prefix = "coco"
@@ -175,27 +213,43 @@ class FastCocoMetric(BaseMetric):
         *,
         eval_class_ids: Sequence[int] | None = None,
         conf_threshold: float = 0.0,
-        classwise: bool = True,
+        classwise: bool | str = "table",
         per_source: bool = True,
         image_ids: Sequence[int] | None = None,
         results_dir: str | None = None,
         outfile_prefix: str | None = None,
         format_only: bool = False,
         backend: str = "auto",
+        strict_annotations: bool = False,
         metric: str | Sequence[str] = "bbox",
+        proposal_nums: Sequence[int] | None = None,
+        iou_thrs: float | Sequence[float] | None = None,
+        metric_items: Sequence[str] | None = None,
+        sort_categories: bool = False,
+        use_mp_eval: bool = False,
         collect_device: str = "cpu",
-        backend_args: None = None,
+        file_client_args: None = None,
+        backend_args: Mapping[str, Any] | None = None,
         prefix: str | None = None,
     ) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
         if ann_file is not None and sources is not None:
             raise ValueError("give ann_file or sources, not both")
-        if ([metric] if isinstance(metric, str) else list(metric)) != ["bbox"]:
-            raise ValueError(f"FastCocoMetric scores boxes: metric must be 'bbox', not {metric!r}")
-        if backend_args is not None:
-            raise ValueError("FastCocoMetric reads local files: backend_args must be None")
+        if classwise not in (True, False, "table"):
+            raise ValueError(f"classwise must be True, False or 'table', not {classwise!r}")
+        self.metrics = [metric] if isinstance(metric, str) else list(metric)
+        _check_mmdet_arguments(self.metrics, file_client_args, backend_args)
         if format_only and not (outfile_prefix or results_dir):
             raise ValueError("format_only needs outfile_prefix or results_dir to write to")
+        self.limits, self.proposal_limits = _limits(proposal_nums, iou_thrs, metric_items)
+        if results_dir is not None and (self.limits != COCO_LIMITS or "bbox" not in self.metrics):
+            raise ValueError(
+                "results_dir is for COCO's twelve metrics: score 'bbox', without proposal_nums and iou_thrs"
+            )
+        self.metric_items = None if metric_items is None else list(metric_items)
+        self._check_items()
+        self.sort_categories = sort_categories
+        self.strict_annotations = strict_annotations
         self.sources = [{"image_dir": "", "json_file": ann_file}] if ann_file is not None else sources
         self.eval_class_ids = None if eval_class_ids is None else list(eval_class_ids)
         self.conf_threshold = conf_threshold
@@ -223,7 +277,8 @@ class FastCocoMetric(BaseMetric):
                     image_id=int(sample["img_id"]),
                     boxes_xyxy=predicted["bboxes"].detach().cpu().float().numpy().reshape(-1, 4)[keep],
                     scores=scores[keep],
-                    labels=predicted["labels"].detach().cpu().numpy()[keep],
+                    # Some heads give float labels where they have no detections.
+                    labels=predicted["labels"].detach().cpu().numpy().astype(np.int64)[keep],
                     instances=None if self.sources is not None else sample.get("instances"),
                     image_path=sample.get("img_path") if self.results_dir is not None else None,
                 )
@@ -269,7 +324,8 @@ class FastCocoMetric(BaseMetric):
             expected: number of images of the dataset; fewer results are logged as a warning.
 
         Returns:
-            Keys of :data:`MMDET_NAMES` without the prefix; empty with ``format_only``.
+            Keys of :data:`MMDET_NAMES`, and others by ``metric``, ``metric_items`` and ``classwise``, without
+            the prefix; empty with ``format_only``.
         """
         logger = MMLogger.get_current_instance()
         if expected is not None and len(results) < expected:
@@ -279,9 +335,17 @@ class FastCocoMetric(BaseMetric):
         self._write_predictions(detections)
         if self.format_only:
             return {}
+        proposals = self._proposal_metrics(truth, detections)
+        if "bbox" not in self.metrics:
+            return proposals
         classes = self._scored_classes(truth)
         self.result = evaluate_boxes(
-            truth, detections, category_ids=classes, image_ids=self.image_ids, backend=self.backend
+            truth,
+            detections,
+            category_ids=classes,
+            image_ids=self.image_ids,
+            backend=self.backend,
+            limits=self.limits,
         )
         self.source_results = self._score_sources(truth, detections)
         self._report(logger, self.result)
@@ -292,14 +356,61 @@ class FastCocoMetric(BaseMetric):
             paths = {one.image_id: one.image_path for one in results if one.image_path}
             page = write_report(self.results_dir, self.result, self.source_results, truth, detections, paths)
             logger.info(f"Evaluation report: {page}")
-        return {key: self.result[name] for key, name in MMDET_NAMES.items()}
+        return {**proposals, **self._box_metrics(self.result)}
+
+    def _box_metrics(self, result: CocoResult) -> dict[str, float]:
+        """What is reported of a result, by mmdet's keys."""
+        items = known_items(self.limits)
+        wanted = metric_keys(self.limits) if self.metric_items is None else self.metric_items
+        by_class = {f"{entry.name}_precision": entry.AP for entry in result.per_class}
+        return {
+            **(by_class if self.classwise is True else {}),
+            **{f"bbox_{item}": result[items[item]] for item in wanted},
+        }
+
+    def _check_items(self) -> None:
+        known = known_items(self.limits)
+        unknown = [item for item in self.metric_items or () if item not in known]
+        if unknown:
+            raise ValueError(f"metric_items {unknown} are not known; known are {', '.join(known)}")
+
+    def _proposal_metrics(self, truth: GroundTruthColumns, detections: DetectionColumns) -> dict[str, float]:
+        """Recalls whatever the class, for ``metric`` 'proposal' and 'proposal_fast'."""
+        found: dict[str, float] = {}
+        limits = self.proposal_limits
+        if "proposal" in self.metrics:
+            result = evaluate_boxes(
+                truth,
+                detections,
+                category_ids=self._scored_classes(truth),
+                image_ids=self.image_ids,
+                backend=self.backend,
+                limits=limits,
+                use_categories=False,
+            )
+            items = known_items(limits)
+            items_of_recall = [item for item in metric_keys(limits) if item.startswith("AR")]
+            wanted = items_of_recall if self.metric_items is None else self.metric_items
+            found |= {item: result[items[item]] for item in wanted}
+        if "proposal_fast" in self.metrics:
+            recalls = fast_recalls(truth, detections, limits)
+            found |= dict(zip((f"AR@{most}" for most in limits.max_detections), recalls, strict=True))
+        return found
 
     def _ground_truth(self, results: list[ImageResult]) -> GroundTruthColumns:
         if self.sources is None:
             return _truth_of_samples(results, self._label_ids(None), self._class_names())
         if self._table is None:
-            self._table = read_coco_sources(self.sources, annotations_required=not self.format_only)
-        return truth_of_table(self._table)
+            self._table = read_coco_sources(
+                self.sources,
+                annotations_required=not self.format_only,
+                strict=self.strict_annotations,
+                sizes_required=False,
+            )
+        truth = truth_of_table(self._table)
+        if self.sort_categories:
+            return replace(truth, category_names=dict(sorted(truth.category_names.items())))
+        return truth
 
     def _detections(self, results: list[ImageResult], truth: GroundTruthColumns) -> DetectionColumns:
         """Detections of all images, ordered by image id, with category ids instead of labels."""
@@ -400,6 +511,7 @@ class FastCocoMetric(BaseMetric):
                 category_ids=self._scored_classes(truth),
                 image_ids=self._table.image_ids[self._table.source_indices == number],
                 backend=self.backend,
+                limits=self.limits,
             )
             for number, source in enumerate(self.sources)
         }
@@ -411,6 +523,54 @@ class FastCocoMetric(BaseMetric):
             logger.info("\n" + class_table(result))
         if self.source_results:
             logger.info("\n" + source_table(self.source_results))
+
+
+def _check_mmdet_arguments(
+    metrics: Sequence[str], file_client_args: Any, backend_args: Mapping[str, Any] | None
+) -> None:
+    """Refuse arguments of ``CocoMetric`` that would have no effect.
+
+    Raises:
+        ValueError: one is given.
+    """
+    others = [name for name in metrics if name not in METRICS_HONOURED]
+    if others or not metrics:
+        raise ValueError(
+            f"FastCocoMetric scores boxes: metric must be of {', '.join(METRICS_HONOURED)}, not {others}; "
+            "masks ('segm') are scored by CocoMetric"
+        )
+    if file_client_args is not None:
+        raise ValueError("file_client_args is gone from mmdet; use backend_args")
+    if backend_args is not None and backend_args.get("backend") != "local":
+        raise ValueError("FastCocoMetric reads files of this machine: backend_args must be None or local")
+
+
+def _limits(
+    proposal_nums: Sequence[int] | None,
+    iou_thrs: float | Sequence[float] | None,
+    metric_items: Sequence[str] | None,
+) -> tuple[EvaluationLimits, EvaluationLimits]:
+    """Thresholds and limits of boxes, and of proposals.
+
+    Raises:
+        ValueError: no thresholds or limits, or wrong ones.
+    """
+    if iou_thrs is None:
+        thresholds = COCO_LIMITS.iou_thresholds
+    else:
+        given = [iou_thrs] if isinstance(iou_thrs, (int, float)) else list(iou_thrs)
+        thresholds = tuple(float(value) for value in given)
+    if not thresholds or not all(0 < value <= 1 for value in thresholds):
+        raise ValueError(f"iou_thrs must lie between 0 and 1, not {iou_thrs!r}")
+    if proposal_nums is not None:
+        boxes = proposals = tuple(int(most) for most in proposal_nums)
+        if not boxes or boxes[0] < 1 or list(boxes) != sorted(set(boxes)):
+            raise ValueError(f"proposal_nums must ascend from 1 or more, not {proposal_nums!r}")
+    else:
+        proposals = MMDET_PROPOSAL_NUMS
+        names = {*_MMDET_RECALLS, *_MMDET_RECALLS_BY_SIZE} - {"AR@100"}
+        boxes = proposals if names & set(metric_items or ()) else COCO_LIMITS.max_detections
+    return EvaluationLimits(thresholds, boxes), EvaluationLimits(thresholds, proposals)
 
 
 def truth_of_table(table: CocoTable) -> GroundTruthColumns:
@@ -504,11 +664,10 @@ def _records(detections: DetectionColumns, table: CocoTable | None) -> Iterator[
             yield {"image_id": image, "category_id": category, "bbox": box, "score": score}
         return
     rows = dict(zip(table.image_ids.tolist(), range(table.num_images), strict=True))
-    original = table.original_image_ids.tolist()
     several = bool(np.any(table.source_indices != table.source_indices[0])) if table.num_images else False
     for image, category, box, score in columns:
         row = rows[image]
-        record = {"image_id": original[row], "category_id": category, "bbox": box, "score": score}
+        record = {"image_id": table.original_id(row), "category_id": category, "bbox": box, "score": score}
         if several:
             record |= {"source": int(table.source_indices[row]), "file_name": table.file_name(row)}
         yield record
@@ -535,7 +694,8 @@ def class_table(result: CocoResult) -> str:
         )
         for entry in result.per_class
     ]
-    totals = [_metric_text(result[name]) for name in (*_PRECISIONS, "ARmax100")]
+    recalls = [name for name in result.metrics if name.startswith("ARmax")]
+    totals = [_metric_text(result[name]) for name in (*_PRECISIONS, recalls[-1])]
     rows.append(("", "all", str(result.num_boxes), str(result.num_detections), *totals))
     return _render(("id", "class", "boxes", "detections", *_PRECISIONS, "AR"), rows)
 
@@ -543,10 +703,11 @@ def class_table(result: CocoResult) -> str:
 def source_table(results: Mapping[str, CocoResult]) -> str:
     """One line per source, with its twelve metrics."""
     rows = [
-        (name, str(result.num_images), *(_metric_text(result[metric]) for metric in METRIC_NAMES))
+        (name, str(result.num_images), *map(_metric_text, result.metrics.values()))
         for name, result in results.items()
     ]
-    return _render(("source", "images", *METRIC_NAMES), rows)
+    names = next(iter(results.values())).metrics if results else METRIC_NAMES
+    return _render(("source", "images", *names), rows)
 
 
 def _metric_text(value: float) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ddetr_mm.errors import DataError, StackError
 from ddetr_mm.evaluation.coco_eval import (
     METRIC_NAMES,
     DetectionColumns,
+    EvaluationLimits,
     GroundTruthColumns,
     evaluate_boxes,
     write_results_json,
@@ -238,3 +240,62 @@ def test_results_json_holds_the_twelve_names(make_scene, tmp_path):
     written = json.loads(path.read_text())
     assert list(written) == list(METRIC_NAMES)
     assert written == result.metrics
+
+
+# --- other limits, thresholds and ids ---
+
+
+@pytest.mark.parametrize("backend", ["fast", "pycocotools"])
+def test_ids_beyond_double_precision(make_scene, backend):
+    """Neighbouring ids above 2^53 are one number as float64."""
+    truth, detections = make_scene(3)
+    expected = evaluate_boxes(truth, detections, backend=backend)
+    images = {number: 2**62 + row for row, number in enumerate(sorted(truth.image_ids.tolist()))}
+    classes = {number: 2**61 + row for row, number in enumerate(sorted(truth.category_names))}
+
+    def renamed(values, names):
+        return np.array([names[number] for number in values.tolist()], dtype=np.int64)
+
+    large_truth = replace(
+        truth,
+        image_ids=renamed(truth.image_ids, images),
+        box_image_ids=renamed(truth.box_image_ids, images),
+        category_ids=renamed(truth.category_ids, classes),
+        category_names={classes[number]: name for number, name in truth.category_names.items()},
+    )
+    large = replace(
+        detections,
+        image_ids=renamed(detections.image_ids, images),
+        category_ids=renamed(detections.category_ids, classes),
+    )
+    found = evaluate_boxes(large_truth, large, backend=backend)
+    assert found.metrics == expected.metrics
+    assert found.category_ids.tolist() == list(classes.values())
+    assert [entry.AP for entry in found.per_class] == [entry.AP for entry in expected.per_class]
+
+
+@pytest.mark.parametrize("use_categories", [True, False])
+def test_backends_agree_on_other_limits(make_scene, use_categories):
+    truth, detections = make_scene(5, score_levels=10**6)
+    limits = EvaluationLimits((0.5, 0.9), (2, 5))
+    one, other = (
+        evaluate_boxes(truth, detections, backend=name, limits=limits, use_categories=use_categories)
+        for name in ("fast", "pycocotools")
+    )
+    assert one.metrics == pytest.approx(other.metrics, abs=1e-9)
+    assert list(one.metrics) == [
+        "AP",
+        "AP50",
+        "AP75",
+        "APs",
+        "APm",
+        "APl",
+        "ARmax2",
+        "ARmax5",
+        "ARs",
+        "ARm",
+        "ARl",
+    ]
+    assert one["AP75"] == -1
+    assert 0 < one["AP"] < one["AP50"] < 1
+    assert 0 < one["ARmax2"] < one["ARmax5"] < 1

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from evaluation_scenes import data_samples, random_scene, write_coco
+from mmdet.evaluation.functional import bbox_overlaps
+from mmdet.evaluation.functional.recall import _recalls
 from mmdet.registry import DATASETS, METRICS
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
@@ -16,7 +18,13 @@ from PIL import Image
 
 import ddetr_mm.datasets.coco  # noqa: F401
 from ddetr_mm.errors import DataError
-from ddetr_mm.evaluation.coco_eval import METRIC_NAMES, DetectionColumns, GroundTruthColumns, evaluate_boxes
+from ddetr_mm.evaluation.coco_eval import (
+    IOU_THRESHOLDS,
+    METRIC_NAMES,
+    DetectionColumns,
+    GroundTruthColumns,
+    evaluate_boxes,
+)
 from ddetr_mm.evaluation.metric import MMDET_NAMES, FastCocoMetric, class_table, source_table
 
 LABELS = {3: 0, 6: 1, 9: 2, 12: 3}
@@ -55,6 +63,146 @@ def test_equals_mmdets_own_metric(scene_file, seed):
         # mmdet rounds to three places; its AP counts 1000 detections an image, we have fewer than 100
         assert found[key] == pytest.approx(value, abs=0.00051), key
     assert set(found) == {f"coco/{name}" for name in MMDET_NAMES}
+
+
+def both(options, path, samples):
+    """mmdet's metrics and ours for the same arguments."""
+    meta = {"classes": META["classes"]}
+    # mmdet hands thresholds on as they are, and pycocotools understands arrays only.
+    as_array = {"iou_thrs": np.atleast_1d(options["iou_thrs"])} if "iou_thrs" in options else {}
+    theirs = METRICS.build({"type": "CocoMetric", "ann_file": str(path), **options, **as_array})
+    ours = METRICS.build({"type": "FastCocoMetric", "ann_file": str(path), **options})
+    return run(theirs, samples, meta), run(ours, samples, meta)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"classwise": True},
+        {"metric_items": ["mAP", "mAP_50", "AR@100", "AR@300", "AR@1000", "AR_s@1000", "AR_l@1000"]},
+        {"proposal_nums": (1, 10, 100), "metric_items": ["mAP", "AR@100", "AR@300", "AR@1000", "AR_m@1000"]},
+        {"proposal_nums": (2, 5, 100), "iou_thrs": [0.5, 0.6]},
+        {"iou_thrs": 0.75, "metric_items": ["mAP", "mAP_75", "mAP_50"]},
+        {"iou_thrs": [0.3]},
+        {"metric": "proposal"},
+        {"metric": "proposal", "proposal_nums": (1, 3, 100)},
+        {"metric": "proposal", "metric_items": ["AR@300", "AR_s@1000"], "iou_thrs": [0.4, 0.5]},
+        {"metric": ["bbox", "proposal"]},
+        {"metric": ["bbox"], "sort_categories": True, "use_mp_eval": False, "backend_args": None},
+    ],
+    ids=str,
+)
+def test_arguments_of_mmdets_metric(scene_file, options):
+    (truth, detections), path = scene_file(4, score_levels=10**6)
+    expected, found = both(options, path, data_samples(detections, LABELS, truth.image_ids))
+    for key in ("coco/AR@", "coco/bbox_AR@"):
+        if f"{key}1000" in expected and options.get("proposal_nums", (100,))[0] == 1:
+            # mmdet's names stand for the first, second and third limit; here 100 is the third
+            expected[f"{key}100"] = expected[f"{key}1000"]
+    if options.get("metric") == "proposal" and "proposal_nums" in options:
+        expected = {key: expected[key] for key in ("coco/AR@100",)}
+        assert set(found) == {f"coco/AR@{most}" for most in (1, 3, 100)} | {
+            f"coco/AR_{size}@100" for size in "sml"
+        }
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(-1 if np.isnan(value) else value, abs=0.00051), key
+    if "metric_items" in options:
+        assert set(found) == set(expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"proposal_nums": (1, 2, 3), "iou_thrs": [0.5]}], ids=str)
+def test_fast_recall_of_proposals_equals_mmdets_function(scene_file, options):
+    """mmdet's metric itself fails with today's numpy (arrays of unequal lengths)."""
+    (truth, detections), path = scene_file(4, score_levels=10**6)
+    limits = np.array(options.get("proposal_nums", (100, 300, 1000)))
+    thresholds = np.array(options.get("iou_thrs", IOU_THRESHOLDS))
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    ious = np.empty(len(samples), dtype=object)
+    for row, sample in enumerate(samples):
+        boxes = truth.boxes_xywh[(truth.box_image_ids == sample["img_id"]) & ~truth.iscrowd].copy()
+        boxes[:, 2:] += boxes[:, :2]
+        ious[row] = bbox_overlaps(boxes, sample["pred_instances"]["bboxes"].numpy())
+    expected = _recalls(ious, limits, thresholds).mean(axis=1)
+    found = run(FastCocoMetric(ann_file=str(path), metric="proposal_fast", **options), samples)
+    assert list(found) == [f"coco/AR@{most}" for most in limits]
+    np.testing.assert_allclose(list(found.values()), expected, atol=1e-6)
+    assert 0 < expected[0] <= expected[1]
+    assert expected[0] < expected[2] or not options
+
+
+def test_average_precision_of_a_class_for_save_best(scene_file):
+    (truth, detections), path = scene_file(2)
+    content = json.loads(path.read_text())
+    content["categories"].append({"id": 20, "name": "never seen"})
+    path.write_text(json.dumps(content))
+    meta = {"classes": (*META["classes"], "never seen"), "category_ids": (*LABELS, 20)}
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    metric = FastCocoMetric(ann_file=str(path), classwise=True)
+    found = run(metric, samples, meta)
+    precisions = {key: value for key, value in found.items() if key.endswith("_precision")}
+    assert precisions == {f"coco/{entry.name}_precision": entry.AP for entry in metric.result.per_class}
+    assert precisions["coco/never seen_precision"] == -1
+    assert len(precisions) == 5
+    for classwise in (False, "table"):
+        plain = run(FastCocoMetric(ann_file=str(path), classwise=classwise), samples, meta)
+        assert plain == {key: value for key, value in found.items() if key not in precisions}
+
+
+def test_empty_float_labels(scene_file):
+    (truth, detections), path = scene_file(0)
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    for sample in samples:
+        predicted = sample["pred_instances"]
+        predicted["labels"] = predicted["labels"].float()
+    samples[0]["pred_instances"] = {
+        "bboxes": torch.zeros(0, 4),
+        "scores": torch.zeros(0),
+        "labels": torch.zeros(0),
+    }
+    metric = FastCocoMetric(ann_file=str(path))
+    run(metric, samples)
+    gone = int((detections.image_ids == truth.image_ids[0]).sum())
+    assert metric.result.num_detections == len(detections) - gone
+
+
+def test_repaired_annotations_are_scored(scene_file):
+    """What the dataset repairs or leaves out is repaired or left out here: ids, flags, missing boxes."""
+    (truth, detections), path = scene_file(3)
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    expected = run(FastCocoMetric(ann_file=str(path)), samples)
+    content = json.loads(path.read_text())
+    for image in content["images"]:
+        image["id"] = float(image["id"])
+        del image["width"]
+    for annotation in content["annotations"]:
+        annotation.update(category_id=str(annotation["category_id"]), iscrowd=annotation["iscrowd"] or None)
+    strange = {"id": "x", "image_id": 10**6, "category_id": 3, "bbox": [0, 0, 9, 9]}
+    content["annotations"] += [strange, {"id": "y", "image_id": int(truth.image_ids[0]), "category_id": 3}]
+    path.write_text(json.dumps(content))
+    assert run(FastCocoMetric(ann_file=str(path)), samples) == expected
+    with pytest.raises(DataError, match="strict_annotations"):
+        run(FastCocoMetric(ann_file=str(path), strict_annotations=True), samples)
+
+
+def test_predictions_have_the_ids_of_the_file(scene_file, tmp_path):
+    (truth, detections), path = scene_file(3)
+    content = json.loads(path.read_text())
+    names = {image["id"]: f"frame {image['id']}" for image in content["images"]}
+    order = {image["id"]: row for row, image in enumerate(content["images"])}
+    expected = run(FastCocoMetric(ann_file=str(path)), data_samples(detections, LABELS, truth.image_ids))
+    for image in content["images"]:
+        image["id"] = names[image["id"]]
+    for annotation in content["annotations"]:
+        annotation["image_id"] = names[annotation["image_id"]]
+    path.write_text(json.dumps(content))
+    samples = data_samples(detections, LABELS, truth.image_ids)
+    for sample in samples:
+        sample["img_id"] = order[sample["img_id"]]  # as the dataset numbers them
+    metric = FastCocoMetric(ann_file=str(path), outfile_prefix=str(tmp_path / "out"))
+    assert run(metric, samples)["coco/bbox_mAP_50"] == pytest.approx(expected["coco/bbox_mAP_50"], abs=0.02)
+    written = json.loads((tmp_path / "out.bbox.json").read_text())
+    assert {entry["image_id"] for entry in written} <= set(names.values())
+    assert len(written) == len(detections)
 
 
 def test_gives_the_pure_functions_figures(scene_file):
@@ -263,10 +411,21 @@ def test_wrong_image_ids_and_labels_are_named(scene_file):
         {"ann_file": "a", "metric": ["bbox", "segm"]},
         {"ann_file": "a", "format_only": True},
         {"ann_file": "a", "backend_args": {"backend": "petrel"}},
+        {"ann_file": "a", "file_client_args": {"backend": "disk"}},
+        {"ann_file": "a", "metric": []},
+        {"ann_file": "a", "metric_items": ["mAP", "mIoU"]},
+        {"ann_file": "a", "proposal_nums": (10, 1)},
+        {"ann_file": "a", "iou_thrs": 50},
+        {"ann_file": "a", "classwise": "yes"},
+        {"ann_file": "a", "iou_thrs": [0.5], "results_dir": "out"},
     ],
+    ids=str,
 )
 def test_contradicting_arguments(arguments):
-    with pytest.raises(ValueError, match=r"ann_file or sources|bbox|outfile_prefix|backend_args"):
+    names = (
+        r"ann_file or sources|bbox|outfile_prefix|backend_args|metric_items|proposal_nums|iou_thrs|classwise"
+    )
+    with pytest.raises(ValueError, match=names):
         FastCocoMetric(**arguments)
 
 
