@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from ddetr_mm import __version__
 from ddetr_mm.compat.versions import raise_deferred
 from ddetr_mm.errors import InputError, RankFailure
+from ddetr_mm.files import allow_any_text
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    allow_any_text()
     arguments = build_parser().parse_args(argv)
     try:
         with sigterm_interrupts():

@@ -1,9 +1,11 @@
-"""Atomic writes, the cores that a process may use, and pauses of the garbage collector."""
+"""Atomic writes, output in any encoding, the cores of a process, pauses of the garbage collector."""
 
 from __future__ import annotations
 
+import codecs
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +46,58 @@ def write_text_whole(path: str | Path, text: str) -> Path:
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+# --- Output streams ---
+
+_ASCII = {
+    "✓": "+",
+    "✗": "x",
+    "…": "...",
+    "–": "-",
+    "—": "-",
+    "·": "-",
+    "→": "->",
+    "×": "x",
+    "²": "2",
+    "“": '"',
+    "”": '"',
+    "‘": "'",
+    "’": "'",
+}
+_ASCII |= dict.fromkeys("─━═╌╍", "-") | dict.fromkeys("│┃║", "|") | dict.fromkeys("█▉▊▋▌▍▎▏■", "#")
+_ASCII |= dict.fromkeys("┌┐└┘├┤┬┴┼┏┓┗┛┡┩╇╈╀╁╂┳┻╋┠┨┯┷┿╭╮╰╯", "+")
+
+ERRORS_NAME = "ddetr_mm.ascii"
+"""Name of the handler of characters that a stream's encoding lacks, for ``open`` and ``reconfigure``."""
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """The ASCII form of characters that cannot be encoded: a similar sign, else a backslash and its number.
+
+    Raises:
+        UnicodeError: the error itself, where it is not about encoding.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(
+        _ASCII.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in text
+    ), error.end
+
+
+codecs.register_error(ERRORS_NAME, _in_ascii)
+
+
+def allow_any_text() -> None:
+    """Have standard output and error print any text in any encoding (ASCII, Latin-1, cp1252, UTF-8).
+
+    What an encoding lacks is printed in ASCII; so are bytes of file names that are not UTF-8. A stream that
+    cannot be configured, such as a test's, stays as it is.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=ERRORS_NAME)
 
 
 # --- Processes ---

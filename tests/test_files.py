@@ -11,6 +11,41 @@ import pytest
 
 from ddetr_mm.files import usable_cores, write_text_whole, written_whole
 
+# --- Output in any encoding ---
+
+PRINT = "from ddetr_mm.files import allow_any_text; allow_any_text(); print(__import__('sys').argv[1])"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("ascii", "+ a\\xe9 \\u4eba ... -> 3 x 4 | --"),
+        ("latin-1", "+ aé \\u4eba ... -> 3 × 4 | --"),
+        ("cp1252", "+ aé \\u4eba … -> 3 × 4 | --"),
+        ("utf-8", "✓ aé 人 … → 3 × 4 │ ──"),
+    ],
+)
+def test_what_an_encoding_lacks_is_printed_in_ascii(encoding, expected):
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT, "✓ aé 人 … → 3 × 4 │ ──"],
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.decode(encoding).rstrip() == expected
+
+
+def test_bytes_that_are_no_text_are_printed():
+    """A file name that is not UTF-8, on a UTF-8 stream."""
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT, b"a\xff.png"],
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.decode().rstrip() == r"a\udcff.png"
+
+
 # --- Files appear whole or not at all ---
 
 

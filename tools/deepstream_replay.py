@@ -29,6 +29,7 @@ import yaml
 from ddetr_mm.datasets.images import read_image, resize_plain
 from ddetr_mm.deploy.onnx_file import Normalisation, ort_forward, read_signature
 from ddetr_mm.errors import ExportError, InputError, Problem
+from ddetr_mm.files import allow_any_text
 
 MAX_PARSED = 200
 """Detections that the parser takes of an image."""
@@ -244,6 +245,7 @@ def check_deepstream(
 
 def main(arguments: Sequence[str]) -> int:
     """Print the agreement for ``CONFIG IMAGE``; returns 0, or 2 for wrong input."""
+    allow_any_text()
     if len(arguments) != 2:
         print("usage: deepstream_replay.py NVDSINFER_CONFIG IMAGE", file=sys.stderr)
         return 2

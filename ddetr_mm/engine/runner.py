@@ -96,6 +96,10 @@ class QuietRunner(Runner):
         """Build the logger as mmengine does, then quieten its console."""
         logger = super().build_logger(*args, **kwargs)
         quiet_console(logger)
+        for handler in logger.handlers:
+            # mmengine opens it in the locale's encoding, which may lack letters of class names.
+            if isinstance(handler, logging.FileHandler) and hasattr(handler.stream, "reconfigure"):
+                handler.stream.reconfigure(encoding="utf-8")
         return logger
 
     def train(self) -> Any:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ddetr_mm.errors import ExportError, InputError, Problem, StackError
-from ddetr_mm.files import write_text_whole, written_whole
+from ddetr_mm.files import allow_any_text, write_text_whole, written_whole
 from ddetr_mm.tasks.mmdet_tools import SPEC_SUFFIXES, mmdet_checkpoint
 
 TOLERANCE_BOXES_PIXELS = 0.05
@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Convert; returns 0, or 2 for wrong input."""
+    allow_any_text()
     parsed = build_parser().parse_args(arguments)
     try:
         deploy(parsed)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddetr_mm.errors import InputError, Problem, StackError
+from ddetr_mm.files import allow_any_text
 
 if TYPE_CHECKING:
     from ddetr_mm.weights.checkpoint import CheckpointMeta
@@ -33,6 +34,7 @@ def main(tool: str) -> int:
         The exit status: 0, 2 for wrong input, 130 after Ctrl-C or SIGTERM. The tool's own ``SystemExit``
         passes through.
     """
+    allow_any_text()
     try:
         script = mmdet_tool(tool)
         from ddetr_mm.compat.patches import find_our_configs

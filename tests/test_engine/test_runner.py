@@ -30,6 +30,19 @@ def test_console_is_short_and_the_file_complete(tmp_path, capsys):
     assert len(shown.splitlines()) < 10 < len(logged.splitlines())
 
 
+def test_the_log_file_takes_any_letter(tmp_path, monkeypatch):
+    """In a locale of another encoding, mmengine's log file would be opened in that."""
+    from tiny_runs import build_runner
+
+    def open_latin(handler):
+        return open(handler.baseFilename, handler.mode, encoding="latin-1")
+
+    monkeypatch.setattr(logging.FileHandler, "_open", open_latin)
+    runner = build_runner(tmp_path / "train", [], runner_class=QuietRunner, log_level="INFO")
+    runner.logger.info("class 人")
+    assert "class 人" in next(tmp_path.rglob("*.log")).read_text(encoding="utf-8")
+
+
 def test_errors_always_pass():
     record = logging.LogRecord("x", logging.ERROR, "f", 1, "Config:\nbroken", (), None)
     assert ConsoleFilter().filter(record)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +45,17 @@ def test_corners_in_place_of_width_and_height(data_set, check):
     assert "corners (x1, y1, x2, y2)" in message and "train_data_sources" in message
 
 
+def test_annotations_that_are_left_out(data_set, check):
+    document = data_set.read("train")
+    document["annotations"][0]["image_id"] = 987
+    document["annotations"][1]["category_id"] = 55
+    data_set.write("train", document)
+    assert check()[:2] == (0, {})
+    status, against, message = check("ddetr_mm.strict_annotations=true")
+    assert status == 2 and list(against) == ["annotations-unreadable"]
+    assert "annotations[0].image_id" in message and "annotations[1].category_id" in message
+
+
 def test_normalised_boxes(data_set, check):
     data_set.change_boxes("val", lambda box: [box[0] / 120, box[1] / 80, box[2] / 120, box[3] / 80])
     status, against, message = check()
@@ -69,6 +82,23 @@ def test_categories_from_zero(data_set, check):
     status, against, message = check()
     assert status == 2 and list(against) == ["ids-from-zero"]
     assert "numbered from 0" in message and "(car)" in message and "dataset.num_classes=3" in message
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_the_report_is_printed_on_streams_of_other_encodings(data_set, encoding):
+    for split in ("train", "val"):
+        document = data_set.read(split)
+        document["categories"] = [dict(id=1, name="véhicule"), dict(id=2, name="人")]
+        data_set.write(split, document)
+    done = subprocess.run(
+        [sys.executable, "-m", "ddetr_mm", "check", "--quick", "-e", data_set.spec],
+        env=os.environ | {"PYTHONIOENCODING": f"{encoding}:strict", "PYTHONUTF8": "0"},
+        capture_output=True,
+    )
+    text = done.stdout.decode(encoding)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert "+ boxes of train" in text and "class \\u4eba" in text and "annotations" in text
+    assert ("véhicule" in text) == (encoding != "ascii") and ("v\\xe9hicule" in text) == (encoding == "ascii")
 
 
 def encrypted(path, key: str) -> None:
