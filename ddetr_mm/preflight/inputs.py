@@ -32,18 +32,26 @@ class Split:
     table: CocoTable
 
     @classmethod
-    def read(cls, name: str, sources: Sequence[Mapping[str, str]], storage: str = "process") -> Split:
+    def read(
+        cls,
+        name: str,
+        sources: Sequence[Mapping[str, str]],
+        storage: str = "process",
+        *,
+        strict: bool = False,
+    ) -> Split:
         """Read a split's annotation files.
 
         Args:
             name: ``train``, ``val`` or ``test``.
             sources: ``{image_dir, json_file}`` each.
             storage: see :func:`~ddetr_mm.datasets.sources.read_coco_sources`.
+            strict: the same.
 
         Raises:
             DataError: a file is missing, unreadable or not COCO.
         """
-        table = read_coco_sources(sources, storage=storage)
+        table = read_coco_sources(sources, storage=storage, strict=strict)
         return cls(name, tuple(CocoSource.of(source) for source in sources), table)
 
     @property
@@ -121,13 +129,17 @@ def split_sources(spec: ExperimentSpec, subtask: str) -> dict[str, list[dict[str
 
 
 def read_splits(
-    sources_by_split: Mapping[str, Sequence[Mapping[str, str]]], storage: str = "process"
+    sources_by_split: Mapping[str, Sequence[Mapping[str, str]]],
+    storage: str = "process",
+    *,
+    strict: bool = False,
 ) -> tuple[list[Split], list[Section]]:
     """Read the annotations of all splits.
 
     Args:
         sources_by_split: see :func:`split_sources`.
         storage: see :func:`~ddetr_mm.datasets.sources.read_coco_sources`.
+        strict: the same.
 
     Returns:
         The splits that could be read, and a section for each that could not.
@@ -135,7 +147,7 @@ def read_splits(
     splits, failures = [], []
     for name, sources in sources_by_split.items():
         try:
-            splits.append(Split.read(name, sources, storage))
+            splits.append(Split.read(name, sources, storage, strict=strict))
         except DataError as error:
             found = [Finding("annotations-unreadable", problem, FAULT) for problem in error.problems]
             failures.append(Section(f"annotations of {name}", findings=found))

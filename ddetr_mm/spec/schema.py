@@ -631,6 +631,12 @@ class OwnSection(Section):
         doc="""What training does with an image file that is missing or cannot be decoded. error: stop and
         name it; replace: name it in the log, take another image, and count how many were replaced.""",
     )
+    strict_annotations: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""Annotations that have to be left out (of an image or a category that is not in the file, or
+        without a box, polygon or RLE). false: leave them out and count them in the log; true: an error.""",
+    )
     strict_images: StrictBool = spec_field(
         False,
         origin=OURS,
@@ -724,6 +730,12 @@ class OwnConvertSection(Section):
 
     strict: StrictBool = spec_field(
         False, origin=OURS, doc="Stop at the first bad label or image instead of reporting it."
+    )
+    allow_empty: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""Accept label files of which no line can be used, and a conversion without any box; false: both
+        end with exit status 2 and nothing is written.""",
     )
     pad_shards: StrictBool = spec_field(
         False,

@@ -96,7 +96,9 @@ def quick_check(loaded: LoadedSpec) -> None:
         return
     # The run reads the shared columns next: nothing is parsed twice.
     storage = "shared" if spec.dataset.dataset_type == "serialized" else "process"
-    splits, sections = read_splits(split_sources(spec, "train"), storage)
+    splits, sections = read_splits(
+        split_sources(spec, "train"), storage, strict=spec.ddetr_mm.strict_annotations
+    )
     sections += quick_sections(splits, spec.dataset.num_classes, spec.dataset.eval_class_ids)
     augmentation = spec.dataset.augmentation
     findings = check_normalisation(augmentation.input_mean, augmentation.input_std)
@@ -139,7 +141,7 @@ def _check_experiment(loaded: LoadedSpec, arguments: Namespace, console: Console
         values.findings += check_free_space(folder, named_files(spec, subtask))
         values.findings += check_frozen(spec)
     report.add(values)
-    splits, failures = read_splits(split_sources(spec, subtask))
+    splits, failures = read_splits(split_sources(spec, subtask), strict=spec.ddetr_mm.strict_annotations)
     for section in failures:
         report.add(section)
     counts = {split.name: split.counts() for split in splits}

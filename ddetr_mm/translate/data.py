@@ -40,6 +40,7 @@ LOADER_KEYS = (
     "dataset.train_sampler",
     "dataset.num_classes",
     "ddetr_mm.missing_images",
+    "ddetr_mm.strict_annotations",
 )
 _JITTER_LARGEST_SCALE = 2
 
@@ -142,6 +143,7 @@ def coco_dataset(
         num_classes=spec.dataset.num_classes,
         storage="shared" if spec.dataset.dataset_type == "serialized" else "process",
         missing_images="error" if test_mode else spec.ddetr_mm.missing_images,
+        strict_annotations=spec.ddetr_mm.strict_annotations,
         pipeline=pipeline,
         test_mode=test_mode,
     )
@@ -206,6 +208,7 @@ def evaluator(
         sources=sources,
         eval_class_ids=list(spec.dataset.eval_class_ids) if spec.dataset.eval_class_ids else None,
         conf_threshold=conf_threshold,
-        classwise=True,
+        strict_annotations=spec.ddetr_mm.strict_annotations,
+        classwise="table",
         **extra,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import pickle
 from pathlib import Path
@@ -47,6 +48,23 @@ def test_sources_decide_which_images_are_read(tiny_config, scene: Scene):
         f"dataset.val_data_sources.1.json_file={scene.folder}/train.json",
     )
     assert len(dataset_of(both, "val")) == 6
+
+
+def test_strict_annotations_reach_dataset_and_metric(tiny_config, scene: Scene, tmp_path):
+    document = json.loads((scene.folder / "train.json").read_text())
+    document["annotations"][0]["image_id"] = 12345
+    path = tmp_path / "dangling.json"
+    path.write_text(json.dumps(document))
+    fields = [f"dataset.{split}_data_sources.0.json_file={path}" for split in ("train", "val")]
+    lenient, strict = (
+        tiny_config(*fields, f"ddetr_mm.strict_annotations={value}") for value in ("false", "true")
+    )
+    for split in ("train", "val"):
+        assert len(dataset_of(lenient, split)) == 4
+        with pytest.raises(DataError, match=r"annotations\[0\].image_id.*12345"):
+            dataset_of(strict, split)
+    assert METRICS.build(lenient.val_evaluator).strict_annotations is False
+    assert METRICS.build(strict.val_evaluator).strict_annotations is True
 
 
 def test_another_image_folder_or_annotation_file_is_used(tiny_config, scene: Scene, tmp_path):
