@@ -18,6 +18,7 @@ from mmdet.datasets.coco import CocoDataset
 from mmdet.registry import DATASETS
 from mmengine.logging import print_log
 
+from ddetr_mm.classes import BACKGROUND, BY_NAME_HINT, UNKNOWN, find_names, some_of
 from ddetr_mm.datasets.coco_table import CocoTable
 from ddetr_mm.datasets.images import image_errors_named
 from ddetr_mm.datasets.samplers import SampleIndex, sample_randomness
@@ -27,7 +28,6 @@ from ddetr_mm.errors import DataError, Problem
 # --- Labels of categories ---
 
 LABEL_MODES = ("contiguous", "category_id")
-BACKGROUND, UNKNOWN = "background", "unknown"
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,16 @@ def build_label_map(
 
     Args:
         table: the annotations.
-        label_mode: ``'contiguous'``: categories in the order of the files, numbered from 0, as mmdet does;
+        label_mode: ``'contiguous'``: numbered from 0, in the order of ``classes``, else of the files;
             ``'category_id'``: the label is the category id, label 0 is background.
-        classes: names to use: with ``'contiguous'`` only categories of these names take part; with
-            ``'category_id'`` they replace the files' names.
+        classes: names to use: with ``'contiguous'`` label ``i`` is the category with name ``i``, wherever it
+            is in the files, and other categories take no part; with ``'category_id'`` they replace the files'
+            names.
         num_classes: number of labels that the model has. With ``'category_id'`` it defaults to the
             largest category id plus one.
 
     Raises:
-        DataError: a class is in no file, names repeat, or annotated categories do not fit in
+        DataError: the files have none of the classes, names repeat, or annotated categories do not fit in
             ``num_classes``.
         ValueError: no such label mode.
     """
@@ -97,29 +98,37 @@ def build_label_map(
 
 
 def _contiguous(names: Mapping[int, str], classes: Sequence[str] | None, num_classes: int | None) -> LabelMap:
-    wanted = set(names.values()) if classes is None else set(classes)
-    chosen = {category: name for category, name in names.items() if name in wanted}
-    found = tuple(chosen.values())
-    notes: tuple[str, ...] = ()
-    if len(set(found)) < len(found):
-        repeated = sorted({name for name in found if found.count(name) > 1})
-        raise DataError(Problem("several categories have one name", value=repeated, hint="rename them"))
-    missing = sorted(wanted - set(found))
-    if missing:
-        raise DataError(
-            Problem("classes that no annotation file has", value=missing, allowed=sorted(set(names.values())))
-        )
-    if num_classes is not None and len(found) > num_classes:
+    ids: list[int | None] = list(names)
+    labels = tuple(names.values()) if classes is None else tuple(classes)
+    repeated = sorted({name for name in labels if labels.count(name) > 1})
+    if repeated:
+        raise DataError(Problem("several classes have one name", value=repeated, hint="rename them"))
+    notes = []
+    if classes is not None:
+        places = find_names(labels, tuple(names.values()))
+        ids = [None if place is None else ids[place] for place in places]
+        missing = [name for name, number in zip(labels, ids, strict=True) if number is None]
+        if missing and len(missing) == len(labels) and names:
+            what = "the annotation files have none of the classes"
+            raise DataError(Problem(what, value=missing, allowed=sorted(set(names.values()))))
+        if missing:
+            notes.append(f"{len(missing)} classes are in no annotation file: {some_of(missing)}")
+        found = [number for number in ids if number is not None]
+        if found != [number for number in names if number in found]:
+            # mmdet gives the first category of the file label 0, whatever the order of `classes`
+            notes.append("labels follow the order of classes, which is not that of the annotation file")
+    if num_classes is not None and len(labels) > num_classes:
         raise DataError(
             Problem(
-                f"{len(found)} classes, but num_classes is {num_classes}",
-                hint=f"set num_classes to {len(found)}",
+                f"{len(labels)} classes, but num_classes is {num_classes}",
+                hint=f"set num_classes to {len(labels)}",
             )
         )
-    if classes is not None and tuple(classes) != found:
-        # mmdet labels in the order of the file whatever the order of `classes`; names must follow
-        notes = (f"classes are put in the order of the annotation file: {', '.join(found)}",)
-    return LabelMap(found, tuple(chosen), notes)
+    return LabelMap(labels, tuple(ids), tuple(notes))
+
+
+MOST_COLUMNS = 100_000
+"""Labels that are made where only the largest category id says how many there are."""
 
 
 def _by_category_id(table: CocoTable, classes: Sequence[str] | None, num_classes: int | None) -> LabelMap:
@@ -127,13 +136,18 @@ def _by_category_id(table: CocoTable, classes: Sequence[str] | None, num_classes
     size = num_classes if num_classes is not None else max(names, default=0) + 1
     annotated = set(np.unique(table.category_ids).tolist())
     too_large = sorted(category for category in annotated if category >= size)
+    if num_classes is None and size > MOST_COLUMNS:
+        too_large, size = sorted(category for category in names if category >= MOST_COLUMNS), MOST_COLUMNS
     if too_large:
-        hint = f"set num_classes to the largest category id plus one ({max(too_large) + 1})"
+        hint = BY_NAME_HINT
+        if max(too_large) < MOST_COLUMNS:
+            hint = f"set num_classes to the largest category id plus one ({max(too_large) + 1}), or {hint}"
         what = f"annotated category ids do not fit in num_classes {size}"
         raise DataError(Problem(what, value=_named(too_large, names), allowed=f"1 to {size - 1}", hint=hint))
     if 0 in annotated:
         what = f"category id 0 ({names.get(0)!r}) is annotated, but label 0 is the background"
-        raise DataError(Problem(what, allowed=f"1 to {size - 1}", hint="number the categories from 1"))
+        hint = f"number the categories from 1, or {BY_NAME_HINT}"
+        raise DataError(Problem(what, allowed=f"1 to {size - 1}", hint=hint))
     unused = [category for category in names if category == 0 or category >= size]
     notes = (f"categories without annotations are left out: {_named(unused, names)}",) if unused else ()
     if classes is not None:
@@ -168,8 +182,8 @@ class SerializedCocoDataset(BaseDetDataset):
         ann_file: an annotation file, pattern or folder of shards, relative to ``data_root``. For a single
             source, as in mmdet; exclusive with ``sources``.
         sources: several ``dict(image_dir=..., json_file=...)``, both relative to ``data_root``.
-        label_mode: ``'contiguous'``, labels from 0 in the order of the file's categories as in mmdet, or
-            ``'category_id'``, the label is the category id and label 0 the background.
+        label_mode: ``'contiguous'``, labels from 0 in the order of ``metainfo['classes']``, else of the
+            file's categories, or ``'category_id'``, the label is the category id and label 0 the background.
         num_classes: number of labels that the model has, for the check; with ``'category_id'`` also the
             number of class names.
         storage: ``'shared'``, parsed once a machine, into a mapped file that all ranks and workers read;
@@ -180,6 +194,9 @@ class SerializedCocoDataset(BaseDetDataset):
             ``LoadAnnotations`` then ignores). None: where a step of the pipeline has ``with_mask=True``.
         strict_annotations: annotations that have to be left out (of an image or a category that is not in
             the files, or without a box) are an error; otherwise they are counted in the log.
+        numbered_names: with ``'category_id'``, the ids are positions in this list of class names, counted
+            from 1, instead of those of the files.
+        merge_categories: take categories of one name for one class; otherwise they are refused.
         metainfo, data_root, data_prefix, filter_cfg, indices, pipeline, test_mode, lazy_init, max_refetch,
             seg_map_suffix, return_classes, caption_prompt, serialize_data: as in mmdet. Classes that
             ``metainfo`` does not name are read from the annotation files, and only where these have none
@@ -187,9 +204,9 @@ class SerializedCocoDataset(BaseDetDataset):
             images without objects are kept.
         backend_args: for the images; annotation files are read from this machine.
 
-    Differences to ``CocoDataset``: boxes thinner than one pixel are kept (as in TAO) while
-    boxes without area inside the image are dropped; bad files raise
-    :class:`~ddetr_mm.errors.DataError` that names the place.
+    Differences to ``CocoDataset``: labels follow the given classes, also where the file has another order;
+    boxes thinner than one pixel are kept (as in TAO) while boxes without area inside the image are dropped;
+    bad files raise :class:`~ddetr_mm.errors.DataError` that names the place.
 
     ``metainfo`` has ``classes`` and ``category_ids`` (label to category id, None for the background and
     gaps).
@@ -215,6 +232,8 @@ class SerializedCocoDataset(BaseDetDataset):
         missing_images: str = "error",
         with_masks: bool | None = None,
         strict_annotations: bool = False,
+        numbered_names: Sequence[str | None] | None = None,
+        merge_categories: bool = False,
         **kwargs: Any,
     ) -> None:
         if bool(ann_file) == bool(sources):
@@ -230,6 +249,8 @@ class SerializedCocoDataset(BaseDetDataset):
         self._classes_given = "classes" in (given_metainfo or {}) or self.METAINFO is not CocoDataset.METAINFO
         self._given_sources = sources
         self.strict_annotations = strict_annotations
+        self.numbered_names = None if numbered_names is None else list(numbered_names)
+        self.merge_categories = merge_categories
         self.label_mode = label_mode
         self.num_classes = num_classes
         self.storage = storage
@@ -255,6 +276,8 @@ class SerializedCocoDataset(BaseDetDataset):
             with_masks=self.with_masks,
             storage=self.storage,
             strict=self.strict_annotations,
+            numbered_names=self.numbered_names,
+            merge_categories=self.merge_categories,
         )
         label_map = build_label_map(
             self.table,

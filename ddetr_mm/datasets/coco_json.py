@@ -63,6 +63,7 @@ class _AnnotationWithMask(_Annotation, gc=False):
 class _Category(msgspec.Struct):
     id: _CategoryId
     name: str
+    supercategory: Any = None
 
 
 class _Document(msgspec.Struct):
@@ -75,6 +76,15 @@ class _DocumentWithMasks(msgspec.Struct):
     images: list[_Image]
     categories: list[_Category]
     annotations: list[_AnnotationWithMask] | None = None
+
+
+class _CategoryOnly(msgspec.Struct, gc=False):
+    category_id: _CategoryId
+
+
+class _CategoryDocument(msgspec.Struct):
+    categories: list[_Category]
+    annotations: list[_CategoryOnly] | None = None
 
 
 class _RawDocument(msgspec.Struct):
@@ -119,6 +129,7 @@ class JsonColumns:
         crowd, ignored: (M,) bool, the annotation's ``iscrowd`` and ``ignore``.
         segmentations: M JSON texts (empty where absent), or None when not asked for.
         categories: category id to name, in the file's order.
+        supercategory_ids: ids of categories whose name is the ``supercategory`` of all others.
         annotated: whether the file has ``annotations`` at all (a test set may not).
         image_id_texts: N ids as written where they are texts, None for the others; empty where all ids are
             numbers.
@@ -145,6 +156,7 @@ class JsonColumns:
     id_texts: dict[int, str] = field(default_factory=dict)
     annotation_rows: npt.NDArray[np.int64] | None = None
     repairs: list[Repair] = field(default_factory=list)
+    supercategory_ids: frozenset[int] = frozenset()
 
     def place(self, annotation: int) -> int:
         """Where annotation ``annotation`` stands in the file's list, for messages."""
@@ -360,6 +372,7 @@ def _columns(document: Any, path: Path, with_masks: bool) -> JsonColumns:
         ignored=np.fromiter((bool(item.ignore) for item in annotations), np.bool_, num_boxes),
         segmentations=[bytes(item.segmentation) for item in annotations] if with_masks else None,
         categories=_categories(document.categories, path),
+        supercategory_ids=_supercategories(document.categories),
         annotated=document.annotations is not None,
     )
 
@@ -374,6 +387,55 @@ def _categories(categories: list[_Category], path: Path) -> dict[int, str]:
             )
         names[category.id] = category.name
     return names
+
+
+def _supercategories(categories: list[_Category]) -> frozenset[int]:
+    """Ids of categories that are the ``supercategory`` of all others and have none of their own."""
+    named = {category.supercategory for category in categories if isinstance(category.supercategory, str)}
+    return frozenset(
+        category.id
+        for category in categories
+        if category.name in named
+        and category.supercategory in (None, "", "none", "None", category.name)
+        and all(other.supercategory == category.name for other in categories if other.id != category.id)
+    )
+
+
+@dataclass(frozen=True)
+class FileCategories:
+    """The categories of one file.
+
+    Attributes:
+        names: id to name, in the file's order.
+        annotated_ids: ids that annotations use.
+        supercategory_ids: see :class:`JsonColumns`.
+    """
+
+    names: dict[int, str]
+    annotated_ids: frozenset[int]
+    supercategory_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, columns: JsonColumns) -> FileCategories:
+        """Those of a parsed file."""
+        annotated = frozenset(np.unique(columns.category_ids).tolist())
+        return cls(columns.categories, annotated, columns.supercategory_ids)
+
+
+def parse_categories(content: bytes | memoryview, path: Path) -> FileCategories:
+    """Decode the categories of a COCO file, where it is as the format says without decoding the rest.
+
+    Raises:
+        DataError: see :func:`parse_coco_json`.
+    """
+    try:
+        document = msgspec.json.decode(content, type=_CategoryDocument)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError):
+        return FileCategories.of(parse_coco_json(content, path))
+    annotated = frozenset(item.category_id for item in document.annotations or [])
+    return FileCategories(
+        _categories(document.categories, path), annotated, _supercategories(document.categories)
+    )
 
 
 def _check_finite(columns: JsonColumns, path: Path) -> None:
@@ -414,6 +476,7 @@ class _LooseAnnotation(msgspec.Struct, gc=False):
 class _LooseCategory(msgspec.Struct):
     id: Any = None
     name: Any = None
+    supercategory: Any = None
 
 
 class _LooseDocument(msgspec.Struct):
@@ -635,12 +698,12 @@ def _repaired_category(found: _Deviations, index: int, category: _LooseCategory)
     if number < 0:
         found.refused("category ids below 0", f"categories[{index}].id", category.id, "number them from 1")
     if isinstance(category.name, str):
-        return _Category(number, category.name)
+        return _Category(number, category.name, category.supercategory)
     if type(category.name) in (int, float):
         found.repaired("categories whose name is a number: read as text", where, category.name)
     else:
         found.refused("categories without a name", f"categories[{index}]", category.name, "give it a name")
-    return _Category(number, str(category.name))
+    return _Category(number, str(category.name), category.supercategory)
 
 
 def _repaired_annotation(

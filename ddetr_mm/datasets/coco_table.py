@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ddetr_mm.datasets.coco_json import EXAMPLES_SHOWN, JsonColumns, Repair, refusal
+from ddetr_mm.classes import BY_NAME_HINT, MERGE_HINT, find_names, number_names
+from ddetr_mm.datasets.coco_json import EXAMPLES_SHOWN, FileCategories, JsonColumns, Repair, refusal
 from ddetr_mm.errors import DataError, Problem, shorten
 
 
@@ -188,7 +189,13 @@ class ParsedSource:
     has_folder: bool = True
 
 
-def build_table(sources: Sequence[ParsedSource], *, strict: bool = False) -> CocoTable:
+def build_table(
+    sources: Sequence[ParsedSource],
+    *,
+    strict: bool = False,
+    numbered_names: Sequence[str | None] | None = None,
+    merge_repeated: bool = False,
+) -> CocoTable:
     """Merge parsed annotation files into one table.
 
     Args:
@@ -196,16 +203,19 @@ def build_table(sources: Sequence[ParsedSource], *, strict: bool = False) -> Coc
             ids, different sources do not.
         strict: annotations that have to be left out (of an image or a category that is not in the files,
             or without a box) are an error.
+        numbered_names: see :func:`resolve_categories`.
+        merge_repeated: likewise, as ``merge``.
 
     Raises:
         DataError: duplicate ids within a source, names that are not below the image folder, sources that
             disagree on a category's name, or, where ``strict``, annotations that have to be left out.
     """
-    category_names = merge_categories(sources)
-    parts = [_source_part(source) for source in sources]
+    categories = resolve_categories(sources, numbered_names, merge_repeated)
+    parts = [_source_part(*pair) for pair in zip(sources, categories.maps, strict=True)]
     repairs = merge_repairs(
         [repair for source in sources for item in source.columns for repair in item.repairs]
         + [repair for part in parts for repair in part.repairs]
+        + categories.repairs
     )
     if strict:
         DataError.collect(
@@ -252,7 +262,7 @@ def build_table(sources: Sequence[ParsedSource], *, strict: bool = False) -> Coc
         id_text_bytes=np.frombuffer(b"".join(texts), np.uint8),
         id_text_starts=_starts(list(map(len, texts))) if has_texts else np.empty(0, np.int64),
         annotated_shards=np.array([item.annotated for source in sources for item in source.columns], bool),
-        category_names=category_names,
+        category_names=categories.names,
         repairs=tuple(str(repair) for repair in repairs),
     )
 
@@ -336,8 +346,9 @@ class _Part:
     repairs: list[Repair]
 
 
-def _source_part(source: ParsedSource) -> _Part:
+def _source_part(source: ParsedSource, maps: Sequence[dict[int, int] | None]) -> _Part:
     columns = source.columns
+    category_ids = [_mapped_ids(item.category_ids, one) for item, one in zip(columns, maps, strict=True)]
     check_unique(source, "images", [item.image_ids for item in columns])
     check_unique(
         source,
@@ -363,7 +374,7 @@ def _source_part(source: ParsedSource) -> _Part:
         box_starts=_starts(np.bincount(box_rows[keep], minlength=len(image_ids))),
         boxes_xywh=np.concatenate([item.boxes_xywh for item in columns])[order],
         areas=np.concatenate([item.areas for item in columns])[order],
-        category_ids=np.concatenate([item.category_ids for item in columns])[order],
+        category_ids=np.concatenate(category_ids)[order],
         crowd=np.concatenate([item.crowd for item in columns])[order],
         ignored=np.concatenate([item.ignored for item in columns])[order],
         mask_bytes=mask_bytes,
@@ -558,8 +569,171 @@ def _absolute_names(source: ParsedSource) -> list[Repair]:
     return repairs
 
 
+# --- Categories of all files ---
+
+
+@dataclass(frozen=True)
+class Categories:
+    """The categories of all sources.
+
+    Attributes:
+        names: id to name.
+        maps: for each file of each source, id in the file to id in the table, or None where all ids stay.
+        repairs: categories that were left out or merged.
+    """
+
+    names: dict[int, str]
+    maps: tuple[tuple[dict[int, int] | None, ...], ...]
+    repairs: list[Repair]
+
+
+def resolve_categories(
+    sources: Sequence[ParsedSource],
+    numbered_names: Sequence[str | None] | None = None,
+    merge: bool = False,
+) -> Categories:
+    """Bring the categories of all files together.
+
+    Args:
+        sources: all sources.
+        numbered_names: number the classes by their names: the class at position ``i`` of this list gets the
+            id ``i + 1``, whatever its id in the files; classes that are not in it are numbered after them.
+            None: ids are those of the files.
+        merge: take categories of one name for one class.
+
+    Raises:
+        DataError: an id has two names, or, without ``merge``, a name two ids, where ids are those of the
+            files in all of them together, else in one file.
+    """
+    files = [(path, FileCategories.of(item)) for path, item in _files(sources)]
+    out, repairs = left_out_categories(files)
+    if numbered_names is not None:
+        return _numbered_categories(sources, numbered_names, merge, out, repairs)
+    names = {number: name for number, name in merge_categories(sources).items() if (number, name) not in out}
+    origin: dict[int, Path] = {}
+    for path, item in files:
+        for number in item.names:
+            origin.setdefault(number, path)
+    repeated = _repeated_names(list(names.items()))
+    if not repeated:
+        return Categories(names, _same_maps(sources), repairs)
+    if not merge:
+        raise DataError(*(_repeated_problem(name, ids, origin) for name, ids in repeated.items()))
+    target = {number: min(ids) for ids in repeated.values() for number in ids}
+    for name, ids in repeated.items():
+        what = f"categories of one name are merged: {name!r} {ids}"
+        repairs.append(Repair(what, len(ids), origin[ids[0]], ()))
+    kept = {number: name for number, name in names.items() if target.get(number, number) == number}
+    maps = tuple(tuple(dict(target) for _ in source.paths) for source in sources)
+    return Categories(kept, maps, repairs)
+
+
+def left_out_categories(
+    files: Sequence[tuple[Path, FileCategories]],
+) -> tuple[set[tuple[int, str]], list[Repair]]:
+    """Categories (id, name) without annotations that are only the supercategory of all others."""
+    candidates = {
+        (number, item.names[number]): path for path, item in files for number in item.supercategory_ids
+    }
+    if not candidates:
+        return set(), []
+    union = {number: name for _, item in files for number, name in item.names.items()}
+    used = {
+        (number, item.names.get(number, union.get(number)))
+        for _, item in files
+        for number in item.annotated_ids
+    }
+    used |= {
+        pair for _, item in files for pair in item.names.items() if pair[0] not in item.supercategory_ids
+    }
+    out = {pair for pair in candidates if pair not in used}
+    what = "categories that are only the supercategory of the others" + LEFT_OUT
+    return out, [
+        Repair(what, 1, candidates[pair], (("categories", f"{pair[0]} ({pair[1]})"),)) for pair in sorted(out)
+    ]
+
+
+def _numbered_categories(
+    sources: Sequence[ParsedSource],
+    numbered_names: Sequence[str | None],
+    merge: bool,
+    out: set[tuple[int, str]],
+    repairs: list[Repair],
+) -> Categories:
+    by_file = []
+    problems = []
+    for source in sources:
+        # An annotation may be in another file than its category.
+        union: dict[int, str] = {}
+        for item in source.columns:
+            union = {**item.categories, **union}
+        for path, item in zip(source.paths, source.columns, strict=True):
+            own = {number: name for number, name in item.categories.items() if (number, name) not in out}
+            for name, ids in _repeated_names(list(own.items())).items():
+                if not merge:
+                    problems.append(_repeated_problem(name, ids, dict.fromkeys(ids, path)))
+            rest = {number: name for number, name in union.items() if number not in item.categories}
+            by_file.append(own | {number: name for number, name in rest.items() if (number, name) not in out})
+    DataError.collect(problems[:MAX_PROBLEMS_SHOWN])
+    known = [name or None for name in numbered_names]
+    extra = number_names(
+        [name for name, place in _places(names, known).items() if place is None] for names in by_file
+    )
+    known += extra
+    maps = []
+    for names in by_file:
+        places = _places(names, known)
+        found = ((number, places[name]) for number, name in names.items())
+        maps.append({number: place + 1 for number, place in found if place is not None})
+    listed = {place + 1: name for place, name in enumerate(known) if name is not None}
+    remaining = iter(maps)
+    grouped = tuple(tuple(next(remaining) for _ in source.paths) for source in sources)
+    return Categories(listed, grouped, repairs)
+
+
+def _places(names: Mapping[int, str], known: Sequence[str | None]) -> dict[str, int | None]:
+    unique = list(dict.fromkeys(names.values()))
+    return dict(zip(unique, find_names(unique, known), strict=True))
+
+
+def _same_maps(sources: Sequence[ParsedSource]) -> tuple[tuple[None, ...], ...]:
+    return tuple(tuple(None for _ in source.paths) for source in sources)
+
+
+def _repeated_names(pairs: Sequence[tuple[int, str]]) -> dict[str, list[int]]:
+    by_name: dict[str, list[int]] = {}
+    for number, name in pairs:
+        by_name.setdefault(name, []).append(number)
+    return {name: ids for name, ids in by_name.items() if len(ids) > 1}
+
+
+def _repeated_problem(name: str, ids: Sequence[int], origin: Mapping[int, Path]) -> Problem:
+    first, second = ids[:2]
+    what = f"categories {first} and {second} have one name, {name!r}"
+    if len(ids) > 2:
+        what += f" ({len(ids)} ids in all)"
+    if origin[first] != origin[second]:
+        what += f"; {first} is in {origin[first]}"
+        hint = f"give one class one id in all files, {MERGE_HINT}; {BY_NAME_HINT}"
+    else:
+        hint = f"give one class one id, {MERGE_HINT}"
+    return Problem(what, origin[second], "categories", [int(number) for number in ids], hint=hint)
+
+
+def _mapped_ids(ids: npt.NDArray[np.int64], mapping: dict[int, int] | None) -> npt.NDArray[np.int64]:
+    """(M,) ids of the table of ids of a file; ids without a category stay."""
+    if mapping is None or not len(ids):
+        return ids
+    unique, places = np.unique(ids, return_inverse=True)
+    return np.array([mapping.get(number, number) for number in unique.tolist()], np.int64)[places]
+
+
 def merge_categories(sources: Sequence[ParsedSource]) -> dict[int, str]:
-    """One mapping of id to name; sources must agree on every id they share."""
+    """One mapping of id to name; sources must agree on every id they share.
+
+    Raises:
+        DataError: they do not.
+    """
     names: dict[int, str] = {}
     origin: dict[int, Path] = {}
     problems = []
@@ -569,7 +743,7 @@ def merge_categories(sources: Sequence[ParsedSource]) -> dict[int, str]:
                 what = (
                     f"category id {category} is {name!r} here and {names[category]!r} in {origin[category]}"
                 )
-                hint = "give one id one name in all sources"
+                hint = f"give one id one name in all sources, or {BY_NAME_HINT}"
                 problems.append(Problem(what, path, "categories", hint=hint))
             names.setdefault(category, name)
             origin.setdefault(category, path)

@@ -16,8 +16,21 @@ from typing import Any
 import numpy as np
 
 from ddetr_mm.datasets.annotation_cache import cached_table
-from ddetr_mm.datasets.coco_json import EXAMPLES_SHOWN, JsonColumns, Repair, parse_coco_json, refusal
-from ddetr_mm.datasets.coco_table import CocoTable, ParsedSource, build_table, check_file_names
+from ddetr_mm.datasets.coco_json import (
+    EXAMPLES_SHOWN,
+    JsonColumns,
+    Repair,
+    parse_categories,
+    parse_coco_json,
+    refusal,
+)
+from ddetr_mm.datasets.coco_table import (
+    CocoTable,
+    ParsedSource,
+    build_table,
+    check_file_names,
+    left_out_categories,
+)
 from ddetr_mm.datasets.image_size import IMAGE_EXTENSIONS, UnreadableImage, read_image_size
 from ddetr_mm.errors import DataError, Problem
 
@@ -128,6 +141,8 @@ def read_coco_sources(
     storage: str = "process",
     strict: bool = False,
     sizes_required: bool = True,
+    numbered_names: Sequence[str | None] | None = None,
+    merge_categories: bool = False,
 ) -> CocoTable:
     """Read and merge all sources.
 
@@ -141,6 +156,9 @@ def read_coco_sources(
             :func:`~ddetr_mm.datasets.coco_table.build_table`.
         sizes_required: read the sizes that a file lacks from the images. The cache keeps them until the
             annotation file changes.
+        numbered_names: number the classes by these names instead of the files' ids, see
+            :func:`~ddetr_mm.datasets.coco_table.resolve_categories`.
+        merge_categories: take categories of one name for one class instead of refusing them.
 
     Raises:
         DataError: anything that is wrong with the files, see
@@ -161,13 +179,16 @@ def read_coco_sources(
             columns = [_parse_file(path, with_masks) for path in paths]
             part = ParsedSource(tuple(paths), tuple(columns), has_folder=bool(source.image_dir))
             parsed.append(_with_sizes(source, part) if sizes_required else part)
-        return build_table(parsed, strict=strict)
+        return build_table(
+            parsed, strict=strict, numbered_names=numbered_names, merge_repeated=merge_categories
+        )
 
     folders = [
         source.image_dir if "://" in source.image_dir else os.path.abspath(source.image_dir)
         for source in wanted
     ]
     options = [folders, [bool(source.image_dir) for source in wanted], with_masks, strict, sizes_required]
+    options += [None if numbered_names is None else list(numbered_names), merge_categories]
     table = cached_table(files, options, build) if storage == "shared" else build()
     if annotations_required and not table.annotated_shards.all():
         path = [path for paths in files for path in paths][int(np.argmin(table.annotated_shards))]
@@ -179,6 +200,23 @@ def read_coco_sources(
 def _parse_file(path: Path, with_masks: bool) -> JsonColumns:
     with _mapped(path) as content:
         return parse_coco_json(content, path, with_masks=with_masks)
+
+
+def class_names_of_files(sources: Sequence[CocoSource | Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The class names of each annotation file, without categories that are only a supercategory.
+
+    Raises:
+        DataError: a file is missing or is not COCO.
+    """
+    paths = [path for source in sources for path in CocoSource.of(source).files()]
+    files = []
+    for path in paths:
+        with _mapped(path) as content:
+            files.append((path, parse_categories(content, path)))
+    out = left_out_categories(files)[0]
+    return [
+        tuple(name for number, name in item.names.items() if (number, name) not in out) for _, item in files
+    ]
 
 
 _SIZE_READERS = 16

@@ -63,7 +63,11 @@ def with_label_convention(meta: CheckpointMeta, format_name: str, category_ids: 
     if isinstance(ids, (list, tuple)) and all(number is None or isinstance(number, int) for number in ids):
         equal = all(number is None or number == column for column, number in enumerate(ids))
         meta = replace(meta, category_ids=tuple(ids))
-        return replace(meta, **by_category) if equal and ids and ids[0] is None else meta
+        # A class that the training data lack has no id either.
+        first_is_class = meta.class_names is not None and not is_filler(meta.class_names[0])
+        return (
+            replace(meta, **by_category) if equal and ids and ids[0] is None and not first_is_class else meta
+        )
     return meta
 
 

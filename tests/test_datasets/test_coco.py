@@ -460,16 +460,23 @@ def test_contiguous_labels_of_some_classes(table):
     assert labels_of(np.array([1, 3, 6], np.int32), labels.lookup()).tolist() == [-1, 0, 1]
 
 
-def test_another_order_of_classes_is_put_right_and_reported(table):
-    labels = build_label_map(table(PEOPLE, [1, 3]), "contiguous", ("bag", "person"))
-    assert labels.classes == ("person", "bag")
-    assert "order of the annotation file" in labels.notes[0]
+def test_labels_follow_the_given_classes_whatever_the_order_of_the_file(table):
+    labels = build_label_map(table(PEOPLE, [1, 3]), "contiguous", ("bag", "Person"))
+    assert (labels.classes, labels.category_ids) == (("bag", "Person"), (6, 3))
+    assert "is not that of the annotation file" in labels.notes[0]
+
+
+def test_classes_that_the_file_lacks_keep_their_labels(table):
+    labels = build_label_map(table(PEOPLE, [1, 3]), "contiguous", ("dog", "person", "bag"))
+    assert labels.category_ids == (None, 3, 6)
+    assert labels.notes == ("1 classes are in no annotation file: dog",)
 
 
 @pytest.mark.parametrize(
     ("cats", "classes", "num_classes", "what"),
     [
-        (PEOPLE, ("person", "dog"), None, "dog"),
+        (PEOPLE, ("cat", "dog"), None, "none of the classes.*cat.*dog"),
+        (PEOPLE, ("bag", "bag"), None, "several classes have one name"),
         (PEOPLE, None, 2, "3 classes"),
         ([{"id": 1, "name": "a"}, {"id": 2, "name": "a"}], None, None, "one name"),
     ],
@@ -517,6 +524,15 @@ def test_names_may_be_given(table):
             "category id 0 .*number the categories from 1",
         ),
         (PEOPLE, [1], {"classes": ("a", "b")}, "2 class names for 7"),
+        (PEOPLE, [1, 6], {"num_classes": 6}, "category_ids: by_name"),
+        (categories("zero", "one", first=0), [0], {}, "category_ids: by_name"),
+        ([{"id": 2**62, "name": "far"}], [2**62], {}, "do not fit in num_classes 100000.*by_name"),
+        (
+            [{"id": 2**62, "name": "far"}],
+            [2**62],
+            {"num_classes": 5},
+            "do not fit in num_classes 5 .*by_name",
+        ),
     ],
 )
 def test_category_ids_that_cannot_be_labels(table, cats, annotated, options, what):

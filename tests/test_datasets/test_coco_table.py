@@ -8,7 +8,7 @@ import pytest
 from data_builders import box, categories, coco, image, three_images, write_json
 
 from ddetr_mm.datasets.coco_table import name_fault, visible_boxes
-from ddetr_mm.datasets.sources import CocoSource, read_coco_sources
+from ddetr_mm.datasets.sources import CocoSource, class_names_of_files, read_coco_sources
 from ddetr_mm.errors import DataError
 
 
@@ -309,3 +309,115 @@ def test_a_box_outside_the_recorded_size_may_lie_in_the_turned_image():
     sizes_hw = np.array([[48, 64], [48, 64]], np.int32)
     assert visible_boxes(boxes_xywh, sizes_hw).tolist() == [True, False]
     assert visible_boxes(boxes_xywh, np.zeros_like(sizes_hw)).tolist() == [True, True]  # sizes not known
+
+
+# --- Categories of all files ---
+
+SHAPES = [{"id": 1, "name": "circle"}, {"id": 2, "name": "star"}]
+
+
+def one_box_each(cats, used=None):
+    """An image with one box of every category, 10 pixels wide for the first, 20 for the second …"""
+    ids = [entry["id"] for entry in cats] if used is None else used
+    boxes = [box(n, 1, [0, 0, 10 * (n + 1), 5], number) for n, number in enumerate(ids)]
+    return coco([image(1)], boxes, cats)
+
+
+def ids_of(table):
+    """(row, width) of every box → category id."""
+    widths = table.boxes_xywh[:, 2].tolist()
+    places = zip(table.box_image_rows.tolist(), widths, strict=True)
+    return dict(zip(places, table.category_ids.tolist(), strict=True))
+
+
+def test_two_categories_of_one_name_are_refused_or_merged(tmp_path):
+    cats = [{"id": 4, "name": "circle"}, {"id": 9, "name": "star"}, {"id": 2, "name": "circle"}]
+    (found,) = problems(tmp_path, one_box_each(cats))
+    assert found.what == "categories 4 and 2 have one name, 'circle'"
+    assert "merge_categories: true" in found.hint
+    table = read(tmp_path, one_box_each(cats), merge_categories=True)
+    assert table.category_names == {2: "circle", 9: "star"}
+    assert ids_of(table) == {(0, 10): 2, (0, 20): 9, (0, 30): 2}
+    assert "categories of one name are merged: 'circle' [4, 2]" in table.notes[0]
+
+
+def test_another_id_in_another_source_is_one_name_twice(tmp_path):
+    other = [{"id": 1, "name": "circle"}, {"id": 3, "name": "star"}]
+    (found,) = problems(tmp_path, one_box_each(SHAPES), one_box_each(other))
+    assert "categories 2 and 3 have one name, 'star'" in found.what
+    assert "category_ids: by_name" in found.hint
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [(0, 1), (2, 1), (77, 2**63 - 1), ("a", "b"), ("1", "0"), (3.0, 1.0), (None, None)],
+    ids=str,
+)
+def test_classes_are_numbered_by_name_whatever_their_ids(tmp_path, ids):
+    if ids == (None, None):  # as in another file, in another order
+        other = one_box_each([{"id": 5, "name": "square"}, {"id": 1, "name": "star"}])
+        second = {(1, 10): 3, (1, 20): 2}
+    else:
+        other = one_box_each([{"id": ids[0], "name": "star"}, {"id": ids[1], "name": "circle"}])
+        second = {(1, 10): 2, (1, 20): 1}
+    table = read(tmp_path, one_box_each(SHAPES), other, numbered_names=("circle", "star", "square"))
+    assert table.category_names == {1: "circle", 2: "star", 3: "square"}
+    assert ids_of(table) == {(0, 10): 1, (0, 20): 2} | second
+
+
+def test_names_that_are_not_numbered_come_after_and_gaps_stay(tmp_path):
+    cats = [{"id": 1, "name": "b"}, {"id": 2, "name": "a"}, {"id": 3, "name": "Star"}]
+    table = read(tmp_path, one_box_each(cats), numbered_names=("x", None, "star"))
+    assert table.category_names == {1: "x", 3: "star", 4: "a", 5: "b"}
+    assert ids_of(table) == {(0, 10): 5, (0, 20): 4, (0, 30): 3}
+
+
+def test_shards_of_a_source_may_number_differently_by_name(tmp_path):
+    first = coco([image(1)], [box(1, 1, [0, 0, 10, 5], 1)], SHAPES)
+    second = coco([image(2)], [box(2, 2, [0, 0, 10, 5], 1)], [{"id": 1, "name": "star"}])
+    table = read(tmp_path, [first, second], numbered_names=("circle", "star"))
+    assert ids_of(table) == {(0, 10): 1, (1, 10): 2}
+
+
+def test_one_name_twice_in_a_file_is_refused_by_name_too(tmp_path):
+    cats = [*SHAPES, {"id": 7, "name": "star"}]
+    write_json(tmp_path / "a.json", one_box_each(cats))
+    sources = [{"image_dir": "x", "json_file": str(tmp_path / "a.json")}]
+    with pytest.raises(DataError, match="categories 2 and 7 have one name, 'star'"):
+        read_coco_sources(sources, numbered_names=("circle", "star"))
+    table = read_coco_sources(sources, numbered_names=("circle", "star"), merge_categories=True)
+    assert ids_of(table) == {(0, 10): 1, (0, 20): 2, (0, 30): 2}
+
+
+ROBOFLOW = [
+    {"id": 0, "name": "shapes", "supercategory": "none"},
+    {"id": 1, "name": "circle", "supercategory": "shapes"},
+    {"id": 2, "name": "star", "supercategory": "shapes"},
+]
+
+
+def test_a_category_that_is_only_the_supercategory_is_left_out(tmp_path):
+    table = read(tmp_path, one_box_each(ROBOFLOW, used=[1, 2]))
+    assert table.category_names == {1: "circle", 2: "star"}
+    assert "only the supercategory of the others: left out: 1" in table.notes[0]
+    assert "0 (shapes)" in table.notes[0]
+    # Of the name of its only class, too.
+    cats = [
+        {"id": 0, "name": "cat", "supercategory": "none"},
+        {"id": 1, "name": "cat", "supercategory": "cat"},
+    ]
+    assert read(tmp_path, one_box_each(cats, used=[1])).category_names == {1: "cat"}
+    # A class with boxes stays.
+    assert read(tmp_path, one_box_each(ROBOFLOW)).category_names == {0: "shapes", 1: "circle", 2: "star"}
+
+
+def test_names_of_files_are_read_without_the_rest(tmp_path):
+    write_json(tmp_path / "a.json", one_box_each(ROBOFLOW, used=[1, 2]))
+    write_json(tmp_path / "b.json", one_box_each([{"id": "x", "name": "square"}]))
+    sources = [{"image_dir": "x", "json_file": str(tmp_path / name)} for name in ("a.json", "b.json")]
+    assert class_names_of_files(sources) == [("circle", "star"), ("square",)]
+
+
+def test_millions_of_ids_take_the_time_of_their_number(tmp_path):
+    cats = [{"id": 5_000_000, "name": "circle"}, {"id": 2**62, "name": "star"}]
+    assert ids_of(read(tmp_path, one_box_each(cats))) == {(0, 10): 5_000_000, (0, 20): 2**62}

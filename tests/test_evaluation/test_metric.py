@@ -543,6 +543,47 @@ def test_ground_truth_scores_one(sources, label_mode):
     assert all(part["AP"] == pytest.approx(1.0) for part in metric.source_results.values())
 
 
+@pytest.mark.parametrize("meta_of", ["SerializedCocoDataset", "CocoDataset"])
+def test_perfect_predictions_score_one_whatever_the_order_of_the_file(tmp_path, meta_of):
+    """A model whose label i is the declared class i, on a file with other ids in another order."""
+    init_default_scope("mmdet")
+    classes, ids = ("cat", "dog", "cow"), {"cow": 3, "cat": 8, "dog": 1}
+    boxes = {"cat": [5, 5, 20, 30], "dog": [40, 8, 22, 18], "cow": [70, 60, 25, 30]}
+    annotations = [
+        {"id": number, "image_id": 1, "category_id": ids[name], "bbox": box, "iscrowd": 0}
+        | {"area": box[2] * box[3]}
+        for number, (name, box) in enumerate(boxes.items(), 1)
+    ]
+    document = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 100, "height": 100}],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+    }
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(document))
+    dataset = DATASETS.build(
+        dict(
+            type=meta_of,
+            ann_file=str(path),
+            data_prefix=dict(img="x"),
+            metainfo=dict(classes=classes),
+            test_mode=True,
+        )
+    )
+    corners = [[x, y, x + w, y + h] for x, y, w, h in (boxes[name] for name in classes)]
+    found = {
+        "bboxes": torch.tensor(corners, dtype=torch.float32),
+        "labels": torch.arange(3),
+        "scores": torch.tensor([0.9, 0.8, 0.7]),
+    }
+    metric = FastCocoMetric(ann_file=str(path))
+    metrics = run(metric, [{"img_id": 1, "pred_instances": found}], dataset.metainfo)
+    assert metrics["coco/bbox_mAP"] == pytest.approx(1)
+    if meta_of == "SerializedCocoDataset":
+        labels = {item["bbox_label"]: item["bbox"] for item in dataset.get_data_info(0)["instances"]}
+        assert labels == dict(enumerate(corners))
+
+
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
