@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-import functools
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from mmdet.registry import METRICS
 from mmengine.dist import all_gather_object
 from mmengine.evaluator import BaseMetric
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw
 
 from ddetr_mm.classes import Columns, named_columns, read_class_map, require_same_names
 from ddetr_mm.convert.kitti import kitti_line
@@ -23,6 +22,7 @@ from ddetr_mm.datasets.images import read_image
 from ddetr_mm.datasets.sources import SkippedFile, list_images
 from ddetr_mm.errors import DataError, Problem, SpecError
 from ddetr_mm.files import write_text_whole, written_whole
+from ddetr_mm.fonts import Font, label_font
 
 # --- Label files ---
 LABELS_FOLDER = "labels"
@@ -91,6 +91,8 @@ def draw_detections(
 ) -> Image.Image:
     """Draw boxes with class and score on a copy of an image; better ones over worse ones.
 
+    Names are drawn in a font that has their letters, see :func:`ddetr_mm.fonts.label_font`.
+
     Args:
         image: RGB, (h, w, 3) uint8 when an array.
         boxes_xyxy: (n, 4) pixels of this image.
@@ -101,7 +103,7 @@ def draw_detections(
     """
     drawn = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB").copy()
     canvas = ImageDraw.Draw(drawn)
-    font = _font(max(10, round(min(drawn.size) / 40)))
+    size = max(10, round(min(drawn.size) / 40))
     for row in np.argsort(np.asarray(scores), kind="stable"):
         name, box = names[row], np.asarray(boxes_xyxy[row], dtype=float)
         if name not in colors or not np.isfinite(box).all():
@@ -109,13 +111,9 @@ def draw_detections(
         x1, y1, x2, y2 = box
         corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
         canvas.rectangle(corners, outline=colors[name], width=outline_width)
-        _draw_tag(canvas, drawn.size, corners, f"{name} {scores[row]:.2f}", colors[name], font)
+        font, shown = label_font(name, size)
+        _draw_tag(canvas, drawn.size, corners, f"{shown} {scores[row]:.2f}", colors[name], font)
     return drawn
-
-
-@functools.lru_cache(maxsize=64)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
 
 
 def save_image(path: str | os.PathLike[str], image: Image.Image) -> Path:
@@ -139,7 +137,7 @@ def _draw_tag(
     corners: tuple[float, float, float, float],
     text: str,
     color: Color,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
 ) -> None:
     """Draw the label above a box, or inside its top where there is no room; never outside the picture."""
     left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)

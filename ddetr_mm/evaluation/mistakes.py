@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ddetr_mm.datasets.images import read_image
 from ddetr_mm.errors import DataError
 from ddetr_mm.evaluation.coco_eval import DetectionColumns, GroundTruthColumns
+from ddetr_mm.fonts import label_font
 
 # --- true positives, false positives and false negatives ---
 
@@ -335,7 +336,7 @@ def _box(draw: ImageDraw.ImageDraw, box_xywh: np.ndarray, color: str, label: str
     if not label:
         return
     label = label if len(label) <= 40 else label[:39] + "…"
-    font = ImageFont.load_default(12)
+    font, label = label_font(label, 12)
     place = (max(x1, 0), max(y1 - 15, 0))
     area = draw.textbbox(place, label, font=font)
     draw.rectangle((area[0] - 1, area[1] - 1, area[2] + 1, area[3] + 1), fill=color)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -40,6 +41,7 @@ from ddetr_mm.evaluation.mistakes import (
     worst_images,
 )
 from ddetr_mm.files import garbage_collection_paused, write_text_whole, written_whole
+from ddetr_mm.fonts import font_families
 
 # --- matplotlib figures ---
 
@@ -423,27 +425,30 @@ def write_report(
     scored = truth.select(truth.image_ids, result.category_ids)
     matching = match(scored, detections.select(truth.image_ids, result.category_ids))
     matrix = confusion_matrix(matching, result.category_ids)
-    plots = [
-        _picture(
-            draw_precision_recall(folder / "precision_recall.png", result),
-            "Precision over recall",
-            "From left to right the score threshold falls and recall rises; high and flat is good.",
-        ),
-        _picture(draw_class_precision(folder / "class_precision.png", result), "Average precision by class"),
-        _picture(
-            draw_confusion_matrix(
-                folder / "confusion_matrix.png", matrix, truth.category_names, matching.threshold
+    with rc_context({"font.family": font_families(truth.category_names.values())}):
+        plots = [
+            _picture(
+                draw_precision_recall(folder / "precision_recall.png", result),
+                "Precision over recall",
+                "From left to right the score threshold falls and recall rises; high and flat is good.",
             ),
-            "Confusion matrix",
-            "Rows are the ground truth, columns the predicted class. The last row counts false positives, "
-            "the last column false negatives.",
-        ),
-        _picture(
-            draw_score_histogram(folder / "score_histogram.png", matching),
-            "Scores",
-            "The further the two colours are apart, the easier it is to choose a score threshold.",
-        ),
-    ]
+            _picture(
+                draw_class_precision(folder / "class_precision.png", result), "Average precision by class"
+            ),
+            _picture(
+                draw_confusion_matrix(
+                    folder / "confusion_matrix.png", matrix, truth.category_names, matching.threshold
+                ),
+                "Confusion matrix",
+                "Rows are the ground truth, columns the predicted class. The last row counts false "
+                "positives, the last column false negatives.",
+            ),
+            _picture(
+                draw_score_histogram(folder / "score_histogram.png", matching),
+                "Scores",
+                "The further the two colours are apart, the easier it is to choose a score threshold.",
+            ),
+        ]
     worst = worst_images(matching, matrix, image_paths)
     drawn = [(one, draw_worst_image(one, matching, matrix)) for one in worst]
     return write_page(folder / PAGE_NAME, Page(result, sources, matching, plots, drawn))

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ddetr_mm.datasets.images import read_image
 from ddetr_mm.engine.detections import Color, palette
 from ddetr_mm.errors import DataError
 from ddetr_mm.files import written_whole
+from ddetr_mm.fonts import label_font
 from ddetr_mm.preflight.inputs import Split
 from ddetr_mm.preflight.report import Finding, Section, fault
 
@@ -193,14 +194,15 @@ def draw_contact_sheet(path: Path, tiles: Sequence[Tile], heading: str, class_na
     rows = math.ceil(len(shown) / columns) if shown else 1
     drawn = [_drawn(tile, colors) for tile in shown]
     height = max((picture.height for picture in drawn), default=TILE_PX)
-    font = ImageFont.load_default(15)
+    font, heading = label_font(heading, 15)
     sheet = Image.new("RGB", (columns * (TILE_PX + 8) + 8, 34 + rows * (height + 30)), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((10, 8), heading, fill="black", font=font)
     for number, (tile, picture) in enumerate(zip(shown, drawn, strict=True)):
         left = 8 + (number % columns) * (TILE_PX + 8)
         top = 34 + (number // columns) * (height + 30)
-        draw.text((left, top), _short(tile.title), fill=(60, 60, 60), font=ImageFont.load_default(13))
+        title_font, title = label_font(_short(tile.title), 13)
+        draw.text((left, top), title, fill=(60, 60, 60), font=title_font)
         sheet.paste(picture, (left, top + 20))
     with written_whole(path) as temporary:
         sheet.save(temporary, format="PNG")
@@ -214,11 +216,10 @@ def _drawn(tile: Tile, colors: Mapping[str, Color]) -> Image.Image:
     picture = tile.picture.resize(size, Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(picture)
     _hatch(draw, size, (round(tile.size_hw[1] * scale), round(tile.size_hw[0] * scale)))
-    font = ImageFont.load_default(12)
     for box, name in zip((tile.boxes_xyxy * scale).tolist(), tile.names, strict=True):
         x1, y1, x2, y2 = box
         draw.rectangle((x1, y1, max(x2, x1), max(y2, y1)), outline=colors[name], width=2)
-        label = _short(name, 18)
+        font, label = label_font(_short(name, 18), 12)
         left, top, right, bottom = draw.textbbox((x1, max(y1 - 14, 0)), label, font=font)
         draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colors[name])
         draw.text((x1, max(y1 - 14, 0)), label, fill=_ink(colors[name]), font=font)
