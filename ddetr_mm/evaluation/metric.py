@@ -187,11 +187,13 @@ class FastCocoMetric(BaseMetric):
         format_only: only write the predictions, for data without ground truth.
         backend: see :func:`ddetr_mm.evaluation.coco_eval.evaluate_boxes`.
         strict_annotations: as in :class:`~ddetr_mm.datasets.coco.SerializedCocoDataset`.
+        numbered_names: likewise.
+        merge_categories: likewise.
         metric: ``"bbox"``; ``"proposal"``, recall whatever the class, as ``coco/AR@100`` …; or
-            ``"proposal_fast"``, the same by mmdet's own short function; or several of them. Masks
+            ``"proposal_fast"``, the same by greedy pairs; or several of them. Masks
             (``"segm"``) are scored by ``CocoMetric``.
-        proposal_nums: limits of detections per image and class. None: COCO's 1, 10, 100, and mmdet's 100,
-            300, 1000 for proposals or where ``metric_items`` names these.
+        proposal_nums: limits of detections per image and class, in any order. None: COCO's 1, 10, 100, and
+            mmdet's 100, 300, 1000 for proposals or where ``metric_items`` names these.
         iou_thrs: IoU thresholds; None: 0.50, 0.55 … 0.95. ``bbox_mAP_50`` is -1 where 0.5 is not among them.
         metric_items: what to report, such as ``["mAP", "AR@100"]``; None: everything.
         sort_categories: order the file's categories by id.
@@ -221,6 +223,8 @@ class FastCocoMetric(BaseMetric):
         format_only: bool = False,
         backend: str = "auto",
         strict_annotations: bool = False,
+        numbered_names: Sequence[str | None] | None = None,
+        merge_categories: bool = False,
         metric: str | Sequence[str] = "bbox",
         proposal_nums: Sequence[int] | None = None,
         iou_thrs: float | Sequence[float] | None = None,
@@ -250,6 +254,8 @@ class FastCocoMetric(BaseMetric):
         self._check_items()
         self.sort_categories = sort_categories
         self.strict_annotations = strict_annotations
+        self.numbered_names = None if numbered_names is None else list(numbered_names)
+        self.merge_categories = merge_categories
         self.sources = [{"image_dir": "", "json_file": ann_file}] if ann_file is not None else sources
         self.eval_class_ids = None if eval_class_ids is None else list(eval_class_ids)
         self.conf_threshold = conf_threshold
@@ -406,6 +412,8 @@ class FastCocoMetric(BaseMetric):
                 annotations_required=not self.format_only,
                 strict=self.strict_annotations,
                 sizes_required=False,
+                numbered_names=self.numbered_names,
+                merge_categories=self.merge_categories,
             )
         truth = truth_of_table(self._table)
         if self.sort_categories:
@@ -563,9 +571,9 @@ def _limits(
     if not thresholds or not all(0 < value <= 1 for value in thresholds):
         raise ValueError(f"iou_thrs must lie between 0 and 1, not {iou_thrs!r}")
     if proposal_nums is not None:
-        boxes = proposals = tuple(int(most) for most in proposal_nums)
-        if not boxes or boxes[0] < 1 or list(boxes) != sorted(set(boxes)):
-            raise ValueError(f"proposal_nums must ascend from 1 or more, not {proposal_nums!r}")
+        boxes = proposals = tuple(sorted({int(most) for most in proposal_nums}))
+        if not boxes or boxes[0] < 1:
+            raise ValueError(f"proposal_nums must be 1 or more, not {proposal_nums!r}")
     else:
         proposals = MMDET_PROPOSAL_NUMS
         names = {*_MMDET_RECALLS, *_MMDET_RECALLS_BY_SIZE} - {"AR@100"}

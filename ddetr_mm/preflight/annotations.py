@@ -13,6 +13,7 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
+from ddetr_mm.classes import BY_NAME_HINT, find_names
 from ddetr_mm.preflight.images import check_ages, check_doubles, check_images, check_overlap
 from ddetr_mm.preflight.inputs import Split
 from ddetr_mm.preflight.pictures import check_colors
@@ -356,7 +357,8 @@ def _ids_against_columns(split: Split, counts: dict[int, int], num_classes: int)
             f"the categories are numbered from 0: {counts[0]} boxes have category id 0 "
             f"({names.get(0, '?')}), which is the background",
             where=split.where,
-            hint=f"number the categories from 1, with dataset.num_classes={max(names, default=0) + 2}",
+            hint=f"number the categories from 1, with dataset.num_classes={max(names, default=0) + 2}, or "
+            + BY_NAME_HINT,
         )
     largest = max(names, default=0)
     if largest >= num_classes:
@@ -366,6 +368,7 @@ def _ids_against_columns(split: Split, counts: dict[int, int], num_classes: int)
             where="dataset.num_classes",
             value=num_classes,
             allowed=f"the largest category id plus one: {largest + 1} or more",
+            hint=f"raise dataset.num_classes, or {BY_NAME_HINT}" if largest < 100_000 else BY_NAME_HINT,
         )
     elif names and num_classes > largest + 1:
         yield note(
@@ -399,20 +402,28 @@ def check_between_splits(splits: Sequence[Split]) -> Section:
 
 def _names_differ(first: Split, second: Split) -> Iterator[Finding]:
     one, other = first.table.category_names, second.table.category_names
-    shared = [number for number in one if number in other and one[number] != other[number]]
-    if not shared:
-        return
     pairs = [
-        f"{number}: {one[number]!r} in {first.name}, {other[number]!r} in {second.name}" for number in shared
+        f"{number}: {one[number]!r} in {first.name}, {other[number]!r} in {second.name}"
+        for number in one
+        if number in other and find_names([one[number]], [other[number]]) == [None]
     ]
-    same_names = set(one.values()) == set(other.values())
+    numbers = list(other)
+    places = find_names(list(one.values()), list(other.values()))
+    moved = [
+        f"{name!r}: {number} in {first.name}, {numbers[place]} in {second.name}"
+        for (number, name), place in zip(one.items(), places, strict=True)
+        if place is not None and numbers[place] != number
+    ]
+    if not pairs and not moved:
+        return
+    same_names = bool(moved) and len(moved) >= len(pairs)
     yield fault(
         "ids-swapped",
         ("the same classes have other ids" if same_names else "one id names two classes")
         + ": "
-        + _listed(pairs),
+        + _listed(pairs or moved),
         where=f"{first.where} and {second.where}",
-        hint="give one name one id in all files",
+        hint=f"give one name one id in all files, or {BY_NAME_HINT}",
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +38,7 @@ class Split:
         name: str,
         sources: Sequence[Mapping[str, str]],
         storage: str = "process",
-        *,
-        strict: bool = False,
+        **options: Any,
     ) -> Split:
         """Read a split's annotation files.
 
@@ -46,12 +46,12 @@ class Split:
             name: ``train``, ``val`` or ``test``.
             sources: ``{image_dir, json_file}`` each.
             storage: see :func:`~ddetr_mm.datasets.sources.read_coco_sources`.
-            strict: the same.
+            options: the same.
 
         Raises:
             DataError: a file is missing, unreadable or not COCO.
         """
-        table = read_coco_sources(sources, storage=storage, strict=strict)
+        table = read_coco_sources(sources, storage=storage, **options)
         return cls(name, tuple(CocoSource.of(source) for source in sources), table)
 
     @property
@@ -131,15 +131,14 @@ def split_sources(spec: ExperimentSpec, subtask: str) -> dict[str, list[dict[str
 def read_splits(
     sources_by_split: Mapping[str, Sequence[Mapping[str, str]]],
     storage: str = "process",
-    *,
-    strict: bool = False,
+    **options: Any,
 ) -> tuple[list[Split], list[Section]]:
     """Read the annotations of all splits.
 
     Args:
         sources_by_split: see :func:`split_sources`.
         storage: see :func:`~ddetr_mm.datasets.sources.read_coco_sources`.
-        strict: the same.
+        options: the same.
 
     Returns:
         The splits that could be read, and a section for each that could not.
@@ -147,7 +146,7 @@ def read_splits(
     splits, failures = [], []
     for name, sources in sources_by_split.items():
         try:
-            splits.append(Split.read(name, sources, storage, strict=strict))
+            splits.append(Split.read(name, sources, storage, **options))
         except DataError as error:
             found = [Finding("annotations-unreadable", problem, FAULT) for problem in error.problems]
             failures.append(Section(f"annotations of {name}", findings=found))

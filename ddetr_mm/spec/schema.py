@@ -631,6 +631,21 @@ class OwnSection(Section):
         doc="""What training does with an image file that is missing or cannot be decoded. error: stop and
         name it; replace: name it in the log, take another image, and count how many were replaced.""",
     )
+    category_ids: Literal["file", "by_name"] | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Where category ids come from. file: the annotation files, as in TAO, from 1 and below
+        dataset.num_classes. by_name: the class names of the training, validation and test files together,
+        sorted, are numbered from 1; ids may then be any numbers or texts, and differ between files. The
+        numbers are in category_ids.json and in the checkpoint. null: file; in evaluate by_name where the
+        checkpoint was trained so.""",
+    )
+    merge_categories: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""What is done with several categories of one name. false: refuse them; true: take them for one
+        class, with the smallest of their ids.""",
+    )
     strict_annotations: StrictBool = spec_field(
         False,
         origin=OURS,

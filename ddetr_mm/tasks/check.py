@@ -10,7 +10,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ddetr_mm.classes import named_columns
 from ddetr_mm.errors import DataError, InputError, WeightsError
@@ -96,9 +96,7 @@ def quick_check(loaded: LoadedSpec) -> None:
         return
     # The run reads the shared columns next: nothing is parsed twice.
     storage = "shared" if spec.dataset.dataset_type == "serialized" else "process"
-    splits, sections = read_splits(
-        split_sources(spec, "train"), storage, strict=spec.ddetr_mm.strict_annotations
-    )
+    splits, sections = read_splits(split_sources(spec, "train"), storage, **_reading_options(loaded, "train"))
     sections += quick_sections(splits, spec.dataset.num_classes, spec.dataset.eval_class_ids)
     augmentation = spec.dataset.augmentation
     findings = check_normalisation(augmentation.input_mean, augmentation.input_std)
@@ -108,6 +106,26 @@ def quick_check(loaded: LoadedSpec) -> None:
         if finding.weight == SUSPICION and is_first_rank():
             print(f"warning: {finding.kind}: {finding.problem}", file=sys.stderr)
     DataError.collect(finding.problem for finding in findings if finding.weight == FAULT)
+
+
+def _reading_options(loaded: LoadedSpec, subtask: str) -> dict[str, Any]:
+    """How a subtask reads its annotations, for ``read_coco_sources``.
+
+    Raises:
+        DataError: classes are numbered by name, and an annotation file cannot be read.
+    """
+    own = loaded.spec.ddetr_mm
+    options = dict(strict=own.strict_annotations, merge_categories=own.merge_categories)
+    if subtask not in ("train", "evaluate"):
+        return options
+    from ddetr_mm.tasks.runner import category_numbering, exported_input, is_exported
+
+    checkpoint = loaded.spec.evaluate.checkpoint if subtask == "evaluate" else None
+    exported = None
+    if checkpoint and is_exported(checkpoint) and Path(checkpoint).exists() and own.category_ids == "by_name":
+        exported = exported_input(checkpoint, loaded.spec.evaluate.trt_engine, where=subtask)
+    numbering = category_numbering(loaded, subtask, checkpoint, exported)
+    return options | dict(numbered_names=numbering)
 
 
 def tolerated_kinds(spec: ExperimentSpec) -> tuple[str, ...]:
@@ -141,7 +159,7 @@ def _check_experiment(loaded: LoadedSpec, arguments: Namespace, console: Console
         values.findings += check_free_space(folder, named_files(spec, subtask))
         values.findings += check_frozen(spec)
     report.add(values)
-    splits, failures = read_splits(split_sources(spec, subtask), strict=spec.ddetr_mm.strict_annotations)
+    splits, failures = read_splits(split_sources(spec, subtask), **_reading_options(loaded, subtask))
     for section in failures:
         report.add(section)
     counts = {split.name: split.counts() for split in splits}

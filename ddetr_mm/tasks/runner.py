@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from ddetr_mm.files import write_text_whole
 from ddetr_mm.models.backbones import fuse_norms
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec
 from ddetr_mm.translate import spec_config_text, to_config
+from ddetr_mm.translate.data import Numbering, numbered_names, numbers_by_name
 from ddetr_mm.translate.to_config import ExportedModel
 from ddetr_mm.weights import (
     fill_model,
@@ -47,6 +49,8 @@ from ddetr_mm.weights.class_columns import head_columns, known_columns, numbered
 from ddetr_mm.weights.load import unwrapped
 
 CONFIG_NAME = "config.py"
+CATEGORY_IDS_NAME = "category_ids.json"
+"""Class name to category id, where ids are numbered by name."""
 ENGINE_SUFFIXES = (".engine", ".trt", ".plan")
 EXPORTED_SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
 
@@ -131,8 +135,43 @@ def config_source(
         class_names=names,
         look_up_channels=look_up_channels,
         exported=exported.translated if exported else None,
+        numbering=category_numbering(loaded, subtask, checkpoint, exported),
     )
     return spec_config_text(loaded, draft, subtask)
+
+
+def category_numbering(
+    loaded: LoadedSpec, subtask: str, checkpoint: str | None = None, exported: ExportedInput | None = None
+) -> Numbering | None:
+    """Class names whose positions give the category ids of a subtask's data, from 1; None for the files' ids.
+
+    Args:
+        loaded: the spec.
+        subtask: ``train`` reads the names from the annotation files; ``evaluate`` takes the checkpoint's.
+        checkpoint: what the subtask starts from.
+        exported: a graph that replaces the network.
+
+    Raises:
+        DataError: an annotation file is missing or is not COCO.
+    """
+    if subtask not in ("train", "evaluate"):
+        return None
+    columns, by_name = None, False
+    if exported is not None:
+        columns = named_columns(exported.class_names or ())
+    elif subtask == "evaluate" and checkpoint and Path(checkpoint).exists() and not is_exported(checkpoint):
+        meta = inspect_checkpoint(checkpoint).meta
+        by_name = bool(meta.numbered_by_name)
+        columns = known_columns(meta) if meta.label_mode == "category_id" else None
+    if not numbers_by_name(loaded.spec, subtask, by_name):
+        return None
+    return numbered_names(loaded.spec, subtask, columns)
+
+
+def category_ids_text(numbering: Numbering) -> str:
+    """The content of :data:`CATEGORY_IDS_NAME`."""
+    ids = {name: number for number, name in enumerate(numbering, start=1) if name is not None}
+    return json.dumps({"category_ids": ids}, indent=2, ensure_ascii=False) + "\n"
 
 
 def predicted_names(loaded: LoadedSpec, subtask: str, known: Sequence[str] | None) -> tuple[str, ...] | None:
@@ -234,6 +273,9 @@ def build_runner(
     """
     text = config_source(loaded, subtask, checkpoint, exported)
     path = folder / CONFIG_NAME
+    numbering = category_numbering(loaded, subtask, checkpoint, exported)
+    if numbering is not None and is_first_rank():
+        write_text_whole(folder / CATEGORY_IDS_NAME, category_ids_text(numbering))
     if is_first_rank():
         config = Config.fromfile(str(write_text_whole(path, text)))
     else:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ddetr_mm.classes import Columns, number_names
+from ddetr_mm.datasets.sources import class_names_of_files
+from ddetr_mm.errors import DataError
 from ddetr_mm.spec import ExperimentSpec
 from ddetr_mm.spec.schema import DataSource
 from ddetr_mm.translate.write import Reference
+
+Numbering = tuple[str | None, ...]
+"""Class names; the one at position i has the category id i + 1."""
 
 AUGMENTATION_KEYS = tuple(
     f"dataset.augmentation.{name}"
@@ -41,6 +47,8 @@ LOADER_KEYS = (
     "dataset.num_classes",
     "ddetr_mm.missing_images",
     "ddetr_mm.strict_annotations",
+    "ddetr_mm.category_ids",
+    "ddetr_mm.merge_categories",
 )
 _JITTER_LARGEST_SCALE = 2
 
@@ -129,8 +137,63 @@ def test_pipeline(
     return [*pipeline, dict(type="PackDetInputs")]
 
 
+def numbers_by_name(spec: ExperimentSpec, subtask: str, trained_by_name: bool = False) -> bool:
+    """Whether the data of a subtask get category ids by the names of their classes.
+
+    Args:
+        spec: a checked experiment spec.
+        subtask: evaluation follows the checkpoint where the spec does not say.
+        trained_by_name: whether the checkpoint was trained so.
+    """
+    own = spec.ddetr_mm.category_ids
+    return own == "by_name" or (own is None and subtask == "evaluate" and trained_by_name)
+
+
+def numbered_names(spec: ExperimentSpec, subtask: str, known: Columns | None = None) -> Numbering:
+    """The class names that ``ddetr_mm.category_ids: by_name`` numbers from 1.
+
+    Args:
+        spec: a checked experiment spec.
+        subtask: evaluation keeps the numbers of the checkpoint.
+        known: the classes of the checkpoint's columns, where it has any.
+
+    Raises:
+        DataError: an annotation file that the subtask reads is missing or is not COCO; others are skipped.
+    """
+    if subtask != "train" and known is not None and any(name is not None for name in known):
+        last = max(column for column, name in enumerate(known) if name is not None)
+        return tuple(known[1 : last + 1])
+    dataset = spec.dataset
+    test = [dataset.test_data_sources] if dataset.test_data_sources else []
+    by_split = dict(train=dataset.train_data_sources, val=dataset.val_data_sources, test=test)
+    needed = ("train", "val") if subtask == "train" else ("test",) if test else ("val",)
+    lists: list[tuple[str, ...]] = []
+    for split, sources in by_split.items():
+        try:
+            lists += class_names_of_files(plain_sources(sources or []))
+        except DataError:
+            if split in needed:
+                raise
+    return number_names(lists)
+
+
+def category_options(spec: ExperimentSpec, numbering: Numbering | None) -> dict[str, Any]:
+    """Arguments of dataset and metric for category ids that are not at their default."""
+    options: dict[str, Any] = {}
+    if numbering is not None:
+        options["numbered_names"] = list(numbering)
+    if spec.ddetr_mm.merge_categories:
+        options["merge_categories"] = True
+    return options
+
+
 def coco_dataset(
-    spec: ExperimentSpec, sources: list[dict[str, str]], pipeline: Reference, *, test_mode: bool
+    spec: ExperimentSpec,
+    sources: list[dict[str, str]],
+    pipeline: Reference,
+    *,
+    test_mode: bool,
+    numbering: Numbering | None = None,
 ) -> dict[str, Any]:
     """Config of the annotated dataset; labels are category ids, as are the class columns.
 
@@ -144,6 +207,7 @@ def coco_dataset(
         storage="shared" if spec.dataset.dataset_type == "serialized" else "process",
         missing_images="error" if test_mode else spec.ddetr_mm.missing_images,
         strict_annotations=spec.ddetr_mm.strict_annotations,
+        **category_options(spec, numbering),
         pipeline=pipeline,
         test_mode=test_mode,
     )

@@ -146,6 +146,7 @@ def default_hooks(spec: ExperimentSpec, *, train: bool, zero_padded_values: bool
                 label_mode="category_id",
                 background_column=0,
                 zero_padded_values=zero_padded_values,
+                **({"numbered_by_name": True} if spec.ddetr_mm.category_ids == "by_name" else {}),
             ),
         )
     else:

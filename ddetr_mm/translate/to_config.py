@@ -44,6 +44,7 @@ def to_config(
     class_names: Sequence[str] | None = None,
     look_up_channels: ChannelLookup | None = None,
     exported: ExportedModel | None = None,
+    numbering: data.Numbering | None = None,
 ) -> ConfigDraft:
     """Translate a spec for one subtask.
 
@@ -56,6 +57,8 @@ def to_config(
         look_up_channels: returns the output channels of a backbone config; needed where the spec sets
             ``ddetr_mm.backbone``.
         exported: for ``evaluate`` and ``inference``, an exported graph that replaces the network.
+        numbering: class names that ids are numbered by; None with ``ddetr_mm.category_ids: by_name`` reads
+            them from the annotation files.
 
     Raises:
         SpecError: the subtask has no config.
@@ -72,6 +75,9 @@ def to_config(
         if look_up_channels is None:
             raise ValueError("a spec with ddetr_mm.backbone needs look_up_channels")
         channels = look_up_channels(dict(spec.ddetr_mm.backbone))
+
+    if numbering is None and subtask in ("train", "evaluate") and data.numbers_by_name(spec, subtask):
+        numbering = data.numbered_names(spec, subtask)
 
     draft = ConfigDraft()
     draft.add("default_scope", "mmdet")
@@ -96,14 +102,16 @@ def to_config(
     if subtask == "inference":
         _add_inference(draft, spec, class_names, exported)
     elif subtask == "evaluate":
-        _add_evaluate(draft, spec, exported)
+        _add_evaluate(draft, spec, exported, numbering)
+    elif subtask == "train":
+        _add_train(draft, spec, numbering)
     else:
-        {"train": _add_train, "export": _add_export}[subtask](draft, spec)
+        _add_export(draft, spec)
     _add_run(draft, spec, subtask, zeroed)
     return draft
 
 
-def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
+def _add_train(draft: ConfigDraft, spec: ExperimentSpec, numbering: data.Numbering | None) -> None:
     train_sources = data.plain_sources(spec.dataset.train_data_sources or [])
     val_sources = data.plain_sources(spec.dataset.val_data_sources or [])
     draft.add(
@@ -118,8 +126,12 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
         data.TEST_PIPELINE_KEYS,
         "Transforms of a validation image.",
     )
-    train_data = data.coco_dataset(spec, train_sources, Reference("train_pipeline"), test_mode=False)
-    val_data = data.coco_dataset(spec, val_sources, Reference("test_pipeline"), test_mode=True)
+    train_data = data.coco_dataset(
+        spec, train_sources, Reference("train_pipeline"), test_mode=False, numbering=numbering
+    )
+    val_data = data.coco_dataset(
+        spec, val_sources, Reference("test_pipeline"), test_mode=True, numbering=numbering
+    )
     if spec.train.is_dry_run:
         train_data = data.one_step_of(spec, train_data)
         val_data = data.one_step_of(spec, val_data)
@@ -133,7 +145,9 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
     draft.add("test_dataloader", Reference("val_dataloader"))
     draft.add(
         "val_evaluator",
-        data.evaluator(spec, val_sources, spec.evaluate.conf_threshold),
+        data.evaluator(
+            spec, val_sources, spec.evaluate.conf_threshold, **data.category_options(spec, numbering)
+        ),
         ("dataset.eval_class_ids", "evaluate.conf_threshold"),
         "COCO's metrics.",
     )
@@ -165,7 +179,12 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec) -> None:
     draft.add("test_cfg", dict(type="TestLoop"))
 
 
-def _add_evaluate(draft: ConfigDraft, spec: ExperimentSpec, exported: ExportedModel | None) -> None:
+def _add_evaluate(
+    draft: ConfigDraft,
+    spec: ExperimentSpec,
+    exported: ExportedModel | None,
+    numbering: data.Numbering | None,
+) -> None:
     sources = data.plain_sources(_test_sources(spec))
     stretch = exported.input_size_wh if exported else None
     draft.add(
@@ -174,7 +193,9 @@ def _add_evaluate(draft: ConfigDraft, spec: ExperimentSpec, exported: ExportedMo
         data.TEST_PIPELINE_KEYS,
         "Transforms of an image.",
     )
-    dataset = data.coco_dataset(spec, sources, Reference("test_pipeline"), test_mode=True)
+    dataset = data.coco_dataset(
+        spec, sources, Reference("test_pipeline"), test_mode=True, numbering=numbering
+    )
     draft.add(
         "test_dataloader",
         data.dataloader(spec, dataset, train=False, batch_size=spec.evaluate.batch_size),
@@ -182,7 +203,8 @@ def _add_evaluate(draft: ConfigDraft, spec: ExperimentSpec, exported: ExportedMo
         "The data; labels are category ids, so class column 0 is the background.",
     )
     folder = str(task_results_dir(spec, "evaluate"))
-    metric = data.evaluator(spec, sources, spec.evaluate.conf_threshold, results_dir=folder)
+    options = data.category_options(spec, numbering)
+    metric = data.evaluator(spec, sources, spec.evaluate.conf_threshold, results_dir=folder, **options)
     draft.add(
         "test_evaluator", metric, ("dataset.eval_class_ids", "evaluate.conf_threshold"), "COCO's metrics."
     )

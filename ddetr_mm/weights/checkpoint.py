@@ -47,6 +47,8 @@ class CheckpointMeta:
         num_queries: object queries (two-stage: proposals), where the file says.
         epoch: epoch after which the file was written, where it says.
         spec: the experiment spec of the weights as plain data, or None.
+        numbered_by_name: whether the category ids were made from the class names (spec field
+            ``ddetr_mm.category_ids``).
     """
 
     source_format: str
@@ -64,6 +66,7 @@ class CheckpointMeta:
     num_queries: int | None = None
     epoch: int | None = None
     spec: dict[str, Any] | None = None
+    numbered_by_name: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data (lists, strings, numbers) for a file's metadata, without unknown values."""
@@ -103,7 +106,15 @@ def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> Checkp
     Values of the wrong type are ignored: files are not trusted.
     """
     changes: dict[str, Any] = {}
-    for key in ("zero_padded_values", "with_box_refine", "two_stage", "neck_bias", "dilation"):
+    flags = (
+        "zero_padded_values",
+        "with_box_refine",
+        "two_stage",
+        "neck_bias",
+        "dilation",
+        "numbered_by_name",
+    )
+    for key in flags:
         if isinstance(values.get(key), bool):
             changes[key] = values[key]
     for key in ("background_column", "num_heads", "num_queries", "epoch"):

@@ -11,6 +11,7 @@ import pytest
 from ddetr_mm.errors import DataError
 from ddetr_mm.spec import load_spec
 from ddetr_mm.tasks.runner import predicted_names
+from ddetr_mm.weights import inspect_checkpoint
 
 from .conftest import Project
 
@@ -188,3 +189,38 @@ def test_names_of_a_checkpoint_without_any(project: Project, tmp_path: Path, cap
     classmap.write_text("a\nb\nc\nd\ne\n")
     with pytest.raises(DataError, match="names 5 classes, the model has 4"):
         names_of(project, None, source, subtask="inference")
+
+
+# --- Ids by name ---
+
+
+def test_a_run_by_name_from_training_to_evaluation(project: Project, tmp_path: Path):
+    """Zero-based ids, texts and huge numbers in three files; the checkpoint keeps the numbers."""
+    names = sorted(OTHER_IDS)
+    ids_by_split = {"train": range(4), "val": "wxyz", "test": (2**62, 5_000_000, 9, 7)}
+    train, val, test = (
+        renumbered(document(project, split), dict(zip(names, ids, strict=True)), tmp_path / f"{split}.json")
+        for split, ids in ids_by_split.items()
+    )
+    source = "{image_dir: results/shapes/data, json_file: %s}"
+    data = [
+        f"results_dir={tmp_path}/results",
+        f"dataset.train_data_sources=[{source % train}]",
+        f"dataset.val_data_sources=[{source % val}]",
+        f"dataset.test_data_sources={source % test}",
+    ]
+    refused = project.tiny("train", *data, status=2)
+    assert "set ddetr_mm.category_ids: by_name" in refused.stderr
+    by_name = [*data, "ddetr_mm.category_ids=by_name"]
+    project.run("check", "--for", "train", "--quick", "-e", project.spec, *_tiny(), *by_name)
+    project.tiny("train", *by_name, "train.num_epochs=1", "train.validation_interval=1")
+    ids = {"category_ids": {name: number for number, name in enumerate(names, start=1)}}
+    assert json.loads((tmp_path / "results/train/category_ids.json").read_text()) == ids
+    checkpoint = tmp_path / "results/train/dd_model_latest.pth"
+    meta = inspect_checkpoint(checkpoint).meta
+    assert meta.numbered_by_name and meta.class_names == ("background", *names)
+    done = project.tiny("evaluate", *data, f"evaluate.checkpoint={checkpoint}")
+    assert "moved by name" not in done.stderr
+    assert json.loads((tmp_path / "results/evaluate/category_ids.json").read_text()) == ids
+    results = json.loads((tmp_path / "results/evaluate/results_detail.json").read_text())
+    assert [entry["name"] for entry in results["per_class"]] == names

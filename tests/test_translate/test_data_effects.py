@@ -67,6 +67,48 @@ def test_strict_annotations_reach_dataset_and_metric(tiny_config, scene: Scene, 
     assert METRICS.build(strict.val_evaluator).strict_annotations is True
 
 
+def renamed(scene: Scene, path, *names):
+    """The training annotations with other names of the categories, in the order of their ids."""
+    document = json.loads((scene.folder / "train.json").read_text())
+    for entry, name in zip(document["categories"], names, strict=False):
+        entry["name"] = name
+    path.write_text(json.dumps(document))
+    return document["categories"]
+
+
+def test_classes_are_numbered_by_name_over_all_splits(tiny_config, scene: Scene, tmp_path):
+    cats = renamed(scene, tmp_path / "train.json", *(name for name in "zyxwvu"))
+    renamed(scene, tmp_path / "val.json", *(name for name in "abcdef"))
+    names = [entry["name"] for entry in cats]
+    number = len(names)
+    fields = [
+        f"dataset.{split}_data_sources.0.json_file={tmp_path}/{split}.json" for split in ("train", "val")
+    ]
+    fields.append(f"dataset.test_data_sources.json_file={tmp_path}/train.json")
+    by_name = tiny_config(*fields, "ddetr_mm.category_ids=by_name", "dataset.num_classes=20")
+    expected = sorted([*names, *"abcdef"[:number]])
+    for split in ("train", "val"):
+        found = dataset_of(by_name, split).metainfo
+        assert list(found["classes"][1 : len(expected) + 1]) == expected
+        assert found["category_ids"][1 : len(expected) + 1] == tuple(range(1, len(expected) + 1))
+    assert METRICS.build(by_name.val_evaluator).numbered_names == expected
+    assert by_name.default_hooks.checkpoint.extra_meta.numbered_by_name is True
+    own = tiny_config(*fields)
+    assert "numbered_names" not in own.train_dataloader.dataset
+    assert "numbered_by_name" not in own.default_hooks.checkpoint.extra_meta
+
+
+def test_categories_of_one_name_are_refused_or_merged(tiny_config, scene: Scene, tmp_path):
+    cats = renamed(scene, tmp_path / "same.json", "same", "same")
+    fields = [f"dataset.{split}_data_sources.0.json_file={tmp_path}/same.json" for split in ("train", "val")]
+    with pytest.raises(DataError, match="have one name, 'same'.*merge_categories"):
+        dataset_of(tiny_config(*fields), "train")
+    merged = tiny_config(*fields, "ddetr_mm.merge_categories=true")
+    names = dataset_of(merged, "val").table.category_names
+    assert names[min(entry["id"] for entry in cats[:2])] == "same" and len(names) == len(cats) - 1
+    assert METRICS.build(merged.val_evaluator).merge_categories is True
+
+
 def test_another_image_folder_or_annotation_file_is_used(tiny_config, scene: Scene, tmp_path):
     for field in ("train_data_sources.0", "val_data_sources.0"):
         split = field.partition("_")[0]
