@@ -331,7 +331,7 @@ class SerializedCocoDataset(BaseDetDataset):
         """A new dataset with a subset of the samples; the columns are shared, not copied."""
         self.full_init()
         subset = copy.copy(self)
-        subset._metainfo = copy.deepcopy(self._metainfo)
+        subset._metainfo = self.metainfo
         subset._rows = self._subset_rows(indices)
         return subset
 
@@ -370,6 +370,17 @@ class SerializedCocoDataset(BaseDetDataset):
             self.num_replaced_shared += 1
             print_log(f"{error}; another image takes its place", logger="current", level=logging.WARNING)
             return None
+
+    @property
+    def metainfo(self) -> dict[str, Any]:
+        """What ``metainfo`` was given and the classes, as in mmengine.
+
+        Tuples are not copied: the classes are one entry a label, which can be millions.
+        """
+        return {
+            key: value if isinstance(value, tuple) else copy.deepcopy(value)
+            for key, value in self._metainfo.items()
+        }
 
     @property
     def shard_indices(self) -> npt.NDArray[np.int32]:

@@ -669,3 +669,12 @@ def test_coco_metric(wrapped_root, with_file):
         sample = {"img_id": info["img_id"], "ori_shape": size_hw, "instances": info["instances"]}
         metric.process({}, [{**sample, "pred_instances": predicted}])
     assert metric.evaluate(size=len(dataset))["coco/bbox_mAP"] == 1.0
+
+
+def test_classes_are_not_copied_at_every_look(root):
+    """They are one name a label; with ids in the millions a copy takes seconds."""
+    dataset = build(root, label_mode="category_id", num_classes=100_000)
+    assert dataset.metainfo["classes"] is dataset.metainfo["classes"]
+    assert dataset.get_subset([0]).metainfo["category_ids"] is dataset.metainfo["category_ids"]
+    dataset.metainfo["classes"] = ()
+    assert len(dataset.metainfo["classes"]) == 100_000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,32 @@ def test_classes_without_a_target_are_a_fault(make_split, flag, kind):
     assert kinds(section) == [kind] and "all 2 boxes" in str(section.findings[0].problem)
     mixed = make_split("test", [box(0, 1) | {flag: 1}, box(1, 1), box(1, 2)])
     assert kinds(check_split_classes(mixed, num_classes=3)) == []
+
+
+def test_large_ids_take_no_memory_of_their_own(data_set):
+    """Time and memory go by the number of categories, not by the largest id."""
+    factor = 10**9
+    for name in ("train", "val"):
+        document = data_set.read(name)
+        for item in document["annotations"]:
+            item["category_id"] *= factor
+        for category in document["categories"]:
+            category["id"] *= factor
+        data_set.write(name, document)
+    folder = data_set.folder
+    sources = {
+        name: [dict(image_dir=str(folder / name), json_file=str(folder / f"{name}.json"))]
+        for name in ("train", "val")
+    }
+    tracemalloc.start()
+    splits, failures = read_splits(sources)
+    sections = list(quick_sections(splits, 2 * factor + 1, None))
+    counts = [split.counts()["boxes_by_class"] for split in splits]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert failures == [] and peak < 20 << 20
+    assert {kind for section in sections for kind in kinds(section)} == set()
+    assert all(set(count) == {"car", "person"} for count in counts)
 
 
 def test_a_file_under_several_ids_is_counted(make_split, tmp_path):
