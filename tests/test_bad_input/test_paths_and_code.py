@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 from bad_input_project import ROOT, edit_json, run_here
+
+from ddetr_mm.deploy.onnx_file import META_KEY
 
 VAL = "coco/val/val-shard-00000-of-00001.json"
 SPEC = ("-e", "spec.yaml")
@@ -28,6 +32,11 @@ def test_odd_class_names_stay_inside_the_results(own_project: Path):
         image["file_name"] = str(odd)
 
     edit_json(own_project / VAL, rename)
+    graph = onnx.load(str(own_project / "random.onnx"))
+    meta = next(entry for entry in graph.metadata_props if entry.key == META_KEY)
+    meta.value = json.dumps(json.loads(meta.value) | {"class_names": ["background", *ODD_NAMES]})
+    (own_project / "random.onnx").unlink()  # a link to a file of all tests
+    onnx.save(graph, str(own_project / "random.onnx"))
     (own_project / "names.txt").write_text("\n".join(ODD_NAMES))
     evaluated = run_here(own_project, "evaluate", *SPEC, "evaluate.checkpoint=random.onnx")
     inferred = run_here(

@@ -10,8 +10,10 @@ import pytest
 
 from ddetr_mm.errors import DataError
 from ddetr_mm.spec import load_spec
-from ddetr_mm.tasks.runner import predicted_names
-from ddetr_mm.weights import inspect_checkpoint
+from ddetr_mm.tasks.mmdet_tools import mmdet_checkpoint
+from ddetr_mm.tasks.runner import config_source, predicted_names
+from ddetr_mm.weights import inspect_checkpoint, read_checkpoint
+from ddetr_mm.weights.class_columns import HEAD_KEY
 
 from .conftest import Project
 
@@ -125,6 +127,24 @@ def test_a_run_does_not_resume_on_other_numbers(project: Project, tmp_path: Path
     assert "cannot be resumed: the training data number their classes otherwise" in done.stderr
     assert "1 rectangle, 2 triangle, 3 circle, 4 star" in done.stderr
     assert "1 triangle, 2 star, 3 rectangle, 4 circle" in done.stderr
+
+
+def test_mmdets_test_tool_gets_columns_of_the_data(project: Project, tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(project.folder)
+    checkpoint = str((project.results / "train/dd_model_latest.pth").resolve())
+    found = {}
+    for name in ("same", "other"):
+        fields = [f"dataset.test_data_sources.json_file={name}.json", f"evaluate.checkpoint={checkpoint}"]
+        loaded = load_spec(project.spec, [*_tiny(), *fields], "evaluate")
+        config = tmp_path / f"{name}.py"
+        config.write_text(config_source(loaded, "evaluate", checkpoint))
+        found[name] = mmdet_checkpoint(checkpoint, tmp_path, config)
+    assert found["same"] == Path(checkpoint)
+    by_id = sorted(OTHER_IDS, key=OTHER_IDS.__getitem__)
+    assert inspect_checkpoint(found["other"]).meta.class_names == ("background", *by_id)
+    before, after = (read_checkpoint(found[name]).state_dict[HEAD_KEY] for name in ("same", "other"))
+    own = inspect_checkpoint(checkpoint).meta.class_names
+    assert after[1:].equal(before[[own.index(name) for name in by_id]])
 
 
 # --- Names of results ---
