@@ -155,3 +155,11 @@ def test_a_broken_image_is_named(tmp_path):
     broken.write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"x\.png"):
         load_batch([broken], (4, 4), HALF)
+
+
+def test_calibration_reads_images_as_training_does(tmp_path: Path):
+    """Twelve bits in a 16-bit file are scaled by the bits in use."""
+    values = np.linspace(0, 4095, 32 * 32).astype(np.uint16).reshape(32, 32)
+    cv2.imwrite(str(tmp_path / "a.png"), values)
+    batch = load_batch([tmp_path / "a.png"], (32, 32), Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    np.testing.assert_array_equal(batch[0], np.repeat((values >> 4)[None].astype(np.float32), 3, axis=0))

@@ -73,6 +73,16 @@ def test_a_class_without_colour_is_written_and_not_drawn(picture: Path, tmp_path
     assert (drawn[30, 5] == (255, 0, 0)).all()
 
 
+def test_results_of_images_of_more_than_eight_bits_are_visible(tmp_path: Path):
+    values = np.linspace(0, 4095, 60 * 80).astype(np.uint16).reshape(60, 80)
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        writer(tmp_path / "out").process(None, [sample(tmp_path / name, [], [], [])])
+        shown = np.asarray(Image.open(tmp_path / "out" / "images_annotated" / name))
+        assert np.array_equal(shown[:, :, 0], values >> 4)
+        (tmp_path / "out" / "labels" / "deep.txt").unlink()
+
+
 def test_no_detection_leaves_an_empty_label_file(picture: Path, tmp_path: Path):
     writer(tmp_path / "out").process(None, [sample(picture, [], [], [])])
     assert (tmp_path / "out" / "labels" / "one.txt").read_text() == ""
