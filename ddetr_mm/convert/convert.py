@@ -8,6 +8,7 @@ and pieces (:mod:`~ddetr_mm.convert.plan`); the pieces are read on several proce
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from ddetr_mm.convert.kitti import (
     DEFAULT_CLASS_MAPPING,
+    LEFT_OUT,
     category_ids,
     check_class_mapping,
     coco_categories,
@@ -52,12 +55,24 @@ from ddetr_mm.files import garbage_collection_paused, usable_cores
 
 STATS_NAME = "stats.txt"
 WARNINGS_NAME = "warnings.json"
-_RESERVED_NAMES = (STATS_NAME, WARNINGS_NAME, "status.json")
+DATASET_NAME = "dataset.yaml"
+_RESERVED_NAMES = (STATS_NAME, WARNINGS_NAME, DATASET_NAME, "status.json")
 
 # Starting a process, forked or spawned, takes about as long as reading so many images.
 _IMAGES_WORTH_A_FORK = 3_000
 _IMAGES_WORTH_A_PROCESS = 20_000
 _SHOWN_WHEN_STRICT = 20
+_SHOWN_FILES = 3
+_SHOWN_CLASSES = 30
+_LINE_DROPPED = (
+    "not_utf8",
+    "wrong_column_count",
+    "eight_columns",
+    "yolo_line",
+    "not_a_number",
+    "not_finite",
+    "unknown_class",
+)
 _SHARD_NAME = re.compile(r".+-shard-\d{5}-of-\d{5}\.json")
 
 Progress = Callable[[int, int], None]
@@ -72,7 +87,7 @@ class ConvertOptions:
 
     Attributes:
         input_source: text file with one sequence folder a line.
-        results_dir: folder of the shards, ``stats.txt`` and ``warnings.json``.
+        results_dir: folder of the shards, ``stats.txt``, ``warnings.json`` and ``dataset.yaml``.
         data_root: folder that the lines of ``input_source`` are relative to; None: the current folder.
         image_dir_name: folder of the images inside each sequence; None: the sequence folder itself.
         label_dir_name: the same for labels.
@@ -83,9 +98,10 @@ class ConvertOptions:
         val_split: percent of the images that go to fold 0, from 0 to 100. With ``"sequence"`` it acts only
             for two partitions and above 0; otherwise partitions are equally large.
         image_extension: the only extension of an image, e.g. ``".jpg"``; None: every common one.
-        mapping: label class → category.
+        mapping: label class → category; None leaves a class out on purpose.
         mapping_path: JSON file with the same; without either, TAO's default.
         strict: stop at the first bad input.
+        allow_empty: accept label files of which no line can be used, and a conversion without any box.
         pad_shards: fill shorter shards with repeated images (chosen by ``seed``) until all shards of a
             partition list equally many.
         num_workers: processes besides the calling one; None: chosen by the number of images and cores.
@@ -103,9 +119,10 @@ class ConvertOptions:
     partition_mode: str | None = None
     val_split: float = 0.0
     image_extension: str | None = None
-    mapping: Mapping[str, str] | None = None
+    mapping: Mapping[str, str | None] | None = None
     mapping_path: Path | None = None
     strict: bool = False
+    allow_empty: bool = False
     pad_shards: bool = False
     num_workers: int | None = None
     seed: int = 0
@@ -160,6 +177,7 @@ class ConvertReport:
         sequences: in the order of ``input_source``.
         problem_counts: kind of problem → number of cases.
         unknown_classes: class without a mapping → number of dropped lines.
+        dataset_section: the ``dataset:`` section of a spec that trains on the result, as YAML.
         seconds: time taken.
     """
 
@@ -171,6 +189,7 @@ class ConvertReport:
     sequences: list[SequenceReport]
     problem_counts: dict[str, int]
     unknown_classes: dict[str, int]
+    dataset_section: str
     seconds: float
 
     @property
@@ -187,6 +206,11 @@ class ConvertReport:
     def warnings_path(self) -> Path:
         """The file that lists every problem."""
         return self.results_dir / WARNINGS_NAME
+
+    @property
+    def dataset_path(self) -> Path:
+        """The file with the ``dataset:`` section."""
+        return self.results_dir / DATASET_NAME
 
     @property
     def images_per_second(self) -> float:
@@ -208,8 +232,9 @@ def convert_kitti(
     """Convert KITTI folders to COCO JSON shards.
 
     The results folder gets ``<sequence>/<sequence>[-fold-PPP-of-NNN]-shard-SSSSS-of-NNNNN.json``, each a COCO
-    file of its own, ``stats.txt`` (JSON with counts and offsets) and ``warnings.json`` (every bad input with
-    file and line). The files of an earlier conversion are replaced all at once, at the end; other files stay.
+    file of its own, ``stats.txt`` (JSON with counts and offsets), ``warnings.json`` (every bad input with
+    file and line) and ``dataset.yaml`` (the section of a spec that names the shards). The files of an earlier
+    conversion are replaced all at once, at the end; other files stay.
 
     Args:
         options: what to convert.
@@ -218,7 +243,8 @@ def convert_kitti(
 
     Raises:
         DataError: a list, folder or mapping is missing or wrong; there is no image; the results folder cannot
-            be written to; with ``options.strict``, any bad input.
+            be written to; no box was found or a label file has no usable line, unless
+            ``options.allow_empty``; with ``options.strict``, any bad input.
     """
     started = time.monotonic()
     say = status or (lambda message: None)
@@ -227,8 +253,12 @@ def convert_kitti(
     with _disk_errors_named(options), ResultFolder(options.results_dir) as folder:
         folder.check_free(conversion.planned_files() + conversion.foreign_shards(folder.path))
         conversion.write(folder)
+        if not options.allow_empty:
+            conversion.check_losses()
+        dataset_section = conversion.dataset_section()
+        folder.staged(DATASET_NAME).write_text(dataset_section, encoding="utf-8")
         folder.staged(STATS_NAME).write_text(conversion.stats(), encoding="utf-8")
-        folder.commit([*conversion.files, WARNINGS_NAME, STATS_NAME])
+        folder.commit([*conversion.files, WARNINGS_NAME, DATASET_NAME, STATS_NAME])
     say("Json generation complete.")
     names = {number: name for name, number in conversion.category_ids.items()}
     boxes = sorted(conversion.boxes_per_category.items())
@@ -241,6 +271,7 @@ def convert_kitti(
         sequences=conversion.sequence_reports,
         problem_counts=dict(conversion.problem_counts),
         unknown_classes=dict(conversion.unknown_classes),
+        dataset_section=dataset_section,
         seconds=time.monotonic() - started,
     )
 
@@ -272,9 +303,12 @@ class _Conversion:
         self.options = options
         self._progress, self._status = progress, status
         mapping = _class_mapping(options)
-        self.category_ids = category_ids(mapping.values())
+        self.category_ids = category_ids(category for category in mapping.values() if category is not None)
         self._rules = ReadingRules(
-            category_of_class={name: self.category_ids[category] for name, category in mapping.items()},
+            category_of_class={
+                name: LEFT_OUT if category is None else self.category_ids[category]
+                for name, category in mapping.items()
+            },
             image_extension=options.image_extension,
             decode_images=options.decode_images,
         )
@@ -296,6 +330,7 @@ class _Conversion:
         self.boxes_per_category: Counter[int] = Counter()
         self.problem_counts: Counter[str] = Counter()
         self.unknown_classes: Counter[str] = Counter()
+        self._lost_files: list[str] = []  # the first ones
         self._done = self._missing_labels = 0
 
     def planned_files(self) -> list[str]:
@@ -306,7 +341,7 @@ class _Conversion:
             for partition in partitions
             for shard in range(self.options.num_shards)
         ]
-        return [*shards, WARNINGS_NAME, STATS_NAME]
+        return [*shards, WARNINGS_NAME, DATASET_NAME, STATS_NAME]
 
     def foreign_shards(self, results_dir: Path) -> list[str]:
         """Shards in the folders of the sequences: a glob would mix those of others with ours."""
@@ -376,6 +411,79 @@ class _Conversion:
             "sequences": sequences,
         }
         return json.dumps(stats, indent=1) + "\n"
+
+    def check_losses(self) -> None:
+        """Refuse a result without boxes, and label files that lost every line.
+
+        Raises:
+            DataError: with the reasons, the unknown classes, and entries for the class mapping.
+        """
+        counts = self.problem_counts
+        num_lost = counts["all_lines_dropped"]
+        problems = []
+        if num_lost:
+            shown = ", ".join(self._lost_files) + (", ..." if num_lost > len(self._lost_files) else "")
+            what = f"{num_lost:,} label files have no usable line"
+            problems.append(Problem(what, file=self.options.input_source, value=shown))
+        if not self.num_annotations:
+            what = f"no box was found in {self.num_images:,} images"
+            problems.append(Problem(what, file=self.options.input_source))
+        if not problems:
+            return
+        if self.unknown_classes:
+            shown = ", ".join(f"{name} ({count:,})" for name, count in self._most_unknown())
+            problems.append(
+                Problem(
+                    f"{counts['unknown_class']:,} lines have a class that the mapping lacks",
+                    file=self.options.mapping_path,
+                    where="mapping_path",
+                    value=shown,
+                    hint=f"add to the mapping, with null for a class to leave out: {self.mapping_to_paste()}",
+                )
+            )
+        for kind, number in sorted(counts.items()):
+            if kind in _LINE_DROPPED and kind != "unknown_class":
+                problems.append(Problem(f"{number:,} x {PROBLEM_KINDS[kind]}"))
+        hint = (
+            "nothing was written; correct the input, or set ddetr_mm.allow_empty to true to accept the loss"
+        )
+        raise DataError(*problems, Problem("the conversion would lose whole label files", hint=hint))
+
+    def _most_unknown(self) -> list[tuple[str, int]]:
+        by_number = sorted(self.unknown_classes.items(), key=lambda item: (-item[1], item[0]))
+        return by_number[:_SHOWN_CLASSES]
+
+    def mapping_to_paste(self) -> str:
+        """The unknown classes as entries of a mapping file, each its own category."""
+        return json.dumps({name: name for name, _ in self._most_unknown()}, ensure_ascii=False)
+
+    def dataset_section(self) -> str:
+        """The ``dataset:`` section of a spec: sources by partition, number of classes; YAML."""
+        options = self.options
+        sources: dict[str, list[dict[str, str]]] = {"train_data_sources": [], "val_data_sources": []}
+        for report in self.sequence_reports:
+            for partition in sorted({shard.partition for shard in report.shards if shard.num_images}):
+                is_validation = options.num_partitions > 1 and partition == 0
+                one = self._shard_file_pattern(report.name, partition)
+                sources["val_data_sources" if is_validation else "train_data_sources"].append(
+                    {
+                        "image_dir": os.path.abspath(report.image_root),
+                        "json_file": os.path.join(os.path.abspath(options.results_dir), one),
+                    }
+                )
+        num_classes = max(self.category_ids.values()) + 1
+        names = ", ".join(f"{number} {name}" for name, number in self.category_ids.items())
+        content = {"dataset": {**{k: v for k, v in sources.items() if v}, "num_classes": num_classes}}
+        head = f"# Classes: {_printable(names)}. num_classes counts the background too.\n"
+        if not sources["val_data_sources"]:
+            head += "# No validation data: set partition_mode, num_partitions and val_split, or name other.\n"
+        return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1_000)
+
+    def _shard_file_pattern(self, sequence: str, partition: int) -> str:
+        """A glob for the shards of a sequence and partition."""
+        first = str(shard_file(sequence, partition, self.options.num_partitions, 0, self.options.num_shards))
+        stem, _, _ = first.rpartition("-shard-")
+        return f"{glob.escape(stem)}-shard-*.json"
 
     def _partitions_of_sequences(self) -> list[list[int]]:
         """The partitions that each sequence has shards in."""
@@ -494,6 +602,9 @@ class _Conversion:
 
     def _report(self, problems: ProblemList, found: Sequence[FoundProblem]) -> None:
         problems.extend(found)
+        for problem in found:
+            if problem.kind == "all_lines_dropped" and len(self._lost_files) < _SHOWN_FILES:
+                self._lost_files.append(problem.file)
         if found and self.options.strict:
             shown = [
                 Problem(
@@ -513,7 +624,7 @@ class _Conversion:
         return str(shard_file(sequence.name, partition, options.num_partitions, shard, options.num_shards))
 
 
-def _class_mapping(options: ConvertOptions) -> dict[str, str]:
+def _class_mapping(options: ConvertOptions) -> Mapping[str, str | None]:
     if options.mapping is not None:
         return check_class_mapping(options.mapping)
     if options.mapping_path is not None:

@@ -22,7 +22,11 @@ from ddetr_mm.errors import DataError, Problem
 
 # --- Classes ---
 # A mapping says which label class becomes which category, e.g. ``{"Rider": "person"}``. Several label classes
-# may share a category; a label class that is not in the mapping is left out.
+# may share a category. A label class that is mapped to None (``null``) is left out on purpose; one that the
+# mapping lacks is left out and counted.
+
+#: Category of a label class that is left out on purpose.
+LEFT_OUT = -1
 
 #: The mapping that applies when the user gives none (TAO 5.5 documentation, "Sharding the Data").
 DEFAULT_CLASS_MAPPING: dict[str, str] = {
@@ -43,15 +47,15 @@ DEFAULT_CLASS_MAPPING: dict[str, str] = {
     "personalbag": "bag",
 }
 
-_FORM = 'a JSON object of names, e.g. {"Car": "vehicle", "Truck": "vehicle"}'
+_FORM = 'a JSON object of names, e.g. {"Car": "vehicle", "Truck": "vehicle", "Misc": null}'
 
 
-def load_class_mapping(path: str | Path) -> dict[str, str]:
-    """Read a mapping file: one JSON object, label class → category.
+def load_class_mapping(path: str | Path) -> dict[str, str | None]:
+    """Read a mapping file: one JSON object, label class → category, or null for a class to leave out.
 
     Raises:
         DataError: the file cannot be read, is not UTF-8 JSON, is not an object of non-empty strings,
-            or gives one label class two categories.
+            names no category, or gives one label class two categories.
     """
     path = Path(path)
     try:
@@ -100,16 +104,16 @@ def load_class_mapping(path: str | Path) -> dict[str, str]:
     return check_class_mapping(mapping, path)
 
 
-def check_class_mapping(mapping: Any, source: str | Path | None = None) -> dict[str, str]:
-    """Return ``mapping`` as a plain dict when it maps names to names.
+def check_class_mapping(mapping: Any, source: str | Path | None = None) -> dict[str, str | None]:
+    """Return ``mapping`` as a plain dict when it maps names to names or None.
 
     Args:
         mapping: what to check.
         source: the file it came from, for the message.
 
     Raises:
-        DataError: not a mapping, empty, or with a key or value that is not a non-empty string. All
-            offending entries are shown.
+        DataError: not a mapping, without any category, or with a key or value that is not a non-empty
+            string. All offending entries are shown.
     """
     if not isinstance(mapping, Mapping):
         raise DataError(
@@ -123,11 +127,13 @@ def check_class_mapping(mapping: Any, source: str | Path | None = None) -> dict[
             file=source,
             where=str(name),
             value=category,
-            allowed="non-empty text on both sides",
+            allowed="non-empty text on both sides, or null to leave the class out",
         )
         for name, category in mapping.items()
-        if not (_is_name(name) and _is_name(category))
+        if not (_is_name(name) and (category is None or _is_name(category)))
     )
+    if all(category is None for category in mapping.values()):
+        raise DataError(Problem("the class mapping leaves out every class", file=source, allowed=_FORM))
     return dict(mapping)
 
 
@@ -173,7 +179,7 @@ class LabelProblem(NamedTuple):
         file_index: which of the given texts.
         line: line number from 1; 0 when the whole file is meant.
         kind: ``not_utf8``, ``windows_line_ends``, ``empty_label``, ``wrong_column_count``,
-            ``not_a_number``, ``not_finite`` or ``unknown_class``.
+            ``yolo_line``, ``eight_columns``, ``not_a_number``, ``not_finite`` or ``unknown_class``.
         detail: the offending value.
     """
 
@@ -206,7 +212,7 @@ class ClassLookup(dict[bytes, int]):
     The exact name comes first, then the lower-cased one.
 
     Args:
-        category_of_class: label class → category id (from 1).
+        category_of_class: label class → category id (from 1), or :data:`LEFT_OUT`.
     """
 
     def __init__(self, category_of_class: Mapping[str, int]) -> None:
@@ -346,12 +352,12 @@ def _read_together(
     first_line = np.repeat(np.cumsum(lines_per_file) - lines_per_file, lines_per_file)
     line_numbers = (np.arange(len(lines)) - first_line + 1).astype(np.int32)
     category_ids = np.fromiter(map(lookup.__getitem__, names), dtype=np.int32, count=len(lines))
-    known = category_ids != 0
+    known = category_ids > 0
     if known.all():
         return LabelColumns(boxes, category_ids, file_index, line_numbers)
     problems.extend(
         LabelProblem(int(file_index[row]), int(line_numbers[row]), "unknown_class", names[row].decode())
-        for row in np.flatnonzero(~known)
+        for row in np.flatnonzero(category_ids == 0)
     )
     return LabelColumns(boxes[known], category_ids[known], file_index[known], line_numbers[known])
 
@@ -390,7 +396,7 @@ def _read_lines(
         found = _read_line(line_text, fields, lookup)
         if isinstance(found[0], str):
             problems.append(LabelProblem(file_index, number, *found))
-        else:
+        elif found[1] != LEFT_OUT:
             rows.append((*found, number))
     if empty:
         problems.append(LabelProblem(file_index, 0, "empty_label", "no line"))
@@ -412,7 +418,7 @@ def _read_line(
         return "not_utf8", f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
     name, numbers = _split_off_class(fields, lookup)
     if len(numbers) + 1 not in NUM_COLUMNS:
-        return "wrong_column_count", f"{len(fields)} columns"
+        return _wrong_columns(fields)
     values = []
     for field in numbers:
         value = _number(field)
@@ -428,13 +434,48 @@ def _read_line(
 
 
 def _split_off_class(fields: list[bytes], lookup: ClassLookup) -> tuple[bytes, list[bytes]]:
-    """Class and numbers of a line; the class is one word unless several are a known class name."""
+    """Class and numbers of a line.
+
+    The class is one word unless several are a known class name, or several words come before 14 or 15
+    columns.
+    """
     if len(fields) > 1 and _number(fields[1]) is None:
         for num_words in range(lookup.most_words, 1, -1):
             name = b" ".join(fields[:num_words])
             if len(fields) - num_words + 1 in NUM_COLUMNS and lookup[name]:
                 return name, fields[num_words:]
+        num_words = _num_leading_words(fields)
+        if len(fields) - num_words + 1 in NUM_COLUMNS:
+            return b" ".join(fields[:num_words]), fields[num_words:]
     return fields[0], fields[1:]
+
+
+def _num_leading_words(fields: list[bytes]) -> int:
+    """Fields before the first that is no word; NaN, infinity and ``1,5`` are numbers here, if wrong ones."""
+    return next(
+        (
+            index
+            for index, field in enumerate(fields)
+            if _number(field) is not None or field[:1].isdigit() or field[:1] in b"+-."
+        ),
+        len(fields),
+    )
+
+
+def _wrong_columns(fields: list[bytes]) -> tuple[str, str]:
+    """Kind and detail of a line with a wrong number of columns, other common formats recognised."""
+    detail = f"{len(fields)} columns"
+    values = [_number(field) for field in fields]
+    if (
+        len(fields) == 5
+        and fields[0].isdigit()
+        and all(value is not None and 0 <= value <= 1 for value in values[1:])
+    ):
+        return "yolo_line", detail
+    num_words = _num_leading_words(fields)
+    if num_words and len(fields) - num_words == 7 and None not in values[num_words:]:
+        return "eight_columns", detail
+    return "wrong_column_count", detail
 
 
 def _number(field: bytes) -> float | None:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -19,7 +19,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ddetr_mm.convert.kitti import BOX_VERDICTS, FIRST_DROPPED_VERDICT, ClassLookup, clip_boxes, parse_labels
+from ddetr_mm.convert.kitti import (
+    BOX_VERDICTS,
+    FIRST_DROPPED_VERDICT,
+    ClassLookup,
+    LabelProblem,
+    clip_boxes,
+    parse_labels,
+)
 from ddetr_mm.convert.plan import Piece
 from ddetr_mm.convert.problems import FoundProblem
 from ddetr_mm.convert.sequences import LABEL_EXTENSION, image_stem
@@ -124,6 +131,7 @@ def _end_with_parent() -> None:
 # --- Reading one piece ---
 
 _READ_BYTES = 2**16
+_NO_LINE_DROPPED = ("windows_line_ends", "empty_label")
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class ReadingRules:
     """The part of the options that reading needs.
 
     Attributes:
-        category_of_class: label class → category id.
+        category_of_class: label class → category id, or ``kitti.LEFT_OUT``.
         image_extension: extension that image names have; None: from the last dot on.
         decode_images: decode every image instead of reading its header only.
     """
@@ -190,8 +198,12 @@ class PieceReader:
             line = int(columns.line_numbers[row])
             file = self._label_file(piece, position)
             found.append((position, FoundProblem(BOX_VERDICTS[verdicts[row]], file, line, detail)))
-        found.sort(key=lambda item: (item[0], item[1].line))
         boxes_xywh, good = clipped, verdicts < FIRST_DROPPED_VERDICT
+        for file_index in _files_without_usable_line(label_problems, columns.file_index):
+            position = kept[file_index]
+            file = self._label_file(piece, position)
+            found.append((position, FoundProblem("all_lines_dropped", file, 0, "no usable line")))
+        found.sort(key=lambda item: (item[0], item[1].line))
         boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
         return PieceContent(
             kept=kept,
@@ -242,6 +254,21 @@ class PieceReader:
     def _label_file(self, piece: Piece, position: int) -> str:
         stem = image_stem(piece.names[position], self.rules.image_extension)
         return f"{piece.sequence.label_prefix}{stem}{LABEL_EXTENSION}"
+
+
+def _files_without_usable_line(
+    label_problems: Sequence[LabelProblem], file_index: NDArray[np.int32]
+) -> list[int]:
+    """Files that gave no box because their lines could not be read or have unknown classes.
+
+    KITTI's ``DontCare`` regions are no loss, and a box without area is a fault of the box alone.
+    """
+    lost = {
+        problem.file_index
+        for problem in label_problems
+        if problem.kind not in _NO_LINE_DROPPED and problem.detail.lower() != "dontcare"
+    }
+    return sorted(lost.difference(file_index.tolist())) if lost else []
 
 
 def _is_utf8(name: str) -> bool:

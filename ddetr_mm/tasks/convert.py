@@ -11,9 +11,12 @@ from ddetr_mm.engine.progress import Progress
 from ddetr_mm.spec import ConvertSpec, load_spec
 from ddetr_mm.tasks.session import open_session
 
+_SHOWN_CLASSES = 30
+_SHOWN_LINES = 40
+
 
 def run(arguments: Namespace) -> None:
-    """Convert; leaves the shards, ``stats.txt`` and ``warnings.json``."""
+    """Convert; leaves the shards, ``stats.txt``, ``warnings.json`` and ``dataset.yaml``."""
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "convert")
     with open_session(loaded, "convert") as session, Progress("converting", unit="images") as progress:
         report = convert_kitti(
@@ -23,9 +26,24 @@ def run(arguments: Namespace) -> None:
         print(f"warning: {line}", file=sys.stderr)
     if report.problem_counts:
         print(f"warning: each one is listed in {report.warnings_path}", file=sys.stderr)
+    if report.unknown_classes:
+        by_number = sorted(report.unknown_classes.items(), key=lambda item: (-item[1], item[0]))
+        shown = ", ".join(f"{name} {count:,}" for name, count in by_number[:_SHOWN_CLASSES])
+        more = ", ..." if len(by_number) > _SHOWN_CLASSES else ""
+        print(f"warning: lines of classes that the mapping lacks: {shown}{more}", file=sys.stderr)
     print(
         f"{report.num_images} images, {report.num_annotations} boxes, {len(report.shard_paths)} shards in "
         f"{report.results_dir} ({report.images_per_second:,.0f} images/s)"
+    )
+    boxes = report.boxes_per_category
+    counts = ", ".join(
+        f"{number} {name} {boxes.get(name, 0):,}" for name, number in report.category_ids.items()
+    )
+    print(f"boxes by class (id, name, count): {counts}")
+    lines = report.dataset_section.splitlines()
+    shown = lines[:_SHOWN_LINES] + (["  ..."] if len(lines) > _SHOWN_LINES else [])
+    print(
+        f"next: put this section, which is {report.dataset_path}, into the spec for train:", *shown, sep="\n"
     )
 
 
@@ -44,6 +62,7 @@ def convert_options(spec: ConvertSpec) -> ConvertOptions:
         image_extension=spec.image_extension,
         mapping_path=Path(spec.mapping_path) if spec.mapping_path else None,
         strict=spec.ddetr_mm.strict,
+        allow_empty=spec.ddetr_mm.allow_empty,
         pad_shards=spec.ddetr_mm.pad_shards,
         num_workers=spec.ddetr_mm.num_workers,
     )

@@ -127,7 +127,7 @@ class TestOutput:
         assert report.unknown_classes == {"car": 1}
 
     def test_mapping_file(self, data, tmp_path):
-        (tmp_path / "mapping.json").write_text('{"Car": "vehicle"}')
+        (tmp_path / "mapping.json").write_text('{"Car": "vehicle", "person": null, "Truck": null}')
         report = convert_kitti(data.options(mapping=None, mapping_path=tmp_path / "mapping.json"))
         assert report.category_ids == {"vehicle": 1}
         assert report.boxes_per_category == {"vehicle": 7}
@@ -156,7 +156,7 @@ class TestOutput:
             "turned.jpg": (40, 50),
         }
         assert annotations[0]["bbox"] == [0, 0, 30, 45]
-        only_png = convert_kitti(folder.options(image_extension=".png"))
+        only_png = convert_kitti(folder.options(image_extension=".png", allow_empty=True))
         assert only_png.num_images == 1
 
 
@@ -256,10 +256,11 @@ class TestNumberOfProcesses:
         trees = []
         for num_workers in (0, 1, 3):
             convert_kitti(folder.options(num_workers=num_workers, num_shards=3, partition_mode="random",
-                                         num_partitions=2, val_split=30, pad_shards=True))  # fmt: skip
+                                         num_partitions=2, val_split=30, pad_shards=True,
+                                         allow_empty=True))  # fmt: skip
             trees.append(tree(tmp_path / "out"))
         assert trees[0] == trees[1] == trees[2]
-        assert len(json.loads(trees[0]["warnings.json"])["counts"]) == 6
+        assert len(json.loads(trees[0]["warnings.json"])["counts"]) == 7
 
     @pytest.mark.parametrize(("cores", "images", "expected"), [(1, 40, 0), (2, 40, 2), (8, 40, 4), (8, 9, 0)])
     def test_every_core_is_used_where_the_task_is_worth_it(
@@ -325,6 +326,7 @@ class TestRunningAgain:
             "a/a-shard-00000-of-00002.json",
             "a/a-shard-00001-of-00002.json",
             "a/notes.txt",
+            "dataset.yaml",
             "stats.txt",
             "status.json",
             "warnings.json",

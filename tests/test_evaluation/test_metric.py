@@ -454,6 +454,7 @@ try:
     metric.evaluate(1)
 except Exception as error:
     print(f"ERROR{rank} {type(error).__name__}: {error}", flush=True)
+torch.distributed.destroy_process_group()  # its threads would abort a process that ends with them
 """
 
 

@@ -89,7 +89,7 @@ def test_image_and_label_folders(convert):
     assert all(one["annotations"] for one in shards(folder).values())
     with pytest.raises(DataError):
         convert(image_dir_name="nothing")
-    (first, *_) = shards(convert(label_dir_name="tags")).values()
+    (first, *_) = shards(convert(label_dir_name="tags", ddetr_mm=dict(allow_empty=True))).values()
     assert not first["annotations"]  # the labels there belong to other pictures
 
 
@@ -98,6 +98,14 @@ def test_num_shards(convert):
         found = shards(convert(num_shards=count))
         assert len(found) == 2 * count  # for each sequence
     assert {len(one["images"]) for one in found.values()} == {1, 2}
+
+
+def test_allow_empty_accepts_label_files_without_a_usable_line(convert, tmp_path: Path):
+    (tmp_path / "data" / "a" / "labels" / "images1.txt").write_text(LABEL.format("Bike"))
+    with pytest.raises(DataError, match=r"a/labels/images1\.txt"):
+        convert()
+    found = shards(convert(ddetr_mm=dict(allow_empty=True)))
+    assert sum(len(one["annotations"]) for one in found.values()) == 7
 
 
 def test_pad_shards_fills_short_ones(convert):
@@ -135,7 +143,7 @@ def test_mapping_path(convert, tmp_path: Path):
 
 def test_strict_stops_at_a_bad_label(convert, tmp_path: Path):
     (tmp_path / "data" / "a" / "labels" / "images1.txt").write_text("person 1 2\n")
-    folder = convert()
+    folder = convert(ddetr_mm=dict(allow_empty=True))
     assert "images1.txt" in (folder / "warnings.json").read_text()
     with pytest.raises(DataError, match=r"images1\.txt"):
         convert(ddetr_mm=dict(strict=True), results_dir=str(tmp_path / "strict"))
