@@ -464,11 +464,11 @@ class _Conversion:
         for report in self.sequence_reports:
             for partition in sorted({shard.partition for shard in report.shards if shard.num_images}):
                 is_validation = options.num_partitions > 1 and partition == 0
-                one = self._shard_file_pattern(report.name, partition)
+                pattern = self._shard_file_pattern(report.name, partition)
                 sources["val_data_sources" if is_validation else "train_data_sources"].append(
                     {
                         "image_dir": os.path.abspath(report.image_root),
-                        "json_file": os.path.join(os.path.abspath(options.results_dir), one),
+                        "json_file": pattern,
                     }
                 )
         num_classes = max(self.category_ids.values()) + 1
@@ -482,7 +482,7 @@ class _Conversion:
     def _shard_file_pattern(self, sequence: str, partition: int) -> str:
         """A glob for the shards of a sequence and partition."""
         first = str(shard_file(sequence, partition, self.options.num_partitions, 0, self.options.num_shards))
-        stem, _, _ = first.rpartition("-shard-")
+        stem, _, _ = os.path.abspath(self.options.results_dir / first).rpartition("-shard-")
         return f"{glob.escape(stem)}-shard-*.json"
 
     def _partitions_of_sequences(self) -> list[list[int]]:

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 from golden_files import BCCD
 from kitti_builder import CATEGORY_IDS, KittiFolder, image_bytes, label_line, read_shards, tree, warnings_of
 from pycocotools.coco import COCO
@@ -14,6 +16,7 @@ from pycocotools.coco import COCO
 from ddetr_mm.convert import convert
 from ddetr_mm.convert.convert import ConvertOptions, convert_kitti
 from ddetr_mm.convert.reader import ordered_map
+from ddetr_mm.datasets.sources import read_coco_sources
 from ddetr_mm.errors import DataError
 
 # --- files, ids, partitions ---
@@ -131,6 +134,28 @@ class TestOutput:
         report = convert_kitti(data.options(mapping=None, mapping_path=tmp_path / "mapping.json"))
         assert report.category_ids == {"vehicle": 1}
         assert report.boxes_per_category == {"vehicle": 7}
+
+    @pytest.mark.parametrize(
+        "split", [{}, {"partition_mode": "random", "num_partitions": 2, "val_split": 30}]
+    )
+    def test_the_dataset_section_reads_every_image(self, data, tmp_path, monkeypatch, split):
+        monkeypatch.chdir(tmp_path)  # relative folders become absolute: the section holds anywhere
+        out = {"data_root": data.root.relative_to(tmp_path), "results_dir": Path("out [1]")}
+        report = convert_kitti(data.options(num_shards=2, **out, **split))
+        monkeypatch.chdir("/")
+        text = (tmp_path / report.dataset_path).read_text()
+        section = yaml.safe_load(text)["dataset"]
+        assert text == report.dataset_section and section["num_classes"] == 3
+        assert "# Classes: 1 person, 2 car." in text and ("No validation data" in text) == (not split)
+        names = []
+        for key in ("train_data_sources", "val_data_sources"):
+            assert (key in section) == (bool(split) or key.startswith("train"))
+            if key not in section:
+                continue
+            table = read_coco_sources(section[key])
+            names += [Path(table.file_name(row)).name for row in range(table.num_images)]
+            assert all(Path(one["image_dir"]) == data.root for one in section[key])
+        assert len(names) == report.num_images and names.count("frame0.jpg") == 2
 
     def test_every_image_type_and_rotation(self, tmp_path):
         folder = KittiFolder(tmp_path / "data")

@@ -163,3 +163,13 @@ def test_num_workers_are_processes(convert, monkeypatch):
     contents = [shards(convert(ddetr_mm=dict(num_workers=count))) for count in (0, 2)]
     assert seen == [0, 2]
     assert contents[0] == contents[1]
+
+
+def test_it_ends_with_the_counts_by_class_and_the_section_to_paste(convert, tmp_path: Path, capsys):
+    labels = tmp_path / "data" / "a" / "labels"
+    (labels / "images1.txt").write_text(LABEL.format("person") + LABEL.format("traffic light") * 2)
+    folder = convert()
+    printed = capsys.readouterr()
+    assert "lines of classes that the mapping lacks: traffic light 2" in printed.err
+    assert "boxes by class (id, name, count): 1 person 8, 2 face 0, 3 bag 0" in printed.out
+    assert (folder / "dataset.yaml").read_text() in printed.out
