@@ -156,7 +156,7 @@ def stages(folder: Path, num_images: int = 4096) -> dict[str, float]:
     texts = [Path(path).read_bytes() for path in labels]
     batches = [texts[start : start + 256] for start in range(0, len(texts), 256)]
     pieces = [plan.Piece(sequence, 0, 0, names[start : start + 256]) for start in range(0, len(names), 256)]
-    contents = [piece_reader.read(piece) for piece in pieces]
+    contents = [piece_reader.read([piece])[0] for piece in pieces]
 
     def pillow(path: str) -> None:
         with Image.open(path) as image:

@@ -32,7 +32,7 @@ from ddetr_mm.convert.kitti import (
     coco_categories,
     load_class_mapping,
 )
-from ddetr_mm.convert.plan import Piece, ShardWriter, assign_sequences, partition_pieces, shard_file
+from ddetr_mm.convert.plan import Piece, ShardWriter, assign_sequences, grouped, partition_pieces, shard_file
 from ddetr_mm.convert.problems import PROBLEM_KINDS, FoundProblem, ProblemList
 from ddetr_mm.convert.reader import (
     PieceContent,
@@ -40,7 +40,7 @@ from ddetr_mm.convert.reader import (
     can_fork,
     ordered_map,
     prepare_process,
-    read_piece,
+    read_pieces,
 )
 from ddetr_mm.convert.result_folder import ResultFolder
 from ddetr_mm.convert.sequences import (
@@ -362,11 +362,11 @@ class _Conversion:
         categories = coco_categories(self.category_ids)
         self._progress(0, self._total)
         reading = ordered_map(
-            read_piece, self._pieces(), self._num_processes(), prepare_process, (self._rules,)
+            read_pieces, grouped(self._pieces()), self._num_processes(), prepare_process, (self._rules,)
         )
         try:
             with closing(reading):
-                for piece, content in reading:
+                for piece, content in (pair for group in reading for pair in zip(*group, strict=True)):
                     if piece.sequence is not current:
                         self._end_sequence(problems)
                         current = piece.sequence
@@ -481,7 +481,7 @@ class _Conversion:
 
     def _shard_file_pattern(self, sequence: str, partition: int) -> str:
         """A glob for the shards of a sequence and partition."""
-        first = str(shard_file(sequence, partition, self.options.num_partitions, 0, self.options.num_shards))
+        first = shard_file(sequence, partition, self.options.num_partitions, 0, self.options.num_shards)
         stem, _, _ = os.path.abspath(self.options.results_dir / first).rpartition("-shard-")
         return f"{glob.escape(stem)}-shard-*.json"
 
@@ -621,7 +621,7 @@ class _Conversion:
 
     def _shard_file(self, sequence: KittiSequence, partition: int, shard: int) -> str:
         options = self.options
-        return str(shard_file(sequence.name, partition, options.num_partitions, shard, options.num_shards))
+        return shard_file(sequence.name, partition, options.num_partitions, shard, options.num_shards)
 
 
 def _class_mapping(options: ConvertOptions) -> Mapping[str, str | None]:

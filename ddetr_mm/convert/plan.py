@@ -10,9 +10,9 @@ import math
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 import msgspec
@@ -86,6 +86,20 @@ def partition_pieces(
             yield Piece(sequence, partition, shard, repeats, is_repeat=True, ends_shard=True)
 
 
+def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Join consecutive pieces of one sequence up to the size of a large one, to be read together."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if group and (piece.sequence is not group[0].sequence or size + len(piece.names) > _IMAGES_PER_PIECE):
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += len(piece.names)
+    if group:
+        yield group
+
+
 def split_evenly(num_items: int, num_parts: int) -> list[range]:
     """Cut ``range(num_items)`` into ``num_parts`` ranges whose lengths differ by at most one.
 
@@ -142,17 +156,15 @@ def assign_sequences(num_images: Sequence[int], shares: Sequence[float]) -> list
     return partitions
 
 
-def shard_file(
-    sequence: str, partition: int, num_partitions: int, shard: int, num_shards: int
-) -> PurePosixPath:
+def shard_file(sequence: str, partition: int, num_partitions: int, shard: int, num_shards: int) -> str:
     """Path of a shard inside the results folder.
 
-    >>> str(shard_file("cam0", 0, 1, 3, 32)), str(shard_file("a/cam0", 1, 2, 0, 4))
+    >>> shard_file("cam0", 0, 1, 3, 32), shard_file("a/cam0", 1, 2, 0, 4)
     ('cam0/cam0-shard-00003-of-00032.json', 'a/cam0/cam0-fold-001-of-002-shard-00000-of-00004.json')
     """
-    folder = PurePosixPath(sequence)
+    name = sequence.rpartition("/")[2]
     fold = f"-fold-{partition:03d}-of-{num_partitions:03d}" if num_partitions > 1 else ""
-    return folder / f"{folder.name}{fold}-shard-{shard:05d}-of-{num_shards:05d}.json"
+    return f"{sequence}/{name}{fold}-shard-{shard:05d}-of-{num_shards:05d}.json"
 
 
 # --- Writing ---

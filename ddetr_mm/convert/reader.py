@@ -7,12 +7,13 @@ import multiprocessing
 import os
 import signal
 import threading
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
@@ -179,10 +180,21 @@ class PieceReader:
         self.rules = rules
         self._lookup = ClassLookup(rules.category_of_class)
 
-    def read(self, piece: Piece) -> PieceContent:
-        """Sizes and boxes of a piece. Bad input is reported in the result, never raised."""
-        found: list[tuple[int, FoundProblem]] = []  # with the position of the image
-        kept, texts, sizes, num_missing = self._read_files(piece, found)
+    def read(self, pieces: Sequence[Piece]) -> list[PieceContent]:
+        """Sizes and boxes of pieces of one sequence. Bad input is reported in the results, never raised."""
+        names = [name for piece in pieces for name in piece.names]
+        content, found, missing = self._read(replace(pieces[0], names=names))
+        contents, start = [], 0
+        for piece in pieces:
+            positions = range(start, start + len(piece.names))
+            contents.append(_part(content, found, missing, positions, piece.is_repeat))
+            start = positions.stop
+        return contents
+
+    def _read(self, piece: Piece) -> tuple[PieceContent, list[tuple[int, FoundProblem]], list[int]]:
+        """A piece's content, its problems with the images' positions, and positions without a label."""
+        found: list[tuple[int, FoundProblem]] = []
+        kept, texts, sizes, missing = self._read_files(piece, found)
         columns, label_problems = parse_labels(texts, self._lookup)
         sizes_wh = np.array(sizes, dtype=np.int32).reshape(-1, 2)
         clipped, verdicts = clip_boxes(columns.boxes_xyxy, sizes_wh[columns.file_index])
@@ -205,24 +217,25 @@ class PieceReader:
             found.append((position, FoundProblem("all_lines_dropped", file, 0, "no usable line")))
         found.sort(key=lambda item: (item[0], item[1].line))
         boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
-        return PieceContent(
+        content = PieceContent(
             kept=kept,
             sizes_wh=sizes_wh,
             boxes_xywh=boxes_xywh[good],
             category_ids=columns.category_ids[good],
             image_index=columns.file_index[good],
-            num_missing_labels=num_missing,
-            problems=[] if piece.is_repeat else [problem for _, problem in found],
+            num_missing_labels=len(missing),
+            problems=[],
         )
+        return content, found, missing
 
     def _read_files(
         self, piece: Piece, found: list[tuple[int, FoundProblem]]
-    ) -> tuple[list[int], list[bytes], list[tuple[int, int]], int]:
-        """Positions, label texts and image sizes of the images that can be used; labels that are missing."""
+    ) -> tuple[list[int], list[bytes], list[tuple[int, int]], list[int]]:
+        """Positions, label texts and sizes of the images that can be used; positions without a label."""
         kept: list[int] = []
         texts: list[bytes] = []
         sizes: list[tuple[int, int]] = []
-        num_missing = 0
+        missing: list[int] = []
         sequence = piece.sequence
         image_dir, label_dir = str(sequence.image_dir), str(sequence.label_dir)
         for position, name in enumerate(piece.names):
@@ -237,7 +250,7 @@ class PieceReader:
                 text = _read_file(f"{label_dir}/{label}")
                 size = read_image_size(f"{image_dir}/{name}", decode=self.rules.decode_images)
             except FileNotFoundError:
-                num_missing += 1
+                missing.append(position)
                 found.append((position, FoundProblem("missing_label", image_file, 0, label_file)))
             except OSError as error:
                 reason = error.strerror or str(error)
@@ -249,11 +262,32 @@ class PieceReader:
                 kept.append(position)
                 texts.append(text)
                 sizes.append(size)
-        return kept, texts, sizes, num_missing
+        return kept, texts, sizes, missing
 
     def _label_file(self, piece: Piece, position: int) -> str:
         stem = image_stem(piece.names[position], self.rules.image_extension)
         return f"{piece.sequence.label_prefix}{stem}{LABEL_EXTENSION}"
+
+
+def _part(
+    content: PieceContent,
+    found: Sequence[tuple[int, FoundProblem]],
+    missing: Sequence[int],
+    positions: range,
+    is_repeat: bool,
+) -> PieceContent:
+    """The content of the images at some consecutive positions."""
+    first, last = (bisect_left(content.kept, end) for end in (positions.start, positions.stop))
+    boxes = slice(*np.searchsorted(content.image_index, (first, last)).tolist())
+    return PieceContent(
+        kept=[position - positions.start for position in content.kept[first:last]],
+        sizes_wh=content.sizes_wh[first:last],
+        boxes_xywh=content.boxes_xywh[boxes],
+        category_ids=content.category_ids[boxes],
+        image_index=content.image_index[boxes] - first,
+        num_missing_labels=sum(position in positions for position in missing),
+        problems=[] if is_repeat else [problem for position, problem in found if position in positions],
+    )
 
 
 def _files_without_usable_line(
@@ -295,18 +329,18 @@ _reader: PieceReader | None = None
 
 
 def prepare_process(rules: ReadingRules) -> None:
-    """Set the rules that :func:`read_piece` follows in this process."""
+    """Set the rules that :func:`read_pieces` follows in this process."""
     global _reader
     _reader = PieceReader(rules)
 
 
-def read_piece(piece: Piece) -> PieceContent:
+def read_pieces(pieces: Sequence[Piece]) -> list[PieceContent]:
     """:meth:`PieceReader.read` by the rules of :func:`prepare_process`.
 
     Raises:
         RuntimeError: :func:`prepare_process` was not called in this process.
     """
     if _reader is None:
-        raise RuntimeError("prepare_process() has to be called before read_piece()")
+        raise RuntimeError("prepare_process() has to be called before read_pieces()")
     with garbage_collection_paused():
-        return _reader.read(piece)
+        return _reader.read(pieces)
