@@ -206,7 +206,7 @@ def coco_dataset(
         num_classes=spec.dataset.num_classes,
         storage="shared" if spec.dataset.dataset_type == "serialized" else "process",
         missing_images="error" if test_mode else spec.ddetr_mm.missing_images,
-        strict_annotations=spec.ddetr_mm.strict_annotations,
+        **({"strict_annotations": True} if spec.ddetr_mm.strict_annotations else {}),
         **category_options(spec, numbering),
         pipeline=pipeline,
         test_mode=test_mode,
@@ -272,7 +272,7 @@ def evaluator(
         sources=sources,
         eval_class_ids=list(spec.dataset.eval_class_ids) if spec.dataset.eval_class_ids else None,
         conf_threshold=conf_threshold,
-        strict_annotations=spec.ddetr_mm.strict_annotations,
+        **({"strict_annotations": True} if spec.ddetr_mm.strict_annotations else {}),
         classwise="table",
         **extra,
     )

@@ -156,7 +156,14 @@ def test_a_data_worker_that_is_killed(own_project: Path):
     killer = threading.Thread(target=kill_a_worker)
     killer.start()
     try:
-        ended = run_here(own_project, "train", *SPEC, "dataset.workers=1", "train.num_epochs=100")
+        ended = run_here(
+            own_project,
+            "train",
+            *SPEC,
+            "dataset.workers=1",
+            "train.num_epochs=100",
+            "train.checkpoint_interval=100",
+        )
     finally:
         stop.set()
         killer.join()
