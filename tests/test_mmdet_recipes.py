@@ -191,7 +191,7 @@ def test_metrics_of_some_recipes(short_walk, scene, capsys):
     outcomes, compared = check_metrics(short_walk, scene)
     assert outcomes[NO_MASKS] == {name for name in QUICK if name.startswith(("mask_rcnn", "htc"))}
     assert outcomes["built"] == QUICK - outcomes[NO_MASKS]
-    assert compared == {"equal": 3}
+    assert compared == {"equal": 4}
     capsys.readouterr()  # pycocotools prints
 
 

@@ -25,7 +25,7 @@ def first(part: str, **changes: Any) -> Any:
 
 
 ANNOTATIONS = {
-    "category": (first("annotations", category_id=9), ("annotations[0].category_id", "9", "1, 2, 3, 4")),
+    "category": (first("annotations", category_id=9), ("annotations[0].category_id", "9")),
     "image": (first("annotations", image_id=99), ("annotations[0].image_id", "99")),
     "box-of-three": (first("annotations", bbox=[1, 2, 3]), ("annotations[0].bbox",)),
     "box-of-text": (first("annotations", bbox=["a", 2, 3, 4]), ("annotations[0].bbox",)),

@@ -75,6 +75,6 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 
 val_evaluator = dict(
-    type="FastCocoMetric", sources=val_sources, eval_class_ids=None, conf_threshold=0.0, classwise=True
+    type="FastCocoMetric", sources=val_sources, eval_class_ids=None, conf_threshold=0.0, classwise="table"
 )
 test_evaluator = val_evaluator
