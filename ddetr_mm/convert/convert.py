@@ -33,7 +33,7 @@ from ddetr_mm.convert.kitti import (
     load_class_mapping,
 )
 from ddetr_mm.convert.plan import Piece, ShardWriter, assign_sequences, grouped, partition_pieces, shard_file
-from ddetr_mm.convert.problems import PROBLEM_KINDS, FoundProblem, ProblemList
+from ddetr_mm.convert.problems import LINE_DROPPED, PROBLEM_KINDS, FoundProblem, ProblemList, most_frequent
 from ddetr_mm.convert.reader import (
     PieceContent,
     ReadingRules,
@@ -64,15 +64,6 @@ _IMAGES_WORTH_A_PROCESS = 20_000
 _SHOWN_WHEN_STRICT = 20
 _SHOWN_FILES = 3
 _SHOWN_CLASSES = 30
-_LINE_DROPPED = (
-    "not_utf8",
-    "wrong_column_count",
-    "eight_columns",
-    "yolo_line",
-    "not_a_number",
-    "not_finite",
-    "unknown_class",
-)
 _SHARD_NAME = re.compile(r".+-shard-\d{5}-of-\d{5}\.json")
 
 Progress = Callable[[int, int], None]
@@ -219,8 +210,10 @@ class ConvertReport:
 
     def warning_lines(self) -> list[str]:
         """One line for each kind of problem, the most frequent first."""
-        by_number = sorted(self.problem_counts.items(), key=lambda item: (-item[1], item[0]))
-        return [f"{number:,} x {PROBLEM_KINDS[kind]} ({kind})" for kind, number in by_number]
+        return [
+            f"{number:,} x {PROBLEM_KINDS[kind]} ({kind})"
+            for kind, number in most_frequent(self.problem_counts)
+        ]
 
 
 # --- Conversion ---
@@ -442,7 +435,7 @@ class _Conversion:
                 )
             )
         for kind, number in sorted(counts.items()):
-            if kind in _LINE_DROPPED and kind != "unknown_class":
+            if kind in LINE_DROPPED and kind != "unknown_class":
                 problems.append(Problem(f"{number:,} x {PROBLEM_KINDS[kind]}"))
         hint = (
             "nothing was written; correct the input, or set ddetr_mm.allow_empty to true to accept the loss"
@@ -450,8 +443,7 @@ class _Conversion:
         raise DataError(*problems, Problem("the conversion would lose whole label files", hint=hint))
 
     def _most_unknown(self) -> list[tuple[str, int]]:
-        by_number = sorted(self.unknown_classes.items(), key=lambda item: (-item[1], item[0]))
-        return by_number[:_SHOWN_CLASSES]
+        return most_frequent(self.unknown_classes)[:_SHOWN_CLASSES]
 
     def mapping_to_paste(self) -> str:
         """The unknown classes as entries of a mapping file, each its own category."""
@@ -472,7 +464,10 @@ class _Conversion:
                     }
                 )
         num_classes = max(self.category_ids.values()) + 1
-        names = ", ".join(f"{number} {name}" for name, number in self.category_ids.items())
+        names = ", ".join(
+            f"{number} {name if name.isprintable() else json.dumps(name)}"  # a comment is one line
+            for name, number in self.category_ids.items()
+        )
         content = {"dataset": {**{k: v for k, v in sources.items() if v}, "num_classes": num_classes}}
         head = f"# Classes: {_printable(names)}. num_classes counts the background too.\n"
         if not sources["val_data_sources"]:

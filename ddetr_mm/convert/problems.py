@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,24 @@ PROBLEM_KINDS: dict[str, str] = {
     "box_zero_area": "a box without width or height: it is dropped",
     "box_outside": "a box of which nothing lies inside the image: it is dropped",
 }
+
+#: Kinds that drop a line because of its format or class; a box without area is a fault of the box alone.
+LINE_DROPPED = frozenset(
+    {
+        "not_utf8",
+        "wrong_column_count",
+        "eight_columns",
+        "yolo_line",
+        "not_a_number",
+        "not_finite",
+        "unknown_class",
+    }
+)
+
+
+def most_frequent(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Names with their counts, the largest first, equal ones by name."""
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 class FoundProblem(NamedTuple):

@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from ddetr_mm.convert.kitti import (
     parse_labels,
 )
 from ddetr_mm.convert.plan import Piece
-from ddetr_mm.convert.problems import FoundProblem
+from ddetr_mm.convert.problems import LINE_DROPPED, FoundProblem
 from ddetr_mm.convert.sequences import LABEL_EXTENSION, image_stem
 from ddetr_mm.datasets.image_size import UnreadableImage, read_image_size
 from ddetr_mm.files import garbage_collection_paused
@@ -132,7 +133,6 @@ def _end_with_parent() -> None:
 # --- Reading one piece ---
 
 _READ_BYTES = 2**16
-_NO_LINE_DROPPED = ("windows_line_ends", "empty_label")
 
 
 @dataclass(frozen=True)
@@ -276,8 +276,11 @@ def _part(
     positions: range,
     is_repeat: bool,
 ) -> PieceContent:
-    """The content of the images at some consecutive positions."""
-    first, last = (bisect_left(content.kept, end) for end in (positions.start, positions.stop))
+    """The content of the images at some consecutive positions; all lists are sorted by position."""
+    ends = (positions.start, positions.stop)
+    first, last = (bisect_left(content.kept, end) for end in ends)
+    unlabelled = [bisect_left(missing, end) for end in ends]
+    problems = slice(*(bisect_left(found, end, key=itemgetter(0)) for end in ends))
     boxes = slice(*np.searchsorted(content.image_index, (first, last)).tolist())
     return PieceContent(
         kept=[position - positions.start for position in content.kept[first:last]],
@@ -285,8 +288,8 @@ def _part(
         boxes_xywh=content.boxes_xywh[boxes],
         category_ids=content.category_ids[boxes],
         image_index=content.image_index[boxes] - first,
-        num_missing_labels=sum(position in positions for position in missing),
-        problems=[] if is_repeat else [problem for position, problem in found if position in positions],
+        num_missing_labels=unlabelled[1] - unlabelled[0],
+        problems=[] if is_repeat else [problem for _, problem in found[problems]],
     )
 
 
@@ -295,12 +298,12 @@ def _files_without_usable_line(
 ) -> list[int]:
     """Files that gave no box because their lines could not be read or have unknown classes.
 
-    KITTI's ``DontCare`` regions are no loss, and a box without area is a fault of the box alone.
+    KITTI's ``DontCare`` regions are no loss.
     """
     lost = {
         problem.file_index
         for problem in label_problems
-        if problem.kind not in _NO_LINE_DROPPED and problem.detail.lower() != "dontcare"
+        if problem.kind in LINE_DROPPED and problem.detail.lower() != "dontcare"
     }
     return sorted(lost.difference(file_index.tolist())) if lost else []
 

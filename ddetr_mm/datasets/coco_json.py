@@ -159,7 +159,7 @@ class JsonColumns:
     supercategory_ids: frozenset[int] = frozenset()
 
     def place(self, annotation: int) -> int:
-        """Where annotation ``annotation`` stands in the file's list, for messages."""
+        """Position of a column's row in the file's ``annotations``, for messages."""
         return annotation if self.annotation_rows is None else int(self.annotation_rows[annotation])
 
 

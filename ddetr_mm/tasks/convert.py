@@ -7,6 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from ddetr_mm.convert.convert import ConvertOptions, convert_kitti
+from ddetr_mm.convert.problems import most_frequent
 from ddetr_mm.engine.progress import Progress
 from ddetr_mm.spec import ConvertSpec, load_spec
 from ddetr_mm.tasks.session import open_session
@@ -27,7 +28,7 @@ def run(arguments: Namespace) -> None:
     if report.problem_counts:
         print(f"warning: each one is listed in {report.warnings_path}", file=sys.stderr)
     if report.unknown_classes:
-        by_number = sorted(report.unknown_classes.items(), key=lambda item: (-item[1], item[0]))
+        by_number = most_frequent(report.unknown_classes)
         shown = ", ".join(f"{name} {count:,}" for name, count in by_number[:_SHOWN_CLASSES])
         more = ", ..." if len(by_number) > _SHOWN_CLASSES else ""
         print(f"warning: lines of classes that the mapping lacks: {shown}{more}", file=sys.stderr)

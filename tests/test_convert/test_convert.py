@@ -157,6 +157,11 @@ class TestOutput:
             assert all(Path(one["image_dir"]) == data.root for one in section[key])
         assert len(names) == report.num_images and names.count("frame0.jpg") == 2
 
+    def test_a_class_name_of_two_lines_leaves_the_section_readable(self, data):
+        report = convert_kitti(data.options(mapping={"Car": "a\nb: c", "Truck": "t", "person": "t"}))
+        assert yaml.safe_load(report.dataset_section)["dataset"]["num_classes"] == 3
+        assert '2 "a\\nb: c"' in report.dataset_section.splitlines()[0]
+
     def test_every_image_type_and_rotation(self, tmp_path):
         folder = KittiFolder(tmp_path / "data")
         for kind, extension in (
