@@ -138,7 +138,7 @@ def check_disk_writable(folder: Path) -> list[Finding]:
     return []
 
 
-LEAST_FREE = 8 << 20
+LEAST_FREE = 256 << 20
 """Bytes that a training run needs on the disk of its results, whatever its network: checkpoints and logs."""
 
 

@@ -128,6 +128,8 @@ def small_disk(tmp_path: Path):
 def test_a_full_disk_is_one_message_and_keeps_the_last_good_checkpoint(
     data_project: Project, small_disk: Path, monkeypatch, capsys
 ):
+    # The disk is too small to start with; it is to fill up in the middle of the run.
+    monkeypatch.setattr("ddetr_mm.preflight.resources.LEAST_FREE", 0)
     session = Session(data_project, small_disk / "train", monkeypatch)
     assert session.train("train.checkpoint_interval=1") == 2
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
