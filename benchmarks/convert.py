@@ -179,7 +179,7 @@ def stages(folder: Path, num_images: int = 4096) -> dict[str, float]:
         "size: a minimal reader": lambda: _drain(map(minimal_size, images)),
         "parse labels": lambda: _drain(kitti.parse_labels(batch, lookup) for batch in batches),
         "parse labels line by line": lambda: _drain(map(parse_simply, texts)),
-        "piece as a whole": lambda: _drain(map(piece_reader.read, pieces)),
+        "piece as a whole": lambda: _drain(piece_reader.read([piece]) for piece in pieces),
         "encode and write": write,
     }
     table = {}
