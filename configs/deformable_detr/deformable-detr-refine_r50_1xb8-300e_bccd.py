@@ -13,7 +13,10 @@ layers = dict(self_attn_cfg=attention, ffn_cfg=feed_forward)
 model = dict(
     num_queries=200,
     with_box_refine=True,
-    data_preprocessor=dict(pad_short_long=(640, 864)),
+    data_preprocessor=dict(
+        pad_short_long=(608, 864),
+        train_padding=dict(pad_short_long=(640, 864), pad_size_divisor=1),
+    ),
     backbone=dict(
         _delete_=True,
         type="ResNet",

@@ -27,20 +27,34 @@ class FixedPadDetDataPreprocessor(DetDataPreprocessor):
     Args:
         pad_short_long: short and long side of the target, in pixels, e.g. ``(800, 1333)``; None pads to the
             batch's maximum only, as mmdet does. A larger image is not cropped; its batch becomes larger.
+        train_padding: ``pad_short_long`` and ``pad_size_divisor`` of training, where it pads otherwise than
+            validation and test; one that is missing is None or 1.
         **kwargs: mmdet's; ``pad_size_divisor`` applies to the target too.
 
     Raises:
         ValueError: the short side is longer than the long one, or not positive.
     """
 
-    def __init__(self, *args, pad_short_long: Sequence[int] | None = None, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        pad_short_long: Sequence[int] | None = None,
+        train_padding: dict | None = None,
+        **kwargs,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        if pad_short_long is not None:
-            short, long = pad_short_long
-            if not 0 < short <= long:
-                raise ValueError(f"pad_short_long must be (short, long), both positive: {pad_short_long}")
-            pad_short_long = (int(short), int(long))
-        self.pad_short_long = pad_short_long
+        self.pad_short_long = _short_long(pad_short_long)
+        if train_padding is not None:
+            unknown = sorted(set(train_padding) - {"pad_short_long", "pad_size_divisor"})
+            if unknown:
+                raise ValueError(
+                    f"train_padding takes pad_short_long and pad_size_divisor, not {', '.join(unknown)}"
+                )
+            train_padding = dict(
+                pad_short_long=_short_long(train_padding.get("pad_short_long")),
+                pad_size_divisor=train_padding.get("pad_size_divisor", 1),
+            )
+        self.train_padding = train_padding
 
     def forward(self, data: dict, training: bool = False) -> dict:
         """Normalise, pad and stack a batch.
@@ -48,7 +62,7 @@ class FixedPadDetDataPreprocessor(DetDataPreprocessor):
         Args:
             data: ``inputs``, B tensors (3, h, w) or one (B, 3, h, w), 0..255; ``data_samples``, B
                 samples or None.
-            training: whether to apply ``batch_augments`` and pad masks.
+            training: whether to pad by ``train_padding``, apply ``batch_augments`` and pad masks.
 
         Returns:
             ``inputs`` (B, 3, H, W) float32 and ``data_samples`` with ``batch_input_shape`` = (H, W)
@@ -56,7 +70,7 @@ class FixedPadDetDataPreprocessor(DetDataPreprocessor):
         """
         data = self.cast_data(data)
         images, samples = data["inputs"], data.get("data_samples")
-        pad_shapes = self._get_pad_shape({"inputs": images})
+        pad_shapes = self._get_pad_shape({"inputs": images}, training)
         batch_shape = tuple(max(sides) for sides in zip(*pad_shapes, strict=True))
         inputs = self._normalise_and_stack(images, batch_shape)
         if samples is not None:
@@ -73,12 +87,16 @@ class FixedPadDetDataPreprocessor(DetDataPreprocessor):
                 inputs, samples = augment(inputs, samples)
         return {"inputs": inputs, "data_samples": samples}
 
-    def _get_pad_shape(self, data: dict) -> list[tuple[int, int]]:
+    def _get_pad_shape(self, data: dict, training: bool = False) -> list[tuple[int, int]]:
         """Return each image's padded (height, width)."""
+        short_long, divisor = self.pad_short_long, self.pad_size_divisor
+        if training and self.train_padding is not None:
+            short_long = self.train_padding["pad_short_long"]
+            divisor = self.train_padding["pad_size_divisor"]
         sizes_hw = [tuple(image.shape[-2:]) for image in data["inputs"]]
-        if self.pad_short_long is not None:
-            sizes_hw = [fixed_pad_size_hw(*size_hw, self.pad_short_long) for size_hw in sizes_hw]
-        return [divisible_size_hw(*size_hw, self.pad_size_divisor) for size_hw in sizes_hw]
+        if short_long is not None:
+            sizes_hw = [fixed_pad_size_hw(*size_hw, short_long) for size_hw in sizes_hw]
+        return [divisible_size_hw(*size_hw, divisor) for size_hw in sizes_hw]
 
     def _normalise_and_stack(self, images: Sequence[Tensor] | Tensor, size_hw: tuple[int, int]) -> Tensor:
         """Return (B, channels, H, W) float32: each image normalised at the top left, padding elsewhere."""
@@ -93,3 +111,17 @@ class FixedPadDetDataPreprocessor(DetDataPreprocessor):
                 image = (image - self.mean) / self.std
             row[:, : image.shape[1], : image.shape[2]] = image
         return batch
+
+
+def _short_long(pad_short_long: Sequence[int] | None) -> tuple[int, int] | None:
+    """The target as two integers.
+
+    Raises:
+        ValueError: the short side is longer than the long one, or not positive.
+    """
+    if pad_short_long is None:
+        return None
+    short, long = pad_short_long
+    if not 0 < short <= long:
+        raise ValueError(f"pad_short_long must be (short, long), both positive: {pad_short_long}")
+    return int(short), int(long)

@@ -469,9 +469,7 @@ def resize_factors(sizes_hw: npt.NDArray[np.int32], short_side: int, longest: in
     return np.minimum(short_side / short, longest / long)
 
 
-def largest_padded_hw(
-    sizes_hw: npt.NDArray[np.int32], augmentation: AugmentationConfig, divisor: int = 1
-) -> tuple[int, int]:
+def largest_padded_hw(sizes_hw: npt.NDArray[np.int32], augmentation: AugmentationConfig) -> tuple[int, int]:
     """Height and width of the largest batch in training: every image at the largest scale."""
     if augmentation.fixed_random_crop:
         return augmentation.fixed_random_crop, augmentation.fixed_random_crop
@@ -483,7 +481,7 @@ def largest_padded_hw(
         standing = bool((sizes_hw[:, 0] > sizes_hw[:, 1]).any())
         lying = bool((sizes_hw[:, 0] <= sizes_hw[:, 1]).any())
         height, width = max(height, long if standing else short), max(width, long if lying else short)
-    return -(-height // divisor) * divisor, -(-width // divisor) * divisor
+    return height, width
 
 
 def _enlarged(split: Split, factors: np.ndarray, short_side: int) -> Iterator[Finding]:

@@ -346,8 +346,7 @@ def memory_section(
     model: Any, step: Step, spec: ExperimentSpec, train: Split, device: torch.device
 ) -> Section:
     """Memory of a step at the largest padded batch, from what the real step kept."""
-    divisor = spec.dataset.augmentation.pad_size_divisor or 1
-    largest_hw = largest_padded_hw(train.table.sizes_hw, spec.dataset.augmentation, divisor)
+    largest_hw = largest_padded_hw(train.table.sizes_hw, spec.dataset.augmentation)
     pixels = step.batch_hw[0] * step.batch_hw[1] * step.num_images
     per_image = int(step.kept_bytes * largest_hw[0] * largest_hw[1] / pixels)
     size = model_size(model, spec.train.optim.optimizer)

@@ -29,8 +29,6 @@ NO_EFFECT: dict[str, str] = {
     "train.input_width": _AUGMENTED,
     "train.input_height": _AUGMENTED,
     "train.checkpointer": _LATER,
-    "evaluate.input_width": _AUGMENTED,
-    "evaluate.input_height": _AUGMENTED,
     "gen_trt_engine.batch_size": "the ONNX file decides",
     "gen_trt_engine.input_channel": _ENGINE_SIZE,
     "gen_trt_engine.input_width": _ENGINE_SIZE,
@@ -123,7 +121,7 @@ CONDITIONS: tuple[Condition, ...] = (
     ),
     *(
         Condition(_AUG + name, lambda spec: spec.dataset.augmentation.fixed_random_crop is not None, _JITTER)
-        for name in ("train_random_resize", "train_random_crop_min", "train_random_crop_max")
+        for name in ("scales", "train_random_resize", "train_random_crop_min", "train_random_crop_max")
     ),
     Condition(
         "evaluate.checkpoint", lambda spec: bool(spec.evaluate.trt_engine), "evaluate.trt_engine is set"

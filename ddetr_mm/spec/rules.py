@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ddetr_mm.spec.fields import get_field
-from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec, Spec, root_of
+from ddetr_mm.spec.schema import ConvertSpec, EvaluateConfig, ExperimentSpec, InferenceConfig, Spec, root_of
 
 Check = Callable[[Any], Iterator["Fault"]]
 
@@ -324,15 +324,25 @@ def gpus_named_once(spec: ExperimentSpec) -> Iterator[Fault]:
 # Inference, export, engines
 
 
+@rule("evaluate.input_width", "evaluate.input_height", subtasks=["evaluate"])
+def both_sides_of_evaluation(spec: ExperimentSpec) -> Iterator[Fault]:
+    """evaluate.input_width and input_height are given together."""
+    yield from _both_sides("evaluate", spec.evaluate)
+
+
 @rule("inference.input_width", "inference.input_height", subtasks=["inference"])
 def both_sides_given(spec: ExperimentSpec) -> Iterator[Fault]:
     """inference.input_width and input_height are given together."""
-    width, height = spec.inference.input_width, spec.inference.input_height
+    yield from _both_sides("inference", spec.inference)
+
+
+def _both_sides(name: str, settings: EvaluateConfig | InferenceConfig) -> Iterator[Fault]:
+    width, height = settings.input_width, settings.input_height
     if (width is None) != (height is None):
         given, missing = ("width", "height") if height is None else ("height", "width")
         yield Fault(
-            f"inference.input_{missing}",
-            f"is not given, but inference.input_{given} is",
+            f"{name}.input_{missing}",
+            f"is not given, but {name}.input_{given} is",
             hint="give both or neither",
         )
 

@@ -236,19 +236,21 @@ class AugmentationConfig(Section):
     )
     fixed_padding: StrictBool = spec_field(
         True,
-        doc="""Pad every image to (max(scales), random_resize_max_size), the long side following the
-        image's own, so that all batches have the same size and memory use is constant.""",
+        doc="""Pad every image to (max(scales), random_resize_max_size) in training and to
+        (test_random_resize, random_resize_max_size) elsewhere, the long side following the image's own, so
+        that all batches have the same size and memory use is constant.""",
     )
     fixed_random_crop: Int | None = spec_field(
         None,
         ge=32,
-        doc="""Side of the square that large-scale jitter makes, a multiple of 32; replaces the resize
-        and crop of training. null: off.""",
+        doc="""Side of the square that large-scale jitter makes, a multiple of 32; replaces the resize,
+        crop and fixed padding of training. null: off.""",
     )
     pad_size_divisor: PositiveInt | None = spec_field(
         None,
         origin=TAO_7_3,
-        doc="Pad the sides of a batch to multiples of this number; null: no such padding.",
+        doc="""In validation, evaluation and inference, pad to multiples of this number in place of
+        fixed_padding; null: no such padding.""",
     )
 
 
@@ -431,8 +433,14 @@ class EvaluateConfig(DistributedTask):
         None, doc="Folder for the results of evaluate; null: results_dir/evaluate."
     )
     batch_size: Int = spec_field(-1, ge=-1, doc="Images per step; -1: dataset.batch_size.")
-    input_width: PositiveInt | None = spec_field(None, doc="Width of the network's input, in pixels.")
-    input_height: PositiveInt | None = spec_field(None, doc="Height of the network's input, in pixels.")
+    input_width: PositiveInt | None = spec_field(
+        None,
+        doc="""Width images are resized to, without padding, in pixels; needs input_height too. null: the
+        aspect ratio is kept.""",
+    )
+    input_height: PositiveInt | None = spec_field(
+        None, doc="Height images are resized to, in pixels; see input_width."
+    )
     conf_threshold: float = spec_field(
         0.0, ge=0.0, doc="Predictions with a score below this (0..1) are left out; 0: all count."
     )

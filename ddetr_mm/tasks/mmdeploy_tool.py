@@ -139,8 +139,9 @@ def model_config(path: str, checkpoint: str, folder: Path) -> Any:
     if not config.get("test_pipeline"):
         raise ExportError(Problem("has no test_pipeline", file=path, hint="translate it --for export"))
     # The image fills the graph's input: there is nothing to pad.
-    if config.model.data_preprocessor.get("pad_short_long") is not None:
-        config.model.data_preprocessor.pad_short_long = None
+    for key, value in (("pad_short_long", None), ("pad_size_divisor", 1)):
+        if key in config.model.data_preprocessor:
+            config.model.data_preprocessor[key] = value
     # mmdeploy sets the size of a step named Resize only.
     for step in config.test_pipeline:
         if step.type == "TAORandomResize":

@@ -69,6 +69,7 @@ def train_pipeline(spec: ExperimentSpec) -> list[dict[str, Any]]:
             dict(
                 type="LargeScaleJitter",
                 size=augmentation.fixed_random_crop,
+                pad=False,  # the data preprocessor pads after normalisation, with 0
                 backend=spec.ddetr_mm.resize,
             )
         )

@@ -82,6 +82,11 @@ SOURCE_KEYS = (
     "dataset.augmentation.input_mean",
     "dataset.augmentation.input_std",
     "dataset.augmentation.fixed_padding",
+    "dataset.augmentation.pad_size_divisor",
+    "dataset.augmentation.test_random_resize",
+    "dataset.augmentation.random_resize_max_size",
+    "dataset.augmentation.scales",
+    "dataset.augmentation.fixed_random_crop",
     "train.activation_checkpoint",
     "train.freeze",
     "ddetr_mm.backbone",
@@ -110,12 +115,11 @@ def exported_detector(spec: ExperimentSpec, model: dict[str, Any]) -> dict[str, 
         spec: a checked experiment spec.
         model: class and file of the graph.
     """
-    preprocessor = data_preprocessor(spec) | dict(pad_short_long=None, pad_size_divisor=1)
     return model | dict(
         num_classes=spec.dataset.num_classes,
         max_per_img=spec.model.num_select,
         background_column=True,
-        data_preprocessor=preprocessor,
+        data_preprocessor=data_preprocessor(spec, padded=False),
     )
 
 
@@ -125,6 +129,8 @@ def detector(
     zero_padded_values: bool,
     channels: list[int] | None = None,
     for_export: bool = False,
+    train: bool = False,
+    padded: bool = True,
 ) -> dict[str, Any]:
     """The config of the whole network.
 
@@ -133,6 +139,8 @@ def detector(
         zero_padded_values: whether attention values at padded positions are set to zero.
         channels: output channels of the stages of ``ddetr_mm.backbone``; ignored for TAO's backbones.
         for_export: leave out :func:`speed_options`, since the network will be traced.
+        train: the network is trained, with the padding of training.
+        padded: False where every image is resized to one size and none is padded.
     """
     model = spec.model
     checkpointing = spec.train.activation_checkpoint
@@ -147,7 +155,7 @@ def detector(
         zero_padded_values=zero_padded_values,
         activation_checkpoint=checkpointing,
         frozen_modules=frozen_modules(spec),
-        data_preprocessor=data_preprocessor(spec),
+        data_preprocessor=data_preprocessor(spec, train=train, padded=padded),
         backbone=backbone,
         neck=dict(
             type="ChannelMapper",
@@ -329,25 +337,56 @@ def assigner(model: ModelConfig) -> dict[str, Any]:
     )
 
 
-def data_preprocessor(spec: ExperimentSpec) -> dict[str, Any]:
-    """Normalisation (0..1 in the spec, 0..255 in the config) and padding."""
+def data_preprocessor(spec: ExperimentSpec, *, train: bool = False, padded: bool = True) -> dict[str, Any]:
+    """Normalisation (0..1 in the spec, 0..255 in the config) and padding.
+
+    Args:
+        spec: a checked experiment spec.
+        train: also say how training pads, where that differs from validation.
+        padded: False pads nothing beyond the largest image of a batch.
+    """
     augmentation = spec.dataset.augmentation
+    padding = test_padding(spec) if padded else _padding()
+    options: dict[str, Any] = {}
+    if train and train_padding(spec) != padding:
+        options["train_padding"] = train_padding(spec)
     return dict(
         type="FixedPadDetDataPreprocessor",
         mean=[round(255 * value, 6) for value in three(augmentation.input_mean)],
         std=[round(255 * value, 6) for value in three(augmentation.input_std)],
         bgr_to_rgb=True,
-        pad_short_long=fixed_pad_size(spec),
-        pad_size_divisor=augmentation.pad_size_divisor or 1,
+        **padding,
+        **options,
     )
 
 
-def fixed_pad_size(spec: ExperimentSpec) -> tuple[int, int] | None:
-    """Short and long side in pixels that every image is padded to; None without fixed padding."""
+def _padding(short_long: tuple[int, int] | None = None, divisor: int = 1) -> dict[str, Any]:
+    return dict(pad_short_long=short_long, pad_size_divisor=divisor)
+
+
+def test_padding(spec: ExperimentSpec) -> dict[str, Any]:
+    """Padding of validation, evaluation and inference: to multiples, to a fixed size, or none."""
     augmentation = spec.dataset.augmentation
+    if augmentation.pad_size_divisor:
+        return _padding(divisor=augmentation.pad_size_divisor)
     if not augmentation.fixed_padding:
-        return None
-    return max(augmentation.scales), augmentation.random_resize_max_size
+        return _padding()
+    return _padding(_ordered(augmentation.test_random_resize, augmentation.random_resize_max_size))
+
+
+def train_padding(spec: ExperimentSpec) -> dict[str, Any]:
+    """Padding of training: to the square of ``fixed_random_crop``, to a fixed size, or none."""
+    augmentation = spec.dataset.augmentation
+    if augmentation.fixed_random_crop:
+        return _padding((augmentation.fixed_random_crop,) * 2)
+    if not augmentation.fixed_padding:
+        return _padding()
+    return _padding(_ordered(max(augmentation.scales), augmentation.random_resize_max_size))
+
+
+def _ordered(short: int, long: int) -> tuple[int, int]:
+    """Both sides, the shorter first: a spec may ask for a short side beyond ``random_resize_max_size``."""
+    return min(short, long), max(short, long)
 
 
 def three(values: list[float]) -> list[float]:

@@ -94,7 +94,12 @@ def to_config(
         model.exported_detector(spec, exported.model)
         if exported
         else model.detector(
-            spec, zero_padded_values=zeroed, channels=channels, for_export=subtask == "export"
+            spec,
+            zero_padded_values=zeroed,
+            channels=channels,
+            for_export=subtask == "export",
+            train=subtask == "train",
+            padded=subtask != "export" and _stretched_wh(spec, subtask) is None,
         ),
         model.EXPORTED_KEYS if exported else model.SOURCE_KEYS,
         remark="The network.",
@@ -186,11 +191,11 @@ def _add_evaluate(
     numbering: data.Numbering | None,
 ) -> None:
     sources = data.plain_sources(_test_sources(spec))
-    stretch = exported.input_size_wh if exported else None
+    stretch = exported.input_size_wh if exported else _stretched_wh(spec, "evaluate")
     draft.add(
         "test_pipeline",
-        data.test_pipeline(spec, stretch_wh=stretch, stretch_backend="cv2"),
-        data.TEST_PIPELINE_KEYS,
+        data.test_pipeline(spec, stretch_wh=stretch, stretch_backend="cv2" if exported else "pillow"),
+        (*data.TEST_PIPELINE_KEYS, "evaluate.input_width", "evaluate.input_height"),
         "Transforms of an image.",
     )
     dataset = data.coco_dataset(
@@ -211,6 +216,14 @@ def _add_evaluate(
     draft.add("test_cfg", dict(type="TestLoop"))
 
 
+def _stretched_wh(spec: ExperimentSpec, subtask: str) -> tuple[int, int] | None:
+    """The width and height that evaluation or inference resizes every image to; None keeps the ratio."""
+    settings = {"evaluate": spec.evaluate, "inference": spec.inference}.get(subtask)
+    if settings is None or not settings.input_width or not settings.input_height:
+        return None
+    return settings.input_width, settings.input_height
+
+
 def _test_sources(spec: ExperimentSpec) -> list[DataSource]:
     """The test source, or the validation sources where the spec has no test data."""
     if spec.dataset.test_data_sources:
@@ -225,11 +238,7 @@ def _add_inference(
     exported: ExportedModel | None,
 ) -> None:
     settings = spec.inference
-    stretch = None
-    if exported:
-        stretch = exported.input_size_wh
-    elif settings.input_width and settings.input_height:
-        stretch = (settings.input_width, settings.input_height)
+    stretch = exported.input_size_wh if exported else _stretched_wh(spec, "inference")
     backend = "cv2" if exported else "pillow"
     steps = data.test_pipeline(spec, stretch_wh=stretch, with_annotations=False, stretch_backend=backend)
     keys = (*data.TEST_PIPELINE_KEYS, "inference.input_width", "inference.input_height")

@@ -123,3 +123,20 @@ def test_batch_augments_run_in_training_only() -> None:
 def test_wrong_targets_are_refused(target) -> None:
     with pytest.raises(ValueError, match="must be \\(short, long\\)"):
         build(pad_short_long=target)
+
+
+def test_training_may_be_padded_otherwise() -> None:
+    preprocessor = build(pad_size_divisor=32, train_padding={"pad_short_long": (40, 64)})
+    data = {"inputs": [picture(30, 50)]}
+    for training, size_hw in ((True, (40, 64)), (False, (32, 64))):
+        inputs = preprocessor(data, training=training)["inputs"][0]
+        assert tuple(inputs.shape) == (3, *size_hw)
+        assert not inputs[:, 30:].any() and not inputs[..., 50:].any()
+
+
+@pytest.mark.parametrize(
+    ("padding", "reason"), [({"pad_short_long": (9, 3)}, "must be"), ({"size": 3}, "not size")]
+)
+def test_wrong_padding_of_training_is_refused(padding, reason) -> None:
+    with pytest.raises(ValueError, match=reason):
+        build(train_padding=padding)

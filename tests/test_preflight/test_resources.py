@@ -70,7 +70,9 @@ def test_largest_batch():
     mixed = np.array([[480, 640], [640, 480]])
     assert largest_padded_hw(mixed, augmentation) == (1333, 1333)
     augmentation.fixed_padding = False
-    assert largest_padded_hw(np.array([[480, 640]]), augmentation, divisor=32) == (800, 1088)
+    assert largest_padded_hw(np.array([[480, 640]]), augmentation) == (800, 1067)
+    augmentation.pad_size_divisor = 32  # outside training only
+    assert largest_padded_hw(np.array([[480, 640]]), augmentation) == (800, 1067)
     augmentation.fixed_random_crop = 512
     assert largest_padded_hw(mixed, augmentation) == (512, 512)
 

@@ -157,6 +157,13 @@ CASES = [
     ("gpus_named_once", None, "train: {gpu_ids: [3, 1]}", "train: {gpu_ids: [1, 1]}", "train.gpu_ids"),
     ("gpus_named_once", None, "evaluate: {gpu_ids: [3]}", "evaluate: {gpu_ids: []}", "evaluate.gpu_ids"),
     (
+        "both_sides_of_evaluation",
+        None,
+        "evaluate: {input_width: 64, input_height: 32}",
+        "evaluate: {input_height: 64}",
+        "evaluate.input_width (default), line 1: is not given",
+    ),
+    (
         "both_sides_given",
         None,
         "inference: {input_width: 64, input_height: 32}",

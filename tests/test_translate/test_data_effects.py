@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mmdet.registry import DATASETS, METRICS
+from golden_files import GOLDEN
+from mmcv.transforms import Compose
+from mmdet.registry import DATASETS, METRICS, MODELS
 from mmengine.runner import Runner
 from PIL import Image
 from tiny_scene import SIZE_WH, Scene
@@ -307,8 +309,29 @@ def test_smallest_and_largest_crop(tiny_config):
     assert set(crop_sizes(config)) == {(30, 30)}
 
 
-def test_fixed_random_crop_gives_squares(tiny_config):
-    assert image_sizes(tiny_config("dataset.augmentation.fixed_random_crop=64")) == {(64, 64)}
+@pytest.mark.parametrize("fixed", [True, False])
+def test_fixed_random_crop_gives_squares(tiny_config, fixed: bool):
+    """The square and nothing else, whatever ``fixed_padding`` says; what is padded is 0."""
+    config = tiny_config(
+        "dataset.augmentation.fixed_random_crop=64", f"dataset.augmentation.fixed_padding={fixed}"
+    )
+    preprocessor = MODELS.build(config.model.data_preprocessor)
+    dataset = dataset_of(config)
+    np.random.seed(0)
+    padded = 0
+    for _ in range(30):
+        drawn = dataset[0]
+        height, width = drawn["data_samples"].img_shape
+        assert tuple(drawn["inputs"].shape[-2:]) == (height, width) and max(height, width) <= 64
+        batch = dict(inputs=[drawn["inputs"]], data_samples=[drawn["data_samples"]])
+        inputs = preprocessor(batch, training=True)["inputs"][0]
+        assert tuple(inputs.shape) == (3, 64, 64)
+        assert not inputs[:, height:].any() and not inputs[:, :, width:].any()
+        mean, std = preprocessor.mean, preprocessor.std
+        pixels = (drawn["inputs"][[2, 1, 0]].float() - mean) / std
+        torch.testing.assert_close(inputs[:, :height, :width], pixels)
+        padded += (height, width) != (64, 64)
+    assert padded
 
 
 def test_size_of_validation_images(tiny_config):
@@ -319,9 +342,56 @@ def test_size_of_validation_images(tiny_config):
         assert image_sizes(evaluated, "test", draws=1) == {expected}
 
 
-def test_inference_size_stretches(tiny_config):
-    config = tiny_config("inference.input_width=160", "inference.input_height=48", subtask="inference")
-    assert image_sizes(config, "test", draws=1) == {(48, 160)}
+@pytest.mark.parametrize("subtask", ["train", "evaluate", "inference"])
+def test_pixels_outside_training_are_taos(tiny_config, tmp_path: Path, subtask: str):
+    """Resized and padded as TAO validates, whatever the scales of training and its random crop are."""
+    settings = (
+        "test_random_resize=96",
+        "random_resize_max_size=160",
+        "scales=[64, 128]",
+        "fixed_random_crop=64",
+    )
+    config = tiny_config(
+        *(f"dataset.augmentation.{one}" for one in settings),
+        "dataset.augmentation.fixed_padding=True",
+        "dataset.augmentation.input_mean=[0.485, 0.456, 0.406]",
+        "dataset.augmentation.input_std=[0.229, 0.224, 0.225]",
+        subtask=subtask,
+    )
+    preprocessor = MODELS.build(config.model.data_preprocessor)
+    pipeline = Compose([step for step in config.test_pipeline if step.type != "LoadAnnotations"])
+    golden = np.load(GOLDEN / "transforms.npz")
+    for index in range(2):
+        path = tmp_path / f"{index}.png"
+        Image.fromarray(golden[f"{index}/image_rgb_u8"]).save(path)
+        drawn = pipeline(dict(img_path=str(path), img_id=index))
+        batch = dict(inputs=[drawn["inputs"]], data_samples=[drawn["data_samples"]])
+        inputs = preprocessor(batch)["inputs"][0]
+        expected = golden[f"{index}/fixed_padding"]
+        assert tuple(inputs.shape) == expected.shape
+        # One grey level of Pillow's rounding.
+        np.testing.assert_allclose(inputs, expected, atol=1.01 / 255 / 0.224)
+
+
+@pytest.mark.parametrize("subtask", ["evaluate", "inference"])
+@pytest.mark.parametrize("padding", ["fixed_padding=True", "pad_size_divisor=32"])
+def test_a_size_of_evaluation_and_inference_is_kept_unpadded(tiny_config, subtask: str, padding: str):
+    size = (f"{subtask}.input_width=150", f"{subtask}.input_height=44")
+    config = tiny_config(*size, f"dataset.augmentation.{padding}", subtask=subtask)
+    assert image_sizes(config, "test", draws=1) == {(44, 150)}
+    drawn = dataset_of(config, "test")[0]
+    batch = dict(inputs=[drawn["inputs"]], data_samples=[drawn["data_samples"]])
+    preprocessor = MODELS.build(config.model.data_preprocessor)
+    assert tuple(preprocessor(batch)["inputs"].shape) == (1, 3, 44, 150)
+    # The pixels are Pillow's bilinear ones, as in training.
+    with Image.open(drawn["data_samples"].img_path) as picture:
+        expected = np.array(picture.convert("RGB").resize((150, 44), Image.Resampling.BILINEAR))
+    difference = drawn["inputs"][[2, 1, 0]].permute(1, 2, 0).int() - torch.tensor(expected).int()
+    assert difference.abs().max() <= 1
+    # The sides of one subtask are not those of the other, nor of validation during training.
+    for other in {"evaluate", "inference", "train"} - {subtask}:
+        split = "val" if other == "train" else "test"
+        assert image_sizes(tiny_config(*size, subtask=other), split, draws=1) != {(44, 150)}
 
 
 def test_fast_resize_gives_other_pixels_of_the_same_size(tiny_config):

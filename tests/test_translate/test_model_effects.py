@@ -248,19 +248,45 @@ def test_normalisation_of_the_input(tiny_config, training_batch):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "size_hw"),
+    ("overrides", "in_training", "elsewhere"),
     [
-        ((), (64, 96)),
-        (("dataset.augmentation.scales=[64, 80]",), (80, 96)),
-        (("dataset.augmentation.random_resize_max_size=112",), (64, 112)),
-        (("dataset.augmentation.fixed_padding=False",), (40, 50)),
-        (("dataset.augmentation.fixed_padding=False", "dataset.augmentation.pad_size_divisor=32"), (64, 64)),
+        ((), (64, 96), (64, 96)),
+        (("scales=[64, 80]",), (80, 96), (64, 96)),
+        (("test_random_resize=72",), (64, 96), (72, 96)),
+        (("test_random_resize=110",), (64, 96), (96, 110)),
+        (("random_resize_max_size=112",), (64, 112), (64, 112)),
+        (("fixed_padding=False",), (40, 50), (40, 50)),
+        (("fixed_padding=False", "pad_size_divisor=32"), (40, 50), (64, 64)),
+        (("scales=[64, 80]", "pad_size_divisor=32"), (80, 96), (64, 64)),
+        (("fixed_random_crop=128",), (128, 128), (64, 96)),
+        (("fixed_random_crop=128", "fixed_padding=False"), (128, 128), (40, 50)),
+        (("fixed_random_crop=128", "pad_size_divisor=32"), (128, 128), (64, 64)),
     ],
 )
-def test_padding_of_a_batch(tiny_config, training_batch, overrides, size_hw):
-    batch = training_batch()
-    batch["inputs"] = [image[:, :40, :50] for image in batch["inputs"]]
-    for sample in batch["data_samples"]:
-        sample.set_metainfo(dict(img_shape=(40, 50)))
-    preprocessor = MODELS.build(tiny_config(*overrides).model.data_preprocessor)
-    assert tuple(preprocessor(batch)["inputs"].shape[-2:]) == size_hw
+def test_padding_of_a_batch(tiny_config, training_batch, overrides, in_training, elsewhere):
+    """Padding by mode, landscape and portrait, with 0 after normalisation."""
+    overrides = [f"dataset.augmentation.{one}" for one in overrides]
+    expected = [("train", True, in_training)]
+    expected += [(subtask, False, elsewhere) for subtask in ("train", "evaluate", "inference")]
+    for subtask, training, size_hw in expected:
+        preprocessor = MODELS.build(tiny_config(*overrides, subtask=subtask).model.data_preprocessor)
+        for portrait in (False, True):
+            batch = training_batch()
+            batch["inputs"] = [image[:, :40, :50] for image in batch["inputs"]]
+            if portrait:
+                batch["inputs"] = [image.transpose(1, 2) for image in batch["inputs"]]
+            shape = tuple(batch["inputs"][0].shape[-2:])
+            for sample in batch["data_samples"]:
+                sample.set_metainfo(dict(img_shape=shape))
+            found = preprocessor(batch, training)
+            inputs = found["inputs"]
+            assert tuple(inputs.shape[-2:]) == (size_hw[::-1] if portrait else size_hw), subtask
+            assert found["data_samples"][0].img_shape == shape
+            assert found["data_samples"][0].batch_input_shape == tuple(inputs.shape[-2:])
+            assert not inputs[:, :, shape[0] :].any() and not inputs[..., shape[1] :].any()
+
+
+def test_the_exported_graph_is_not_padded(tiny_config):
+    padding = ("dataset.augmentation.fixed_padding=True", "dataset.augmentation.pad_size_divisor=32")
+    preprocessor = tiny_config(*padding, subtask="export").model.data_preprocessor
+    assert preprocessor.pad_short_long is None and preprocessor.pad_size_divisor == 1

@@ -211,8 +211,12 @@ def test_normalisation_and_padding(translate):
     )["model"]["data_preprocessor"]
     assert preprocessor["mean"] == [127.5] * 3 and preprocessor["std"] == [63.75] * 3
     assert preprocessor["pad_short_long"] == (800, 1333)
+    assert "train_padding" not in preprocessor  # max(scales) is test_random_resize
     free = translate("dataset.augmentation.fixed_padding=False")["model"]["data_preprocessor"]
     assert free["pad_short_long"] is None
+    other = translate("dataset.augmentation.test_random_resize=600")["model"]["data_preprocessor"]
+    assert other["pad_short_long"] == (600, 1333)
+    assert other["train_padding"] == dict(pad_short_long=(800, 1333), pad_size_divisor=1)
 
 
 def test_train_pipeline_has_both_branches(translate):
