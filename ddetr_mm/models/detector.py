@@ -10,8 +10,8 @@ Q queries.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
 
 import torch
 import torch.nn.functional as F
@@ -158,7 +158,7 @@ class TAODeformableDETR(DeformableDETR):
         activation_checkpoint: whether encoder and decoder layers recompute their activations in the backward
             pass (less memory, more time, equal gradients).
         frozen_modules: dotted names of modules or parameters that are not trained, e.g. ``"encoder"``;
-            unknown names are logged and skipped.
+            a module that is used several times may be given by any of its names.
         attention: the GPU implementation of deformable attention, see
             :func:`~ddetr_mm.models.deformable_attention.sample_values`.
         compiled: the modules given to ``torch.compile``: ``none``, ``backbone``, or ``all`` (backbone, neck,
@@ -168,7 +168,8 @@ class TAODeformableDETR(DeformableDETR):
         **kwargs: mmdet's.
 
     Raises:
-        ValueError: ``compiled`` or ``predict_dtype`` has another value.
+        ValueError: ``compiled`` or ``predict_dtype`` has another value, or ``frozen_modules`` a name that
+            fits nothing.
     """
 
     def __init__(
@@ -228,18 +229,24 @@ class TAODeformableDETR(DeformableDETR):
             getattr(self, part).compile(**options)
 
     def _freeze(self, name: str) -> None:
-        """Freeze a module's parameters, or one parameter."""
-        frozen = [
-            parameter
-            for path, parameter in self.named_parameters()
+        """Freeze a module's parameters, or one parameter.
+
+        Raises:
+            ValueError: nothing has this name.
+        """
+        frozen = {
+            id(parameter): parameter
+            for path, parameter in self.named_parameters(remove_duplicate=False)
             if path == name or path.startswith(f"{name}.")
-        ]
-        for parameter in frozen:
+        }
+        if not frozen:
+            known = [path for path, _ in (*self.named_modules(), *self.named_parameters()) if path]
+            near = get_close_matches(name, known, n=3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"frozen_modules: no module or parameter is named {name!r}{hint}")
+        for parameter in frozen.values():
             parameter.requires_grad_(False)
-        if frozen:
-            print_log(f"Freezed module [{name}]: {len(frozen)} parameters", "current")
-        else:
-            print_log(f"module [{name}] not found. Skipped freezing", "current", logging.WARNING)
+        print_log(f"Freezed module [{name}]: {len(frozen)} parameters", "current")
 
     def _init_layers(self) -> None:
         """Build all modules but backbone, neck and head, with mmdet's parameter names."""

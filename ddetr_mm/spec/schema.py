@@ -392,8 +392,8 @@ class TrainConfig(DistributedTask):
     )
     freeze: list[str] | None = spec_field(
         [],
-        doc="""Modules whose weights are frozen, by their TAO names (backbone,
-        transformer.encoder, input_proj, ...).""",
+        doc="""Modules whose weights are frozen, by their TAO names (backbone, transformer.encoder,
+        transformer.decoder.layers.0.linear1, input_proj.3, ...).""",
     )
     pretrained_model_path: str | None = spec_field(
         None, doc="Checkpoint whose weights training starts from, loaded by name; null: none."
@@ -442,7 +442,10 @@ class EvaluateConfig(DistributedTask):
         None, doc="Height images are resized to, in pixels; see input_width."
     )
     conf_threshold: float = spec_field(
-        0.0, ge=0.0, doc="Predictions with a score below this (0..1) are left out; 0: all count."
+        0.0,
+        ge=0.0,
+        doc="""Predictions with a score below this (0..1) are left out of evaluate; 0: all count. Validation
+        in training counts all.""",
     )
 
 

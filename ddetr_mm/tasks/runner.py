@@ -137,6 +137,9 @@ def config_source(
         exported=exported.translated if exported else None,
         numbering=category_numbering(loaded, subtask, checkpoint, exported),
     )
+    if is_first_rank():
+        for note in draft.notes:
+            print(f"warning: {note}", file=sys.stderr)
     return spec_config_text(loaded, draft, subtask)
 
 

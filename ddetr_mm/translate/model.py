@@ -6,52 +6,99 @@ levels 0 to 3 are the backbone's stages (strides 4 to 32); level 4 is a stride-2
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
-from ddetr_mm.spec import ExperimentSpec
+from ddetr_mm.errors import Problem, SpecError
+from ddetr_mm.spec import ExperimentSpec, LoadedSpec
 from ddetr_mm.spec.schema import ModelConfig
 
-# --- TAO's module names ---
+# --- parameters by TAO's names ---
 
-OUR_MODULE_NAMES: dict[str, tuple[str, ...]] = {
-    "backbone": ("backbone",),
-    "backbone.0": ("backbone",),
-    "backbone.0.body": ("backbone",),
-    "input_proj": ("neck",),
-    "transformer": ("encoder", "decoder", "level_embed", "reference_points_fc"),
-    "transformer.encoder": ("encoder",),
-    "transformer.decoder": ("decoder",),
-    "transformer.level_embed": ("level_embed",),
-    "transformer.reference_points": ("reference_points_fc",),
-    "query_embed": ("query_embedding",),
-    "class_embed": ("bbox_head.cls_branches",),
-    "bbox_embed": ("bbox_head.reg_branches",),
-}
-"""TAO's module → modules or parameters of the mmdet detector."""
+ParameterNames = Mapping[str, tuple[str, ...]]
+"""Every parameter of a network → its names in TAO's; none for a parameter that TAO does not have."""
 
 
-def our_module_names(names: Iterable[str]) -> list[str]:
-    """TAO's module names as those of the mmdet detector; unknown names are kept.
+def taos_parameter_names(model: dict[str, Any]) -> ParameterNames:
+    """The parameters of a network by the names of TAO's checkpoints, without the prefix ``model.model.``.
 
-    The prefixes ``model.`` and ``model.model.`` of TAO's checkpoints are accepted.
+    The network is built without weights; the random generator's state does not change. A module that is
+    used several times is listed under each of its names, as TAO's box heads are in the decoder.
+
+    Args:
+        model: the config of a detector.
     """
-    translated: list[str] = []
-    for name in names:
-        plain = name
-        while plain.startswith("model."):
-            plain = plain.removeprefix("model.")
-        translated += _translated(plain)
-    return list(dict.fromkeys(translated))
+    import torch
+    from mmdet.registry import MODELS
+
+    import ddetr_mm.models  # noqa: F401 - registers what the config names
+    from ddetr_mm.weights.formats import TAO, TAO_PREFIX, from_canonical
+
+    with torch.random.fork_rng(devices=[]):
+        network = MODELS.build(copy.deepcopy(model))
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    _, trace = from_canonical(
+        parameters, TAO, with_box_refine=network.with_box_refine, two_stage=network.as_two_stage
+    )
+    return {
+        name: tuple(taos.removeprefix(TAO_PREFIX) for taos in trace.mapped.get(name, ()))
+        for name in parameters
+    }
 
 
-def _translated(name: str) -> list[str]:
-    prefix = name
-    while prefix:
-        if prefix in OUR_MODULE_NAMES:
-            return [ours + name[len(prefix) :] for ours in OUR_MODULE_NAMES[prefix]]
-        prefix = prefix.rpartition(".")[0]
-    return [name]
+def parameters_below(name: str, names: ParameterNames) -> list[str]:
+    """The parameters of one of TAO's modules, or of one of the mmdet detector's where TAO has none so named.
+
+    Args:
+        name: a module or a parameter, with or without ``model.`` or ``model.model.`` in front.
+        names: see :func:`taos_parameter_names`.
+    """
+    while name.startswith("model."):
+        name = name.removeprefix("model.")
+
+    def is_below(other: str) -> bool:
+        return other == name or other.startswith(f"{name}.")
+
+    return [ours for ours, taos in names.items() if any(map(is_below, taos))] or [*filter(is_below, names)]
+
+
+def parameters_with(keyword: str, names: ParameterNames) -> list[str]:
+    """The parameters whose name in TAO's optimizer contains ``keyword``."""
+    return [ours for ours, taos in names.items() if any(keyword in f"model.{name}" for name in taos)]
+
+
+def whole_modules(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The fewest modules and parameters that make up the chosen parameters.
+
+    Args:
+        chosen: some parameters of a network.
+        names: all of them.
+
+    Returns:
+        A module by its name with a dot behind it; a parameter by its name.
+    """
+    sizes = Counter(part for name in names for part in _modules_around(name))
+    chosen = list(chosen)
+    found = Counter(part for name in chosen for part in _modules_around(name))
+    whole = (
+        next((part for part in _modules_around(name) if found[part] == sizes[part]), name) for name in chosen
+    )
+    return list(dict.fromkeys(whole))
+
+
+def _modules_around(name: str) -> list[str]:
+    """``a.b.weight`` → ``a.``, ``a.b.``."""
+    return [name[: index + 1] for index, letter in enumerate(name) if letter == "."]
+
+
+def nearest_names(name: str, names: ParameterNames) -> list[str]:
+    """Up to three names of TAO's modules and parameters that are like ``name``."""
+    known = {part.rstrip(".") for taos in names.values() for one in taos for part in _modules_around(one)}
+    known.update(one for taos in names.values() for one in taos)
+    return get_close_matches(name.removeprefix("model.").removeprefix("model."), sorted(known), n=3)
 
 
 # --- the network ---
@@ -200,14 +247,47 @@ def speed_options(spec: ExperimentSpec) -> dict[str, Any]:
 
 
 def frozen_modules(spec: ExperimentSpec) -> list[str]:
-    """Modules to freeze: ``train.freeze``, and ``ddetr_mm.backbone`` without ``model.train_backbone``.
+    """``backbone`` for a ``ddetr_mm.backbone`` without ``model.train_backbone``.
 
     TAO's backbones are frozen by their configs, see :func:`backbone_config`.
     """
-    names = our_module_names(spec.train.freeze or [])
-    if spec.ddetr_mm.backbone and not spec.model.train_backbone:
-        names = list(dict.fromkeys(["backbone", *names]))
-    return names
+    return ["backbone"] if spec.ddetr_mm.backbone and not spec.model.train_backbone else []
+
+
+_MOST_HINTS = 10
+
+
+def frozen_by_name(loaded: LoadedSpec, names: ParameterNames) -> list[str]:
+    """What ``train.freeze`` names, as modules and parameters of the mmdet detector.
+
+    Args:
+        loaded: the spec.
+        names: see :func:`taos_parameter_names`.
+
+    Raises:
+        SpecError: a name fits nothing; all of them are reported.
+    """
+    frozen: list[str] = []
+    problems = []
+    for index, name in enumerate(loaded.spec.train.freeze or []):
+        chosen = parameters_below(name, names)
+        frozen += [part.rstrip(".") for part in whole_modules(chosen, names)]
+        if not chosen:
+            near = nearest_names(name, names) if len(problems) < _MOST_HINTS else []
+            key = f"train.freeze[{index}]"
+            problems.append(
+                Problem(
+                    "names no part of the network",
+                    file=loaded.path,
+                    where=", ".join(filter(None, (key, loaded.origin.get(key)))),
+                    value=name,
+                    hint=f"did you mean {' or '.join(near)}?"
+                    if near
+                    else "give names such as backbone, transformer.encoder, input_proj",
+                )
+            )
+    SpecError.collect(problems)
+    return list(dict.fromkeys(frozen))
 
 
 def backbone_stages(model: ModelConfig) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ddetr_mm.spec import ExperimentSpec
-from ddetr_mm.translate.model import our_module_names
+from ddetr_mm.translate.model import ParameterNames, parameters_with, whole_modules
 
 # --- optimizer, schedule and loops ---
 
@@ -30,11 +30,50 @@ SCHEDULER_KEYS = (
 )
 
 
-def optim_wrapper(spec: ExperimentSpec) -> dict[str, Any]:
+SAME_IN_BOTH = {
+    "backbone": "backbone",
+    "backbone.0": "backbone",
+    "reference_points": "reference_points",
+    "sampling_offsets": "sampling_offsets",
+}
+"""Part of TAO's parameter names → the part of ours that selects the same parameters."""
+
+
+def needs_parameter_names(spec: ExperimentSpec) -> bool:
+    """Whether the groups of learning rates depend on the network's parameters."""
+    return not SAME_IN_BOTH.keys() >= {*spec.model.backbone_names, *spec.model.linear_proj_names}
+
+
+def _keys_of(keywords: list[str], names: ParameterNames) -> list[str]:
+    """Parts of our parameter names that select what ``keywords`` select in TAO."""
+    keys: list[str] = []
+    for keyword in keywords:
+        if keyword in SAME_IN_BOTH:
+            keys.append(SAME_IN_BOTH[keyword])
+        else:
+            keys += whole_modules(parameters_with(keyword, names), names)
+    return keys
+
+
+def unmatched_keywords(spec: ExperimentSpec, names: ParameterNames) -> list[str]:
+    """One line for each name of a group of learning rates that no parameter contains."""
+    return [
+        f"model.{field}: no parameter's name contains {keyword!r}"
+        for field in ("backbone_names", "linear_proj_names")
+        for keyword in getattr(spec.model, field)
+        if not _keys_of([keyword], names)
+    ]
+
+
+def optim_wrapper(spec: ExperimentSpec, names: ParameterNames | None = None) -> dict[str, Any]:
     """The optimizer with TAO's three groups of learning rates.
 
     The groups are selected by parts of parameter names: the backbone, the linear projections (sampling
     offsets and reference points), and all others.
+
+    Args:
+        spec: a checked experiment spec.
+        names: the network's parameters; needed where :func:`needs_parameter_names`.
     """
     optim = spec.train.optim
     optimizer = dict(type=optim.optimizer, lr=optim.lr, weight_decay=optim.weight_decay)
@@ -44,12 +83,12 @@ def optim_wrapper(spec: ExperimentSpec) -> dict[str, Any]:
     # gradients that the scaler skips.
     optimizer["fused"] = spec.train.precision != "fp16"
     groups = {
-        name: dict(lr_mult=optim.lr_linear_proj_mult)
-        for name in our_module_names(spec.model.linear_proj_names)
+        key: dict(lr_mult=optim.lr_linear_proj_mult)
+        for key in _keys_of(spec.model.linear_proj_names, names or {})
     }
     groups |= {
-        name: dict(lr_mult=optim.lr_backbone / optim.lr)
-        for name in our_module_names(spec.model.backbone_names)
+        key: dict(lr_mult=optim.lr_backbone / optim.lr)
+        for key in _keys_of(spec.model.backbone_names, names or {})
     }
     wrapper: dict[str, Any] = dict(type="OptimWrapper", optimizer=optimizer)
     if spec.train.precision != "fp32":

@@ -61,7 +61,7 @@ def to_config(
             them from the annotation files.
 
     Raises:
-        SpecError: the subtask has no config.
+        SpecError: the subtask has no config, or ``train.freeze`` names no part of the network.
         ValueError: the spec sets ``ddetr_mm.backbone`` and ``look_up_channels`` is missing.
     """
     if subtask not in SUBTASKS:
@@ -89,34 +89,56 @@ def to_config(
         ),
         remark="Registers the components of ddetr_mm with mmdet.",
     )
-    draft.add(
-        "model",
-        model.exported_detector(spec, exported.model)
-        if exported
-        else model.detector(
-            spec,
-            zero_padded_values=zeroed,
-            channels=channels,
-            for_export=subtask == "export",
-            train=subtask == "train",
-            padded=subtask != "export" and _stretched_wh(spec, subtask) is None,
-        ),
-        model.EXPORTED_KEYS if exported else model.SOURCE_KEYS,
-        remark="The network.",
-    )
+    names = _add_network(draft, loaded, subtask, zeroed, channels, exported)
     if subtask == "inference":
         _add_inference(draft, spec, class_names, exported)
     elif subtask == "evaluate":
         _add_evaluate(draft, spec, exported, numbering)
     elif subtask == "train":
-        _add_train(draft, spec, numbering)
+        _add_train(draft, spec, numbering, names)
     else:
         _add_export(draft, spec)
     _add_run(draft, spec, subtask, zeroed)
     return draft
 
 
-def _add_train(draft: ConfigDraft, spec: ExperimentSpec, numbering: data.Numbering | None) -> None:
+def _add_network(
+    draft: ConfigDraft,
+    loaded: LoadedSpec,
+    subtask: str,
+    zeroed: bool,
+    channels: list[int] | None,
+    exported: ExportedModel | None,
+) -> model.ParameterNames:
+    """Add the section ``model``; returns the parameters by TAO's names where the spec names any."""
+    spec = loaded.spec
+    if exported:
+        network = model.exported_detector(spec, exported.model)
+    else:
+        network = model.detector(
+            spec,
+            zero_padded_values=zeroed,
+            channels=channels,
+            for_export=subtask == "export",
+            train=subtask == "train",
+            padded=subtask != "export" and _stretched_wh(spec, subtask) is None,
+        )
+    names: model.ParameterNames = {}
+    if subtask == "train" and (spec.train.freeze or run.needs_parameter_names(spec)):
+        names = model.taos_parameter_names(network)
+        named = model.frozen_by_name(loaded, names)
+        network["frozen_modules"] = list(dict.fromkeys([*network["frozen_modules"], *named]))
+        draft.notes += run.unmatched_keywords(spec, names)
+    draft.add("model", network, model.EXPORTED_KEYS if exported else model.SOURCE_KEYS, remark="The network.")
+    return names
+
+
+def _add_train(
+    draft: ConfigDraft,
+    spec: ExperimentSpec,
+    numbering: data.Numbering | None,
+    names: model.ParameterNames,
+) -> None:
     train_sources = data.plain_sources(spec.dataset.train_data_sources or [])
     val_sources = data.plain_sources(spec.dataset.val_data_sources or [])
     draft.add(
@@ -148,18 +170,17 @@ def _add_train(draft: ConfigDraft, spec: ExperimentSpec, numbering: data.Numberi
     )
     draft.add("val_dataloader", data.dataloader(spec, val_data, train=False), ("dataset.val_data_sources",))
     draft.add("test_dataloader", Reference("val_dataloader"))
+    # evaluate.conf_threshold is evaluate's own: TAO validates with every prediction.
     draft.add(
         "val_evaluator",
-        data.evaluator(
-            spec, val_sources, spec.evaluate.conf_threshold, **data.category_options(spec, numbering)
-        ),
-        ("dataset.eval_class_ids", "evaluate.conf_threshold"),
+        data.evaluator(spec, val_sources, 0.0, **data.category_options(spec, numbering)),
+        ("dataset.eval_class_ids",),
         "COCO's metrics.",
     )
     draft.add("test_evaluator", Reference("val_evaluator"))
     draft.add(
         "optim_wrapper",
-        run.optim_wrapper(spec),
+        run.optim_wrapper(spec, names),
         run.OPTIM_KEYS,
         "The optimizer; custom_keys scale the learning rate of parameters whose names contain a key.",
     )

@@ -38,9 +38,15 @@ class Section:
 
 @dataclass
 class ConfigDraft:
-    """The sections of one config, in the order they are written."""
+    """The sections of one config, in the order they are written.
+
+    Attributes:
+        sections: the sections.
+        notes: what a user should know about the translation, one line each.
+    """
 
     sections: list[Section] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, name: str, value: Any, source_keys: tuple[str, ...] = (), remark: str = "") -> None:
         """Append a section; a name may appear once.

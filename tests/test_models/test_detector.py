@@ -55,6 +55,17 @@ def total(losses: dict[str, Tensor]) -> Tensor:
     return sum(losses.values())
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_frozen_modules(shared: bool) -> None:
+    model = build(with_box_refine=not shared, frozen_modules=["encoder", "bbox_head.cls_branches.1"])
+    frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
+    expected = [*model.encoder.parameters(), *model.bbox_head.cls_branches[1].parameters()]
+    assert frozen == set(map(id, expected))
+    assert shared == (model.bbox_head.cls_branches[0] is model.bbox_head.cls_branches[1])
+    with pytest.raises(ValueError, match="'enocder'; did you mean encoder"):
+        build(frozen_modules=["enocder"])
+
+
 # Reference outputs
 
 

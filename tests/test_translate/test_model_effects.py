@@ -9,6 +9,8 @@ import torch
 from mmdet.registry import MODELS
 from torch import nn
 
+from ddetr_mm.errors import SpecError
+
 IMAGES = torch.zeros(1, 3, 64, 96)
 
 
@@ -221,10 +223,14 @@ def test_activation_checkpoint_recomputes_with_equal_gradients(tiny_model, train
 
 
 def test_frozen_parts_keep_their_weights_in_a_step(tiny_model, training_batch, monkeypatch):
+    with pytest.raises(SpecError, match="no_such_part"):
+        tiny_model("train.freeze=[backbone, transformer.encoder, input_proj, no_such_part]")
     logged: list[str] = []
     monkeypatch.setattr("ddetr_mm.models.detector.print_log", lambda text, *_: logged.append(text))
-    model = tiny_model("train.freeze=[backbone, transformer.encoder, input_proj, no_such_part]")
-    assert any("module [no_such_part] not found" in line for line in logged)
+    model = tiny_model("train.freeze=[backbone, transformer.encoder, input_proj]")
+    assert [line.partition(":")[0] for line in logged] == [
+        f"Freezed module [{name}]" for name in ("backbone", "encoder", "neck")
+    ]
     before = {key: value.clone() for key, value in model.named_parameters()}
     data = model.train().data_preprocessor(training_batch(), True)
     sum(model(**data, mode="loss").values()).backward()

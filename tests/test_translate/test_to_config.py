@@ -144,9 +144,9 @@ def test_freeze_takes_taos_names(translate):
     from mmdet.registry import MODELS
 
     config = translate(
-        "train.freeze=[transformer.encoder, input_proj, nonsense]", "model.enc_layers=1", "model.dec_layers=1"
+        "train.freeze=[transformer.encoder, input_proj]", "model.enc_layers=1", "model.dec_layers=1"
     )
-    assert config["model"]["frozen_modules"] == ["encoder", "neck", "nonsense"]
+    assert config["model"]["frozen_modules"] == ["encoder", "neck"]
     trains = {
         name.split(".")[0]
         for name, parameter in MODELS.build(config["model"]).named_parameters()
@@ -175,16 +175,6 @@ def test_a_backbone_of_the_specs_own_can_be_frozen(translate):
     model = MODELS.build(config["model"])
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert all(parameter.requires_grad for parameter in model.decoder.parameters())
-
-
-def test_module_names():
-    from ddetr_mm.translate.model import our_module_names
-
-    assert our_module_names(["model.model.transformer.decoder.layers.0", "class_embed"]) == [
-        "decoder.layers.0",
-        "bbox_head.cls_branches",
-    ]
-    assert our_module_names(["transformer"]) == ["encoder", "decoder", "level_embed", "reference_points_fc"]
 
 
 def test_gcvit_channels(translate):
@@ -291,6 +281,12 @@ def test_sources_reach_datasets_and_metrics(translate):
     assert evaluated["test_evaluator"]["sources"] == [dict(image_dir="/test", json_file="/test.json")]
     assert evaluated["test_evaluator"]["conf_threshold"] == 0.2
     assert evaluated["test_evaluator"]["eval_class_ids"] == [1]
+
+
+def test_validation_counts_every_prediction(translate):
+    """``evaluate.conf_threshold`` belongs to the subtask evaluate, as in TAO."""
+    trained = translate("evaluate.conf_threshold=0.2")
+    assert trained["val_evaluator"]["conf_threshold"] == trained["test_evaluator"]["conf_threshold"] == 0
 
 
 def test_inference_stretches_when_both_sides_are_given(translate):
