@@ -298,7 +298,10 @@ def backbone_kind(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int
 def _gcvit_kind(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
     stages = _numbered(shapes, "backbone.levels")
     depths = tuple(_numbered(shapes, f"backbone.levels.{stage}.blocks") for stage in range(stages))
-    width = shapes["backbone.levels.0.blocks.0.attn.qkv.weight"][1]
+    qkv = shapes["backbone.levels.0.blocks.0.attn.qkv.weight"]
+    if len(qkv) != 2:
+        return "unknown", ()
+    width = qkv[1]
     table = shapes.get("backbone.levels.2.blocks.0.attn.relative_position_bias_table", (0,))
     window = (round(table[0] ** 0.5) + 1) // 2
     name = variant_name(depths, width, window)

@@ -129,24 +129,6 @@ TAO = FormatTable(
 """TAO's Lightning checkpoint: the original's names behind the prefixes of two wrappers."""
 
 
-def _hf_resnet_alternatives() -> tuple[tuple[str, str], ...]:
-    """Return the names of Hugging Face's own ResNet (instead of timm's), paired with torchvision's."""
-    backbone = "model.backbone.conv_encoder.model"
-    pairs = [
-        (f"{backbone}.embedder.embedder.convolution.{{leaf}}", f"{backbone}.conv1.{{leaf}}"),
-        (f"{backbone}.embedder.embedder.normalization.{{leaf}}", f"{backbone}.bn1.{{leaf}}"),
-    ]
-    for stage in range(4):
-        theirs = f"{backbone}.encoder.stages.{stage}.layers.{{i}}"
-        ours = f"{backbone}.layer{stage + 1}.{{i}}"
-        pairs.append((f"{theirs}.shortcut.convolution.{{leaf}}", f"{ours}.downsample.0.{{leaf}}"))
-        pairs.append((f"{theirs}.shortcut.normalization.{{leaf}}", f"{ours}.downsample.1.{{leaf}}"))
-        for conv in range(3):
-            pairs.append((f"{theirs}.layer.{conv}.convolution.{{leaf}}", f"{ours}.conv{conv + 1}.{{leaf}}"))
-            pairs.append((f"{theirs}.layer.{conv}.normalization.{{leaf}}", f"{ours}.bn{conv + 1}.{{leaf}}"))
-    return tuple(pairs)
-
-
 HF = FormatTable(
     "hf",
     (
@@ -205,12 +187,27 @@ HF = FormatTable(
             "model.{side}.layers.{i}.self_attn.out_proj.{leaf}",
         ),
         ("model.{side}.layers.{i}.mlp.{part}.{leaf}", "model.{side}.layers.{i}.{part}.{leaf}"),
-        *_hf_resnet_alternatives(),
     ),
 )
 """Hugging Face's ``DeformableDetrForObjectDetection`` in its published files."""
 
-MMDET = FormatTable("mmdet", (KeyRule("{rest}", "{rest}"),))
+_MMDET_PARTS = (
+    "backbone.{rest}",
+    "neck.{rest}",
+    "level_embed",
+    "query_embedding.weight",
+    "reference_points_fc.{leaf}",
+    "memory_trans_fc.{leaf}",
+    "memory_trans_norm.{leaf}",
+    "pos_trans_fc.{leaf}",
+    "pos_trans_norm.{leaf}",
+    "encoder.{rest}",
+    "decoder.{rest}",
+    "bbox_head.cls_branches.{rest}",
+    "bbox_head.reg_branches.{rest}",
+)
+
+MMDET = FormatTable("mmdet", tuple(KeyRule(name, name) for name in _MMDET_PARTS))
 """mmdet 3.x, and ours: the canonical names themselves."""
 
 MMDET_2 = FormatTable(
@@ -502,11 +499,15 @@ def same_values(left: Tensor, right: Tensor) -> bool:
 
 
 @cache
-def _compiled(template: str) -> re.Pattern[str]:
-    """Return the regular expression of a template; placeholders become groups."""
+def pattern_of(template: str) -> str:
+    """Return the regular expression of a template; placeholders become named groups."""
     pieces = re.split(r"\{(\w+)\}", template)
-    text = "".join(
+    return "".join(
         re.escape(piece) if index % 2 == 0 else f"(?P<{piece}>{_PATTERNS[piece]})"
         for index, piece in enumerate(pieces)
     )
-    return re.compile(text)
+
+
+@cache
+def _compiled(template: str) -> re.Pattern[str]:
+    return re.compile(pattern_of(template))

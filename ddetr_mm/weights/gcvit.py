@@ -51,9 +51,6 @@ VARIANTS: dict[str, GCViTVariant] = {
 }
 """The only table of the sizes; a spec's backbone is ``gc_vit_`` and a key of it."""
 
-ANCHORS = ("patch_embed.proj.weight", "stem.conv1.weight")
-"""A key of the paper's and of timm's layout that every GCViT has."""
-
 _TABLE = "relative_position_bias_table"
 _INDEX = "relative_position_index"
 
@@ -75,7 +72,7 @@ _TIMM_RULES: tuple[tuple[str, str], ...] = (
 
 def is_gcvit(keys: Collection[str]) -> bool:
     """Return whether a backbone's own keys are those of our GCViT."""
-    return ANCHORS[0] in keys and any(key.startswith("levels.0.q_global_gen.") for key in keys)
+    return "patch_embed.proj.weight" in keys and any(key.startswith("levels.0.q_global_gen.") for key in keys)
 
 
 def variant_name(depths: tuple[int, ...], dim: int, window: int) -> str | None:
@@ -87,20 +84,19 @@ def variant_name(depths: tuple[int, ...], dim: int, window: int) -> str | None:
 
 
 def own_names(keys: Collection[str], target: Collection[str]) -> dict[str, str]:
-    """Return our backbone's name for each key of a GCViT in either layout.
+    """Return our backbone's name for each key of a GCViT with the paper's names.
 
     A classifier's final ``norm`` is the norm of the last stage's output and becomes ``norm3`` where the file
     has none. ``relative_position_index``, which follows from the window, is left out.
 
     Args:
-        keys: the file's, without a prefix.
+        keys: the file's, without a prefix, in the paper's spelling (:mod:`ddetr_mm.weights.layouts`).
         target: the backbone's own.
     """
-    timm = ANCHORS[1] in keys
-    names = {key: timm_to_paper(key) if timm else key for key in keys if not key.endswith(_INDEX)}
+    names = {key: key for key in keys if not key.endswith(_INDEX)}
     for leaf in ("weight", "bias"):
-        if f"norm3.{leaf}" in target and f"norm3.{leaf}" not in names.values():
-            names.update({key: f"norm3.{leaf}" for key, own in names.items() if own == f"norm.{leaf}"})
+        if f"norm3.{leaf}" in target and f"norm3.{leaf}" not in names and f"norm.{leaf}" in names:
+            names[f"norm.{leaf}"] = f"norm3.{leaf}"
     return names
 
 

@@ -17,18 +17,12 @@ from torch import Tensor, nn
 
 from ddetr_mm.classes import Columns
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.weights import gcvit
+from ddetr_mm.weights import gcvit, layouts
 from ddetr_mm.weights.checkpoint import Checkpoint, backbone_kind, describe_backbone
 from ddetr_mm.weights.class_columns import CLASS_KEY, HEAD_KEY, ColumnPlan, carried_rows, plan_head
-from ddetr_mm.weights.formats import to_canonical
-from ddetr_mm.weights.read import (
-    backbone_prefixes,
-    find_weights,
-    plain_state_dict,
-    read_checkpoint,
-    refuse_non_finite,
-    strip_wrappers,
-)
+from ddetr_mm.weights.entries import DEFAULT, Entry, Selection, choose, tensor_entries
+from ddetr_mm.weights.layouts import Found
+from ddetr_mm.weights.read import detector_format, read_checkpoint, refuse_non_finite
 from ddetr_mm.weights.report import LoadReport
 from ddetr_mm.weights.safe_read import RawFile, read_raw, short_names
 
@@ -48,6 +42,7 @@ def load_for_model(
     *,
     class_names: Columns | None = None,
     strict: bool = False,
+    selection: Selection = DEFAULT,
 ) -> LoadReport:
     """Load a checkpoint into a detector.
 
@@ -62,6 +57,7 @@ def load_for_model(
         strict: raise unless every value of the model came from the file and every weight of the file's
             network went into the model. Keys of no Deformable DETR (such as a criterion's buffers) may be
             left.
+        selection: which of several sets of weights to read.
 
     Returns:
         The report; ``mapped`` leads from the file's keys to the model's.
@@ -70,7 +66,8 @@ def load_for_model(
         WeightsError: the file cannot be read, holds another backbone than the model, has nothing in common
             with it, or with ``strict`` something is left over.
     """
-    return fill_model(model, read_checkpoint(path), class_names=class_names, strict=strict)
+    checkpoint = read_checkpoint(path, selection=selection)
+    return fill_model(model, checkpoint, class_names=class_names, strict=strict)
 
 
 def fill_model(
@@ -259,84 +256,86 @@ def _with(value: bool) -> str:
 # --- A backbone ---
 
 
-def load_backbone(backbone: nn.Module, path: str | Path, prefix: str | None = None) -> LoadReport:
+def load_backbone(
+    backbone: nn.Module, path: str | Path, prefix: str | None = None, *, selection: Selection = DEFAULT
+) -> LoadReport:
     """Load a file into a backbone.
 
     Args:
         backbone: mmdet's ResNet, our ``GCViT``, or any module whose names the file has.
-        path: torchvision's or timm's ResNet or GCViT, a published GCViT classifier, a state dict of the
-            backbone, or a whole detector of any format, whose backbone is used.
-        prefix: what precedes the backbone's keys in the file, where it holds several; None finds it.
+        path: a ResNet of torchvision, timm, Hugging Face or Detectron2, a GCViT of timm or its authors, a
+            state dict of the backbone, or any network below whose keys it is: a detector, a classifier, a
+            contrastive pretraining.
+        prefix: what precedes the backbone's keys in the file; None finds where most of them are.
+        selection: which of several sets of weights to read.
 
     Returns:
         The report; keys of the model are those of ``backbone``.
 
     Raises:
-        WeightsError: the file cannot be read safely, holds another backbone or several, or nothing that fits.
+        WeightsError: the file cannot be read safely, holds another backbone, or nothing that fits.
     """
     raw = read_raw(path)
     report = LoadReport(str(raw.path), type(backbone).__name__, target_format="backbone")
-    tensors, file_keys = _backbone_part(raw, prefix, report)
+    tensors, file_keys = _backbone_part(raw, backbone, prefix, selection, report)
     refuse_non_finite(raw.path, tensors)
     fill_backbone(backbone, tensors, report, file_keys=file_keys)
     return report
 
 
 def _backbone_part(
-    raw: RawFile, prefix: str | None, report: LoadReport
+    raw: RawFile, backbone: nn.Module, prefix: str | None, selection: Selection, report: LoadReport
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the backbone's tensors without prefix, and the file's key of each; the others are reported."""
-    state_dict, _extras = plain_state_dict(raw)
-    stripped, original = strip_wrappers(state_dict)
-    detector = None
-    if prefix is None:
-        try:
-            detector = find_weights(raw)
-        except WeightsError:  # not a Deformable DETR
-            prefix = _only_prefix(raw.path, stripped)
-    if detector is not None:
-        report.source_format = detector.table.name
-        canonical, trace = to_canonical(detector.state_dict, detector.table)
-        sources = {ours: key for key, targets in trace.mapped.items() for ours in targets}
-        part = {
-            key.removeprefix("backbone."): value
-            for key, value in canonical.items()
-            if key.startswith("backbone.")
-        }
-        names = {key: sources[f"backbone.{key}"] for key in part}
-        names = {key: detector.original_keys.get(source, source) for key, source in names.items()}
-    elif prefix is None:
-        # Any other module's state dict, used by name.
-        report.source_format = "state dict"
-        part = {key.removeprefix("backbone."): value for key, value in stripped.items()}
-        names = {key.removeprefix("backbone."): original.get(key, key) for key in stripped}
-    else:
-        report.source_format = "backbone"
-        start = prefix + "." if prefix and not prefix.endswith(".") else prefix
-        part = {key[len(start) :]: value for key, value in stripped.items() if key.startswith(start)}
-        names = {key: original.get(start + key, start + key) for key in part}
-        if not part:
-            raise WeightsError(
-                Problem(f"holds no keys below '{start}'", file=raw.path, value=short_names(list(stripped)))
-            )
-    used = set(names.values())
-    report.dropped |= {key: "not part of the backbone" for key in state_dict if key not in used}
-    return part, names
+    """Return the backbone's tensors under its own names, and the file's key of each; report the others."""
+    entries = tensor_entries(raw)
+    own = [key for key, value in backbone.state_dict().items() if isinstance(value, Tensor)]
+    names = layouts.module_layout(own)
+    start = f"{prefix}." if prefix and not prefix.endswith(".") else prefix
+
+    def own_in(entry: Entry) -> list[Found]:
+        found = layouts.find_prefixes(entry.keys, names)
+        return found if start is None else [one for one in found if one.prefix == start]
+
+    choice = choose(raw, entries, own_in, selection)
+    if start is not None and choice is None:
+        listed = short_names([key for entry in entries for key in entry.tensors])
+        raise WeightsError(Problem(f"holds no keys below '{start}'", file=raw.path, value=listed))
+    if choice is None or 2 * len(choice.candidate.found.names) < len(own):
+        _refuse_caffe_2(raw.path, entries)
+        # Another backbone, which the message of the refusal names.
+        other = choose(raw, entries, lambda entry: layouts.find_backbones(entry.keys), selection)
+        choice = other or choice
+    if choice is None:
+        entry = max(entries, key=lambda one: len(one.tensors))
+        return dict(entry.tensors), {}
+    entry, found = choice.candidate.entry, choice.candidate.found
+    report.source_format = detector_format(entry) or f"a backbone with {found.layout.name} names"
+    report.notes += choice.notes
+    report.dropped |= dict.fromkeys(choice.unused, "not part of the backbone")
+    part: dict[str, Tensor] = {}
+    file_keys: dict[str, str] = {}
+    for name, (source, key) in choice.members.items():
+        usual = found.layout.usual_name(name) or name
+        if usual not in part:
+            part[usual], file_keys[usual] = source.tensors[key], key
+    return part, file_keys
 
 
-def _only_prefix(path: Path, keys: Mapping[str, Any]) -> str | None:
-    """Return what precedes the only known backbone among the keys; None without one."""
-    found = backbone_prefixes(keys)
-    if len(found) > 1:
+def _refuse_caffe_2(path: Path, entries: list[Entry]) -> None:
+    """Refuse Detectron's ResNets of Caffe2: images in BGR, other strides, norms without statistics.
+
+    Raises:
+        WeightsError: the file has their names.
+    """
+    keys = [key for entry in entries for key in entry.tensors if re.fullmatch(r"res\d_\d+_branch\d\w*", key)]
+    if keys:
         raise WeightsError(
             Problem(
-                "holds more than one backbone",
+                f"holds a ResNet of Caffe2 ({short_names(keys, 2)}), with other strides and images in BGR",
                 file=path,
-                value=", ".join(f"'{name}'" for name in found),
-                hint="name one with init_cfg's prefix",
+                hint="use torchvision's weights, or Detectron2's from torchvision (R-50.pkl)",
             )
         )
-    return found[0] if found else None
 
 
 def fill_backbone(

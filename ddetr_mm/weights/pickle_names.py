@@ -20,7 +20,11 @@ import pickletools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
 
 SafeGlobal: TypeAlias = "Callable[..., Any] | tuple[Callable[..., Any], str]"
 
@@ -75,6 +79,92 @@ class InertMethod(InertObject):
         return object.__new__(cls)
 
 
+class InertDtype(InertObject):
+    """Replaces NumPy's dtype and the classes of :mod:`numpy.dtypes`: keeps its code and byte order."""
+
+    def name(self) -> str | None:
+        """Return NumPy's short name, such as ``<f4``; None for anything but plain numbers."""
+        code = str(self.arguments[0]) if self.arguments else ""
+        order = self.state[1] if isinstance(self.state, tuple) and len(self.state) > 1 else "="
+        if not re.fullmatch(r"[fiub][1248]", code) or order not in ("<", ">", "=", "|"):
+            return None
+        return f"{order}{code}"
+
+
+class InertArray(InertObject):
+    """Replaces ``numpy``'s ``_reconstruct``: an array whose state is kept as it is in the file."""
+
+    def tensor(self) -> Tensor | None:
+        """Return the array as a tensor; None for an array of no plain numbers.
+
+        Raises:
+            ValueError: the bytes do not make the shape.
+        """
+        state = self.state
+        if not isinstance(state, tuple) or len(state) != 5:
+            return None
+        _version, shape, dtype, is_fortran, data = state
+        name = dtype.name() if isinstance(dtype, InertDtype) else None
+        if isinstance(data, str):  # bytes of Python 2
+            data = data.encode("latin-1")
+        sizes_fit = isinstance(shape, tuple) and all(isinstance(side, int) and side >= 0 for side in shape)
+        if name is None or not sizes_fit or not isinstance(data, (bytes, bytearray)):
+            return None
+        order: Literal["F", "C"] = "F" if is_fortran else "C"
+        array = np.frombuffer(bytes(data), dtype=np.dtype(name)).reshape(shape, order=order)
+        return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
+
+
+class InertBuffer(InertArray):
+    """Replaces ``numpy``'s ``_frombuffer``, by which arrays are pickled since protocol 5."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if len(args) == 4:
+            data, dtype, shape, order = args
+            self.state = (1, shape, dtype, order == "F", data)
+
+
+def latin_1_bytes(text: Any, encoding: Any) -> bytes:
+    """Replace ``_codecs.encode``, by which pickles of protocol 2 hold bytes.
+
+    Raises:
+        pickle.UnpicklingError: it is asked for anything else.
+    """
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"asks for _codecs.encode with {encoding!r}")
+    return text.encode("latin-1")
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads pickles that torch.save did not write: plain containers and NumPy arrays, everything else inert.
+
+    Attributes:
+        refused: the class or function that ended the reading, or None.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="latin1")
+        self.refused: str | None = None
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the inert replacement of a name; nothing is imported.
+
+        Raises:
+            pickle.UnpicklingError: the name has none.
+        """
+        full = _modern(module, name)
+        if full == "collections.OrderedDict":
+            return OrderedDict
+        if full == "_codecs.encode":
+            return latin_1_bytes
+        replacement = replacement_for(full)
+        if replacement is None:
+            self.refused = full
+            raise pickle.UnpicklingError(f"asks to run or build {full}")
+        return replacement
+
+
 _HISTORY = "mmengine.logging.history_buffer.HistoryBuffer"
 _LIGHTNING = r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities)"
 _CLASS_NAME = r"_?[A-Z]\w*"
@@ -91,8 +181,11 @@ _REPLACEMENTS: tuple[tuple[str, type], ...] = (
     # mmengine: histories of logged values, and NumPy numbers inside them.
     (re.escape(_HISTORY), InertHistory),
     (rf"mmengine\.(logging|structures|registry|dataset)(\.\w+)*\.{_CLASS_NAME}", InertObject),
-    (r"numpy\.(core|_core)\.multiarray\.(_reconstruct|scalar)", InertObject),
-    (rf"numpy\.(ndarray|dtype|dtypes\.{_CLASS_NAME}|bool_?|u?int(8|16|32|64)|float(16|32|64))", InertObject),
+    (r"numpy\.(core|_core)\.multiarray\._reconstruct", InertArray),
+    (r"numpy\.(core|_core)\.numeric\._frombuffer", InertBuffer),
+    (r"numpy\.(core|_core)\.multiarray\.scalar", InertObject),
+    (rf"numpy\.(dtype|dtypes\.{_CLASS_NAME})", InertDtype),
+    (r"numpy\.(ndarray|bool_?|u?int(8|16|32|64)|float(16|32|64))", InertObject),
     # The standard library's containers and values.
     (r"argparse\.Namespace", InertObject),
     (r"types\.SimpleNamespace", InertObject),

@@ -14,14 +14,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import torch
 from torch import Tensor
 
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.weights import formats
+from ddetr_mm.weights import formats, layouts
 from ddetr_mm.weights.checkpoint import (
     META_KEY,
     ZERO_PADDED_VALUES,
@@ -37,9 +37,12 @@ from ddetr_mm.weights.class_columns import (
     column_ids,
     with_label_convention,
 )
+from ddetr_mm.weights.entries import DEFAULT, Choice, Entry, Selection, choose, tensor_entries
 from ddetr_mm.weights.formats import HF, FormatTable, KeyTrace, to_canonical
+from ddetr_mm.weights.layouts import Found, find_backbones, find_prefixes
+from ddetr_mm.weights.other_networks import other_network, refusal
 from ddetr_mm.weights.pickle_names import InertObject
-from ddetr_mm.weights.safe_read import RawFile, read_raw, refuse_encrypted, short_names
+from ddetr_mm.weights.safe_read import RawFile, read_raw, short_names
 
 # --- Weights at a URL ---
 
@@ -131,177 +134,156 @@ def _plain(node: ast.expr) -> Any:
 
 # --- Format of a file ---
 
-_CONTAINERS = ("state_dict", "model", "model_state_dict", "module")
-
-_SIGNS: tuple[tuple[str, FormatTable], ...] = (
-    # The first pattern that matches any key decides.
-    (r"bbox_head\.transformer\.(encoder|decoder)\.layers\..+", formats.MMDET_2),
-    (r"(model\.){1,2}transformer\.(encoder|decoder)\.layers\..+", formats.TAO),
-    (r"transformer\.(encoder|decoder)\.layers\..+", formats.OFFICIAL),
-    (r"model\.(encoder|decoder)\.layers\.\d+\.(self|encoder)_attn_layer_norm\..+", formats.HF),
-    (r"(encoder|decoder)\.layers\.\d+\.(self|encoder)_attn_layer_norm\..+", formats.HF),
-    (r"(encoder|decoder)\.layers\.\d+\.ffn\.layers\..+", formats.MMDET),
-)
-
 
 @dataclass
 class FoundWeights:
     """The weights of a file and their format.
 
     Attributes:
-        state_dict: the file's keys, with the format's usual prefixes.
+        state_dict: the keys of the network as its format usually has them → tensor.
         table: the format's table.
         original_keys: key in ``state_dict`` → key in the file, where the two differ.
         extras: the other entries of the file (epoch, meta, args …).
+        foreign: keys of the file that are not the network's.
+        set_aside: key of the file → why it is not needed.
+        notes: which of several sets of weights was read, and where it was.
     """
 
     state_dict: dict[str, Tensor]
     table: FormatTable
     original_keys: dict[str, str] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
+    foreign: list[str] = field(default_factory=list)
+    set_aside: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
-def find_weights(raw: RawFile) -> FoundWeights:
-    """Find the state dict of a detector in a file, and its format.
+def find_weights(raw: RawFile, selection: Selection = DEFAULT) -> FoundWeights:
+    """Find the weights of a detector in a file, and their format.
+
+    Args:
+        raw: the file.
+        selection: which of several sets of weights to read.
 
     Raises:
-        WeightsError: the file holds no tensors, or none of a Deformable DETR.
+        WeightsError: the file holds no tensors, none of a Deformable DETR, or no set as selected.
     """
-    state_dict, extras = plain_state_dict(raw)
-    stripped, original = strip_wrappers(state_dict)
-    for pattern, table in _SIGNS:
-        sign = re.compile(pattern)
-        if not any(sign.fullmatch(key) for key in stripped):
+    entries = tensor_entries(raw)
+    choice = choose(raw, entries, _detectors_in, selection)
+    problem = _other_network_in(raw, entries, choice)
+    if choice is None or problem is not None:
+        raise WeightsError(problem or Problem("holds no Deformable DETR", file=raw.path))
+    found = choice.candidate.found
+    table = found.layout.table or formats.MMDET
+    usual_prefix = ""
+    if table is formats.OFFICIAL and _is_taos(found.prefix):
+        table, usual_prefix = formats.TAO, formats.TAO_PREFIX
+    usual_names = {key: name for name, key in found.names.items()}
+    result = FoundWeights({}, table, extras=_extras(raw.payload), notes=choice.notes)
+    backbone = _backbone_names(choice, table)
+    for name, (entry, key) in choice.members.items():
+        usual = backbone.get(name) or usual_prefix + _usual_name(name, key, usual_names, choice)
+        if usual in result.state_dict:
+            result.set_aside[key] = f"repeats {result.original_keys.get(usual, usual)}"
             continue
-        if table is formats.TAO:
-            stripped, original = _tao_prefixes(stripped, original)
-        elif table is formats.HF and not pattern.startswith("model"):
-            # The bare DeformableDetrModel, saved without its detection heads.
-            original = {f"model.{key}": original.get(key, key) for key in stripped}
-            stripped = {f"model.{key}": value for key, value in stripped.items()}
-        return FoundWeights(stripped, table, original, extras)
-    raise WeightsError(_other_content(raw.path, stripped))
+        result.state_dict[usual] = entry.tensors[key]
+        if usual != key:
+            result.original_keys[usual] = key
+    _set_aside(choice, result)
+    if found.prefix not in ("", "model.", formats.TAO_PREFIX):
+        result.notes.append(f"the network is below '{found.prefix}', with {found.layout.name}")
+    return result
 
 
-def plain_state_dict(raw: RawFile) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the named tensors of a file, of any network, and its other entries.
+def _detectors_in(entry: Entry) -> list[Found]:
+    """Return what may be detectors in a dictionary: names with layers of a transformer among them."""
+    found = find_prefixes(entry.keys, layouts.DETECTORS)
+    return [one for one in found if any(".layers." in name for name in one.names)]
 
-    Raises:
-        WeightsError: there are none, or other values are among them.
-    """
-    content = raw.payload
+
+def _is_taos(prefix: str) -> bool:
+    """Return whether the original's names have the prefix that TAO's wrappers give them."""
+    return prefix == "model." or prefix.endswith(formats.TAO_PREFIX)
+
+
+def _usual_name(name: str, key: str, usual_names: Mapping[str, str], choice: Choice) -> str:
+    """Return a name below the prefix in the spelling of the layout's table."""
+    if key in usual_names:
+        return usual_names[key]
+    # Names of the weights that an average leaves out, and of modules that are not the network's.
+    return choice.candidate.found.layout.usual_name(name) or name
+
+
+def _backbone_names(choice: Choice, table: FormatTable) -> dict[str, str]:
+    """Return the backbone's names below the prefix → their usual spelling in the format's table."""
+    rest = {name: name for name in choice.members if re.match(r"(model\.)?backbone\.", name)}
+    found = find_backbones(rest)
+    if not found:
+        return {}
+    template = next(str(rule.theirs) for rule in table.rules if rule.ours == "backbone.{rest}")
+    return {key: template.format(rest=name) for name, key in found[0].names.items()}
+
+
+def _set_aside(choice: Choice, result: FoundWeights) -> None:
+    """Sort the keys of the dictionary that are not below the prefix."""
+    others = [one for one in choice.others if one.entry is choice.candidate.entry]
+    for key in choice.unused:
+        bare = choice.candidate.entry.keys[key]
+        if any(bare.startswith(one.found.prefix) for one in others):
+            result.set_aside[key] = "another set of weights in the file"
+        else:
+            result.foreign.append(key)
+
+
+def _extras(content: Any) -> dict[str, Any]:
+    """Return the entries of a file that are no weights."""
     if not isinstance(content, Mapping):
-        kind = "a single tensor" if isinstance(content, Tensor) else f"a {type(content).__name__}"
-        _refuse(raw.path, f"holds {kind}, not named weights", "save a state_dict")
-    if content.get("state_dict_encrypted"):
-        refuse_encrypted(raw.path)
-    weights: Any = content
-    extras: dict[str, Any] = {}
-    for name in _CONTAINERS:
-        if name in content and not isinstance(content[name], Tensor):
-            weights = content[name]
-            extras = {str(key): value for key, value in content.items() if key != name}
-            break
-    if isinstance(weights, (bytes, bytearray, InertObject)):
-        refuse_encrypted(raw.path)
-    if not isinstance(weights, Mapping) or not weights:
-        shown = short_names([str(key) for key in content]) or "nothing"
-        _refuse(raw.path, f"holds no weights (its entries: {shown})", "give a file of a model's weights")
-    others = [str(key) for key, value in weights.items() if not isinstance(value, Tensor)]
-    if others:
-        _refuse(
-            raw.path,
-            f"holds no plain state dict: {short_names(others)} "
-            + ("is not a tensor" if len(others) == 1 else "are not tensors"),
-            "save model.state_dict() alone",
-        )
-    tensors = {str(key): value for key, value in weights.items()}
-    _check_storage(raw.path, tensors)
-    return tensors, extras
+        return {}
+    return {str(key): value for key, value in content.items() if not isinstance(value, Tensor)}
 
 
-def _check_storage(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that claim more values than the file holds (strides of 0)."""
-    for key, value in tensors.items():
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            _refuse(
-                path,
-                f"holds weights of a kind that is not supported: {key} ({value.layout})",
-                "save them dense",
-            )
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            _refuse(
-                path,
-                f"claims {value.numel()} values for {key} but holds {value.untyped_storage().nbytes()} bytes",
-                "do not trust this file",
-            )
+def _other_network_in(raw: RawFile, entries: list[Entry], choice: Choice | None) -> Problem | None:
+    """Return the problem with a file whose network is no Deformable DETR; None where it is one."""
+    if choice is None:
+        entry, found = max(entries, key=lambda one: len(one.tensors)), None
+        keys = entry.keys
+    else:
+        entry, found = choice.candidate.entry, choice.candidate.found
+        members = {key for _entry, key in choice.members.values()}
+        keys = {key: bare for key, bare in entry.keys.items() if key in members}
+    network = other_network(keys, found)
+    kind = raw.config.get("model_type")
+    if raw.kind == "hf_folder" and kind != "deformable_detr":
+        problem = refusal(raw.path, entry.tensors, entry.keys, network or "another network")
+        what = f"describes a model of type {kind!r}; only deformable_detr can be read"
+        return replace(problem, what=what, file=raw.path / "config.json")
+    if found is None or network is not None:
+        return refusal(raw.path, entry.tensors, entry.keys, network)
+    return None
 
 
-def strip_wrappers(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Remove ``module.`` and ``_orig_mod.``, the key prefixes of parallel and compiled models."""
-    names = {key: re.sub(r"^(module\.|_orig_mod\.)+", "", key) for key in state_dict}
-    if len(set(names.values())) != len(names):
-        names = {key: key for key in state_dict}
-    stripped = {names[key]: value for key, value in state_dict.items()}
-    return stripped, {new: old for old, new in names.items() if new != old}
-
-
-def _tao_prefixes(
-    state_dict: Mapping[str, Tensor], original: Mapping[str, str]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Give every key the two prefixes of a full Lightning module."""
-    renamed: dict[str, Tensor] = {}
-    names: dict[str, str] = {}
-    for key, value in state_dict.items():
-        full = key if key.startswith(formats.TAO_PREFIX) else re.sub(r"^model\.", formats.TAO_PREFIX, key)
-        renamed[full] = value
-        if original.get(key, key) != full:
-            names[full] = original.get(key, key)
-    return renamed, names
-
-
-def _refuse(path: Path, what: str, hint: str) -> NoReturn:
-    raise WeightsError(Problem(what, file=path, hint=hint))
-
-
-def _other_content(path: Path, state_dict: Mapping[str, Tensor]) -> Problem:
-    keys = list(state_dict)
-    if is_backbone_alone(state_dict):
-        return Problem(
-            f"holds a backbone, not a detector (its keys: {short_names(keys)})",
-            file=path,
-            hint="name it as model.pretrained_backbone_path",
-        )
-    return Problem(
-        f"holds no Deformable DETR of any known format (its keys: {short_names(keys)})",
-        file=path,
-        allowed="mmdet's, TAO's, the original authors' and Hugging Face's",
-    )
-
-
-def is_backbone_alone(state_dict: Mapping[str, Tensor]) -> bool:
-    """Return whether the keys are those of a ResNet or a GCViT by itself."""
-    return "" in backbone_prefixes(state_dict)
-
-
-def backbone_prefixes(state_dict: Mapping[str, Any]) -> list[str]:
-    """Return what precedes the keys of each ResNet and GCViT in a state dict."""
-    anchor = re.compile(
-        r"((?:.+\.)?)(layer1\.0\.conv1|levels\.0\.blocks\.0\.attn\.qkv|stages\.0\.blocks\.0\.attn\.qkv)\.weight"
-    )
-    return [match[1] for key in state_dict if (match := anchor.fullmatch(key))]
+def detector_format(entry: Entry) -> str | None:
+    """Return the format of the Deformable DETR in a dictionary, None where it holds none."""
+    for found in _detectors_in(entry)[:1]:
+        if other_network(entry.keys, found) is None and found.layout.table is not None:
+            is_taos = found.layout.table is formats.OFFICIAL and _is_taos(found.prefix)
+            return "tao" if is_taos else found.layout.table.name
+    return None
 
 
 # --- From a file to a checkpoint ---
 
 
-def read_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, *, check_finite: bool = True, selection: Selection = DEFAULT
+) -> Checkpoint:
     """Read a detector's checkpoint of any format.
 
     Args:
         path: a TAO ``.pth``, an original release, an mmdet ``.pth``, a safetensors file of one of these, or
             a Hugging Face folder.
         check_finite: refuse weights that hold NaN or infinity.
+        selection: which of several sets of weights to read.
 
     Returns:
         The weights under canonical names. Tensors may be memory-mapped, copy on write: changing them does not
@@ -311,9 +293,11 @@ def read_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoin
         WeightsError: the file cannot be read safely, is not a Deformable DETR, or has broken weights.
     """
     raw = read_raw(path)
-    found = find_weights(raw)
+    found = find_weights(raw, selection)
     canonical, trace = to_canonical(found.state_dict, found.table)
     _name_as_in_file(trace, found)
+    trace.unexpected += found.foreign
+    trace.dropped |= found.set_aside
     if not canonical:
         raise WeightsError(Problem("holds no key that fits a Deformable DETR", file=path))
     if raw.kind != "torch" or found.table is HF:
@@ -321,6 +305,7 @@ def read_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoin
     if check_finite:
         refuse_non_finite(raw.path, canonical)
     meta, architecture, notes = _interpret(raw, found, canonical, trace)
+    notes = [*found.notes, *notes]
     if trace.differing_aliases:
         notes.append(
             f"{len(trace.differing_aliases)} repeated keys differ from what they repeat"
@@ -329,7 +314,7 @@ def read_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoin
     return Checkpoint(canonical, found.table.name, meta, architecture, raw.path, trace, notes)
 
 
-def inspect_checkpoint(path: str | Path) -> Checkpoint:
+def inspect_checkpoint(path: str | Path, selection: Selection = DEFAULT) -> Checkpoint:
     """Read a checkpoint for its format, metadata and architecture, without checking its weights.
 
     PyTorch files are memory-mapped: little more than their index is read.
@@ -337,7 +322,7 @@ def inspect_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         WeightsError: as :func:`read_checkpoint`, except that non-finite weights are not noticed.
     """
-    return read_checkpoint(path, check_finite=False)
+    return read_checkpoint(path, check_finite=False, selection=selection)
 
 
 def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

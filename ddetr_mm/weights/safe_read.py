@@ -1,8 +1,10 @@
 """Read a weights file without running code from it.
 
 PyTorch files (zip archives and the older bare pickles) go through ``torch.load(weights_only=True)`` with
-inert replacements of known bookkeeping classes (:mod:`ddetr_mm.weights.pickle_names`); safetensors files
-go through the safetensors library; a folder is one saved by Hugging Face's ``save_pretrained``.
+inert replacements of known bookkeeping classes (:mod:`ddetr_mm.weights.pickle_names`), other pickles (such as
+Detectron2's ``.pkl``) through an unpickler that knows these replacements only; safetensors files go through
+the safetensors library, NumPy's ``.npz`` through NumPy without pickles; a folder is one saved by Hugging
+Face's ``save_pretrained``.
 Every defect of a file becomes a :class:`~ddetr_mm.errors.WeightsError`.
 """
 
@@ -13,19 +15,21 @@ import pickle
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.weights.encryption import MAGIC, plain_file
-from ddetr_mm.weights.pickle_names import SafeGlobal, names_in_pickle, sort_names
+from ddetr_mm.weights.pickle_names import PlainUnpickler, SafeGlobal, names_in_pickle, sort_names
 
 # --- Messages ---
 
@@ -40,6 +44,48 @@ _SAVE_PLAIN = (
     " where you trust it, or do not use this file"
 )
 
+_CONVERT_FROM_TORCH = "give the PyTorch checkpoint that it was made from"
+
+_SUFFIXES: dict[str, tuple[str, str]] = {
+    ".tlt": (f"is a .tlt file: it {ENCRYPTED[0]}", ENCRYPTED[1]),
+    ".etlt": (
+        "is an .etlt file, an export for TensorRT that is encrypted by TAO's own, closed scheme: it is no"
+        " checkpoint",
+        "give the .pth that it was exported from",
+    ),
+    ".onnx": (
+        "is an ONNX model, not a file of weights",
+        "evaluate.checkpoint and inference.checkpoint take it as it is; elsewhere " + _CONVERT_FROM_TORCH,
+    ),
+    **dict.fromkeys(
+        (".engine", ".plan", ".trt"),
+        (
+            "is a TensorRT engine, not a file of weights",
+            "evaluate.trt_engine and inference.trt_engine take it as it is; elsewhere " + _CONVERT_FROM_TORCH,
+        ),
+    ),
+    ".pdparams": (
+        "is PaddlePaddle's: its linear layers are transposed and its names differ",
+        "convert it to PyTorch first",
+    ),
+    ".pb": ("is a TensorFlow graph, not a file of weights", _CONVERT_FROM_TORCH),
+    ".tflite": ("is a TensorFlow Lite model, not a file of weights", _CONVERT_FROM_TORCH),
+    ".msgpack": (
+        "is a Flax checkpoint, which is not read",
+        "save it in transformers as PyTorch or safetensors",
+    ),
+    ".distcp": (
+        "is a part of a distributed checkpoint",
+        "join it: torch.distributed.checkpoint.format_utils",
+    ),
+}
+"""Kinds of files by their ending, for files that begin like none of ours: what they are, and a hint."""
+
+_KERAS = (
+    "is an HDF5 file (Keras, or a network of TAO's TensorFlow branch), which holds no Deformable DETR",
+    "a backbone must be a PyTorch file: torchvision's or timm's, for example",
+)
+
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\x89PNG", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
@@ -50,7 +96,6 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"BZh", "bzip2-compressed data"),
     (b"\xfd7zXZ", "xz-compressed data"),
     (b"7z\xbc\xaf", "a 7-Zip archive"),
-    (b"\x89HDF", "an HDF5 file"),
     (b"\x7fELF", "a program"),
     (b"\x93NUMPY", "a NumPy array"),
     (b"version https://git-lfs", "a Git LFS pointer: the file itself has not been fetched"),
@@ -66,8 +111,10 @@ def explain_start(path: Path, start: bytes) -> Problem:
         path: the file.
         start: its first bytes, up to 512.
     """
-    if path.suffix.lower() in (".tlt", ".etlt"):
-        return Problem(ENCRYPTED[0], file=path, hint=ENCRYPTED[1])
+    if start.startswith(b"\x89HDF"):
+        return Problem(_KERAS[0], file=path, hint=_KERAS[1])
+    if path.suffix.lower() in _SUFFIXES:
+        return explain_suffix(path)
     for signature, kind in _SIGNATURES:
         if start.startswith(signature):
             return _not_weights(path, kind)
@@ -77,8 +124,6 @@ def explain_start(path: Path, start: bytes) -> Problem:
             file=path,
             hint="give the weights file itself; a file of that age must be saved again with a newer torch",
         )
-    if path.suffix.lower() == ".onnx":
-        return _not_weights(path, "an ONNX model")
     if _is_text(start):
         return _not_weights(path, "a JSON file" if start.lstrip()[:1] in (b"{", b"[") else "a text file")
     return Problem(
@@ -89,11 +134,17 @@ def explain_start(path: Path, start: bytes) -> Problem:
     )
 
 
+def explain_suffix(path: Path) -> Problem:
+    """Return the problem with a file whose ending names a kind that is not read."""
+    what, hint = _SUFFIXES[path.suffix.lower()]
+    return Problem(what, file=path, hint=hint)
+
+
 def _not_weights(path: Path, kind: str) -> Problem:
     return Problem(
         f"is {kind}, not a file of weights",
         file=path,
-        allowed=".pth, .pt, .bin, .safetensors or a Hugging Face folder",
+        allowed=".pth, .pt, .bin, .ckpt, .pkl, .npz, .safetensors or a Hugging Face folder",
         hint="check the path",
     )
 
@@ -119,6 +170,7 @@ def short_names(names: Sequence[str], shown: int = 4) -> str:
 
 _MAX_PICKLE_BYTES = 256 * 2**20
 _MAX_JSON_BYTES = 64 * 2**20
+_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # torch.save's number at the start of its older files
 _PICKLES_IN_OLD_FILE = 5  # magic number, protocol, system, the object, the storages' keys
 _AGAIN = "copy or download it again"
 _DAMAGE = (ValueError, IndexError, OverflowError, EOFError, struct.error)
@@ -131,8 +183,8 @@ class RawFile:
 
     Attributes:
         path: the file or folder.
-        kind: ``torch``, ``safetensors`` or ``hf_folder``.
-        payload: the unpickled object of a PyTorch file, else key → tensor.
+        kind: ``torch``, ``pickle``, ``numpy``, ``safetensors`` or ``hf_folder``.
+        payload: the unpickled object of a PyTorch file or pickle, else key → tensor.
         metadata: text metadata of a safetensors file.
         config: ``config.json`` of a Hugging Face folder, also where its weights file was given.
     """
@@ -148,8 +200,8 @@ def read_raw(path: str | Path) -> RawFile:
     """Read a file or folder of weights.
 
     Args:
-        path: a PyTorch file, a safetensors file or a Hugging Face folder; a file may be encrypted by this
-            package (:mod:`ddetr_mm.weights.encryption`).
+        path: a PyTorch file, a pickle of NumPy arrays, an ``.npz`` or safetensors file or a Hugging Face
+            folder; a file may be encrypted by this package (:mod:`ddetr_mm.weights.encryption`).
 
     Raises:
         WeightsError: it is missing, damaged, of another kind, or would run code; or it is encrypted and the
@@ -173,12 +225,19 @@ def read_raw(path: str | Path) -> RawFile:
     if start.startswith(MAGIC):
         with plain_file(path) as plain:
             return replace(read_raw(plain), path=path, config=_config_beside(path))
+    if path.suffix.lower() == ".pdparams":
+        raise WeightsError(explain_suffix(path))
     if start.startswith(b"PK\x03\x04"):
+        arrays = _read_npz(path, size)
+        if arrays is not None:
+            return RawFile(path, "numpy", arrays)
         return RawFile(path, "torch", _read_torch_zip(path, size), config=_config_beside(path))
     if path.suffix == ".safetensors" or _looks_like_safetensors(start, size):
         tensors, metadata = read_safetensors(path)
         return RawFile(path, "safetensors", tensors, metadata, _config_beside(path))
     if start.startswith(b"\x80"):
+        if _MAGIC not in start[:64]:
+            return RawFile(path, "pickle", _read_plain_pickle(path))
         return RawFile(path, "torch", _read_torch_pickle(path))
     raise WeightsError(explain_start(path, start))
 
@@ -203,6 +262,19 @@ def _read_torch_zip(path: Path, size: int) -> Any:
 def _data_pickle(path: Path, archive: zipfile.ZipFile, size: int) -> bytes:
     """Return the pickle inside a PyTorch zip archive, after checks of the archive."""
     entries = archive.infolist()
+    names = [entry.filename for entry in entries]
+    if any("/code/" in name for name in names):
+        _refuse(
+            path,
+            "is a TorchScript program, not a file of weights",
+            "save the state_dict of the model it was made from",
+        )
+    if any(
+        name.rpartition("/")[2] in ("archive_format", "serialized_exported_program.json") for name in names
+    ):
+        _refuse(path, "is a program of torch.export, not a file of weights", _CONVERT_FROM_TORCH)
+    if any(name.endswith("model.weights.h5") for name in names):
+        _refuse(path, "is a Keras archive, which holds no Deformable DETR", _KERAS[1])
     packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed:
         _refuse(
@@ -213,15 +285,10 @@ def _data_pickle(path: Path, archive: zipfile.ZipFile, size: int) -> bytes:
         )
     if sum(entry.file_size for entry in entries) > size:
         _refuse(path, "claims more content than it has bytes", "do not trust it")
-    names = [entry.filename for entry in entries]
     inside = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
-    if any("/code/" in name for name in names):
-        _refuse(
-            path,
-            "is a TorchScript program, not a file of weights",
-            "save the state_dict of the model it was made from",
-        )
     if not inside:
+        if path.suffix.lower() in _SUFFIXES:
+            raise WeightsError(explain_suffix(path))
         shown = ", ".join(names[:4]) or "nothing"
         what = f"is a zip archive but not a PyTorch file (it holds {shown})"
         _refuse(path, what, "give the weights file itself")
@@ -260,7 +327,7 @@ def _read_torch_pickle(path: Path) -> Any:
 def _load(path: Path, names: list[str], *, mmap: bool) -> Any:
     offered, refused = sort_names(dict.fromkeys(names))
     if refused:
-        _refuse(path, f"asks to run or build {short_names(refused)}", _SAVE_PLAIN)
+        _refuse_names(path, refused)
     try:
         with warnings.catch_warnings(), _only_allowed(offered):
             # torch warns of other pickle protocols; such files load or fail here.
@@ -269,12 +336,72 @@ def _load(path: Path, names: list[str], *, mmap: bool) -> Any:
     except Exception as error:
         # Damaged bytes cause nearly any of Python's errors.
         text = _first_line(str(error))
-        if "magic number" in text:
-            _refuse(path, "is a pickle, but torch.save did not write it", _SAVE_PLAIN, error)
         if isinstance(error, pickle.UnpicklingError) and "Unsupported operand" not in text:
             _refuse(path, f"is not a plain file of weights: {text}", _SAVE_PLAIN, error)
         what = f"is truncated, damaged or not a PyTorch file: {type(error).__name__}: {text}"
         _refuse(path, what, _AGAIN, error)
+
+
+def _refuse_names(path: Path, refused: Sequence[str]) -> NoReturn:
+    """Refuse a file by the names of what it would build or run."""
+    shown = short_names(refused)
+    if any(name.startswith("torch.jit.") for name in refused):
+        _refuse(path, f"is a TorchScript program inside a pickle ({shown})", _SAVE_PLAIN)
+    if any(name.startswith("torch.nn.modules.") for name in refused):
+        of = " of Ultralytics" if any(name.startswith("ultralytics.") for name in refused) else ""
+        what = f"is a whole pickled model{of}, not its weights: it asks to build {shown}"
+        _refuse(path, what, _SAVE_PLAIN)
+    _refuse(path, f"asks to run or build {shown}", _SAVE_PLAIN)
+
+
+def _read_plain_pickle(path: Path) -> Any:
+    """Read a pickle that torch.save did not write, such as Detectron2's arrays."""
+    with path.open("rb") as file:
+        unpickler = PlainUnpickler(file)
+        try:
+            return unpickler.load()
+        except Exception as error:
+            # Damaged bytes cause nearly any of Python's errors.
+            if unpickler.refused and unpickler.refused.startswith("torch."):
+                _refuse(path, "is a pickle of tensors that torch.save did not write", _SAVE_PLAIN, error)
+            if unpickler.refused:
+                _refuse_names(path, [unpickler.refused])
+            if isinstance(error, pickle.UnpicklingError) and "asks for" in str(error):
+                _refuse(path, _first_line(str(error)), _SAVE_PLAIN, error)
+            text = f"{type(error).__name__}: {_first_line(str(error))}"
+            _refuse(path, f"is no whole PyTorch file and no whole pickle ({text})", _AGAIN, error)
+
+
+# --- NumPy archives ---
+
+_MAX_INFLATION = 100  # weights hardly shrink; an archive that grows more is a zip bomb
+
+
+def _read_npz(path: Path, size: int) -> dict[str, Tensor] | None:
+    """Return the arrays of an ``.npz`` archive as tensors, or None where the zip archive is another one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, OSError, *_DAMAGE):
+        return None  # the reader of PyTorch archives says what is wrong
+    if not entries or not all(entry.filename.endswith(".npy") for entry in entries):
+        return None
+    if sum(entry.file_size for entry in entries) > max(_MAX_INFLATION * size, 2**20):
+        _refuse(path, "claims more content than its bytes can hold", "do not trust it")
+    tensors: dict[str, Tensor] = {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for key in arrays.files:
+                tensors[key] = torch.from_numpy(np.ascontiguousarray(arrays[key]))
+    except ValueError as error:
+        if "allow_pickle" in str(error) or "Object arrays" in str(error):
+            _refuse(path, "holds Python objects, not arrays", "save one array a name with numpy.savez", error)
+        _refuse(path, f"is no whole .npz archive: {_first_line(str(error))}", _AGAIN, error)
+    except TypeError as error:
+        _refuse(path, f"holds arrays of no numbers: {_first_line(str(error))}", "save numbers alone", error)
+    except (zipfile.BadZipFile, zlib.error, OSError, MemoryError, *_DAMAGE) as error:
+        _refuse(path, f"is no whole .npz archive: {_first_line(str(error))}", _AGAIN, error)
+    return tensors
 
 
 @contextmanager
@@ -338,6 +465,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_folder(folder: Path) -> RawFile:
+    kind = _other_folder(folder)
+    if kind is not None:
+        _refuse(folder, *kind)
     config_path = folder / "config.json"
     weights = [
         name
@@ -356,9 +486,6 @@ def _read_folder(folder: Path) -> RawFile:
             "give a weights file, or a folder saved by Hugging Face's save_pretrained",
         )
     config = _read_json(config_path)
-    kind = config.get("model_type")
-    if kind != "deformable_detr":
-        _refuse(config_path, f"describes a model of type {kind!r}", "only deformable_detr can be read")
     first = folder / weights[0]
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
@@ -367,6 +494,18 @@ def _read_folder(folder: Path) -> RawFile:
         tensors.update(part)
         metadata.update(about)
     return RawFile(folder, "hf_folder", tensors, metadata, config)
+
+
+def _other_folder(folder: Path) -> tuple[str, str] | None:
+    """Return what a folder of another kind is, and a hint."""
+    if (folder / ".metadata").is_file() or next(folder.glob("*.distcp"), None):
+        hint = "join it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
+        return "is a distributed checkpoint of torch, in one part a process", hint
+    if (folder / "zero_to_fp32.py").is_file():
+        return "is a checkpoint of DeepSpeed, in one part a process", "join it with its zero_to_fp32.py"
+    if (folder / "saved_model.pb").is_file():
+        return "is a model saved by TensorFlow", _CONVERT_FROM_TORCH
+    return None
 
 
 def _config_beside(path: Path) -> dict[str, Any]:

@@ -1,0 +1,197 @@
+"""Name the network of a file that is no Deformable DETR, by signs of its structure.
+
+The keys of other detectors share many names with a Deformable DETR's. :func:`other_network` names the network
+whose own modules occur; :func:`refusal` offers its backbone where that can be used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ddetr_mm.errors import Problem
+from ddetr_mm.weights.checkpoint import backbone_kind
+from ddetr_mm.weights.layouts import TRANSFORMER, Found, find_backbones
+from ddetr_mm.weights.safe_read import short_names
+
+
+@dataclass(frozen=True)
+class _Sign:
+    """A network and the names that only it has: all of ``names`` occur, none of ``without``."""
+
+    network: str
+    names: tuple[str, ...]
+    without: tuple[str, ...] = ()
+
+
+def _module(*names: str) -> str:
+    """Return the expression of modules with these names, at any depth."""
+    return rf"(?:^|.*\.)(?:{'|'.join(names)})(?:\..*)?$"
+
+
+_DEFORMABLE = _module("sampling_offsets")
+_LAYERS = r".*(?:encoder|decoder)\.layers\.\d+\..+"
+
+# In this order: the first that fits names the network.
+_SIGNS: tuple[_Sign, ...] = (
+    _Sign("RF-DETR", (r".*backbone\.0\.(?:encoder\.encoder|projector)\..+",)),
+    _Sign("RF-DETR", (_module("refpoint_embed"), r".*backbone.*\.(?:projector|register_tokens)(?:\..+|$)")),
+    _Sign("D-FINE", (_module("lqe_layers", "pre_bbox_head", "dn_lqe_layers"),)),
+    _Sign(
+        "RT-DETR",
+        (
+            _module(
+                "pan_blocks", "dec_score_head", "denoising_class_embed", "enc_score_head", "enc_bbox_head"
+            ),
+        ),
+    ),
+    _Sign(
+        "Grounding DINO",
+        (_DEFORMABLE, _module("bert", "language_model", "text_backbone", "text_feat_map", "fusion_layers")),
+    ),
+    _Sign(
+        "Mask DINO or Mask2Former",
+        (_module("pixel_decoder", "sem_seg_head", "mask_embed", "pixel_level_module"),),
+    ),
+    _Sign("Co-DETR", (r"(?:.*\.)?query_head\..+", _DEFORMABLE)),
+    _Sign(
+        "DDQ DETR", (_module("dn_query_generator"), _module("query_map", "aux_cls_branches", "cache_dict"))
+    ),
+    _Sign("DINO", (_DEFORMABLE, _module("enc_out_class_embed", "enc_out_bbox_embed"))),
+    _Sign("DINO", (_DEFORMABLE, _module("dn_query_generator", "label_enc", "label_embedding"))),
+    _Sign(
+        "DAB-Deformable-DETR", (_DEFORMABLE, _module("refpoint_embed", "refpoint_embeddings", "tgt_embed"))
+    ),
+    _Sign(
+        "DAB-DETR",
+        (_module("refpoint_embed", "query_refpoint_embeddings", "ref_anchor_head"),),
+        (_DEFORMABLE,),
+    ),
+    _Sign(
+        "Conditional DETR",
+        (_module("ca_qcontent_proj", "qcontent_proj", "sa_qcontent_proj"),),
+        (_DEFORMABLE,),
+    ),
+    _Sign("YOLOS", (r".*(?:det_token|detection_tokens).*",)),
+    _Sign(
+        "Faster R-CNN or another two-stage R-CNN",
+        (r"(?:.*\.)?(?:rpn|rpn_head|roi_heads?|proposal_generator)\..+",),
+    ),
+    _Sign("Sparse R-CNN", (_module("init_proposal_bboxes", "init_proposal_features"),)),
+    _Sign(
+        "a DETR without deformable attention",
+        (_LAYERS, _module("query_embed", "query_embedding", "query_position_embeddings")),
+        (_DEFORMABLE,),
+    ),
+    _Sign("YOLO", (r"(?:.*\.)?model\.\d+\.(?:conv|cv[1-4]|m|bn|attn|dfl)\..+",)),
+    _Sign(
+        "YOLOX or another YOLO of mmdet",
+        (_module("multi_level_cls_convs", "multi_level_conv_cls", "convs_pred"),),
+    ),
+    _Sign("YOLOX", (r"(?:.*\.)?backbone\.backbone\.(?:stem|dark\d)\..+",)),
+    _Sign(
+        "RetinaNet",
+        (
+            _module("retina_cls", "cls_subnet", "classification_head"),
+            _module("retina_reg", "bbox_subnet", "regression_head"),
+        ),
+    ),
+    _Sign(
+        "a one-stage detector",
+        (r"(?:.*\.)?(?:bbox_head|head)\.(?:cls_convs|cls_head|reg_convs|cls_logits).*",),
+    ),
+)
+
+
+def other_network(keys: Mapping[str, str], found: Found | None) -> str | None:
+    """Return the name of a network that is no Deformable DETR, None where there is no sign of one.
+
+    Args:
+        keys: key → the same without wrappers, of the dictionary's part that is to be read.
+        found: the detector that was found there by its names.
+    """
+    names = list(keys.values())
+    for sign in _SIGNS:
+        wanted = all(_any_fits(expression, names) for expression in sign.names)
+        if wanted and not any(_any_fits(expression, names) for expression in sign.without):
+            return sign.network
+    if found is None:
+        return None
+    inside = further_modules(keys, found)
+    if inside:
+        return f"a network with further modules in its transformer ({short_names(inside, 3)})"
+    if not _any_fits(_DEFORMABLE, names):
+        return "a network without deformable attention"
+    return None
+
+
+def _any_fits(expression: str, names: list[str]) -> bool:
+    pattern = re.compile(expression)
+    return any(pattern.match(name) for name in names)
+
+
+def further_modules(keys: Mapping[str, str], found: Found) -> list[str]:
+    """Return the keys inside a detector's transformer for which a Deformable DETR has no name."""
+    known = set(found.names.values())
+    bare_model = not any(name.startswith("class_embed.") for name in found.names)
+    inside: list[str] = []
+    for key, bare in keys.items():
+        if (
+            key in known
+            or not bare.startswith(found.prefix)
+            or bare.endswith(("_extra_state", "num_batches_tracked"))
+        ):
+            continue
+        name = bare[len(found.prefix) :]
+        is_transformer = TRANSFORMER.fullmatch(name) or (
+            bare_model and TRANSFORMER.fullmatch(f"model.{name}")
+        )
+        # A transformer of the other layouts has another first part.
+        first = name.partition(".")[0]
+        if is_transformer and any(usual.partition(".")[0] == first for usual in found.names):
+            inside.append(key)
+    return inside
+
+
+def refusal(
+    path: Path, state_dict: Mapping[str, Tensor], keys: Mapping[str, str], network: str | None
+) -> Problem:
+    """Return the problem with a file that holds no Deformable DETR.
+
+    Args:
+        path: the file.
+        state_dict: the dictionary that was looked at.
+        keys: its keys → the same without wrappers.
+        network: the name of its network, see :func:`other_network`; None where it is not known.
+    """
+    shown = short_names(list(state_dict), 3)
+    backbone = usable_backbone(state_dict, keys)
+    if network is None and backbone is not None:
+        return Problem(
+            f"holds a backbone ({backbone}), not a detector (its keys: {shown})",
+            file=path,
+            hint="name it as model.pretrained_backbone_path",
+        )
+    if network is None:
+        return Problem(
+            f"holds no Deformable DETR of any known format (its keys: {shown})",
+            file=path,
+            allowed="mmdet's, TAO's, the original authors' and Hugging Face's",
+        )
+    hint = "its backbone is none that a spec can name: train from a backbone of torchvision or timm"
+    if backbone is not None:
+        hint = f"its backbone ({backbone}) can be used: name the file as model.pretrained_backbone_path"
+    return Problem(f"holds {network}, not a Deformable DETR (its keys: {shown})", file=path, hint=hint)
+
+
+def usable_backbone(state_dict: Mapping[str, Tensor], keys: Mapping[str, str]) -> str | None:
+    """Return the spec's name of the largest ResNet or GCViT in a dictionary, or None."""
+    for found in find_backbones(keys):
+        shapes = {f"backbone.{name}": tuple(state_dict[key].shape) for name, key in found.names.items()}
+        kind, _channels = backbone_kind(shapes)
+        return kind if kind != "unknown" else "a ResNet or GCViT of another size"
+    return None
