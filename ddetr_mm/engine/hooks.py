@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,20 @@ from ddetr_mm.engine.progress import Progress
 from ddetr_mm.engine.status import RUNNING, STARTED, StatusLog
 from ddetr_mm.weights import load_backbone, load_for_model
 
-# --- cuDNN ---
+# --- Deterministic algorithms ---
 
 
 @HOOKS.register_module()
 class CudnnHook(Hook):
-    """Sets how cuDNN chooses its algorithms, before the first step; without a GPU it changes nothing.
+    """Chooses the algorithms of cuDNN and PyTorch for a training run; afterwards they are as before.
 
-    mmengine can switch ``benchmark`` on, and deterministic algorithms only together with torch's own, which
-    some operations do not have.
+    mmengine's own ``deterministic`` ends a run at an operation that has no deterministic algorithm; here such
+    an operation only warns, as in TAO.
 
     Args:
         benchmark: time cuDNN's algorithms and take the fastest.
-        deterministic: use cuDNN's deterministic algorithms only.
+        deterministic: use deterministic algorithms of cuDNN and PyTorch where there are any, and the plain
+            form of attention, whose gradients are deterministic.
     """
 
     priority = "VERY_HIGH"
@@ -47,11 +49,63 @@ class CudnnHook(Hook):
     def __init__(self, benchmark: bool = False, deterministic: bool = True) -> None:
         self.benchmark = benchmark
         self.deterministic = deterministic
+        self._before: AlgorithmSettings | None = None
 
     def before_run(self, runner: Any) -> None:
         """Set the switches; a runner in deterministic mode stays deterministic."""
-        torch.backends.cudnn.deterministic = self.deterministic or runner.deterministic
-        torch.backends.cudnn.benchmark = self.benchmark and not runner.deterministic
+        self._before = AlgorithmSettings.current()
+        deterministic = self.deterministic or runner.deterministic
+        AlgorithmSettings(
+            cudnn_benchmark=self.benchmark and not runner.deterministic,
+            cudnn_deterministic=deterministic,
+            algorithms=deterministic,
+            only_warn=not runner.deterministic,
+            # Memory that is written anyway need not be filled first.
+            fill_memory=False,
+            fast_attention=not deterministic,
+        ).apply()
+        if deterministic:  # read when cuBLAS is used first
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def after_run(self, runner: Any) -> None:
+        """Set the switches back."""
+        if self._before is not None:
+            self._before.apply()
+
+
+@dataclass(frozen=True)
+class AlgorithmSettings:
+    """PyTorch's process-wide switches for the choice of algorithms."""
+
+    cudnn_benchmark: bool
+    cudnn_deterministic: bool
+    algorithms: bool
+    only_warn: bool
+    fill_memory: bool
+    fast_attention: bool
+
+    @classmethod
+    def current(cls) -> AlgorithmSettings:
+        """The switches as they are."""
+        return cls(
+            cudnn_benchmark=torch.backends.cudnn.benchmark,
+            cudnn_deterministic=torch.backends.cudnn.deterministic,
+            algorithms=torch.are_deterministic_algorithms_enabled(),
+            only_warn=torch.is_deterministic_algorithms_warn_only_enabled(),
+            fill_memory=torch.utils.deterministic.fill_uninitialized_memory,
+            fast_attention=torch.backends.cuda.flash_sdp_enabled(),
+        )
+
+    def apply(self) -> None:
+        """Set the switches."""
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        torch.backends.cudnn.deterministic = self.cudnn_deterministic
+        torch.use_deterministic_algorithms(self.algorithms, warn_only=self.only_warn)
+        torch.utils.deterministic.fill_uninitialized_memory = self.fill_memory
+        # The gradients of the fused forms of attention add in any order.
+        torch.backends.cuda.enable_flash_sdp(self.fast_attention)
+        torch.backends.cuda.enable_mem_efficient_sdp(self.fast_attention)
+        torch.backends.cuda.enable_cudnn_sdp(self.fast_attention)
 
 
 # --- Learning rates ---

@@ -21,6 +21,7 @@ from mmcv.ops.multi_scale_deform_attn import (
 )
 from torch import Tensor
 
+from ddetr_mm.errors import Problem, StackError
 from ddetr_mm.models.cpu_sampling import sample_values_on_cpu
 from ddetr_mm.models.triton_attention import GPU_HAS_ITS_OWN, IMPLEMENTATIONS, deformable_sampling
 
@@ -66,6 +67,7 @@ def sample_values(
     level_start_index: Tensor,
     im2col_step: int = 64,
     implementation: str = "auto",
+    deterministic: bool = False,
 ) -> Tensor:
     """Sample values bilinearly and sum them by weight, with the implementation for the device.
 
@@ -84,19 +86,24 @@ def sample_values(
         im2col_step: largest number of images the compiled op handles at once.
         implementation: of a GPU: ``auto``, ``mmcv`` or ``triton``; ``torch`` is mmcv's PyTorch form on
             every device.
+        deterministic: whether equal inputs must give equal gradients, bit for bit; on a CPU they always do.
 
     Returns:
         (B, Q, C) in the dtype of ``value``.
 
     Raises:
-        StackError: the implementation is not available for this GPU.
+        StackError: the implementation is not available for this GPU, or has no deterministic form.
     """
     device = value.device
+    has_own = GPU_HAS_ITS_OWN or implementation != "auto"
+    if deterministic and device.type == "cuda" and (implementation == "torch" or not has_own):
+        hint = "install triton and set ddetr_mm.attention=auto, or set model.precise_msda=false"
+        raise StackError(Problem("PyTorch's form of deformable attention is not deterministic", hint=hint))
     with no_autocast(value.device):
         locations, weights = sampling_locations.float(), attention_weights.float()
         if implementation == "torch" or torch.jit.is_tracing():
             return _sample_with_pytorch(value, locations, weights, level_sizes_hw)
-        if device.type == "cuda" and (GPU_HAS_ITS_OWN or implementation != "auto"):
+        if device.type == "cuda" and has_own:
             # The kernels read half precision and sum in float32.
             return deformable_sampling(
                 value,
@@ -106,6 +113,7 @@ def sample_values(
                 level_start_index,
                 implementation,
                 im2col_step,
+                deterministic,
             )
         # torch.compile cannot trace the CPU function, and fuses the PyTorch form.
         if device.type == "cpu" and _many_points(locations, value) and not torch.compiler.is_compiling():
@@ -133,17 +141,18 @@ class DeformableAttention(MultiScaleDeformableAttention):
 
     Args:
         implementation: one of :data:`~ddetr_mm.models.triton_attention.IMPLEMENTATIONS`.
+        deterministic: whether gradients are equal bit for bit each time.
         **kwargs: mmcv's.
 
     Raises:
         ValueError: ``implementation`` is unknown.
     """
 
-    def __init__(self, *args, implementation: str = "auto", **kwargs) -> None:
+    def __init__(self, *args, implementation: str = "auto", deterministic: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.choose_implementation(implementation)
+        self.choose_implementation(implementation, deterministic)
 
-    def choose_implementation(self, implementation: str) -> None:
+    def choose_implementation(self, implementation: str, deterministic: bool = False) -> None:
         """Set the implementation, see the class.
 
         Raises:
@@ -152,6 +161,7 @@ class DeformableAttention(MultiScaleDeformableAttention):
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(f"attention must be one of {IMPLEMENTATIONS}, not {implementation!r}")
         self.implementation = implementation
+        self.deterministic = deterministic
 
     def forward(
         self,
@@ -215,6 +225,7 @@ class DeformableAttention(MultiScaleDeformableAttention):
             level_start_index,
             self.im2col_step,
             self.implementation,
+            self.deterministic,
         )
         return self.dropout(self.output_proj(output)) + identity
 

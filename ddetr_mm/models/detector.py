@@ -161,6 +161,8 @@ class TAODeformableDETR(DeformableDETR):
             a module that is used several times may be given by any of its names.
         attention: the GPU implementation of deformable attention, see
             :func:`~ddetr_mm.models.deformable_attention.sample_values`.
+        deterministic_attention: whether the gradients of deformable attention are equal bit for bit each
+            time; on a GPU that is slower.
         compiled: the modules given to ``torch.compile``: ``none``, ``backbone``, or ``all`` (backbone, neck,
             encoder, decoder).
         compile_options: arguments of ``torch.compile``, e.g. ``{"mode": "reduce-overhead"}``.
@@ -181,6 +183,7 @@ class TAODeformableDETR(DeformableDETR):
         activation_checkpoint: bool = False,
         frozen_modules: Sequence[str] = (),
         attention: str = "auto",
+        deterministic_attention: bool = False,
         compiled: str = "none",
         compile_options: dict | None = None,
         predict_dtype: str | None = None,
@@ -209,7 +212,7 @@ class TAODeformableDETR(DeformableDETR):
             self._freeze(name)
         for module in self.modules():
             if isinstance(module, DeformableAttention):
-                module.choose_implementation(attention)
+                module.choose_implementation(attention, deterministic_attention)
         if predict_dtype not in (None, "float16", "bfloat16"):
             raise ValueError(f"predict_dtype must be float16, bfloat16 or None, not {predict_dtype!r}")
         self.predict_dtype = predict_dtype

@@ -567,6 +567,7 @@ def choose(
     last: Candidate | None,
     expected: Candidate,
     capturing: bool = False,
+    deterministic: bool = False,
 ) -> Candidate:
     """Return the first candidate that agrees with PyTorch, chosen once for each direction and kind.
 
@@ -579,18 +580,28 @@ def choose(
         expected: computes the expected results.
         capturing: whether a CUDA graph is captured, in which nothing can be compared; the first candidate is
             used then.
+        deterministic: whether only deterministic candidates may be chosen.
 
     Raises:
-        StackError: no candidate agrees, and there is no ``last``.
+        StackError: no candidate agrees, and there is no ``last``; or none is deterministic.
     """
     what = f"deformable attention, {direction}, {kind}"
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    steady = [candidate for candidate in candidates if candidate.deterministic]
     if deterministic:
-        steady = [candidate for candidate in candidates if candidate.deterministic]
+        candidates = steady
+        last = last if last is not None and last.deterministic else None
+        if not steady and last is None:
+            raise StackError(
+                Problem(
+                    f"{what}: no deterministic implementation is available",
+                    hint="install triton, or set model.precise_msda=false",
+                )
+            )
+    elif _only_deterministic_algorithms():
         if not steady:
             _warn_once(f"{what}: no deterministic implementation is available")
         candidates = steady or candidates
-    key = (direction, kind, tuple(candidate.name for candidate in candidates), last is None, deterministic)
+    key = (direction, kind, tuple(candidate.name for candidate in candidates), last is None)
     if key in _chosen:
         return _chosen[key]
     if capturing:
@@ -612,6 +623,14 @@ def choose(
     return best
 
 
+def _only_deterministic_algorithms() -> bool:
+    """Whether PyTorch refuses other algorithms; where it only warns, sampling stays as fast as it can be."""
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )
+
+
 @contextlib.contextmanager
 def _non_deterministic_allowed() -> Iterator[None]:
     """Allow the gradient of ``grid_sample``, which has no deterministic form, inside the block."""
@@ -627,7 +646,11 @@ def _non_deterministic_allowed() -> Iterator[None]:
 
 
 def _choose_for(
-    direction: str, candidates: Sequence[Candidate], tensors: tuple, implementation: str
+    direction: str,
+    candidates: Sequence[Candidate],
+    tensors: tuple,
+    implementation: str,
+    deterministic: bool,
 ) -> Candidate:
     """Call :func:`choose` for the arguments of a candidate."""
     value, weights = tensors[-5], tensors[-3]
@@ -641,6 +664,7 @@ def _choose_for(
         last=PYTORCH_FORM[direction] if implementation == "auto" else None,
         expected=PYTORCH_FORM[direction],
         capturing=value.is_cuda and torch.cuda.is_current_stream_capturing(),
+        deterministic=deterministic,
     )
 
 
@@ -662,6 +686,7 @@ def deformable_sampling(
     level_start_index: Tensor,
     implementation: str,
     im2col_step: int,
+    deterministic: bool = False,
 ) -> Tensor:
     """Sample bilinearly and sum by weight in float32, with gradients.
 
@@ -673,17 +698,18 @@ def deformable_sampling(
         level_start_index: (L,) int64.
         implementation: ``auto``, ``mmcv`` or ``triton``.
         im2col_step: largest number of images mmcv's op handles at once.
+        deterministic: whether equal inputs must give equal gradients, bit for bit.
 
     Returns:
         (B, Q, M * D) in the dtype of ``value``.
 
     Raises:
-        StackError: the implementation is not available for this device.
+        StackError: the implementation is not available for this device, or has no deterministic form.
     """
     check_available(implementation, value.device)
     candidates = forward_candidates(value.device, implementation, im2col_step)
     tensors = (value, locations, weights, spatial_shapes, level_start_index)
-    return _choose_for("forward", candidates, tensors, implementation).run(*tensors)[0]
+    return _choose_for("forward", candidates, tensors, implementation, deterministic).run(*tensors)[0]
 
 
 @torch.library.custom_op("ddetr_mm::deformable_sampling_backward", mutates_args=())
@@ -696,11 +722,12 @@ def deformable_sampling_backward(
     level_start_index: Tensor,
     implementation: str,
     im2col_step: int,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of ``value``, ``locations`` and ``weights`` from the output's, (B, Q, M * D)."""
     candidates = backward_candidates(value.device, implementation, im2col_step)
     tensors = (grad_output, value, locations, weights, spatial_shapes, level_start_index)
-    gradients = _choose_for("backward", candidates, tensors, implementation).run(*tensors)
+    gradients = _choose_for("backward", candidates, tensors, implementation, deterministic).run(*tensors)
     return gradients[0], gradients[1], gradients[2]
 
 
@@ -721,15 +748,15 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.implementation, ctx.im2col_step = inputs
+    *tensors, ctx.implementation, ctx.im2col_step, ctx.deterministic = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple:
     gradients = deformable_sampling_backward(
-        grad_output, *ctx.saved_tensors, ctx.implementation, ctx.im2col_step
+        grad_output, *ctx.saved_tensors, ctx.implementation, ctx.im2col_step, ctx.deterministic
     )
-    return (*gradients, None, None, None, None)
+    return (*gradients, None, None, None, None, None)
 
 
 deformable_sampling.register_autograd(_backward, setup_context=_keep)

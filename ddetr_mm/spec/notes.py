@@ -23,7 +23,6 @@ NO_EFFECT: dict[str, str] = {
     "model_name": "nothing is named after it",
     "model.dld_model_dir_path": "it points into a model store inside NVIDIA",
     "model.clip_max_norm": "gradients are clipped by train.clip_grad_norm",
-    "model.precise_msda": "deformable attention is sampled in full precision at any train.precision",
     "dataset.quant_calibration_data_sources": _QUANTIZE,
     "train.optim.monitor_name": "no scheduler watches a value",
     "train.input_width": _AUGMENTED,

@@ -321,6 +321,18 @@ def gpus_named_once(spec: ExperimentSpec) -> Iterator[Fault]:
             yield Fault(f"{name}.gpu_ids", "must name each GPU once, and at least one", ids)
 
 
+@rule("model.precise_msda", "ddetr_mm.attention", subtasks=["train"])
+def deterministic_attention_exists(spec: ExperimentSpec) -> Iterator[Fault]:
+    """model.precise_msda needs an attention that has a deterministic form: auto or triton."""
+    if spec.model.precise_msda and spec.ddetr_mm.attention in ("mmcv", "torch"):
+        yield Fault(
+            "ddetr_mm.attention",
+            "is not deterministic on a GPU, but model.precise_msda is true",
+            spec.ddetr_mm.attention,
+            allowed="auto or triton",
+        )
+
+
 # Inference, export, engines
 
 

@@ -171,7 +171,8 @@ class ModelConfig(Section):
     precise_msda: StrictBool = spec_field(
         False,
         origin=TAO_7_3,
-        doc="Compute deformable attention in full precision under mixed precision.",
+        doc="""Give the gradients of deformable attention deterministically, which is slower on a GPU; without
+        it they differ in the last bits from run to run there. Sums are in full precision always.""",
     )
 
 
@@ -302,7 +303,11 @@ class CudnnConfig(Section):
     """Switches of cuDNN."""
 
     benchmark: StrictBool = spec_field(False, doc="Let cuDNN time its algorithms and take the fastest.")
-    deterministic: StrictBool = spec_field(True, doc="Restrict cuDNN to deterministic algorithms.")
+    deterministic: StrictBool = spec_field(
+        True,
+        doc="""Train with deterministic algorithms, of cuDNN and of PyTorch, where there are any; others warn.
+        model.precise_msda does the same for deformable attention.""",
+    )
 
 
 class OptimConfig(Section):

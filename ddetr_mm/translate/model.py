@@ -125,6 +125,7 @@ SOURCE_KEYS = (
     "model.giou_loss_coef",
     "model.focal_alpha",
     "model.num_select",
+    "model.precise_msda",
     "dataset.num_classes",
     "dataset.augmentation.input_mean",
     "dataset.augmentation.input_std",
@@ -237,6 +238,8 @@ def speed_options(spec: ExperimentSpec) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if own.attention != "auto":
         options["attention"] = own.attention
+    if spec.model.precise_msda:
+        options["deterministic_attention"] = True
     if own.compile != "none":
         options["compiled"] = own.compile
         if own.compile_mode != "default":

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmcv.ops import MultiScaleDeformableAttention
 
+from ddetr_mm.errors import StackError
+from ddetr_mm.models import deformable_attention
 from ddetr_mm.models.deformable_attention import DeformableAttention, level_layout, sample_values
 
 SIZES_HW = ((6, 8), (3, 4))
@@ -88,6 +92,14 @@ def test_locations_keep_float32_under_autocast(dtype: torch.dtype) -> None:
     torch.testing.assert_close(read[0, :, 0], locations[0, :, 0, 0, 0, 0], rtol=0, atol=1e-5)
     half = sample_values(value.to(dtype), locations, weights, ((1, width),), spatial_shapes, start)
     assert half.dtype == dtype
+
+
+@pytest.mark.parametrize(("implementation", "has_own"), [("torch", True), ("auto", False)])
+def test_no_gpu_takes_the_pytorch_form_for_deterministic(monkeypatch, implementation: str, has_own: bool):
+    monkeypatch.setattr(deformable_attention, "GPU_HAS_ITS_OWN", has_own)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(StackError, match=r"is not deterministic; .*model\.precise_msda=false"):
+        sample_values(on_gpu, None, None, None, None, None, implementation=implementation, deterministic=True)
 
 
 def test_level_layout() -> None:

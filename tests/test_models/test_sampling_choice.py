@@ -116,9 +116,25 @@ def test_deterministic_algorithms_are_preferred_where_they_are_demanded(log) -> 
         assert chosen(unsteady, Candidate("steady", double)).name == "steady"
         assert chosen(unsteady) is unsteady
         assert torch.are_deterministic_algorithms_enabled()
+        # Where PyTorch only warns, as train.cudnn.deterministic has it, the fast ones stay.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        assert chosen(unsteady, Candidate("steady", double)) is unsteady
     finally:
         torch.use_deterministic_algorithms(False)
     assert "no deterministic implementation is available" in log.text
+
+
+def test_the_deterministic_form_is_demanded_or_refused(log) -> None:
+    unsteady, steady = (
+        Candidate("adds in any order", double, deterministic=False),
+        Candidate("steady", double),
+    )
+    assert chosen(unsteady, steady, deterministic=True) is steady
+    assert chosen(unsteady, steady) is unsteady
+    with pytest.raises(StackError, match=r"no deterministic implementation .*precise_msda"):
+        chosen(unsteady, deterministic=True)  # PyTorch's own form is none either
+    with pytest.raises(StackError, match="does not compute what PyTorch does"):
+        chosen(unsteady, triple, deterministic=True)
 
 
 SIZES_HW = ((5, 7), (3, 4))

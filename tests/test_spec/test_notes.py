@@ -11,7 +11,6 @@ VALUES = {
     "model_name": "x",
     "model.dld_model_dir_path": "/x",
     "model.clip_max_norm": "0.5",
-    "model.precise_msda": "true",
     "dataset.quant_calibration_data_sources": "{image_dir: a, json_file: b}",
     "train.optim.monitor_name": "train_loss",
     "train.checkpointer": "{save_top_k: 2}",

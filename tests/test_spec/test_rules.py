@@ -156,6 +156,16 @@ CASES = [
     ),
     ("gpus_named_once", None, "train: {gpu_ids: [3, 1]}", "train: {gpu_ids: [1, 1]}", "train.gpu_ids"),
     ("gpus_named_once", None, "evaluate: {gpu_ids: [3]}", "evaluate: {gpu_ids: []}", "evaluate.gpu_ids"),
+    *(
+        (
+            "deterministic_attention_exists",
+            None,
+            f"model: {{precise_msda: true}}\nddetr_mm: {{attention: {right}}}",
+            f"model: {{precise_msda: true}}\nddetr_mm: {{attention: {wrong}}}",
+            "ddetr_mm.attention, line 2: is not deterministic on a GPU",
+        )
+        for right, wrong in (("auto", "mmcv"), ("triton", "torch"))
+    ),
     (
         "both_sides_of_evaluation",
         None,

@@ -242,6 +242,23 @@ def test_frozen_parts_keep_their_weights_in_a_step(tiny_model, training_batch, m
     assert changed - {"level_embed"} == {"decoder", "query_embedding", "reference_points_fc", "bbox_head"}
 
 
+@pytest.mark.parametrize("precise", [False, True])
+def test_precise_msda_demands_deterministic_attention(tiny_model, monkeypatch, precise: bool):
+    from ddetr_mm.models import deformable_attention
+
+    demanded = []
+
+    def sample(*arguments):
+        demanded.append(arguments[-1])
+        return original(*arguments)
+
+    original = deformable_attention.sample_values
+    monkeypatch.setattr(deformable_attention, "sample_values", sample)
+    model = tiny_model(f"model.precise_msda={precise}")
+    outputs(model)
+    assert demanded == [precise] * (len(model.encoder.layers) + len(model.decoder.layers))
+
+
 def test_normalisation_of_the_input(tiny_config, training_batch):
     plain = ("dataset.augmentation.input_mean=[0]", "dataset.augmentation.input_std=[1]")
     other = ("dataset.augmentation.input_mean=[0.5, 0.25, 0.0]", "dataset.augmentation.input_std=[0.5]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import types
 from argparse import Namespace
 from collections.abc import Callable
@@ -195,11 +196,29 @@ def test_cudnn_switches(tiny_config, monkeypatch, benchmark: bool, deterministic
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", not deterministic)
     config = tiny_config(f"train.cudnn.benchmark={benchmark}", f"train.cudnn.deterministic={deterministic}")
     (settings,) = [hook for hook in config.custom_hooks if hook.type == "CudnnHook"]
-    HOOKS.build(settings).before_run(types.SimpleNamespace(deterministic=False))
-    assert torch.backends.cudnn.benchmark is benchmark
-    assert torch.backends.cudnn.deterministic is deterministic
-    HOOKS.build(settings).before_run(types.SimpleNamespace(deterministic=True))
-    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    hook = HOOKS.build(settings)
+    hook.before_run(types.SimpleNamespace(deterministic=False))
+    try:
+        assert torch.backends.cudnn.benchmark is benchmark
+        assert torch.backends.cudnn.deterministic is deterministic
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+        assert torch.is_deterministic_algorithms_warn_only_enabled()  # as TAO: an operation without one warns
+        assert torch.backends.cuda.math_sdp_enabled()
+        fused = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert fused == (not deterministic,) * 2
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is deterministic
+    finally:
+        hook.after_run(None)
+    assert torch.backends.cudnn.benchmark is not benchmark
+    assert not torch.are_deterministic_algorithms_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    hook.before_run(types.SimpleNamespace(deterministic=True))
+    try:
+        assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        hook.after_run(None)
 
 
 def test_learning_rates_are_reported_only_with_verbose(tiny_config):
