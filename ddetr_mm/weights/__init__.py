@@ -14,6 +14,7 @@ from ddetr_mm.weights.class_columns import (
     to_category_ids,
 )
 from ddetr_mm.weights.convert import convert_checkpoint
+from ddetr_mm.weights.entries import Selection
 from ddetr_mm.weights.load import fill_model, load_backbone, load_for_model
 from ddetr_mm.weights.read import inspect_checkpoint, read_checkpoint
 from ddetr_mm.weights.report import LoadReport
@@ -24,6 +25,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointMeta",
     "LoadReport",
+    "Selection",
     "convert_checkpoint",
     "fill_model",
     "full_class_names",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -41,9 +42,13 @@ class CheckpointMeta:
         with_box_refine, two_stage: the decoder's scheme.
         neck_bias: False when the weights come from a neck without bias; conversions that need one add zeros,
             and writing mmdet's names removes them.
-        num_heads: attention heads, where the file says.
+        num_heads, enc_points, dec_points: attention heads, and sampling points of one head on one level;
+            None where the file does not say. Shapes show their product only.
         dilation: whether the backbone's last stage is dilated, which no shape shows; None where the file
             does not say.
+        input_mean, input_std: normalisation of the images, as parts of the pixels' range; None where the
+            file does not say.
+        aux_loss: whether every decoder layer was trained with a loss; None where the file does not say.
         num_queries: object queries (two-stage: proposals), where the file says.
         epoch: epoch after which the file was written, where it says.
         spec: the experiment spec of the weights as plain data, or None.
@@ -62,7 +67,12 @@ class CheckpointMeta:
     two_stage: bool = False
     neck_bias: bool = True
     num_heads: int | None = None
+    enc_points: int | None = None
+    dec_points: int | None = None
     dilation: bool | None = None
+    input_mean: tuple[float, ...] | None = None
+    input_std: tuple[float, ...] | None = None
+    aux_loss: bool | None = None
     num_queries: int | None = None
     epoch: int | None = None
     spec: dict[str, Any] | None = None
@@ -89,6 +99,8 @@ class Checkpoint:
         path: the file or folder.
         trace: which key of the file became which canonical key.
         notes: remarks for the user, one sentence each.
+        stated: the names of those settings in ``meta`` that the file says, see
+            :data:`ddetr_mm.weights.scheme.FIELDS`; its format alone implies the others.
     """
 
     state_dict: dict[str, Tensor]
@@ -98,6 +110,7 @@ class Checkpoint:
     path: Path
     trace: KeyTrace
     notes: list[str] = field(default_factory=list)
+    stated: frozenset[str] = frozenset()
 
 
 def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> CheckpointMeta:
@@ -112,12 +125,16 @@ def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> Checkp
         "two_stage",
         "neck_bias",
         "dilation",
+        "aux_loss",
         "numbered_by_name",
     )
     for key in flags:
         if isinstance(values.get(key), bool):
             changes[key] = values[key]
-    for key in ("background_column", "num_heads", "num_queries", "epoch"):
+    for key in ("input_mean", "input_std"):
+        if (numbers := channel_values(values.get(key))) is not None:
+            changes[key] = numbers
+    for key in ("background_column", "num_heads", "enc_points", "dec_points", "num_queries", "epoch"):
         if isinstance(values.get(key), int) and not isinstance(values[key], bool):
             changes[key] = values[key]
     if isinstance(values.get("source_format"), str):
@@ -134,6 +151,16 @@ def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> Checkp
     if isinstance(values.get("spec"), Mapping):
         changes["spec"] = dict(values["spec"])
     return replace(default, **changes)
+
+
+def channel_values(values: Any) -> tuple[float, ...] | None:
+    """Return three finite numbers from an untrusted file, or None."""
+    if not isinstance(values, (list, tuple)) or len(values) != 3:
+        return None
+    if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in values):
+        return None
+    numbers = tuple(float(value) for value in values)
+    return numbers if all(math.isfinite(number) for number in numbers) else None
 
 
 # --- Architecture from names and shapes ---
@@ -376,6 +403,56 @@ def expected_keys(architecture: Architecture) -> list[str]:
         modules.append(f"bbox_head.cls_branches.{i}")
         modules += [f"bbox_head.reg_branches.{i}.{j}" for j in (0, 2, 4)]
     return keys + [f"{module}.{leaf}" for module in modules for leaf in affine]
+
+
+def missing_keys(canonical: Mapping[str, Tensor], architecture: Architecture) -> list[str]:
+    """Return what a whole network of this architecture has and a canonical state dict has not."""
+    missing = [key for key in expected_keys(architecture) if key not in canonical]
+    backbone = [key for key in canonical if key.startswith("backbone.")]
+    if not backbone:
+        return [*missing, "backbone.*"]
+    return missing + _missing_in_resnet(canonical, architecture) + _missing_in_gcvit(backbone)
+
+
+def _missing_in_resnet(canonical: Mapping[str, Tensor], architecture: Architecture) -> list[str]:
+    blocks: dict[int, set[int]] = {}
+    for key in canonical:
+        match = re.match(r"backbone\.layer([1-4])\.(\d+)\.conv\d\.", key)
+        if match is not None:
+            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
+    if not blocks:
+        return []
+    convs = 3 if any(key.endswith(".conv3.weight") for key in canonical) else 2
+    has_statistics = any(key.startswith("backbone.") and key.endswith("running_mean") for key in canonical)
+    leaves = ("weight", "bias", "running_mean", "running_var") if has_statistics else ("weight", "bias")
+    expected = ["backbone.conv1.weight", *(f"backbone.bn1.{leaf}" for leaf in leaves)]
+    for stage in range(1, max(blocks) + 1):
+        for block in range(max(blocks.get(stage, {0})) + 1):
+            start = f"backbone.layer{stage}.{block}"
+            expected += [f"{start}.conv{number}.weight" for number in range(1, convs + 1)]
+            expected += [f"{start}.bn{number}.{leaf}" for number in range(1, convs + 1) for leaf in leaves]
+            if block == 0 and (stage > 1 or convs == 3):
+                expected.append(f"{start}.downsample.0.weight")
+                expected += [f"{start}.downsample.1.{leaf}" for leaf in leaves]
+    ends = [canonical.get(f"backbone.layer{stage}.0.conv{convs}.weight") for stage in blocks]
+    channels = {end.shape[0] for end in ends if end is not None}
+    missing = [key for key in expected if key not in canonical]
+    needed = [width for width in architecture.neck_in_channels if width not in channels]
+    return missing + [f"backbone.* (a stage of {width} channels)" for width in needed]
+
+
+def _missing_in_gcvit(keys: list[str]) -> list[str]:
+    """Return what one block of a level lacks that the others have."""
+    blocks: dict[str, dict[str, set[str]]] = {}
+    for key in keys:
+        match = re.fullmatch(r"(backbone\.levels\.\d+\.blocks)\.(\d+)\.(.+)", key)
+        if match is not None and not match[3].endswith("relative_position_index"):
+            blocks.setdefault(match[1], {}).setdefault(match[2], set()).add(match[3])
+    missing: list[str] = []
+    for level, found in blocks.items():
+        names = set().union(*found.values())
+        missing += [f"{level}.{block}.{name}" for block, own in found.items() for name in sorted(names - own)]
+    return missing
 
 
 def _layer_modules(layer: str, attention: str, norms: int) -> list[str]:

@@ -31,12 +31,16 @@ from ddetr_mm.weights.checkpoint import (
     Architecture,
     Checkpoint,
     CheckpointMeta,
-    expected_keys,
+    meta_from_dict,
+    missing_keys,
 )
 from ddetr_mm.weights.class_columns import column_ids
+from ddetr_mm.weights.entries import DEFAULT, Selection
 from ddetr_mm.weights.formats import TABLES, KeyTrace, from_canonical
 from ddetr_mm.weights.read import read_checkpoint
 from ddetr_mm.weights.report import LoadReport
+from ddetr_mm.weights.safe_read import short_names
+from ddetr_mm.weights.scheme import FIELDS
 
 # --- Conversion ---
 
@@ -48,6 +52,7 @@ def convert_checkpoint(
     *,
     spec: Any = None,
     class_names: Sequence[str] | None = None,
+    selection: Selection = DEFAULT,
 ) -> LoadReport:
     """Read a checkpoint of any format and write it in another.
 
@@ -61,17 +66,19 @@ def convert_checkpoint(
         spec: the experiment spec (dataclass or mapping) of the weights: stored without secrets, and used for
             what shapes do not show (number of heads).
         class_names: a name for every column of the class head, in place of those in the file.
+        selection: which of several sets of weights to read.
 
     Returns:
         The report of every key.
 
     Raises:
-        WeightsError: the source cannot be read, or the target format cannot hold the network.
+        WeightsError: the source cannot be read or is no whole network, or the target format cannot hold it.
+            Then nothing is written.
     """
     src, dst = Path(src), Path(dst)
     if to not in FORMATS:
         raise WeightsError(Problem("is not a format", where="--to", value=to, allowed=FORMATS))
-    checkpoint = read_checkpoint(src)
+    checkpoint = read_checkpoint(src, selection=selection)
     checkpoint = _completed(checkpoint, spec_as_plain(spec), class_names)
     _check_target(checkpoint, to)
     config = hf_config(checkpoint, checkpoint.meta.spec) if to == "hf" else None
@@ -83,9 +90,19 @@ def convert_checkpoint(
         with_box_refine=checkpoint.meta.with_box_refine,
         two_stage=checkpoint.meta.two_stage,
     )
-    write_checkpoint(dst, to, tensors, checkpoint.meta, config)
     report = compose_report(checkpoint, trace, filled, dropped)
     report.target, report.target_format = str(dst), to
+    if report.missing:
+        raise WeightsError(
+            Problem(
+                f"is not a whole network, and nothing was written: {len(report.missing)} tensors are missing"
+                f" ({short_names(report.missing)})",
+                file=src,
+                hint="give the file of a whole detector; a backbone alone is read as"
+                " model.pretrained_backbone_path without a conversion",
+            )
+        )
+    write_checkpoint(dst, to, tensors, checkpoint.meta, config)
     report.notes += _spec_notes(checkpoint) + _difference_notes(checkpoint, to)
     return report
 
@@ -115,11 +132,7 @@ def compose_report(
         else:
             report.unexpected.append(key)
     report.filled = {target: value for key, value in filled.items() for target in trace.mapped[key]}
-    report.missing = [
-        key for key in expected_keys(checkpoint.architecture) if key not in checkpoint.state_dict
-    ]
-    if not any(key.startswith("backbone.") for key in checkpoint.state_dict):
-        report.missing.append("backbone.*")
+    report.missing = missing_keys(checkpoint.state_dict, checkpoint.architecture)
     report.notes = list(checkpoint.notes)
     return report
 
@@ -131,11 +144,15 @@ def _completed(
     meta = checkpoint.meta
     if spec is not None:
         meta = replace(meta, spec=spec)
-        checkpoint = _with_heads(checkpoint, spec)
-        meta = replace(meta, num_heads=checkpoint.meta.num_heads)
-        dilation = (spec.get("model") or {}).get("dilation")
-        if isinstance(dilation, bool):
-            meta = replace(meta, dilation=dilation)
+        if "num_heads" not in checkpoint.stated:
+            checkpoint = _with_heads(checkpoint, spec)
+            meta = replace(meta, num_heads=checkpoint.meta.num_heads)
+        unsaid = {
+            name: value
+            for name, value in spec_scheme(spec).items()
+            if name not in checkpoint.stated and name not in ("num_heads", "with_box_refine")
+        }
+        meta = meta_from_dict(unsaid, meta)
     if class_names is not None:
         names = tuple(class_names)
         if meta.num_classes is not None and len(names) != meta.num_classes:
@@ -148,6 +165,22 @@ def _completed(
             )
         meta = replace(meta, class_names=names, category_ids=column_ids(names, meta.label_mode))
     return replace(checkpoint, meta=meta)
+
+
+def spec_scheme(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that shapes do not show (:data:`ddetr_mm.weights.scheme.FIELDS`) from a spec.
+
+    Args:
+        spec: as plain data.
+    """
+    found: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        value: Any = spec
+        for key in field.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is not None:
+            found[name] = value
+    return found
 
 
 def _with_heads(checkpoint: Checkpoint, spec: dict[str, Any]) -> Checkpoint:
@@ -240,8 +273,12 @@ def _spec_notes(checkpoint: Checkpoint) -> list[str]:
         ("model.enc_layers", model.get("enc_layers"), found.enc_layers),
         ("model.dec_layers", model.get("dec_layers"), found.dec_layers),
         ("model.hidden_dim", model.get("hidden_dim"), found.hidden_dim),
-        ("model.with_box_refine", model.get("with_box_refine"), found.with_box_refine),
         ("model.backbone", model.get("backbone"), backbone),
+        *(
+            (FIELDS[name], said, getattr(checkpoint.meta, name))
+            for name, said in spec_scheme(spec).items()
+            if name not in ("input_mean", "input_std")
+        ),
     )
     return [
         f"the spec says {key} = {said}, the weights have {there}"

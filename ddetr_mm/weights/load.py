@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ddetr_mm.classes import Columns
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.weights import gcvit, layouts
-from ddetr_mm.weights.checkpoint import Checkpoint, backbone_kind, describe_backbone
+from ddetr_mm.weights import gcvit, layouts, scheme
+from ddetr_mm.weights.checkpoint import Checkpoint, backbone_kind, describe_backbone, infer_architecture
 from ddetr_mm.weights.class_columns import CLASS_KEY, HEAD_KEY, ColumnPlan, carried_rows, plan_head
 from ddetr_mm.weights.entries import DEFAULT, Entry, Selection, choose, tensor_entries
 from ddetr_mm.weights.layouts import Found
@@ -87,6 +87,9 @@ def fill_model(
         key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)
     }
     _refuse_other_detector(checkpoint, network, target)
+    settings = scheme.compare(checkpoint, network)
+    if strict:
+        WeightsError.collect(scheme.refusals(checkpoint, settings))
     report = LoadReport(
         str(checkpoint.path), type(network).__name__, source_format=checkpoint.format, target_format="model"
     )
@@ -118,14 +121,55 @@ def fill_model(
                 file=checkpoint.path,
                 value=f"{len(report.reshaped)} keys of other sizes",
                 hint="use the spec it was trained with (model.hidden_dim, model.dim_feedforward …)",
-            )
+            ),
+            *field_problems(checkpoint.state_dict, target, checkpoint.path),
         )
-    _scheme_notes(network, checkpoint, report)
+    report.notes += scheme.notes(checkpoint, settings)
     unused = set(report.unexpected) - set(checkpoint.trace.unexpected)
     if strict and (report.missing or report.reshaped or report.carried_over or unused):
+        problems = field_problems(checkpoint.state_dict, target, checkpoint.path)
         what = "does not fit the model exactly:\n" + report.summary()
-        raise WeightsError(Problem(what, file=checkpoint.path))
+        raise WeightsError(*problems, Problem(what, file=checkpoint.path))
     return report
+
+
+def field_problems(
+    theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], path: Path, *, where: str = ""
+) -> list[Problem]:
+    """Return a problem for every spec field in which a file and a model differ, as their shapes show it.
+
+    Args:
+        theirs: canonical state dict of the file.
+        ours: of the model.
+        path: the file, for messages.
+        where: what named the file, put before the field.
+    """
+    there, here = (infer_architecture(one, with_box_refine=False) for one in (theirs, ours))
+    pairs = [
+        ("dataset.num_classes", there.num_classes, here.num_classes),
+        ("model.num_queries", there.num_queries, here.num_queries),
+        ("model.num_feature_levels", there.num_feature_levels, here.num_feature_levels),
+        ("model.return_interm_indices", there.return_interm_indices, here.return_interm_indices),
+        ("model.hidden_dim", there.hidden_dim, here.hidden_dim),
+        ("model.enc_layers", there.enc_layers, here.enc_layers),
+        ("model.dec_layers", there.dec_layers, here.dec_layers),
+        ("model.dim_feedforward", there.enc_feedforward, here.enc_feedforward),
+    ]
+    if there.num_feature_levels == here.num_feature_levels:
+        pairs.append(("model.enc_n_points (with model.nheads 8)", there.enc_points, here.enc_points))
+        pairs.append(("model.dec_n_points (with model.nheads 8)", there.dec_points, here.dec_points))
+    return [
+        Problem(
+            "the checkpoint has another value",
+            file=path,
+            where=f"{where}: {field}" if where else field,
+            value=list(value) if isinstance(value, tuple) else value,
+            allowed=str(list(said) if isinstance(said, tuple) else said),
+            hint="set the field to the checkpoint's value, or give another checkpoint",
+        )
+        for field, said, value in pairs
+        if said is not None and value is not None and said != value
+    ]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -219,38 +263,6 @@ def _report_missing(
             report.filled[key] = "zeros: the source's neck has no bias"
         else:
             report.missing.append(key)
-
-
-def _scheme_notes(network: nn.Module, checkpoint: Checkpoint, report: LoadReport) -> None:
-    """Report differences between file and model that no shape shows."""
-    meta = checkpoint.meta
-    zeroed = getattr(network, "zero_padded_values", None)
-    if isinstance(zeroed, bool) and zeroed != meta.zero_padded_values:
-        report.notes.append(
-            "the weights were trained with attention values at padded positions"
-            f" {_zeroed(meta.zero_padded_values)}; the model has them {_zeroed(zeroed)}"
-            " (ddetr_mm.zero_padded_values)"
-        )
-    refine = getattr(network, "with_box_refine", None)
-    if isinstance(refine, bool) and refine != meta.with_box_refine:
-        report.notes.append(
-            f"the weights were trained {_with(meta.with_box_refine)} box refinement, the model is"
-            f" {_with(refine)} (model.with_box_refine)"
-        )
-    dilations = getattr(getattr(network, "backbone", None), "dilations", None)
-    if meta.dilation is not None and dilations is not None and meta.dilation != (max(dilations) > 1):
-        report.notes.append(
-            f"the weights were trained {_with(meta.dilation)} a dilated last stage of the backbone, the model"
-            f" is {_with(not meta.dilation)} (model.dilation)"
-        )
-
-
-def _zeroed(value: bool) -> str:
-    return "zeroed" if value else "as they are"
-
-
-def _with(value: bool) -> str:
-    return "with" if value else "without"
 
 
 # --- A backbone ---
@@ -470,9 +482,9 @@ def require_same_network(path: str | Path, model: nn.Module, *, where: str) -> N
         WeightsError: it holds another network; the message says what differs.
     """
     raw = read_raw(path)
-    theirs = _shapes(raw.payload["state_dict"])
-    ours = _shapes(unwrapped(model).state_dict())
-    if theirs == ours:
+    theirs = _tensors(raw.payload["state_dict"])
+    ours = _tensors(unwrapped(model).state_dict())
+    if _shapes(theirs) == _shapes(ours):
         return
     difference, key = _difference(theirs, ours)
     raise WeightsError(
@@ -486,16 +498,19 @@ def require_same_network(path: str | Path, model: nn.Module, *, where: str) -> N
     )
 
 
-def _shapes(state_dict: Mapping[str, Any]) -> Shapes:
+def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     return {
-        key.removeprefix("module."): tuple(value.shape)
-        for key, value in state_dict.items()
-        if isinstance(value, Tensor)
+        key.removeprefix("module."): value for key, value in state_dict.items() if isinstance(value, Tensor)
     }
 
 
-def _difference(theirs: Shapes, ours: Shapes) -> tuple[str, str]:
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {key: tuple(value.shape) for key, value in tensors.items()}
+
+
+def _difference(their_tensors: Mapping[str, Tensor], our_tensors: Mapping[str, Tensor]) -> tuple[str, str]:
     """Return the difference between file and model in words, and the spec field to check."""
+    theirs, ours = _shapes(their_tensors), _shapes(our_tensors)
     parts = [{key: shape for key, shape in one.items() if "backbone." in key} for one in (theirs, ours)]
     if parts[0] != parts[1]:
         fitting = sum(parts[1].get(key) == shape for key, shape in parts[0].items())
@@ -515,4 +530,6 @@ def _difference(theirs: Shapes, ours: Shapes) -> tuple[str, str]:
         ],
     }
     listed = [f"{len(keys)} keys {how} ({short_names(keys, 2)})" for how, keys in lists.items() if keys]
-    return "it is of another network: " + "; ".join(listed), "the section model"
+    text = "it is of another network: " + "; ".join(listed)
+    fields = field_problems(their_tensors, our_tensors, Path())
+    return text, "the section model" + "".join(f", {one.where} {one.allowed}" for one in fields)

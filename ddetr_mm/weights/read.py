@@ -28,6 +28,7 @@ from ddetr_mm.weights.checkpoint import (
     Architecture,
     Checkpoint,
     CheckpointMeta,
+    channel_values,
     infer_architecture,
     meta_from_dict,
 )
@@ -43,6 +44,7 @@ from ddetr_mm.weights.layouts import Found, find_backbones, find_prefixes
 from ddetr_mm.weights.other_networks import other_network, refusal
 from ddetr_mm.weights.pickle_names import InertObject
 from ddetr_mm.weights.safe_read import RawFile, read_raw, short_names
+from ddetr_mm.weights.scheme import FIELDS, refinement_shown
 
 # --- Weights at a URL ---
 
@@ -304,14 +306,14 @@ def read_checkpoint(
         _restore_shared_branches(canonical, trace)
     if check_finite:
         refuse_non_finite(raw.path, canonical)
-    meta, architecture, notes = _interpret(raw, found, canonical, trace)
+    meta, architecture, notes, stated = _interpret(raw, found, canonical, trace)
     notes = [*found.notes, *notes]
     if trace.differing_aliases:
         notes.append(
             f"{len(trace.differing_aliases)} repeated keys differ from what they repeat"
             f" ({short_names(trace.differing_aliases, 2)}); the values under the main names are used"
         )
-    return Checkpoint(canonical, found.table.name, meta, architecture, raw.path, trace, notes)
+    return Checkpoint(canonical, found.table.name, meta, architecture, raw.path, trace, notes, stated)
 
 
 def inspect_checkpoint(path: str | Path, selection: Selection = DEFAULT) -> Checkpoint:
@@ -382,17 +384,22 @@ def _restore_shared_branches(canonical: dict[str, Tensor], trace: KeyTrace) -> N
 
 def _interpret(
     raw: RawFile, found: FoundWeights, canonical: dict[str, Tensor], trace: KeyTrace
-) -> tuple[CheckpointMeta, Architecture, list[str]]:
-    """Return metadata, architecture and notes: what the file says, completed by its format's conventions."""
+) -> tuple[CheckpointMeta, Architecture, list[str], frozenset[str]]:
+    """Return metadata, architecture, notes, and the settings that the file itself says.
+
+    What it does not say is completed by its format's conventions.
+    """
     format_name = found.table.name
     notes: list[str] = []
-    hints = _hints(raw, found)
+    hints = {name: value for name, value in _hints(raw, found).items() if value is not None}
     own = _own_meta(raw, found)
     refine = hints.get("with_box_refine")
     if isinstance(own.get("with_box_refine"), bool):
         refine = own["with_box_refine"]
     if refine is None and "refine" in trace.used_alias:
         refine = True
+    if refine is None:
+        refine = refinement_shown(canonical)
     heads = _count(own.get("num_heads")) or _count(hints.get("num_heads"))
     architecture = infer_architecture(canonical, with_box_refine=refine, num_heads=heads)
     columns = architecture.num_classes
@@ -407,7 +414,11 @@ def _interpret(
         two_stage=architecture.two_stage,
         neck_bias=architecture.neck_bias,
         num_heads=heads,
+        enc_points=_count(hints.get("enc_points")),
+        dec_points=_count(hints.get("dec_points")),
         dilation=hints.get("dilation"),
+        input_mean=channel_values(hints.get("input_mean")),
+        input_std=channel_values(hints.get("input_std")),
         num_queries=architecture.num_queries or _count(hints.get("num_queries")),
         epoch=_epoch(found.extras),
     )
@@ -422,7 +433,19 @@ def _interpret(
         meta = replace(meta, class_names=None, category_ids=None)
     if meta.category_ids is None:
         meta = replace(meta, category_ids=column_ids(meta.class_names, meta.label_mode))
-    return meta, architecture, [*notes, *architecture.notes]
+    return meta, architecture, [*notes, *architecture.notes], _stated(meta, own, hints, refine)
+
+
+def _stated(
+    meta: CheckpointMeta, own: Mapping[str, Any], hints: Mapping[str, Any], refine: bool | None
+) -> frozenset[str]:
+    """Return the settings that the file says, not its format alone."""
+    stated = {name for name in FIELDS if getattr(meta, name) is not None}
+    if not isinstance(own.get("zero_padded_values"), bool) and "zero_padded_values" not in hints:
+        stated.discard("zero_padded_values")
+    if refine is None and not meta.two_stage:
+        stated.discard("with_box_refine")
+    return frozenset(stated)
 
 
 def _count(value: Any) -> int | None:
@@ -446,38 +469,75 @@ def _own_meta(raw: RawFile, found: FoundWeights) -> Mapping[str, Any]:
 
 
 def _hints(raw: RawFile, found: FoundWeights) -> dict[str, Any]:
-    """Return settings from a format's own metadata: refinement, heads, dilation, zeroed padding."""
-    hints: dict[str, Any] = {}
+    """Return settings from a format's own metadata, see :data:`ddetr_mm.weights.scheme.FIELDS`."""
     if raw.config:
-        hints["with_box_refine"] = bool(raw.config.get("with_box_refine", False))
-        hints["num_heads"] = raw.config.get("encoder_attention_heads", 8)
-        hints["dilation"] = _hf_dilation(raw.config)
-        queries = "two_stage_num_proposals" if raw.config.get("two_stage") else "num_queries"
-        hints["num_queries"] = raw.config.get(queries, 300)
-        return hints
+        return _hf_hints(raw)
+    hints: dict[str, Any] = {}
     arguments = found.extras.get("args")
     if isinstance(arguments, InertObject) and isinstance(arguments.state, Mapping):
-        hints["num_heads"] = arguments.state.get("nheads")
-        hints["num_queries"] = arguments.state.get("num_queries")
-        if isinstance(arguments.state.get("dilation"), bool):
-            hints["dilation"] = arguments.state["dilation"]
+        hints |= _arguments_hints(arguments.state)
+    elif isinstance(arguments, Mapping):
+        hints |= _arguments_hints(arguments)
     meta = found.extras.get("meta")
     if isinstance(meta, Mapping):
-        model = model_settings(meta.get("cfg") or meta.get("config"))
-        if isinstance(model.get("with_box_refine"), bool):
-            hints["with_box_refine"] = model["with_box_refine"]
-        if "num_queries" in model:
-            hints["num_queries"] = model["num_queries"]
-        if model.get("type") == "TAODeformableDETR":
-            hints["zero_padded_values"] = bool(model.get("zero_padded_values", False))
-        backbone = model.get("backbone")
-        if isinstance(backbone, Mapping):
-            hints["dilation"] = backbone.get("type") == "TorchvisionDilatedResNet"
-        attention = model
-        for key in ("encoder", "layer_cfg", "self_attn_cfg"):
-            attention = attention.get(key) or {} if isinstance(attention, Mapping) else {}
-        if isinstance(attention, Mapping):
-            hints["num_heads"] = attention.get("num_heads")
+        hints |= _config_hints(model_settings(meta.get("cfg") or meta.get("config")))
+    return hints
+
+
+def _hf_hints(raw: RawFile) -> dict[str, Any]:
+    config = raw.config
+    queries = "two_stage_num_proposals" if config.get("two_stage") else "num_queries"
+    return {
+        "with_box_refine": bool(config.get("with_box_refine", False)),
+        "num_heads": config.get("encoder_attention_heads", 8),
+        "enc_points": config.get("encoder_n_points", 4),
+        "dec_points": config.get("decoder_n_points", 4),
+        "dilation": _hf_dilation(config),
+        "num_queries": config.get(queries, 300),
+        "input_mean": raw.preprocessor.get("image_mean"),
+        "input_std": raw.preprocessor.get("image_std"),
+    }
+
+
+def _arguments_hints(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings from the command line that the original's file keeps."""
+    names = {"num_heads": "nheads", "enc_points": "enc_n_points", "dec_points": "dec_n_points"}
+    hints = {name: _count(arguments.get(theirs)) for name, theirs in names.items()}
+    hints["num_queries"] = _count(arguments.get("num_queries"))
+    flags = {
+        name: arguments[name]
+        for name in ("dilation", "with_box_refine")
+        if isinstance(arguments.get(name), bool)
+    }
+    return {**hints, **flags}
+
+
+def _config_hints(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings from the model of an mmdet config; defaults of mmdet's classes included."""
+    hints: dict[str, Any] = {}
+    if isinstance(model.get("with_box_refine"), bool):
+        hints["with_box_refine"] = model["with_box_refine"]
+    if "num_queries" in model:
+        hints["num_queries"] = model["num_queries"]
+    if model.get("type") == "TAODeformableDETR":
+        hints["zero_padded_values"] = bool(model.get("zero_padded_values", False))
+    elif model.get("type") == "DeformableDETR":
+        hints["zero_padded_values"] = True
+    backbone = model.get("backbone")
+    if isinstance(backbone, Mapping):
+        hints["dilation"] = backbone.get("type") == "TorchvisionDilatedResNet"
+    for side, attention in (("encoder", "self_attn_cfg"), ("decoder", "cross_attn_cfg")):
+        found: Any = model
+        for key in (side, "layer_cfg", attention):
+            found = found.get(key) if isinstance(found, Mapping) else None
+        if isinstance(found, Mapping):
+            hints[f"{side[:3]}_points"] = _count(found.get("num_points", 4))
+            hints["num_heads"] = _count(found.get("num_heads", 8))
+    preprocessor = model.get("data_preprocessor")
+    for name in ("mean", "std"):
+        values = channel_values(preprocessor.get(name)) if isinstance(preprocessor, Mapping) else None
+        if values is not None:
+            hints[f"input_{name}"] = [value / 255 for value in values]
     return hints
 
 

@@ -187,6 +187,7 @@ class RawFile:
         payload: the unpickled object of a PyTorch file or pickle, else key → tensor.
         metadata: text metadata of a safetensors file.
         config: ``config.json`` of a Hugging Face folder, also where its weights file was given.
+        preprocessor: ``preprocessor_config.json`` of that folder, where it has one.
     """
 
     path: Path
@@ -194,6 +195,7 @@ class RawFile:
     payload: Any
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    preprocessor: dict[str, Any] = field(default_factory=dict)
 
 
 def read_raw(path: str | Path) -> RawFile:
@@ -493,7 +495,9 @@ def _read_folder(folder: Path) -> RawFile:
         part, about = _read_part(file)
         tensors.update(part)
         metadata.update(about)
-    return RawFile(folder, "hf_folder", tensors, metadata, config)
+    preprocessor = folder / "preprocessor_config.json"
+    described = _read_json(preprocessor) if preprocessor.is_file() else {}
+    return RawFile(folder, "hf_folder", tensors, metadata, config, described)
 
 
 def _other_folder(folder: Path) -> tuple[str, str] | None:

@@ -1,6 +1,7 @@
 """Conversions between files: bit-exact both ways, every key reported, nothing half-written."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -67,16 +68,43 @@ def test_every_key_is_in_the_report(to, tmp_path):
     assert report.summary().count("\n") < 8
 
 
-def test_foreign_and_missing_keys_are_reported(tmp_path):
+def test_foreign_keys_are_reported_and_missing_ones_refused(tmp_path):
     tensors, _ = from_canonical(small_canonical(), OFFICIAL, with_box_refine=True, two_stage=False)
     tensors["mask_head.weight"] = torch.zeros(2)
+    torch.save({"model": tensors}, tmp_path / "x.pth")
+    report = convert_checkpoint(tmp_path / "x.pth", tmp_path / "whole.pth", "mmdet")
+    assert report.unexpected == ["mask_head.weight"] and not report.complete
+    assert "mask_head.weight" in report.summary()
     del tensors["transformer.encoder.layers.0.norm1.bias"]
     torch.save({"model": tensors}, tmp_path / "x.pth")
-    report = convert_checkpoint(tmp_path / "x.pth", tmp_path / "y.pth", "mmdet")
-    assert report.unexpected == ["mask_head.weight"]
-    assert report.missing == ["encoder.layers.0.norms.0.bias"]
-    assert not report.complete
-    assert "mask_head.weight" in report.summary() and "encoder.layers.0.norms.0.bias" in report.summary()
+    with pytest.raises(WeightsError, match=r"nothing was written: 1 .*encoder\.layers\.0\.norms\.0\.bias"):
+        convert_checkpoint(tmp_path / "x.pth", tmp_path / "y.pth", "mmdet")
+    assert not (tmp_path / "y.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("lost", "shown"),
+    [
+        ("backbone.layer3.1.bn2.running_var", r"backbone\.layer3\.1\.bn2\.running_var"),
+        ("backbone.layer2.0.downsample.0.weight", r"backbone\.layer2\.0\.downsample\.0\.weight"),
+        ("backbone.layer4.", "a stage of 64 channels"),
+        ("backbone.", r"backbone\.\*"),
+        ("bbox_head.", r"bbox_head\.cls_branches\.0\.weight"),
+        ("query_embedding.", r"query_embedding\.weight"),
+    ],
+)
+@pytest.mark.parametrize("to", ["mmdet", "official"])
+def test_a_part_of_a_network_is_not_written(to, lost, shown, tmp_path):
+    tensors = {key: value for key, value in _thin_state_dict().items() if not key.startswith(lost)}
+    source = write_mmdet(tmp_path / "x.pth", tensors)
+    with pytest.raises(WeightsError, match=f"nothing was written.*{shown}"):
+        convert_checkpoint(source, tmp_path / "y.pth", to)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pth"]
+
+
+@functools.cache
+def _thin_state_dict():
+    return detector(seed=1).state_dict()
 
 
 def test_neck_without_bias_gains_zeros_and_loses_them_again(tmp_path):

@@ -102,6 +102,26 @@ def test_strict_refuses_what_is_left_over(source):
         load_for_model(detector(num_classes=7), source[1], strict=True)
 
 
+@pytest.mark.parametrize(
+    ("options", "field", "here", "there"),
+    [
+        (dict(num_classes=7), "dataset.num_classes", 7, 5),
+        (dict(num_queries=9), "model.num_queries", 9, 12),
+        (dict(num_levels=3), "model.num_feature_levels", 3, 4),
+        (dict(width=32), "model.hidden_dim", 32, 64),
+        (dict(layers=3), "model.enc_layers", 3, 2),
+        (dict(layers=1), "model.dec_layers", 1, 2),
+        (dict(feedforward=128), "model.dim_feedforward", 128, 64),
+    ],
+)
+def test_strict_names_the_field_with_both_values(source, options, field, here, there):
+    with pytest.raises(WeightsError) as caught:
+        load_for_model(detector(**options), source[1], strict=True)
+    found = {problem.where: (problem.value, problem.allowed) for problem in caught.value.problems}
+    assert found[field] == (here, str(there))
+    assert f"{field}: the checkpoint has another value (got {here}); allowed: {there}" in str(caught.value)
+
+
 def test_strict_refuses_a_part_of_a_network_and_lets_foreign_keys_pass(source, tmp_path):
     _, path = source
     with pytest.raises(WeightsError, match=r"unexpected \(not used\)"):
@@ -190,7 +210,9 @@ def test_padding_of_the_origin_is_reported(source, tmp_path):
     report = load_for_model(ours, path)
     assert any("padded positions zeroed" in note for note in report.notes)
     ours = detector(kind="TAODeformableDETR", zero_padded_values=True)
-    assert not load_for_model(ours, path).notes
+    (note,) = load_for_model(ours, path).notes
+    assert note.startswith("assumed, since the file does not say it: 8 attention heads (model.nheads)")
+    assert "attention values at padded positions zeroed (ddetr_mm.zero_padded_values)" in note
 
 
 def test_wrapped_models_are_filled(source):
