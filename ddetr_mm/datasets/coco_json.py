@@ -133,7 +133,8 @@ class JsonColumns:
         annotated: whether the file has ``annotations`` at all (a test set may not).
         image_id_texts: N ids as written where they are texts, None for the others; empty where all ids are
             numbers.
-        id_texts: number to text of every id that is no number, of images, annotations and categories.
+        id_texts: number to what is written, for every id of images, annotations and categories that has no
+            number of its own.
         annotation_rows: (M,) int64, place of each annotation in the file's list; None where none is left out.
         repairs: what was put right.
     """
@@ -153,7 +154,7 @@ class JsonColumns:
     categories: dict[int, str]
     annotated: bool
     image_id_texts: list[str | None] = field(default_factory=list)
-    id_texts: dict[int, str] = field(default_factory=dict)
+    id_texts: dict[int, str | int] = field(default_factory=dict)
     annotation_rows: npt.NDArray[np.int64] | None = None
     repairs: list[Repair] = field(default_factory=list)
     supercategory_ids: frozenset[int] = frozenset()
@@ -496,7 +497,7 @@ class _Deviations:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.id_texts: dict[int, str] = {}
+        self.id_texts: dict[int, str | int] = {}
         self._repaired: dict[str, list[tuple[str, Any]]] = {}
         self._counts: dict[str, int] = {}
         self._dropping: set[str] = set()
@@ -547,6 +548,17 @@ class _Deviations:
         self.repaired(f"{name} whose {key} is no integer: read as number or text", where, value)
         if isinstance(value, str) and not _INTEGER_TEXT.fullmatch(value):
             self.id_texts[number] = value
+        return number
+
+    def category_id_of(self, value: Any, name: str, index: int, key: str) -> int:
+        """As :meth:`id_of`; integers below 0 or beyond 64 bits count as texts: only names can number them."""
+        if type(value) is not int or 0 <= value < 2**63:
+            return self.id_of(value, name, index, key)
+        number = _digest(str(value))
+        self.repaired(
+            f"{name} whose {key} is below 0 or beyond 64 bits: read as text", f"{name}[{index}].{key}", value
+        )
+        self.id_texts[number] = value
         return number
 
     def flag_of(self, value: Any, index: int, key: str) -> bool:
@@ -644,8 +656,12 @@ def _number_of(value: Any) -> int | None:
     match = _INTEGER_TEXT.fullmatch(value)
     if match and -(2**63) <= int(match.group(1)) < 2**63:
         return int(match.group(1))
-    # The same text must give the same number in every file of a source.
-    digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return _digest(value)
+
+
+def _digest(text: str) -> int:
+    """A 63-bit number, the same for a text in every file of a source."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -693,10 +709,8 @@ def _repaired_columns(content: bytes | memoryview, path: Path, with_masks: bool)
 
 
 def _repaired_category(found: _Deviations, index: int, category: _LooseCategory) -> _Category:
-    number = found.id_of(category.id, "categories", index, "id")
+    number = found.category_id_of(category.id, "categories", index, "id")
     where = f"categories[{index}].name"
-    if number < 0:
-        found.refused("category ids below 0", f"categories[{index}].id", category.id, "number them from 1")
     if isinstance(category.name, str):
         return _Category(number, category.name, category.supercategory)
     if type(category.name) in (int, float):
@@ -711,7 +725,7 @@ def _repaired_annotation(
 ) -> _AnnotationWithMask | None:
     """The annotation as the format has it; None where it is left out."""
     image_id = found.id_of(annotation.image_id, "annotations", index, "image_id")
-    category_id = found.id_of(annotation.category_id, "annotations", index, "category_id")
+    category_id = found.category_id_of(annotation.category_id, "annotations", index, "category_id")
     box = found.box_of(annotation, index)
     number = None if annotation.id is None else found.id_of(annotation.id, "annotations", index, "id")
     crowd = found.flag_of(annotation.iscrowd, index, "iscrowd")

@@ -198,8 +198,9 @@ class InferSource(Section):
     )
     classmap: str | None = spec_field(
         None,
-        doc="""Text file with one class name per line; line 1 names category id 1. null: the names kept
-        in the checkpoint.""",
+        doc="""Text file with one class name per line, or a JSON list or object of names and ids. Line 1 names
+        category id 1; blank lines keep their id; a first line "background" names id 0. The names must be the
+        checkpoint's where it has any. null: the names kept in the checkpoint.""",
     )
 
 

@@ -350,7 +350,17 @@ def test_another_id_in_another_source_is_one_name_twice(tmp_path):
 
 @pytest.mark.parametrize(
     "ids",
-    [(0, 1), (2, 1), (77, 2**63 - 1), ("a", "b"), ("1", "0"), (3.0, 1.0), (None, None)],
+    [
+        (0, 1),
+        (2, 1),
+        (77, 2**63 - 1),
+        (-1, 2**63),
+        (2**70, "-3"),
+        ("a", "b"),
+        ("1", "0"),
+        (3.0, 1.0),
+        (None, None),
+    ],
     ids=str,
 )
 def test_classes_are_numbered_by_name_whatever_their_ids(tmp_path, ids):
