@@ -174,6 +174,14 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
         "--to", required=True, choices=("mmdet", "tao", "official", "hf"), help="format to write"
     )
     parser.add_argument("-e", "--experiment_spec", metavar="SPEC", help="the spec the checkpoint belongs to")
+    parser.add_argument(
+        "--entry", metavar="PATH", help="which set of weights, as in the spec field ddetr_mm.checkpoint_entry"
+    )
+    parser.add_argument(
+        "--ema",
+        choices=("auto", "true", "false"),
+        help="averaged weights, as in the spec field ddetr_mm.use_ema (default: auto)",
+    )
 
 
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:

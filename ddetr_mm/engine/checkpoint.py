@@ -39,7 +39,8 @@ from ddetr_mm.weights.encryption import (
     is_whole_encrypted,
     plain_file,
 )
-from ddetr_mm.weights.load import require_resumable
+from ddetr_mm.weights.load import require_resumable, unwrapped
+from ddetr_mm.weights.scheme import network_scheme
 
 # --- Random states ---
 # Tensors, numbers, strings, lists and dicts only, so that ``torch.load(weights_only=True)`` reads them.
@@ -374,7 +375,8 @@ class TAOCheckpointHook(Hook):
         interval: save every so many units.
         unit: ``"epoch"`` or ``"step"``. A step that ends an epoch is saved as finished epoch.
         out_dir: folder for the files; the runner's ``work_dir`` when None.
-        extra_meta: saved as ``meta['ddetr_mm']``; plain values only.
+        extra_meta: saved as ``meta['ddetr_mm']``, with the network's settings that no shape shows
+            (:data:`ddetr_mm.weights.scheme.FIELDS`); plain values only.
         max_keep: keep at most so many of the checkpoints this run wrote; 0 keeps all.
         save_optimizer: include the optimizer's state (needed for resuming).
         save_param_scheduler: include the schedulers' state (needed for resuming).
@@ -545,7 +547,7 @@ class TAOCheckpointHook(Hook):
     def _save(self, runner: Any, name: CheckpointName, meta: dict[str, Any]) -> Path:
         """Write one checkpoint; every rank calls it, the first one writes."""
         path = Path(self.out_dir or runner.work_dir) / str(name)
-        meta["ddetr_mm"] = self.extra_meta
+        meta["ddetr_mm"] = {**plain_values(network_scheme(unwrapped(runner.model))), **self.extra_meta}
         # Between two epochs the state to restore is the one after the last step, whatever was drawn since.
         self._rng_states = all_gather_object(self._torch_rng_to_restore or capture_rng_state())
         try:

@@ -26,7 +26,8 @@ from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.fsdp import whole_model
 from ddetr_mm.engine.progress import Progress
 from ddetr_mm.engine.status import RUNNING, STARTED, StatusLog
-from ddetr_mm.weights import load_backbone, load_for_model
+from ddetr_mm.weights import Selection, load_backbone, load_for_model
+from ddetr_mm.weights.entries import DEFAULT, UseEma
 
 # --- Deterministic algorithms ---
 
@@ -392,13 +393,21 @@ class PretrainedWeightsHook(Hook):
     Args:
         backbone_path: checkpoint for the backbone alone (torchvision, timm, or any full checkpoint).
         model_path: checkpoint for the whole model; loaded after the backbone, so it wins.
+        entry, use_ema: which set of weights to read, see :class:`ddetr_mm.weights.Selection`.
     """
 
     priority = "VERY_HIGH"
 
-    def __init__(self, backbone_path: str | None = None, model_path: str | None = None) -> None:
+    def __init__(
+        self,
+        backbone_path: str | None = None,
+        model_path: str | None = None,
+        entry: str | None = None,
+        use_ema: UseEma = "auto",
+    ) -> None:
         self.backbone_path = backbone_path
         self.model_path = model_path
+        self.selection = Selection(entry, use_ema)
 
     def before_train(self, runner: Any) -> None:
         """Load, unless the run was resumed.
@@ -411,12 +420,17 @@ class PretrainedWeightsHook(Hook):
             return
         metainfo = runner.train_dataloader.dataset.metainfo
         with whole_model(runner) as model:
-            for text in load_pretrained(model, self.backbone_path, self.model_path, metainfo):
+            texts = load_pretrained(model, self.backbone_path, self.model_path, metainfo, self.selection)
+            for text in texts:
                 runner.logger.info(text)
 
 
 def load_pretrained(
-    model: nn.Module, backbone_path: str | None, model_path: str | None, metainfo: Mapping[str, Any]
+    model: nn.Module,
+    backbone_path: str | None,
+    model_path: str | None,
+    metainfo: Mapping[str, Any],
+    selection: Selection = DEFAULT,
 ) -> list[str]:
     """Load the weights that a training run starts from; ``check`` calls it too.
 
@@ -425,6 +439,7 @@ def load_pretrained(
         backbone_path: see :class:`PretrainedWeightsHook`.
         model_path: likewise.
         metainfo: of the training set: ``classes`` and ``category_ids`` of the class columns.
+        selection: which of several sets of weights to read.
 
     Returns:
         A report of each file.
@@ -434,11 +449,11 @@ def load_pretrained(
     """
     texts = []
     if backbone_path:
-        report = load_backbone(model.backbone, backbone_path)
+        report = load_backbone(model.backbone, backbone_path, selection=selection)
         texts.append(f"Backbone from {backbone_path}:\n{report.summary()}")
     if model_path:
         classes = named_columns(metainfo.get("classes") or (), metainfo.get("category_ids")) or None
-        report = load_for_model(model, model_path, class_names=classes)
+        report = load_for_model(model, model_path, class_names=classes, selection=selection)
         texts.append(f"Model from {model_path}:\n{report.summary()}")
     return texts
 

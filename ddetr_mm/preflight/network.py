@@ -33,6 +33,7 @@ from ddetr_mm.preflight.resources import (
     num_checkpoints,
 )
 from ddetr_mm.spec import ExperimentSpec
+from ddetr_mm.weights import Selection
 
 # --- One training step ---
 
@@ -230,7 +231,8 @@ def build_network(config: Any, spec: ExperimentSpec) -> nn.Module:
     backbone_path, model_path = spec.model.pretrained_backbone_path, spec.train.pretrained_model_path
     if "train_dataloader" in config and (backbone_path or model_path):
         metainfo = DATASETS.build(config.train_dataloader.dataset).metainfo if model_path else {}
-        load_pretrained(model, backbone_path, model_path, metainfo)
+        selection = Selection(spec.ddetr_mm.checkpoint_entry, spec.ddetr_mm.use_ema)
+        load_pretrained(model, backbone_path, model_path, metainfo, selection)
     return model
 
 

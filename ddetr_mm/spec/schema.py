@@ -635,6 +635,20 @@ class OwnSection(Section):
         doc="""Zero the attention values at padded positions, so that a prediction does not depend on the
         padding of its batch. null: as the checkpoint was trained, else false as in TAO.""",
     )
+    checkpoint_entry: str | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Which set of weights to read where a checkpoint holds several: the dotted path of its
+        dictionary, then the prefix of its keys where needed (state_dict, ema.module, student). null: one is
+        chosen by a rule, and the log names it and the others.""",
+    )
+    use_ema: Literal["auto", True, False] = spec_field(
+        "auto",
+        origin=OURS,
+        doc="""Whether to read averaged weights (EMA) from a checkpoint that holds them beside the others.
+        auto: where it has any; true: they must be there; false: the weights of the last step. A resumed run
+        resumes both.""",
+    )
     resize: Literal["pillow", "fast"] = spec_field(
         "pillow",
         origin=OURS,

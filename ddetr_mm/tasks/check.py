@@ -247,6 +247,7 @@ def _classes_section(loaded: LoadedSpec, subtask: str, splits: list[Split]) -> I
         graph_columns_note,
         is_exported,
         predicted_names,
+        weights_selection,
     )
     from ddetr_mm.weights import read_checkpoint, to_category_ids
 
@@ -266,7 +267,7 @@ def _classes_section(loaded: LoadedSpec, subtask: str, splits: list[Split]) -> I
     elif checkpoint:
         build_model(loaded, subtask, checkpoint, where=f"{subtask}.checkpoint", class_names=columns)
         if columns is not None:
-            read = read_checkpoint(checkpoint)
+            read = read_checkpoint(checkpoint, selection=weights_selection(loaded.spec))
             known = len(read.notes)
             section.lines += to_category_ids(read, num_classes, columns).notes[known:]
     section.lines = [line for line in section.lines if line]

@@ -34,13 +34,14 @@ def export(loaded: LoadedSpec, session: Session) -> None:
     """Export, after the checks that need no model."""
     from ddetr_mm.deploy.deepstream import write_deepstream_files
     from ddetr_mm.deploy.onnx_export import export_half, export_onnx, usable_opset
-    from ddetr_mm.tasks.runner import build_model, predicted_names
+    from ddetr_mm.tasks.runner import build_model, predicted_names, weights_selection
     from ddetr_mm.weights import full_class_names, inspect_checkpoint, names_by_category_id
 
     spec, settings = loaded.spec, loaded.spec.export
     usable_opset(settings.opset_version, plugin=not settings.on_cpu)
     session.status.write(f"Loading checkpoint: {settings.checkpoint}")
-    meta, columns = inspect_checkpoint(settings.checkpoint).meta, spec.dataset.num_classes
+    meta = inspect_checkpoint(settings.checkpoint, weights_selection(spec)).meta
+    columns = spec.dataset.num_classes
     known = names_by_category_id(meta, columns, path=settings.checkpoint)
     names = full_class_names(predicted_names(loaded, "export", known), columns)
     model, _ = build_model(loaded, "export", settings.checkpoint, where="export.checkpoint")

@@ -10,6 +10,7 @@ from pathlib import Path
 from ddetr_mm.errors import Problem, SpecError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.spec import ExperimentSpec, default_spec_text, load_spec
+from ddetr_mm.spec.schema import OwnSection
 from ddetr_mm.tasks.session import encryption_key_of, print_notes
 
 
@@ -55,11 +56,16 @@ def run_weights(arguments: Namespace) -> None:
     The spec's ``encryption_key`` opens an encrypted source. The file that is written is never encrypted,
     since other tools read it.
     """
-    from ddetr_mm.weights import convert_checkpoint
+    from ddetr_mm.weights import Selection, convert_checkpoint
 
     spec = load_spec(arguments.experiment_spec).spec if arguments.experiment_spec else None
+    own = spec.ddetr_mm if spec is not None else OwnSection()
+    use_ema = {"auto": "auto", "true": True, "false": False}.get(arguments.ema, own.use_ema)
+    selection = Selection(arguments.entry or own.checkpoint_entry, use_ema)
     with encryption_key_of(spec):
-        report = convert_checkpoint(arguments.source, arguments.destination, arguments.to, spec=spec)
+        report = convert_checkpoint(
+            arguments.source, arguments.destination, arguments.to, spec=spec, selection=selection
+        )
     print(report.summary())
     target = Path(arguments.destination)
     report_file = write_text_whole(

@@ -17,6 +17,7 @@ from ddetr_mm.errors import InputError, Problem, StackError
 from ddetr_mm.files import allow_any_text
 
 if TYPE_CHECKING:
+    from ddetr_mm.weights import Selection
     from ddetr_mm.weights.checkpoint import CheckpointMeta
 
 SPEC_SUFFIXES = (".yaml", ".yml")
@@ -94,13 +95,23 @@ def prepare_arguments(tool: str, arguments: list[str]) -> list[str]:
     if tool == "test" and len(prepared) > 1 and not prepared[1].startswith("-"):
         checkpoint = prepared[1]
     folder = work_dir(prepared)
-    config = None
+    config = selection = None
     if Path(prepared[0]).suffix.lower() in SPEC_SUFFIXES:
+        selection = spec_selection(prepared[0])
         config = translate_spec(prepared[0], tool, checkpoint, folder)
         prepared[0] = str(config)
     if checkpoint is not None:
-        prepared[1] = str(mmdet_checkpoint(checkpoint, folder, config))
+        prepared[1] = str(mmdet_checkpoint(checkpoint, folder, config, selection))
     return prepared
+
+
+def spec_selection(spec_path: str) -> Selection:
+    """Which of several sets of weights in a checkpoint a spec asks for."""
+    from ddetr_mm.spec import load_spec
+    from ddetr_mm.weights import Selection
+
+    own = load_spec(spec_path).spec.ddetr_mm
+    return Selection(own.checkpoint_entry, own.use_ema)
 
 
 def work_dir(arguments: list[str]) -> Path:
@@ -130,7 +141,9 @@ def translate_spec(spec_path: str, tool: str, checkpoint: str | None, folder: Pa
     return write_text_whole(folder / f"{Path(spec_path).stem}.py", config_source(loaded, subtask, named))
 
 
-def mmdet_checkpoint(path: str, folder: Path, spec_config: Path | None = None) -> Path:
+def mmdet_checkpoint(
+    path: str, folder: Path, spec_config: Path | None = None, selection: Selection | None = None
+) -> Path:
     """A checkpoint that mmengine loads: the given one, or a conversion of it in ``folder``.
 
     Args:
@@ -138,11 +151,12 @@ def mmdet_checkpoint(path: str, folder: Path, spec_config: Path | None = None) -
         folder: where a conversion goes.
         spec_config: the config of a spec, if that is what will run: its class columns are category ids and
             its neck has biases, which mmengine would not care about.
+        selection: which of several sets of weights to read.
 
     Raises:
         WeightsError: when the file is no checkpoint, or none of the spec's network.
     """
-    from ddetr_mm.weights import convert_checkpoint, inspect_checkpoint
+    from ddetr_mm.weights import Selection, convert_checkpoint, inspect_checkpoint
     from ddetr_mm.weights.read import local_file
     from ddetr_mm.weights.safe_read import read_raw
 
@@ -153,13 +167,16 @@ def mmdet_checkpoint(path: str, folder: Path, spec_config: Path | None = None) -
     # What mmengine wrote it reads, whichever detector it holds.
     if spec_config is None and isinstance(meta, dict) and "mmengine_version" in meta:
         return Path(path)
-    info = inspect_checkpoint(path)
+    selection = selection or Selection()
+    info = inspect_checkpoint(path, selection)
     fits = info.meta.label_mode == "category_id" and info.meta.neck_bias
-    if spec_config is not None and not (fits and classes_agree(info.meta, spec_config)):
-        return fitted_checkpoint(path, spec_config, converted)
-    if info.format == "mmdet":
+    # What mmengine reads by itself: mmdet's names in the dictionary that it looks into.
+    is_plain = info.format == "mmdet" and info.entry in ("", "state_dict")
+    if spec_config is not None and not (fits and is_plain and classes_agree(info.meta, spec_config)):
+        return fitted_checkpoint(path, spec_config, converted, selection)
+    if is_plain:
         return Path(path)
-    report = convert_checkpoint(path, converted, "mmdet")
+    report = convert_checkpoint(path, converted, "mmdet", selection=selection)
     print(report.summary(), file=sys.stderr)
     return converted
 
@@ -189,7 +206,9 @@ def test_classes(spec_config: Path) -> tuple[str | None, ...]:
     return data_columns(DATASETS.build(config.test_dataloader.dataset).metainfo)
 
 
-def fitted_checkpoint(path: str, spec_config: Path, converted: Path) -> Path:
+def fitted_checkpoint(
+    path: str, spec_config: Path, converted: Path, selection: Selection | None = None
+) -> Path:
     """Load a checkpoint into a spec's network, classes by the names of its test data, and save that."""
     from dataclasses import replace
 
@@ -199,16 +218,17 @@ def fitted_checkpoint(path: str, spec_config: Path, converted: Path) -> Path:
     import ddetr_mm.register  # noqa: F401 - before mmdet
     from ddetr_mm.classes import BACKGROUND, UNKNOWN
     from ddetr_mm.tasks.runner import load_checkpoint, register_scope
-    from ddetr_mm.weights import inspect_checkpoint
+    from ddetr_mm.weights import Selection, inspect_checkpoint
     from ddetr_mm.weights.convert import write_checkpoint
 
     config = Config.fromfile(str(spec_config))
     register_scope(config)
     classes = test_classes(spec_config)
     model = MODELS.build(config.model)
-    load_checkpoint(model, path, where="checkpoint", class_names=classes)
+    selection = selection or Selection()
+    load_checkpoint(model, path, where="checkpoint", class_names=classes, selection=selection)
     meta = replace(
-        inspect_checkpoint(path).meta,
+        inspect_checkpoint(path, selection).meta,
         label_mode="category_id",
         background_column=0,
         num_classes=len(classes),

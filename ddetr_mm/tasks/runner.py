@@ -39,6 +39,7 @@ from ddetr_mm.translate import spec_config_text, to_config
 from ddetr_mm.translate.data import Numbering, numbered_names, numbers_by_name
 from ddetr_mm.translate.to_config import ExportedModel
 from ddetr_mm.weights import (
+    Selection,
     fill_model,
     inspect_checkpoint,
     names_by_category_id,
@@ -46,6 +47,7 @@ from ddetr_mm.weights import (
     to_category_ids,
 )
 from ddetr_mm.weights.class_columns import head_columns, known_columns, numbered_by_position
+from ddetr_mm.weights.entries import DEFAULT
 from ddetr_mm.weights.load import unwrapped
 
 CONFIG_NAME = "config.py"
@@ -122,7 +124,7 @@ def config_source(
     if exported is not None:
         names = exported.class_names
     elif checkpoint and Path(checkpoint).exists() and not is_exported(checkpoint):
-        info = inspect_checkpoint(checkpoint)
+        info = inspect_checkpoint(checkpoint, weights_selection(loaded.spec))
         zeroed, names = info.meta.zero_padded_values, info.meta.class_names
         if subtask == "inference":
             names = names_by_category_id(info.meta, loaded.spec.dataset.num_classes, path=checkpoint)
@@ -163,7 +165,7 @@ def category_numbering(
     if exported is not None:
         columns = named_columns(exported.class_names or ())
     elif subtask == "evaluate" and checkpoint and Path(checkpoint).exists() and not is_exported(checkpoint):
-        meta = inspect_checkpoint(checkpoint).meta
+        meta = inspect_checkpoint(checkpoint, weights_selection(loaded.spec)).meta
         by_name = bool(meta.numbered_by_name)
         columns = known_columns(meta) if meta.label_mode == "category_id" else None
     if not numbers_by_name(loaded.spec, subtask, by_name):
@@ -308,7 +310,13 @@ def build_predicting_runner(loaded: LoadedSpec, subtask: str, folder: Path) -> Q
     # Ground truth names the classes that the network's must be brought to; images alone name none.
     data = data_columns(runner.test_dataloader.dataset.metainfo) if subtask == "evaluate" else None
     if exported is None:
-        load_to_predict(runner.model, given.checkpoint, where=f"{subtask}.checkpoint", class_names=data)
+        load_to_predict(
+            runner.model,
+            given.checkpoint,
+            where=f"{subtask}.checkpoint",
+            class_names=data,
+            selection=weights_selection(loaded.spec),
+        )
     elif data is not None:
         set_graph_columns(unwrapped(runner.model), exported, data, given.trt_engine or given.checkpoint)
     return runner
@@ -368,7 +376,8 @@ def build_model(
     config = Config.fromstring(config_source(loaded, subtask, checkpoint), ".py")
     register_scope(config)
     model = MODELS.build(config.model)
-    load_checkpoint(model, checkpoint, where=where, class_names=class_names)
+    selection = weights_selection(loaded.spec)
+    load_checkpoint(model, checkpoint, where=where, class_names=class_names, selection=selection)
     return model.eval(), config
 
 
@@ -377,17 +386,36 @@ def register_scope(config: Config) -> None:
     init_default_scope(config.get("default_scope", "mmdet"))
 
 
-def load_to_predict(model: nn.Module, path: str, *, where: str, class_names: Columns | None = None) -> None:
+def weights_selection(spec: ExperimentSpec) -> Selection:
+    """Which of several sets of weights in a checkpoint a spec asks for."""
+    return Selection(spec.ddetr_mm.checkpoint_entry, spec.ddetr_mm.use_ema)
+
+
+def load_to_predict(
+    model: nn.Module,
+    path: str,
+    *,
+    where: str,
+    class_names: Columns | None = None,
+    selection: Selection = DEFAULT,
+) -> None:
     """:func:`load_checkpoint` into a model that will only predict: its norms are folded away.
 
     Raises:
         WeightsError: as there.
     """
-    load_checkpoint(model, path, where=where, class_names=class_names)
+    load_checkpoint(model, path, where=where, class_names=class_names, selection=selection)
     fuse_norms(unwrapped(model))
 
 
-def load_checkpoint(model: nn.Module, path: str, *, where: str, class_names: Columns | None = None) -> None:
+def load_checkpoint(
+    model: nn.Module,
+    path: str,
+    *,
+    where: str,
+    class_names: Columns | None = None,
+    selection: Selection = DEFAULT,
+) -> None:
     """Load a checkpoint of any known format into a model and say how it went.
 
     Args:
@@ -396,12 +424,13 @@ def load_checkpoint(model: nn.Module, path: str, *, where: str, class_names: Col
         where: the spec key that named it, for messages.
         class_names: the data's classes by category id, where there are data; a checkpoint that numbers its
             classes otherwise is brought to them by name.
+        selection: which of several sets of weights to read.
 
     Raises:
         WeightsError: when the file is missing, is not a checkpoint or leaves parameters without values.
     """
     columns = unwrapped(model).bbox_head.num_classes
-    checkpoint = to_category_ids(read_checkpoint(path), columns, class_names)
+    checkpoint = to_category_ids(read_checkpoint(path, selection=selection), columns, class_names)
     if class_names and known_columns(checkpoint.meta) is None and not numbered_by_position(checkpoint.meta):
         checkpoint.notes.append(NAMELESS)
     report = fill_model(model, checkpoint, strict=True)

@@ -149,6 +149,8 @@ HOOK_KEYS = (
     "train.is_dry_run",
     "train.pretrained_model_path",
     "model.pretrained_backbone_path",
+    "ddetr_mm.checkpoint_entry",
+    "ddetr_mm.use_ema",
 )
 WANDB_KEYS = tuple(
     f"wandb.{name}"
@@ -233,9 +235,17 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
                 type="PretrainedWeightsHook",
                 backbone_path=spec.model.pretrained_backbone_path,
                 model_path=spec.train.pretrained_model_path,
+                **weights_selection(spec),
             )
         )
     return hooks
+
+
+def weights_selection(spec: ExperimentSpec) -> dict[str, Any]:
+    """Which set of a checkpoint's weights is read, as far as the spec says it."""
+    own = spec.ddetr_mm
+    entry = {} if own.checkpoint_entry is None else {"entry": own.checkpoint_entry}
+    return entry if own.use_ema == "auto" else {**entry, "use_ema": own.use_ema}
 
 
 def randomness(spec: ExperimentSpec) -> dict[str, Any]:

@@ -54,6 +54,7 @@ class CheckpointMeta:
         spec: the experiment spec of the weights as plain data, or None.
         numbered_by_name: whether the category ids were made from the class names (spec field
             ``ddetr_mm.category_ids``).
+        assumed: the settings above that no file said, only the format of the one they were first read from.
     """
 
     source_format: str
@@ -77,6 +78,7 @@ class CheckpointMeta:
     epoch: int | None = None
     spec: dict[str, Any] | None = None
     numbered_by_name: bool | None = None
+    assumed: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data (lists, strings, numbers) for a file's metadata, without unknown values."""
@@ -101,6 +103,8 @@ class Checkpoint:
         notes: remarks for the user, one sentence each.
         stated: the names of those settings in ``meta`` that the file says, see
             :data:`ddetr_mm.weights.scheme.FIELDS`; its format alone implies the others.
+        entry: dotted path of the dictionary that was read and the prefix of its keys, the format's own
+            prefix left out.
     """
 
     state_dict: dict[str, Tensor]
@@ -111,6 +115,7 @@ class Checkpoint:
     trace: KeyTrace
     notes: list[str] = field(default_factory=list)
     stated: frozenset[str] = frozenset()
+    entry: str = ""
 
 
 def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> CheckpointMeta:
@@ -145,6 +150,9 @@ def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> Checkp
     names = values.get("class_names")
     if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
         changes["class_names"] = tuple(names) or None
+    assumed = values.get("assumed")
+    if isinstance(assumed, (list, tuple)) and all(isinstance(name, str) for name in assumed):
+        changes["assumed"] = tuple(assumed)
     ids = values.get("category_ids")
     if isinstance(ids, (list, tuple)) and all(number is None or isinstance(number, int) for number in ids):
         changes["category_ids"] = tuple(ids) or None

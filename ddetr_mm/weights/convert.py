@@ -153,6 +153,7 @@ def _completed(
             if name not in checkpoint.stated and name not in ("num_heads", "with_box_refine")
         }
         meta = meta_from_dict(unsaid, meta)
+        meta = replace(meta, assumed=tuple(name for name in meta.assumed if name not in spec_scheme(spec)))
     if class_names is not None:
         names = tuple(class_names)
         if meta.num_classes is not None and len(names) != meta.num_classes:

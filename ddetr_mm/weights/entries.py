@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ddetr_mm.weights.layouts import Found, without_wrappers
 from ddetr_mm.weights.pickle_names import InertArray, InertObject
 from ddetr_mm.weights.safe_read import RawFile, refuse_encrypted, short_names
 
-UseEma = Literal["auto", "true", "false"]
+UseEma: TypeAlias = Literal["auto"] | bool
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Selection:
     Attributes:
         entry: dotted path of the dictionary, with the prefix of the keys in it where needed; None leaves the
             choice to :func:`choose`.
-        use_ema: averaged weights: ``auto`` takes them where the file has any, ``true`` wants them, ``false``
-            takes the weights of the last step.
+        use_ema: averaged weights: ``"auto"`` takes them where the file has any, True wants them, False takes
+            the weights of the last step.
     """
 
     entry: str | None = None
@@ -341,7 +341,7 @@ def _allowed(path: Path, candidates: list[Candidate], selection: Selection) -> l
         if selection.use_ema == "auto":
             return allowed
     if selection.use_ema != "auto":
-        wanted = selection.use_ema == "true"
+        wanted = selection.use_ema
         allowed = [one for one in allowed if one.averaged == wanted]
         if not allowed:
             raise WeightsError(
@@ -349,7 +349,7 @@ def _allowed(path: Path, candidates: list[Candidate], selection: Selection) -> l
                     "the file has no averaged weights" if wanted else "the file has averaged weights only",
                     file=path,
                     where="ddetr_mm.use_ema",
-                    value=selection.use_ema,
+                    value=str(selection.use_ema).lower(),
                     hint=f"its sets of weights: {', '.join(names)}; auto takes what there is",
                 )
             )
@@ -365,7 +365,7 @@ def _plain(name: str) -> str:
 def _rank(one: Candidate, candidates: list[Candidate], selection: Selection) -> tuple[Any, ...]:
     parts = (*one.entry.path, *one.found.prefix.split("."))
     is_copy = not one.averaged and any(_words(part) & _COPIES for part in parts)
-    wanted = selection.use_ema != "false"
+    wanted = selection.use_ema is not False
     position = next(index for index, other in enumerate(candidates) if other is one)
     return (one.averaged != wanted, is_copy, -len(one.found.names), len(one.name.split(".")), position)
 
@@ -403,7 +403,7 @@ def _notes(
             f" {listed}; ddetr_mm.use_ema and ddetr_mm.checkpoint_entry choose another"
         )
     elif chosen.averaged:
-        notes.append(f"averaged weights are read: {chosen.shown}; the file has no others")
+        notes.append(f"averaged weights are read: '{chosen.name}'; the file has no others")
     if filled:
         notes.append(
             f"{len(filled)} tensors that the average leaves out ({short_names(list(filled), 2)}) come from"

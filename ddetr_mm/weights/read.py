@@ -149,6 +149,7 @@ class FoundWeights:
         foreign: keys of the file that are not the network's.
         set_aside: key of the file → why it is not needed.
         notes: which of several sets of weights was read, and where it was.
+        entry: see :class:`~ddetr_mm.weights.checkpoint.Checkpoint`.
     """
 
     state_dict: dict[str, Tensor]
@@ -158,6 +159,7 @@ class FoundWeights:
     foreign: list[str] = field(default_factory=list)
     set_aside: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    entry: str = ""
 
 
 def find_weights(raw: RawFile, selection: Selection = DEFAULT) -> FoundWeights:
@@ -182,6 +184,8 @@ def find_weights(raw: RawFile, selection: Selection = DEFAULT) -> FoundWeights:
         table, usual_prefix = formats.TAO, formats.TAO_PREFIX
     usual_names = {key: name for name, key in found.names.items()}
     result = FoundWeights({}, table, extras=_extras(raw.payload), notes=choice.notes)
+    is_usual = found.prefix == "" or table is formats.TAO
+    result.entry = choice.candidate.entry.name if is_usual else choice.candidate.name
     backbone = _backbone_names(choice, table)
     for name, (entry, key) in choice.members.items():
         usual = backbone.get(name) or usual_prefix + _usual_name(name, key, usual_names, choice)
@@ -192,7 +196,7 @@ def find_weights(raw: RawFile, selection: Selection = DEFAULT) -> FoundWeights:
         if usual != key:
             result.original_keys[usual] = key
     _set_aside(choice, result)
-    if found.prefix not in ("", "model.", formats.TAO_PREFIX):
+    if not is_usual:
         result.notes.append(f"the network is below '{found.prefix}', with {found.layout.name}")
     return result
 
@@ -307,13 +311,16 @@ def read_checkpoint(
     if check_finite:
         refuse_non_finite(raw.path, canonical)
     meta, architecture, notes, stated = _interpret(raw, found, canonical, trace)
+    meta = replace(meta, assumed=tuple(sorted(set(FIELDS) - stated)))
     notes = [*found.notes, *notes]
     if trace.differing_aliases:
         notes.append(
             f"{len(trace.differing_aliases)} repeated keys differ from what they repeat"
             f" ({short_names(trace.differing_aliases, 2)}); the values under the main names are used"
         )
-    return Checkpoint(canonical, found.table.name, meta, architecture, raw.path, trace, notes, stated)
+    return Checkpoint(
+        canonical, found.table.name, meta, architecture, raw.path, trace, notes, stated, found.entry
+    )
 
 
 def inspect_checkpoint(path: str | Path, selection: Selection = DEFAULT) -> Checkpoint:
@@ -440,7 +447,7 @@ def _stated(
     meta: CheckpointMeta, own: Mapping[str, Any], hints: Mapping[str, Any], refine: bool | None
 ) -> frozenset[str]:
     """Return the settings that the file says, not its format alone."""
-    stated = {name for name in FIELDS if getattr(meta, name) is not None}
+    stated = {name for name in FIELDS if getattr(meta, name) is not None} - {*meta.assumed}
     if not isinstance(own.get("zero_padded_values"), bool) and "zero_padded_values" not in hints:
         stated.discard("zero_padded_values")
     if refine is None and not meta.two_stage:

@@ -129,7 +129,7 @@ def refusals(checkpoint: Checkpoint, found: Comparison) -> list[Problem]:
     """Return a problem for every contradiction that changes predictions, naming the spec field."""
     return [
         Problem(
-            f"the checkpoint was trained {_in_words(name, there)}, the spec has {_in_words(name, here)}",
+            f"the checkpoint was trained with {_in_words(name, there)}, the spec has {_in_words(name, here)}",
             file=checkpoint.path,
             where=FIELDS[name],
             value=here,
@@ -144,7 +144,7 @@ def refusals(checkpoint: Checkpoint, found: Comparison) -> list[Problem]:
 def notes(checkpoint: Checkpoint, found: Comparison) -> list[str]:
     """Return a line for every difference, and one for all that is assumed."""
     lines = [
-        f"the weights were trained {_in_words(name, there)}, the model has {_in_words(name, here)}"
+        f"the weights were trained with {_in_words(name, there)}, the model has {_in_words(name, here)}"
         f" ({FIELDS[name]})"
         for name, (there, here) in (found.contradictions | found.implied).items()
     ]
@@ -163,11 +163,11 @@ def _in_words(name: str, value: Any) -> str:
     if name == "zero_padded_values":
         return f"attention values at padded positions {'zeroed' if value else 'as they are'}"
     if name == "with_box_refine":
-        return f"{_with(value)} box refinement"
+        return "box refinement" if value else "no box refinement"
     if name == "dilation":
-        return f"{_with(value)} a dilated last stage of the backbone"
+        return f"{'a' if value else 'no'} dilated last stage of the backbone"
     if name == "aux_loss":
-        return f"{_with(value)} auxiliary losses"
+        return "auxiliary losses" if value else "no auxiliary losses"
     if name == "num_heads":
         return f"{value} attention heads"
     if name in ("enc_points", "dec_points"):
@@ -178,10 +178,6 @@ def _in_words(name: str, value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return str(list(value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _with(value: bool) -> str:
-    return "with" if value else "without"
 
 
 # --- Refinement, as the weights show it ---

@@ -100,7 +100,7 @@ def test_content_is_plain_and_carries_what_tools_need(make_runner, tmp_path):
     assert {"meta", "state_dict", "message_hub", "optimizer", "param_schedulers", "rng_states"} <= set(
         checkpoint
     )
-    assert checkpoint["meta"]["ddetr_mm"] == extra
+    assert checkpoint["meta"]["ddetr_mm"] == extra  # a network without attention has no settings of its own
     assert checkpoint["meta"]["dataset_meta"]["category_ids"] == [1, 2]
     assert len(checkpoint["rng_states"]) == 1
 

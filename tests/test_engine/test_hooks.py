@@ -125,6 +125,25 @@ def test_only_the_backbone_is_loaded(checkpoint: Path):
     assert all(torch.equal(weights[name], before[name]) for name in weights if name.startswith("encoder."))
 
 
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [({}, "ema"), ({"use_ema": False}, "state_dict"), ({"entry": "state_dict"}, "state_dict")],
+)
+def test_the_set_of_weights_that_was_asked_for_is_loaded_and_named(checkpoint: Path, options, taken):
+    saved = torch.load(checkpoint)
+    averaged = {
+        key: value + 1 if value.is_floating_point() else value for key, value in saved["state_dict"].items()
+    }
+    torch.save({**saved, "ema": averaged}, checkpoint)
+    for path in ("model_path", "backbone_path"):
+        model = detector()
+        runner = runner_for(model)
+        PretrainedWeightsHook(**{path: str(checkpoint)}, **options).before_train(runner)
+        expected = averaged if taken == "ema" else saved["state_dict"]
+        assert torch.equal(model.backbone.conv1.weight, expected["backbone.conv1.weight"])
+        assert f"2 sets of weights: '{taken}" in runner.logger[0]
+
+
 def test_a_resumed_run_keeps_its_weights(checkpoint: Path):
     torch.manual_seed(4)
     model = detector()

@@ -132,6 +132,46 @@ def expected(folder, tmp_path_factory) -> list[tuple]:
     return predictions(results)
 
 
+def with_average(folder: Path, name: str) -> Path:
+    """``ours.pth`` as the weights of the last step, beside an average with other class logits."""
+    content = torch.load(folder / "ours.pth", weights_only=True)
+    averaged = {
+        key: -value if ".cls_branches." in key else value for key, value in content["state_dict"].items()
+    }
+    torch.save({**content, "state_dict_ema": averaged}, folder / name)
+    return folder / name
+
+
+def test_averaged_weights_are_evaluated_unless_the_spec_says_otherwise(
+    folder, expected, tmp_path, monkeypatch, capfd
+):
+    with_average(folder, "averaged.pth")
+    for number, (options, averaged) in enumerate(
+        [
+            ([], True),
+            (["ddetr_mm.use_ema=false"], False),
+            (["ddetr_mm.checkpoint_entry=state_dict"], False),
+            (["ddetr_mm.use_ema=true"], True),
+        ]
+    ):
+        results = tmp_path / str(number)
+        arguments = ["evaluate.checkpoint=averaged.pth", f"evaluate.results_dir={results}", *options]
+        run(folder, monkeypatch, "evaluate", *arguments)
+        assert (predictions(results) == expected) != averaged
+        taken, other = ("'state_dict_ema' (averaged)", "'state_dict'")[:: 1 if averaged else -1]
+        text = capfd.readouterr().err
+        assert f"2 sets of weights: {taken} is read" in text and f", not {other};" in text
+    arguments = ["weights", "averaged.pth", str(tmp_path / "x.pth"), "--to", "mmdet", "--ema"]
+    for ema in ("true", "false"):
+        assert main([*arguments, ema]) == 0
+        written = torch.load(tmp_path / "x.pth", weights_only=True)["state_dict"]
+        source = "state_dict_ema" if ema == "true" else "state_dict"
+        read = torch.load(folder / "averaged.pth", weights_only=True)[source]
+        assert all(torch.equal(written[key], value) for key, value in read.items())
+    assert main([*arguments[:-1], "--entry", "nowhere"]) == 2
+    assert "allowed: 'state_dict', 'state_dict_ema' (averaged)" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_evaluate(name, folder, expected, tmp_path, monkeypatch):
     run(
