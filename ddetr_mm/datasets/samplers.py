@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from mmdet.registry import DATA_SAMPLERS
 from mmengine.dist import get_dist_info, sync_random_seed
+from mmengine.logging import print_log
 from torch.utils.data import Sampler
 
 from ddetr_mm.errors import DataError, Problem
@@ -39,22 +40,27 @@ class SampleIndex(int):
         epoch: from 0.
         is_filler: whether the sample only fills the last step of a rank that has none left; it must not
             count.
+        repeat: how often the sample came before in the epoch, so that each time it is augmented otherwise.
     """
 
     seed: int
     epoch: int
     is_filler: bool
+    repeat: int
 
-    def __new__(cls, index: int, seed: int, epoch: int, is_filler: bool = False) -> SampleIndex:
+    def __new__(
+        cls, index: int, seed: int, epoch: int, is_filler: bool = False, repeat: int = 0
+    ) -> SampleIndex:
         """Make one; see the class."""
         self = super().__new__(cls, index)
         self.seed = seed
         self.epoch = epoch
         self.is_filler = is_filler
+        self.repeat = repeat
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SampleIndex, (int(self), self.seed, self.epoch, self.is_filler)
+        return SampleIndex, (int(self), self.seed, self.epoch, self.is_filler, self.repeat)
 
 
 @contextmanager
@@ -70,7 +76,9 @@ def sample_randomness(index: int) -> Iterator[None]:
         yield
         return
     python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence([index.seed, index.epoch, int(index)]).generate_state(8)
+    # The first time has the words that a run without repeats has.
+    repeat = [index.repeat] if index.repeat else []
+    words = np.random.SeedSequence([index.seed, index.epoch, int(index), *repeat]).generate_state(8)
     try:
         random.seed(int(words[0]) << 32 | int(words[1]))
         np.random.seed(words[2:6])
@@ -188,6 +196,44 @@ def shards_of_rank(
     return own[: sizes.min()] if uneven == "drop" else np.resize(own, sizes.max())
 
 
+def even_draws(
+    shard_indices: npt.NDArray[np.integer], rank: int, num_ranks: int, count: int, *, seed: int, epoch: int
+) -> Indices:
+    """Samples of one rank's shards, drawn with replacement; each of its shards is equally likely.
+
+    Args:
+        shard_indices: (number of samples,) which shard each sample lies in.
+        rank: from 0; it has the shards i with i mod ``num_ranks`` = rank.
+        num_ranks: how many ranks there are.
+        count: how many are drawn; the first of a longer draw are those of a shorter one.
+        seed: at least 0.
+        epoch: from 0.
+
+    Returns:
+        (count,) sample indices.
+    """
+    own = np.flatnonzero(shard_indices % num_ranks == rank)
+    by_shard = own[np.argsort(shard_indices[own], kind="stable")]
+    _, starts, sizes = np.unique(shard_indices[by_shard], return_index=True, return_counts=True)
+    source = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch, rank])))
+    shards, places = source.random_sample((count, 2)).T
+    chosen = (shards * len(starts)).astype(np.int64)
+    drawn: Indices = by_shard[starts[chosen] + (places * sizes[chosen]).astype(np.int64)].astype(np.int32)
+    return drawn
+
+
+def repeats_before(indices: Indices) -> Indices:
+    """How often each sample came before in the list, (n,)."""
+    by_sample = np.argsort(indices, kind="stable")
+    in_order = indices[by_sample]
+    is_first = np.concatenate([np.ones(min(1, len(in_order)), bool), in_order[1:] != in_order[:-1]])
+    positions = np.arange(len(in_order))
+    first = np.maximum.accumulate(np.where(is_first, positions, 0))
+    counts = np.empty(len(indices), np.int32)
+    counts[by_sample] = positions - first
+    return counts
+
+
 # --- Training ---
 
 
@@ -271,6 +317,8 @@ class ElasticDistributedSampler(Sampler[int]):
 class ShardDistributedSampler(ElasticDistributedSampler):
     """Each rank keeps to the shards (annotation files) i with i mod number of ranks = rank.
 
+    A sample that comes several times in an epoch is augmented otherwise each time.
+
     With one rank it is :class:`ElasticDistributedSampler`. With several, the order of a rank's samples
     depends on seed and epoch, but which samples share a step depends on the number of ranks: resumed in
     mid-epoch on another number of ranks, an epoch may see some samples twice and leave some out.
@@ -278,14 +326,19 @@ class ShardDistributedSampler(ElasticDistributedSampler):
     Args:
         dataset: a :class:`~ddetr_mm.datasets.coco.SerializedCocoDataset`, for its ``shard_indices``.
         uneven: see :func:`~ddetr_mm.datasets.samplers.shards_of_rank`.
+        replacement: draw samples with replacement, each shard of a rank equally often, as many as
+            ``uneven`` gives.
         kwargs: as in :class:`ElasticDistributedSampler`.
 
     Raises:
         DataError: there are fewer shards with samples than ranks.
     """
 
-    def __init__(self, dataset: Any, uneven: str = "repeat", **kwargs: Any) -> None:
+    def __init__(
+        self, dataset: Any, uneven: str = "repeat", replacement: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(dataset, **kwargs)
+        self.replacement = replacement
         if uneven not in UNEVEN_SHARDS:
             raise ValueError(f"uneven must be one of {', '.join(UNEVEN_SHARDS)}, not {uneven!r}")
         self.uneven = uneven
@@ -307,37 +360,61 @@ class ShardDistributedSampler(ElasticDistributedSampler):
 
     def indices(self) -> Indices:
         """This rank's samples from the position on."""
+        return self._epoch_indices()[self.samples_done // self.num_ranks :]
+
+    def _epoch_indices(self) -> Indices:
+        """This rank's samples of the whole epoch."""
+        place = self.rank, self.num_ranks
+        if self.num_ranks == 1:
+            return epoch_order(len(self.dataset), self.seed, self.epoch, shuffle=self.shuffle)
+        shards = self.dataset.shard_indices  # type: ignore[attr-defined]
+        if self.replacement:
+            return even_draws(shards, *place, self._samples_a_rank, seed=self.seed, epoch=self.epoch)
         order = epoch_order(len(self.dataset), self.seed, self.epoch, shuffle=self.shuffle)
-        if self.num_ranks > 1:
-            shards = self.dataset.shard_indices  # type: ignore[attr-defined]
-            order = shards_of_rank(
-                order, shards, self.rank, self.num_ranks, uneven=self.uneven, sizes=self._sizes
-            )
-        return order[self.samples_done // self.num_ranks :]
+        return shards_of_rank(order, shards, *place, uneven=self.uneven, sizes=self._sizes)
+
+    def __iter__(self) -> Iterator[SampleIndex]:
+        """This rank's samples from the position on."""
+        seed, epoch, start = self.seed, self.epoch, self.samples_done // self.num_ranks
+        indices = self._epoch_indices()
+        for index, repeat in zip(indices[start:], repeats_before(indices)[start:], strict=True):
+            yield SampleIndex(int(index), seed, epoch, repeat=int(repeat))
 
 
 @DATA_SAMPLERS.register_module()
 class ElasticBatchSampler(Sampler[list[int]]):
-    """Batches of a sampler above; every rank makes as many steps as the one with most samples.
+    """Batches of a sampler above; every rank makes equally many steps.
 
-    A rank without a sample for the last step gets one that is marked as filler: the dataset removes its
-    objects and marks it, and :class:`~ddetr_mm.models.detector.TAODeformableDETR` gives it no
-    weight in the loss. So each sample counts exactly once an epoch.
+    With ``drop_last`` a step of all ranks together is whole, and what is left over at the end of an epoch is
+    left out; only a data set that is smaller than one step has one short step.
+
+    Otherwise the last step is short. A rank without a sample for it gets one that is marked as filler: the
+    dataset removes its objects and marks it, and :class:`~ddetr_mm.models.detector.TAODeformableDETR` gives
+    it no weight in the loss. So each sample counts exactly once an epoch.
 
     Its length is that of a whole epoch, wherever the sampler's position is.
 
     Args:
         sampler: an :class:`ElasticDistributedSampler` or :class:`ShardDistributedSampler`.
         batch_size: samples a rank and step.
+        drop_last: leave out the samples that do not fill a step.
     """
 
-    def __init__(self, sampler: ElasticDistributedSampler, batch_size: int) -> None:
+    def __init__(self, sampler: ElasticDistributedSampler, batch_size: int, drop_last: bool = False) -> None:
         if not isinstance(sampler, ElasticDistributedSampler):
             raise TypeError(f"ElasticBatchSampler needs an elastic sampler, not {type(sampler).__name__}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         self.sampler = sampler
         self.batch_size = batch_size
+        self.drop_last = drop_last
+        in_epoch, in_step = sampler.samples_an_epoch, batch_size * sampler.num_ranks
+        if drop_last and 0 < in_epoch < in_step:
+            print_log(
+                f"The data set is smaller than one batch of all ranks ({in_epoch} of {in_step} images): "
+                "each epoch is one step of all of it.",
+                "current",
+            )
 
     def __len__(self) -> int:
         """Steps of a whole epoch, the same on all ranks."""
@@ -349,6 +426,11 @@ class ElasticBatchSampler(Sampler[list[int]]):
         Args:
             samples_done: see :meth:`ElasticDistributedSampler.seek`.
         """
+        if self.drop_last:
+            left = self.sampler.samples_an_epoch - samples_done
+            whole = left // (self.batch_size * self.sampler.num_ranks)
+            if whole or samples_done:
+                return whole
         return -(-self.sampler.most_left(samples_done) // self.batch_size)
 
     def samples_after(self, samples_done: int, steps: int) -> int:

@@ -306,7 +306,8 @@ def check_training_step(
     yield judge(step, would_train(model, config, spec))
     yield memory_section(model, step, spec, train, device)
     size = model_size(model, spec.train.optim.optimizer)
-    steps = -(-len(loader.dataset) // spec.dataset.batch_size)
+    num_images, batch = len(loader.dataset), spec.dataset.batch_size
+    steps = -(-num_images // batch) if spec.ddetr_mm.keep_last_batch else max(1, num_images // batch)
     kept = num_checkpoints(
         spec.train.num_epochs, spec.train.checkpoint_interval, spec.train.checkpoint_interval_unit, steps
     )

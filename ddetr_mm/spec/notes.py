@@ -118,6 +118,13 @@ CONDITIONS: tuple[Condition, ...] = (
         ),
         "dataset_type is not default",
     ),
+    Condition(
+        "ddetr_mm.cover_all_images",
+        lambda spec: (
+            spec.dataset.dataset_type != "default" or spec.dataset.train_sampler == "default_sampler"
+        ),
+        "the default sampler takes every image",
+    ),
     *(
         Condition(_AUG + name, lambda spec: spec.dataset.augmentation.fixed_random_crop is not None, _JITTER)
         for name in ("scales", "train_random_resize", "train_random_crop_min", "train_random_crop_max")

@@ -656,6 +656,20 @@ class OwnSection(Section):
         antialiasing, as stock mmdet does it; in training, JPEGs much larger than the largest size asked for
         are decoded at a half, a quarter or an eighth.""",
     )
+    keep_last_batch: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""What is done with the images that do not fill a batch of all GPUs at the end of an epoch.
+        false: leave them out, as TAO does (others in the next epoch); true: train a shorter step of them. A
+        data set smaller than one batch is always trained whole.""",
+    )
+    cover_all_images: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""With dataset.train_sampler uniform_sampler or non_uniform_sampler: take every image at least
+        once an epoch; processes whose files hold fewer images repeat some. false: uniform_sampler draws with
+        replacement, non_uniform_sampler takes as many of each process as the smallest has.""",
+    )
     missing_images: Literal["error", "replace"] = spec_field(
         "error",
         origin=OURS,

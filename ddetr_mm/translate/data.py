@@ -33,8 +33,8 @@ TEST_PIPELINE_KEYS = (
 )
 SAMPLERS: dict[str, dict[str, Any]] = {
     "default_sampler": dict(type="ElasticDistributedSampler"),
-    "non_uniform_sampler": dict(type="ShardDistributedSampler", uneven="repeat"),
-    "uniform_sampler": dict(type="ShardDistributedSampler", uneven="drop"),
+    "non_uniform_sampler": dict(type="ShardDistributedSampler", uneven="drop"),
+    "uniform_sampler": dict(type="ShardDistributedSampler", uneven="drop", replacement=True),
 }
 """TAO's samplers → their configs."""
 
@@ -45,6 +45,8 @@ LOADER_KEYS = (
     "dataset.dataset_type",
     "dataset.train_sampler",
     "dataset.num_classes",
+    "ddetr_mm.keep_last_batch",
+    "ddetr_mm.cover_all_images",
     "ddetr_mm.missing_images",
     "ddetr_mm.strict_annotations",
     "ddetr_mm.category_ids",
@@ -246,7 +248,9 @@ def dataloader(
     )
     if train:
         loader["sampler"] = dict(train_sampler(spec), shuffle=True)
-        loader["batch_sampler"] = dict(type="ElasticBatchSampler")
+        loader["batch_sampler"] = dict(
+            type="ElasticBatchSampler", drop_last=not spec.ddetr_mm.keep_last_batch
+        )
     else:
         sharded = spec.train.distributed_strategy == "fsdp"
         loader["sampler"] = dict(type="WholeBatchSampler", batch_size=images_per_batch, equal_length=sharded)
@@ -256,7 +260,10 @@ def dataloader(
 def train_sampler(spec: ExperimentSpec) -> dict[str, Any]:
     """Config of the sampler; ``train_sampler`` has an effect with ``dataset_type: default`` only."""
     selectable = spec.dataset.dataset_type == "default"
-    return SAMPLERS[spec.dataset.train_sampler if selectable else "default_sampler"]
+    sampler = SAMPLERS[spec.dataset.train_sampler if selectable else "default_sampler"]
+    if spec.ddetr_mm.cover_all_images and sampler["type"] == "ShardDistributedSampler":
+        return dict(type="ShardDistributedSampler", uneven="repeat")
+    return sampler
 
 
 def plain_sources(sources: Sequence[DataSource]) -> list[dict[str, str]]:

@@ -44,14 +44,14 @@ AUGMENTED = [
 ]
 
 
-def batches(num_samples, num_ranks, batch_size, *, seed=3, epoch=0, done=0):
+def batches(num_samples, num_ranks, batch_size, *, seed=3, epoch=0, done=0, drop_last=False):
     """Every rank's batches."""
     found = []
     for rank in range(num_ranks):
         sampler = ElasticDistributedSampler(range(num_samples), seed=seed, rank=rank, num_ranks=num_ranks)
         sampler.set_epoch(epoch)
         sampler.seek(done)
-        found.append(list(ElasticBatchSampler(sampler, batch_size)))
+        found.append(list(ElasticBatchSampler(sampler, batch_size, drop_last)))
     return found
 
 
@@ -81,6 +81,56 @@ def test_continues_anywhere_on_another_number_of_ranks(num_samples, ranks, batch
     whole = [index for step in batches(num_samples, 1, 1)[0] for index in step]
     rest = batches(num_samples, later_ranks, batch_size, done=done)
     assert [index for step in zip(*rest, strict=True) for index in union(step)] == whole[done:]
+
+
+@given(st.integers(1, 70), st.integers(1, 6), st.integers(1, 5))
+def test_a_short_last_batch_is_dropped(num_samples: int, num_ranks: int, batch_size: int):
+    """Whole steps only, the same on any number of ranks; a data set below one step is one short step."""
+    step = num_ranks * batch_size
+    one = batches(num_samples, 1, step, drop_last=True)[0]
+    many = batches(num_samples, num_ranks, batch_size, drop_last=True)
+    assert [union(steps) for steps in zip(*many, strict=True)] == [list(map(int, batch)) for batch in one]
+    if num_samples >= step:
+        assert len(one) == num_samples // step and {len(batch) for batch in one} == {step}
+        assert not any(index.is_filler for rank in many for batch in rank for index in batch)
+        assert {len(batch) for rank in many for batch in rank} == {batch_size}
+    else:
+        assert [sorted(batch) for batch in one] == [list(range(num_samples))]
+
+
+@given(st.integers(1, 70), st.integers(1, 4), st.integers(1, 4), st.integers(1, 70))
+def test_an_epoch_of_whole_batches_continues_anywhere(num_samples, ranks, batch_size, steps):
+    sampler = ElasticDistributedSampler(range(num_samples), seed=3, rank=0, num_ranks=ranks)
+    batch_sampler = ElasticBatchSampler(sampler, batch_size, drop_last=True)
+    whole = list(zip(*batches(num_samples, ranks, batch_size, drop_last=True), strict=True))
+    assert len(batch_sampler) == len(whole)
+    steps = min(steps, len(whole))
+    done = batch_sampler.samples_after(0, steps)
+    assert batch_sampler.steps_left(done) == len(whole) - steps
+    rest = batches(num_samples, ranks, batch_size, done=done, drop_last=True)
+    assert list(zip(*rest, strict=True)) == whole[steps:]
+
+
+def test_what_a_short_last_batch_drops_changes_with_the_epoch():
+    seen = {
+        int(index)
+        for epoch in range(20)
+        for batch in batches(7, 1, 4, epoch=epoch, drop_last=True)[0]
+        for index in batch
+    }
+    assert seen == set(range(7))
+
+
+def test_a_data_set_below_one_batch_is_reported(monkeypatch):
+    logged = []
+    monkeypatch.setattr("ddetr_mm.datasets.samplers.print_log", lambda text, *_: logged.append(text))
+    for num_samples, drop_last in ((7, True), (8, True), (7, False)):
+        sampler = ElasticDistributedSampler(range(num_samples), seed=0, rank=1, num_ranks=2)
+        assert len(ElasticBatchSampler(sampler, 4, drop_last)) == 1
+    assert logged == [
+        "The data set is smaller than one batch of all ranks (7 of 8 images): each epoch is one step of all "
+        "of it."
+    ]
 
 
 def test_length_is_that_of_the_whole_epoch_and_the_rest_is_reported():
@@ -125,6 +175,71 @@ def test_shards_of_a_rank(uneven, num_ranks, steps, seen):
         sampler.seek(2 * num_ranks)
         assert list(ElasticBatchSampler(sampler, 2)) == rank_steps[1:]
     assert len(indices) == seen
+
+
+UNEVEN = np.repeat(np.arange(6), [400, 10, 100, 10, 50, 10])  # of two ranks: 400, 100, 50; and 3 times 10
+
+
+class UnevenShards:
+    shard_indices = UNEVEN
+
+    def __len__(self):
+        return len(UNEVEN)
+
+
+def drawing(rank: int, epoch: int = 0, **options) -> ShardDistributedSampler:
+    """The sampler of ``uniform_sampler`` on one of two ranks."""
+    sampler = ShardDistributedSampler(
+        UnevenShards(), uneven="drop", replacement=True, seed=1, rank=rank, num_ranks=2, **options
+    )
+    sampler.set_epoch(epoch)
+    return sampler
+
+
+def test_uniform_draws_the_shards_of_a_rank_evenly_with_replacement():
+    drawn = Counter()
+    for epoch in range(200):
+        samples = [int(index) for index in drawing(0, epoch)]
+        assert len(samples) == len(drawing(0)) == 30  # what the smallest rank has
+        drawn.update(UNEVEN[samples].tolist())
+    assert set(drawn) == {0, 2, 4}
+    assert all(abs(count / 6000 - 1 / 3) < 0.03 for count in drawn.values())
+    repeated = [Counter(map(int, drawing(1, epoch))) for epoch in range(20)]
+    assert any(max(one.values()) > 1 for one in repeated)
+    assert set().union(*repeated) == set(np.flatnonzero(UNEVEN % 2).tolist())
+
+
+def test_draws_depend_on_seed_epoch_and_rank_and_continue_anywhere():
+    whole = [int(index) for index in drawing(0, 3)]
+    assert whole == [int(index) for index in drawing(0, 3)] != [int(index) for index in drawing(0, 4)]
+    sampler = drawing(0, 3)
+    sampler.seek(2 * 7)
+    assert [int(index) for index in sampler] == whole[7:]
+
+
+def test_repeats_of_an_epoch_are_augmented_otherwise():
+    whole = list(drawing(1))
+    seen: Counter = Counter()
+    for index in whole:
+        assert index.repeat == seen[int(index)]
+        seen[int(index)] += 1
+    twice = [index for index in whole if int(index) == seen.most_common(1)[0][0]][:2]
+    assert draw(twice[0]) != draw(twice[1]) and draw(twice[0]) == draw(SampleIndex(twice[0], 1, 0))
+    sampler = drawing(1)
+    sampler.seek(2 * 20)
+    assert [index.repeat for index in sampler] == [index.repeat for index in whole[20:]]
+
+
+def test_non_uniform_repeats_nothing():
+    for rank in range(2):
+        sampler = ShardDistributedSampler(UnevenShards(), uneven="drop", seed=1, rank=rank, num_ranks=2)
+        samples = list(sampler)
+        assert len(samples) == len(set(samples)) == 30 and not any(index.repeat for index in samples)
+
+
+def test_one_process_takes_every_sample_once():
+    sampler = ShardDistributedSampler(UnevenShards(), replacement=True, seed=1, rank=0, num_ranks=1)
+    assert sorted(map(int, sampler)) == list(range(len(UNEVEN)))
 
 
 def test_too_few_shards_are_reported():
@@ -297,10 +412,10 @@ def test_a_plain_index_leaves_the_generators_alone():
 
 
 def test_an_index_travels_whole():
-    index = SampleIndex(7, seed=1, epoch=2, is_filler=True)
+    index = SampleIndex(7, seed=1, epoch=2, is_filler=True, repeat=3)
     for copied in (pickle.loads(pickle.dumps(index)), copy.deepcopy(index)):
         assert isinstance(copied, SampleIndex) and copied == 7
-        assert (copied.seed, copied.epoch, copied.is_filler) == (1, 2, True)
+        assert (copied.seed, copied.epoch, copied.is_filler, copied.repeat) == (1, 2, True, 3)
 
 
 # --- evaluation: whole batches, each sample once ---

@@ -202,7 +202,9 @@ def test_what_is_written_and_drawn(tiny_config, scene: Scene, tmp_path):
 @pytest.mark.parametrize(
     ("subtask", "overrides", "sizes"),
     [
-        ("train", ("dataset.batch_size=3",), [3, 1]),
+        ("train", ("dataset.batch_size=3",), [3]),
+        ("train", ("dataset.batch_size=3", "ddetr_mm.keep_last_batch=true"), [3, 1]),
+        ("train", ("dataset.batch_size=5",), [4]),
         ("evaluate", ("dataset.batch_size=3",), [2]),
         ("evaluate", ("evaluate.batch_size=1",), [1, 1]),
         ("evaluate", ("evaluate.batch_size=-1", "dataset.batch_size=2"), [2]),

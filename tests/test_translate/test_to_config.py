@@ -334,14 +334,23 @@ def test_text_and_dict_say_the_same(tmp_path):
 
 
 def test_shard_samplers_act_with_the_default_dataset_type_only(translate):
-    wanted = dict(type="ShardDistributedSampler", uneven="repeat", shuffle=True)
-    named = "dataset.train_sampler=non_uniform_sampler"
-    assert translate(named, "dataset.dataset_type=default")["train_dataloader"]["sampler"] == wanted
-    dropping = translate("dataset.train_sampler=uniform_sampler", "dataset.dataset_type=default")
-    assert dropping["train_dataloader"]["sampler"] == {**wanted, "uneven": "drop"}
-    for config in (translate(named), translate()):
-        assert config["train_dataloader"]["sampler"]["type"] == "ElasticDistributedSampler"
-        assert config["train_dataloader"]["batch_sampler"] == dict(type="ElasticBatchSampler")
+    wanted = dict(type="ShardDistributedSampler", uneven="drop", shuffle=True)
+    plain = "dataset.dataset_type=default"
+    cover = "ddetr_mm.cover_all_images=true"
+    for name, extra in (("non_uniform_sampler", {}), ("uniform_sampler", {"replacement": True})):
+        named = f"dataset.train_sampler={name}"
+        assert translate(named, plain)["train_dataloader"]["sampler"] == wanted | extra
+        covering = translate(named, plain, cover)["train_dataloader"]["sampler"]
+        assert covering == wanted | {"uneven": "repeat"}
+        for config in (translate(named), translate(), translate(plain, cover)):
+            assert config["train_dataloader"]["sampler"]["type"] == "ElasticDistributedSampler"
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_last_batch_is_dropped_or_kept(translate, kept: bool):
+    config = translate(f"ddetr_mm.keep_last_batch={kept}")["train_dataloader"]
+    assert config["batch_sampler"] == dict(type="ElasticBatchSampler", drop_last=not kept)
+    assert config["drop_last"] is False  # the batch sampler does it
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ train_dataloader = dict(
     drop_last=False,
     worker_init_fn=dict(type="signal_proof_worker_init"),
     sampler=dict(type="ElasticDistributedSampler", shuffle=True),
-    batch_sampler=dict(type="ElasticBatchSampler"),
+    batch_sampler=dict(type="ElasticBatchSampler", drop_last=True),
     dataset=dict(
         type="SerializedCocoDataset",
         sources=train_sources,
