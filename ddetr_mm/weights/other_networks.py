@@ -33,28 +33,29 @@ def _module(*names: str) -> str:
     return rf"(?:^|.*\.)(?:{'|'.join(names)})(?:\..*)?$"
 
 
+_HEAD_KEYS = 24  # of a projection head in contrastive pretraining, with its batch norms
 _DEFORMABLE = _module("sampling_offsets")
 _LAYERS = r".*(?:encoder|decoder)\.layers\.\d+\..+"
 
 # In this order: the first that fits names the network.
 _SIGNS: tuple[_Sign, ...] = (
-    _Sign("RF-DETR", (r".*backbone\.0\.(?:encoder\.encoder|projector)\..+",)),
-    _Sign("RF-DETR", (_module("refpoint_embed"), r".*backbone.*\.(?:projector|register_tokens)(?:\..+|$)")),
+    _Sign("RF-DETR", (r".*backbone\.0\.(?:encoder\.encoder|projector)\..+", _module("sampling_offsets"))),
+    _Sign("RF-DETR", (_module("query_feat", "refpoint_embed"), r".*backbone.*register_tokens$")),
+    _Sign("RF-DETR or LW-DETR", (_module("query_feat"), _DEFORMABLE)),
     _Sign("D-FINE", (_module("lqe_layers", "pre_bbox_head", "dn_lqe_layers"),)),
+    _Sign("OmDet-Turbo", (_module("task_encoder"), _module("encoder_vision_features"))),
+    _Sign("RT-DETR", (_module("pan_blocks", "dec_score_head", "denoising_class_embed", "enc_score_head"),)),
     _Sign(
-        "RT-DETR",
+        "Grounding DINO",
         (
+            _DEFORMABLE,
             _module(
-                "pan_blocks", "dec_score_head", "denoising_class_embed", "enc_score_head", "enc_bbox_head"
+                "bert", "language_model", "text_backbone", "text_feat_map", "fusion_layers", "fusion_layer"
             ),
         ),
     ),
     _Sign(
-        "Grounding DINO",
-        (_DEFORMABLE, _module("bert", "language_model", "text_backbone", "text_feat_map", "fusion_layers")),
-    ),
-    _Sign(
-        "Mask DINO or Mask2Former",
+        "Mask2Former or another mask transformer",
         (_module("pixel_decoder", "sem_seg_head", "mask_embed", "pixel_level_module"),),
     ),
     _Sign("Co-DETR", (r"(?:.*\.)?query_head\..+", _DEFORMABLE)),
@@ -73,36 +74,32 @@ _SIGNS: tuple[_Sign, ...] = (
     ),
     _Sign(
         "Conditional DETR",
-        (_module("ca_qcontent_proj", "qcontent_proj", "sa_qcontent_proj"),),
+        (_module("ca_qcontent_proj", "qcontent_proj", "sa_qcontent_proj", "q_content_proj"),),
         (_DEFORMABLE,),
     ),
     _Sign("YOLOS", (r".*(?:det_token|detection_tokens).*",)),
+    _Sign("Sparse R-CNN", (_module("init_proposal_bboxes", "init_proposal_features"),)),
     _Sign(
         "Faster R-CNN or another two-stage R-CNN",
         (r"(?:.*\.)?(?:rpn|rpn_head|roi_heads?|proposal_generator)\..+",),
     ),
-    _Sign("Sparse R-CNN", (_module("init_proposal_bboxes", "init_proposal_features"),)),
     _Sign(
-        "a DETR without deformable attention",
+        "DETR (without deformable attention)",
         (_LAYERS, _module("query_embed", "query_embedding", "query_position_embeddings")),
         (_DEFORMABLE,),
     ),
     _Sign("YOLO", (r"(?:.*\.)?model\.\d+\.(?:conv|cv[1-4]|m|bn|attn|dfl)\..+",)),
-    _Sign(
-        "YOLOX or another YOLO of mmdet",
-        (_module("multi_level_cls_convs", "multi_level_conv_cls", "convs_pred"),),
-    ),
-    _Sign("YOLOX", (r"(?:.*\.)?backbone\.backbone\.(?:stem|dark\d)\..+",)),
-    _Sign(
-        "RetinaNet",
-        (
-            _module("retina_cls", "cls_subnet", "classification_head"),
-            _module("retina_reg", "bbox_subnet", "regression_head"),
-        ),
-    ),
+    _Sign("YOLO", (_module("multi_level_cls_convs", "multi_level_conv_cls", "convs_pred"),)),
+    _Sign("YOLO", (r"(?:.*\.)?backbone\.backbone\.(?:stem|dark\d)\..+",)),
+    _Sign("RetinaNet", (_module("retina_cls"), _module("retina_reg"))),
+    _Sign("RetinaNet", (_module("cls_subnet"), _module("bbox_subnet"))),
+    _Sign("RetinaNet", (_module("cls_logits"), _module("regression_head")), (_module("bbox_ctrness"),)),
     _Sign(
         "a one-stage detector",
-        (r"(?:.*\.)?(?:bbox_head|head)\.(?:cls_convs|cls_head|reg_convs|cls_logits).*",),
+        (
+            r"(?:.*\.)?(?:bbox_head|head)\.(?:cls_convs|cls_head|reg_convs|cls_logits|heatmap_head|tood_cls).*"
+            r"|(?:.*\.)?classification_head\..+",
+        ),
     ),
 )
 
@@ -126,6 +123,13 @@ def other_network(keys: Mapping[str, str], found: Found | None) -> str | None:
         return f"a network with further modules in its transformer ({short_names(inside, 3)})"
     if not _any_fits(_DEFORMABLE, names):
         return "a network without deformable attention"
+    usual = {name.removeprefix("model.").removeprefix("transformer.") for name in found.names}
+    proposals = {"enc_output.weight", "memory_trans_fc.weight"} & usual
+    if (
+        proposals
+        and {"query_embed.weight", "query_position_embeddings.weight", "query_embedding.weight"} & usual
+    ):
+        return "a two-stage network with learned queries beside the proposals (H-DETR, for example)"
     return None
 
 
@@ -170,6 +174,8 @@ def refusal(
     """
     shown = short_names(list(state_dict), 3)
     backbone = usable_backbone(state_dict, keys)
+    if network is None and backbone is not None and _is_more_than_a_classifier(keys):
+        network = "another network"
     if network is None and backbone is not None:
         return Problem(
             f"holds a backbone ({backbone}), not a detector (its keys: {shown})",
@@ -186,6 +192,12 @@ def refusal(
     if backbone is not None:
         hint = f"its backbone ({backbone}) can be used: name the file as model.pretrained_backbone_path"
     return Problem(f"holds {network}, not a Deformable DETR (its keys: {shown})", file=path, hint=hint)
+
+
+def _is_more_than_a_classifier(keys: Mapping[str, str]) -> bool:
+    """Return whether there is more beside the largest backbone than a classifier or projection head."""
+    inside = set(find_backbones(keys)[0].names.values())
+    return len(keys) - len(inside) > _HEAD_KEYS and len(find_backbones(keys)) == 1
 
 
 def usable_backbone(state_dict: Mapping[str, Tensor], keys: Mapping[str, str]) -> str | None:

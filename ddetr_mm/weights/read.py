@@ -258,6 +258,9 @@ def _other_network_in(raw: RawFile, entries: list[Entry], choice: Choice | None)
         members = {key for _entry, key in choice.members.values()}
         keys = {key: bare for key, bare in entry.keys.items() if key in members}
     network = other_network(keys, found)
+    if network is not None and network.startswith("a network"):
+        # Its name may show outside the part that was found.
+        network = other_network(entry.keys, None) or network
     kind = raw.config.get("model_type")
     if raw.kind == "hf_folder" and kind != "deformable_detr":
         problem = refusal(raw.path, entry.tensors, entry.keys, network or "another network")
