@@ -49,3 +49,4 @@ model_wrapper_cfg = dict(find_unused_parameters=True)
 param_scheduler = [dict(type="MultiStepLR", by_epoch=True, milestones=[240], gamma=0.1)]
 train_cfg = dict(max_epochs=300, val_interval=10)
 default_hooks = dict(checkpoint=dict(interval=20))
+auto_scale_lr = dict(base_batch_size=8)

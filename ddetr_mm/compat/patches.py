@@ -239,6 +239,17 @@ def _filtered(logger: logging.Logger, keep: Callable[[logging.LogRecord], bool])
         logger.removeFilter(keep)
 
 
+def find_our_image_loader() -> None:
+    """Let mmdet's ``get_loading_pipeline`` find the loading step: it compares with mmcv's class.
+
+    ``LoadImageFromFile`` in mmdet's registry is ``TAOLoadImageFromFile``.
+    """
+    from mmdet.datasets import utils
+    from mmdet.registry import TRANSFORMS
+
+    utils.LoadImageFromFile = TRANSFORMS.get("LoadImageFromFile")
+
+
 def quiet_warnings_without_remedy() -> None:
     """Silence warnings about calls inside mmdet and mmengine that a user cannot change."""
     warnings.filterwarnings("ignore", message="torch.meshgrid: in an upcoming release")
@@ -252,6 +263,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "decoded image limit": limit_decoded_images,
     "mmengine checkpoint classes": allow_mmengine_checkpoint_classes,
     "configs of this package": find_our_configs,
+    "loading step of pipelines": find_our_image_loader,
     "frozen parameters in one line": quiet_frozen_parameter_warnings,
     "warnings without remedy": quiet_warnings_without_remedy,
 }

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmcv.transforms.utils import cache_randomness
-from mmdet.datasets.transforms import PackDetInputs
+from mmdet.datasets.transforms import PackDetInputs, Resize
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine import fileio
@@ -294,6 +294,55 @@ class TAORandomResize(BaseTransform):
         return (
             f"{type(self).__name__}(scales={self.scales}, max_size={self.max_size}, backend={self.backend!r})"
         )
+
+
+SIZE_RULES = ("mmdet", "tao")
+
+
+@TRANSFORMS.register_module(name=["TAOResize", "Resize"], force=True)
+class TAOResize(Resize):
+    """mmdet's ``Resize``, which with ``size_rule="tao"`` gives TAO's sizes and pixels.
+
+    In mmdet's registry it also has mmdet's name: tools that set the size of a pipeline look for a step of
+    that name. Without ``size_rule`` it is mmdet's transform.
+
+    With ``size_rule="tao"`` the keys are those of :class:`TAORandomResize`.
+
+    Args:
+        scale: (width, height) in pixels. With ``size_rule="tao"`` and ``keep_ratio``: bound of the longer
+            side, length of the shorter one, in this order, see
+            :func:`~ddetr_mm.datasets.geometry.resize_size_hw`.
+        size_rule: ``"mmdet"`` or ``"tao"``.
+        backend: with ``size_rule="tao"`` as in :class:`TAORandomResize`, else mmdet's.
+        kwargs: as in mmdet.
+    """
+
+    def __init__(self, *args: Any, size_rule: str = "mmdet", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if size_rule not in SIZE_RULES:
+            raise ValueError(f"size_rule must be one of {', '.join(SIZE_RULES)}, not {size_rule!r}")
+        if size_rule == "tao":
+            _check_backend(self.backend)
+            if self.scale is None:
+                raise ValueError("size_rule='tao' needs scale: give (longest, shorter side)")
+        self.size_rule = size_rule
+
+    def transform(self, results: Results) -> Results:
+        """Resize; see the class."""
+        if self.size_rule == "mmdet":
+            resized: Results = super().transform(results)
+            return resized
+        long_or_width, short_or_height = self.scale
+        size_hw = (short_or_height, long_or_width)
+        if self.keep_ratio:
+            height, width = results["img"].shape[:2]
+            size_hw = resize_size_hw(height, width, short_or_height, long_or_width)
+        resize_results(results, size_hw, self.backend)
+        results["keep_ratio"] = self.keep_ratio
+        return results
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, size_rule={self.size_rule!r})"
 
 
 @TRANSFORMS.register_module()

@@ -148,6 +148,8 @@ def model_config(path: str, checkpoint: str, folder: Path) -> Any:
             long, short = step.pop("max_size") or step.scales[-1], step.pop("scales")[-1]
             step.pop("backend", None)
             step.update(type="Resize", scale=(long, short), keep_ratio=True, backend="pillow")
+        elif step.type == "Resize" and step.pop("size_rule", "mmdet") == "tao":
+            step.backend = "pillow"
     return config
 
 

@@ -131,7 +131,14 @@ def test_pipeline(
     """
     augmentation = spec.dataset.augmentation
     if stretch_wh is None:
-        step = resize(spec, [augmentation.test_random_resize], augmentation.random_resize_max_size)
+        # Named Resize, as tools that set the size of a test pipeline (SAHI, mmdeploy) look for it.
+        step = dict(
+            type="Resize",
+            scale=(augmentation.random_resize_max_size, augmentation.test_random_resize),
+            keep_ratio=True,
+            backend=spec.ddetr_mm.resize,
+            size_rule="tao",
+        )
     else:
         step = dict(type="Resize", scale=stretch_wh, keep_ratio=False, backend=stretch_backend)
     pipeline: list[dict[str, Any]] = [dict(type="LoadImageFromFile"), step]

@@ -110,6 +110,12 @@ def param_scheduler(spec: ExperimentSpec) -> list[dict[str, Any]]:
     return [dict(type="MultiStepLR", by_epoch=True, milestones=list(optim.lr_steps), gamma=optim.lr_decay)]
 
 
+def auto_scale_lr(spec: ExperimentSpec) -> dict[str, Any]:
+    """The batch on all GPUs that the rates are meant for; ``train.py --auto-scale-lr`` of mmdet reads it."""
+    batch = spec.dataset.batch_size * spec.train.num_gpus * spec.train.num_nodes
+    return dict(enable=False, base_batch_size=spec.ddetr_mm.lr_base_batch or batch)
+
+
 def model_wrapper(spec: ExperimentSpec) -> dict[str, Any]:
     """The wrapper of the network with several ranks.
 
@@ -176,6 +182,8 @@ def default_hooks(spec: ExperimentSpec, *, train: bool, zero_padded_values: bool
         logger=dict(type="LoggerHook", interval=spec.ddetr_mm.log_interval),
         param_scheduler=dict(type="ParamSchedulerHook"),
         sampler_seed=dict(type="DistSamplerSeedHook"),
+        # Draws where mmdet's test.py is asked to, with --show or --show-dir.
+        visualization=dict(type="DetVisualizationHook"),
     )
     if train and not spec.train.is_dry_run:
         hooks["checkpoint"] = dict(
@@ -230,11 +238,12 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
     if spec.ddetr_mm.profile:
         hooks.append(dict(type="StepProfilerHook"))
     if pretrained:
+        whole = spec.train.pretrained_model_path
         hooks.append(
             dict(
                 type="PretrainedWeightsHook",
-                backbone_path=spec.model.pretrained_backbone_path,
-                model_path=spec.train.pretrained_model_path,
+                backbone_path=None if whole else spec.model.pretrained_backbone_path,
+                model_path=whole,
                 **weights_selection(spec),
             )
         )

@@ -203,6 +203,8 @@ def _add_train(
     )
     draft.add("val_cfg", dict(type="ValLoop"))
     draft.add("test_cfg", dict(type="TestLoop"))
+    if spec.ddetr_mm.lr_scaling == "none":  # else a hook scales the rates already
+        draft.add("auto_scale_lr", run.auto_scale_lr(spec), remark="For mmdet's train.py --auto-scale-lr.")
 
 
 def _add_evaluate(

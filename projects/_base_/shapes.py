@@ -31,7 +31,7 @@ shapes_train_pipeline = [
 ]
 shapes_test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="TAORandomResize", scales=120, max_size=160),
+    dict(type="Resize", scale=(160, 120), keep_ratio=True, backend="pillow", size_rule="tao"),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="PackDetInputs"),
 ]

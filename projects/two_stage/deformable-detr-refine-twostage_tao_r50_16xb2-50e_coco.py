@@ -34,7 +34,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="TAORandomResize", scales=800, max_size=1333),
+    dict(type="Resize", scale=(1333, 800), keep_ratio=True, backend="pillow", size_rule="tao"),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="PackDetInputs"),
 ]

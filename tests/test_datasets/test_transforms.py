@@ -9,6 +9,7 @@ from dataset_builders import config  # noqa: F401
 from golden_files import GOLDEN
 from mmcv.transforms import Compose
 from mmcv.transforms import LoadImageFromFile as MmcvLoader
+from mmdet.datasets.transforms import Resize as MmdetResize
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
 from mmdet.structures.mask import BitmapMasks
@@ -54,7 +55,14 @@ def mmdet_scope():
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_validation_transform_equals_tao(index):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("TAORandomResize", dict(scales=[96], max_size=160)),
+        ("Resize", dict(scale=(160, 96), keep_ratio=True, backend="pillow", size_rule="tao")),
+    ],
+)
+def test_validation_transform_equals_tao(index, name, options):
     data = np.load(GOLDEN / "transforms.npz")
     image_bgr = data[f"{index}/image_rgb_u8"][:, :, ::-1]
     results = {
@@ -62,7 +70,7 @@ def test_validation_transform_equals_tao(index):
         "gt_bboxes": HorizontalBoxes(torch.tensor([[10.0, 20, 200, 220], [100.5, 50.25, 300, 333]])),
         "gt_bboxes_labels": np.arange(2),
     }
-    results = build("TAORandomResize", scales=[96], max_size=160)(results)
+    results = build(name, **options)(results)
     assert results["img_shape"] == tuple(data[f"{index}/size_hw"])
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     expected_rgb = data[f"{index}/plain"].transpose(1, 2, 0) * std + mean
@@ -84,6 +92,28 @@ def test_resize_keeps_the_books_as_mmdet_does(as_arrays, backend):
     np.testing.assert_array_equal(ours["homography_matrix"], theirs["homography_matrix"])
     np.testing.assert_array_equal(boxes_of(ours), boxes_of(theirs))
     assert type(ours["gt_bboxes"]) is type(theirs["gt_bboxes"])
+
+
+@pytest.mark.parametrize("options", [dict(scale=(90, 50), keep_ratio=True), dict(scale=(31, 47))])
+def test_resize_without_a_size_rule_is_mmdets(options):
+    ours, theirs = build("Resize", **options)(sample()), MmdetResize(**options)(sample())
+    np.testing.assert_array_equal(ours["img"], theirs["img"])
+    np.testing.assert_array_equal(boxes_of(ours), boxes_of(theirs))
+    for key in ("img_shape", "scale", "scale_factor", "keep_ratio"):
+        assert ours[key] == theirs[key], key
+
+
+def test_tools_can_set_the_size_of_a_resize_with_taos_sizes():
+    """SAHI sets one square, mmdeploy exactly the width and height of its graph."""
+    step = build("Resize", scale=(160, 96), keep_ratio=True, backend="pillow", size_rule="tao")
+    assert step(sample(height=90, width=200))["img_shape"] == (72, 160)
+    step.scale = (50, 50)
+    # As in TAO: the shorter side, 22.5, is cut to 22, and the longer one follows from it.
+    assert step(sample(height=90, width=200))["img_shape"] == (22, 48)
+    step.scale, step.keep_ratio = (64, 32), False
+    results = step(sample(height=90, width=200))
+    assert results["img_shape"] == (32, 64) and results["scale_factor"] == (64 / 200, 32 / 90)
+    assert results["keep_ratio"] is False
 
 
 def test_scale_factor_is_per_axis_and_undoes_the_resize():
@@ -237,6 +267,9 @@ def test_fixed_pad(options, size_hw, expected):
         ("TAORandomResize", {"scales": [0]}),
         ("TAORandomResize", {"scales": [10], "max_size": 0}),
         ("TAORandomResize", {"scales": [10], "backend": "lanczos"}),
+        ("Resize", {"scale": (10, 10), "size_rule": "round"}),
+        ("Resize", {"scale": (10, 10), "size_rule": "tao", "backend": "cv2"}),
+        ("Resize", {"scale_factor": 2.0, "size_rule": "tao", "backend": "pillow"}),
         ("TAORandomSizeCrop", {"min_size": 10, "max_size": 9}),
         ("TAORandomSizeCrop", {"min_size": 0, "max_size": 9}),
         ("LargeScaleJitter", {"size": 0}),

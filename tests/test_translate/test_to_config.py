@@ -291,7 +291,9 @@ def test_validation_counts_every_prediction(translate):
 
 def test_inference_stretches_when_both_sides_are_given(translate):
     kept = translate(subtask="inference")
-    assert kept["test_pipeline"][1]["type"] == "TAORandomResize"
+    assert kept["test_pipeline"][1] == dict(
+        type="Resize", scale=(1333, 800), keep_ratio=True, backend="pillow", size_rule="tao"
+    )
     assert kept["test_dataloader"]["dataset"]["folders"] == ["/a", "/b"]
     stretched = translate("inference.input_width=320", "inference.input_height=192", subtask="inference")
     assert stretched["test_pipeline"][1] == dict(

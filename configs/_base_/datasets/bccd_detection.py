@@ -26,7 +26,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="TAORandomResize", scales=[608], max_size=864, backend="pillow"),
+    dict(type="Resize", scale=(864, 608), keep_ratio=True, backend="pillow", size_rule="tao"),
     dict(type="LoadAnnotations", with_bbox=True),  # after the resize: boxes in the frame of the file
     dict(type="PackDetInputs"),
 ]

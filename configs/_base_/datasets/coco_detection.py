@@ -28,7 +28,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="TAORandomResize", scales=[800], max_size=1333, backend="pillow"),
+    dict(type="Resize", scale=(1333, 800), keep_ratio=True, backend="pillow", size_rule="tao"),
     dict(type="LoadAnnotations", with_bbox=True),  # after the resize: boxes in the frame of the file
     dict(type="PackDetInputs"),
 ]

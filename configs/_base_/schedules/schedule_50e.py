@@ -21,3 +21,4 @@ param_scheduler = [dict(type="MultiStepLR", by_epoch=True, milestones=[40], gamm
 train_cfg = dict(type="ResumableTrainLoop", max_epochs=50, val_interval=1)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
+auto_scale_lr = dict(enable=False, base_batch_size=32)
