@@ -123,10 +123,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_spec_argument(parser: argparse.ArgumentParser, text: str, required: bool = False) -> None:
+    """Add ``-e`` with its long name, and the one that TAO's command has."""
+    names = ("-e", "--experiment_spec", "--experiment_spec_file")
+    parser.add_argument(*names, dest="experiment_spec", required=required, metavar="SPEC", help=text)
+
+
 def _add_spec_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "-e", "--experiment_spec", required=True, metavar="SPEC", help="the experiment spec, a YAML file"
-    )
+    _add_spec_argument(parser, "the experiment spec, a YAML file", required=True)
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -173,7 +177,7 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", required=True, choices=("mmdet", "tao", "official", "hf"), help="format to write"
     )
-    parser.add_argument("-e", "--experiment_spec", metavar="SPEC", help="the spec the checkpoint belongs to")
+    _add_spec_argument(parser, "the spec the checkpoint belongs to")
     parser.add_argument(
         "--entry", metavar="PATH", help="which set of weights, as in the spec field ddetr_mm.checkpoint_entry"
     )
@@ -187,7 +191,7 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("batch", metavar="BATCH", help="a non_finite_step_*.pth of a training run")
     parser.add_argument("--config", help="the run's config (default: config.py beside the batch)")
-    parser.add_argument("-e", "--experiment_spec", metavar="SPEC", help="the spec, for its encryption_key")
+    _add_spec_argument(parser, "the spec, for its encryption_key")
 
 
 def _add_install_ops_arguments(parser: argparse.ArgumentParser) -> None:

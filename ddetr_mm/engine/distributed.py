@@ -112,7 +112,8 @@ def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.e
     """Plan the ranks that this machine has to start; None where this process does the work itself.
 
     The environment wins over the spec: ranks that torchrun or ``srun`` started are not started again. With
-    one ``srun`` task a machine, each task starts ``num_gpus`` ranks.
+    one ``srun`` task a machine, each task starts ``num_gpus`` ranks. ``WORLD_SIZE`` without ``LOCAL_RANK`` is
+    the number of machines, as for TAO's launcher: see :func:`nodes_of_tao`.
 
     Args:
         num_gpus: ranks on each machine, by the spec.
@@ -120,7 +121,8 @@ def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.e
         environ: the environment.
 
     Raises:
-        InputError: several machines, and the environment lacks MASTER_ADDR or NODE_RANK.
+        InputError: several machines, and the environment lacks MASTER_ADDR or NODE_RANK; or the environment
+            contradicts itself or the spec.
     """
     if is_rank(environ) or (slurm_tasks(environ) > 1 and not _slurm_starts_nodes(num_gpus, environ)):
         return None
@@ -132,6 +134,8 @@ def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.e
             master_addr=environ.get("MASTER_ADDR") or first_host(_slurm_hosts(environ)),
             master_port=_port(environ),
         )
+    if environ.get("WORLD_SIZE"):
+        num_gpus, num_nodes, environ = nodes_of_tao(num_gpus, num_nodes, environ)
     if num_nodes == 1:
         return NodePlan(1, 0, num_gpus) if num_gpus > 1 else None
     missing = [name for name in ("MASTER_ADDR", "NODE_RANK") if not environ.get(name)]
@@ -145,7 +149,79 @@ def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.e
                 "and NODE_RANK counting from 0, or use torchrun or srun",
             )
         )
-    return NodePlan(num_nodes, int(environ["NODE_RANK"]), num_gpus, environ["MASTER_ADDR"], _port(environ))
+    rank = int(environ["NODE_RANK"])
+    return NodePlan(num_nodes, rank, num_gpus, environ["MASTER_ADDR"], _port(environ))
+
+
+def nodes_of_tao(
+    num_gpus: int, num_nodes: int, environ: Mapping[str, str]
+) -> tuple[int, int, Mapping[str, str]]:
+    """Read the variables of TAO's launcher, which each machine of a job has.
+
+    ``WORLD_SIZE`` is the number of machines, ``NODE_RANK`` or ``RANK`` which of them this is, from 0, and
+    ``NUM_GPU_PER_NODE`` the GPUs of each. They replace the spec's 1; another number there has to agree.
+
+    Args:
+        num_gpus: ranks on each machine, by the spec.
+        num_nodes: machines, by the spec.
+        environ: the environment.
+
+    Returns:
+        Ranks on each machine, machines, and the environment with ``NODE_RANK``.
+
+    Raises:
+        InputError: a variable is no number or out of range, or contradicts another or the spec.
+    """
+    nodes = _whole_number("WORLD_SIZE", environ, at_least=1) or num_nodes
+    gpus = _whole_number("NUM_GPU_PER_NODE", environ, at_least=1) or num_gpus
+    for name, key, here, by_spec in (
+        ("WORLD_SIZE", "num_nodes", nodes, num_nodes),
+        ("NUM_GPU_PER_NODE", "num_gpus", gpus, num_gpus),
+    ):
+        if by_spec not in (1, here):
+            raise InputError(
+                Problem(
+                    f"contradicts {name}={here} in the environment",
+                    where=key,
+                    value=by_spec,
+                    hint=f"set {key}={here}, or unset {name}",
+                )
+            )
+    ranks = {name: _whole_number(name, environ, at_least=0) for name in ("NODE_RANK", "RANK")}
+    given = {name: rank for name, rank in ranks.items() if rank is not None}
+    if len(set(given.values())) > 1:
+        hint = "NODE_RANK is the number of this machine; unset RANK"
+        raise InputError(
+            Problem(
+                f"contradicts RANK={given['RANK']}", where="$NODE_RANK", value=given["NODE_RANK"], hint=hint
+            )
+        )
+    for name, rank in given.items():
+        if rank >= nodes:
+            allowed = f"0 to {nodes - 1}: WORLD_SIZE is the number of machines"
+            raise InputError(
+                Problem("is no machine of the job", where=f"${name}", value=rank, allowed=allowed)
+            )
+    rank = next(iter(given.values()), None)
+    return gpus, nodes, environ if rank is None else {**environ, "NODE_RANK": str(rank)}
+
+
+def _whole_number(name: str, environ: Mapping[str, str], at_least: int) -> int | None:
+    """A variable's number; None where it is not set or empty.
+
+    Raises:
+        InputError: it is no whole number, or smaller.
+    """
+    text = environ.get(name)
+    if not text:
+        return None
+    if not re.fullmatch(r"\s*\d+\s*", text) or int(text) < at_least:
+        raise InputError(
+            Problem(
+                "is out of range", where=f"${name}", value=text, allowed=f"a whole number from {at_least}"
+            )
+        )
+    return int(text)
 
 
 def adopt_slurm(environ: MutableMapping[str, str] = os.environ) -> None:

@@ -391,8 +391,9 @@ class PretrainedWeightsHook(Hook):
     A resumed run keeps the weights it was resumed with.
 
     Args:
-        backbone_path: checkpoint for the backbone alone (torchvision, timm, or any full checkpoint).
-        model_path: checkpoint for the whole model; loaded after the backbone, so it wins.
+        backbone_path: checkpoint for the backbone alone (torchvision, timm, or any full checkpoint); not read
+            where ``model_path`` is given.
+        model_path: checkpoint for the whole model.
         entry, use_ema: which set of weights to read, see :class:`ddetr_mm.weights.Selection`.
     """
 
@@ -448,7 +449,7 @@ def load_pretrained(
         WeightsError: a file is missing, is no checkpoint or does not fit the model.
     """
     texts = []
-    if backbone_path:
+    if backbone_path and not model_path:
         report = load_backbone(model.backbone, backbone_path, selection=selection)
         texts.append(f"Backbone from {backbone_path}:\n{report.summary()}")
     if model_path:

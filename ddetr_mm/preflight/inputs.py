@@ -173,7 +173,7 @@ def named_files(spec: ExperimentSpec, subtask: str) -> dict[str, str]:
         "gen_trt_engine": ("onnx_file",),
     }.get(subtask, ("checkpoint",))
     paths = {f"{subtask}.{key}": getattr(getattr(spec, subtask), key) for key in keys}
-    if subtask == "train":
+    if subtask == "train" and not spec.train.pretrained_model_path:
         paths["model.pretrained_backbone_path"] = spec.model.pretrained_backbone_path
     return {key: path for key, path in paths.items() if path}
 

@@ -72,6 +72,11 @@ CONDITIONS: tuple[Condition, ...] = (
     Condition("model.backbone", _other_backbone, "ddetr_mm.backbone is set"),
     Condition("model.dilation", _other_backbone, "ddetr_mm.backbone is set"),
     Condition(
+        "model.pretrained_backbone_path",
+        lambda spec: bool(spec.train.pretrained_model_path),
+        "train.pretrained_model_path has the backbone too",
+    ),
+    Condition(
         "model.dilation",
         lambda spec: spec.model.dilation and spec.model.backbone != "resnet_50",
         "only resnet_50 can be dilated",

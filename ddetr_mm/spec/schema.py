@@ -90,7 +90,8 @@ class ModelConfig(Section):
     pretrained_backbone_path: str | None = spec_field(
         None,
         alias="pretrained_model_path",
-        doc="""File with weights for the backbone alone, loaded by name before training; null: none.
+        doc="""File with weights for the backbone alone, loaded by name before training; null: none. It is not
+        read where train.pretrained_model_path is given.
         The documentation's examples write it as pretrained_model_path, which is accepted too.""",
     )
     dld_model_dir_path: str | None = spec_field(None, doc="Folder of a model store internal to NVIDIA.")

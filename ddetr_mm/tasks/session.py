@@ -195,7 +195,9 @@ def run_on_ranks(arguments: Namespace, loaded: LoadedSpec, subtask: str) -> bool
     task = getattr(loaded.spec, subtask)
     plan = plan_launch(task.num_gpus, task.num_nodes)
     adopt_slurm()
-    choose_device(loaded.spec, task.gpu_ids)
+    started = plan.ranks_per_node if plan is not None else len(task.gpu_ids)
+    # NUM_GPU_PER_NODE replaces gpu_ids, as in TAO.
+    choose_device(loaded.spec, task.gpu_ids if started == len(task.gpu_ids) else list(range(started)))
     if plan is None:
         return False
     status = StatusLog.at(task_results_dir(loaded.spec, subtask) / "status.json")
