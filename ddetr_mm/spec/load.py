@@ -96,8 +96,28 @@ def load_spec(
         close = nearest(subtask, SUBTASKS)
         hint = f"did you mean {close}?" if close else None
         raise SpecError(Problem("is not a subtask", value=subtask, allowed=SUBTASKS, hint=hint))
+    return load_spec_text(read_text(Path(path)), path, overrides, subtask, require_mandatory)
+
+
+def load_spec_text(
+    text: str,
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    subtask: str | None = None,
+    require_mandatory: bool = True,
+) -> LoadedSpec:
+    """:func:`load_spec` of YAML text.
+
+    Args:
+        text: the YAML.
+        path: where it is from, for messages.
+        overrides, subtask, require_mandatory: as there.
+
+    Raises:
+        SpecError: with every problem found.
+    """
     file = Path(path)
-    tree, problems = parse_yaml(read_text(file), file)
+    tree, problems = parse_yaml(text, file)
     if tree is None and problems:
         raise SpecError(*problems)
     if tree is None:
