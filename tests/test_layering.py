@@ -159,7 +159,7 @@ def test_every_part_has_its_place():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_imports_continuee_way(name):
+def test_imports_go_one_way(name):
     here = layer(name)
     wrong = {
         target
@@ -221,7 +221,7 @@ DISTRIBUTIONS = {
     "pkg_resources": "setuptools",
 }
 # What a user may have or not; imported inside functions only, and missing it is told or done without.
-OPTIONAL = {"hotcoco", "tensorrt", "mmdeploy", "orjson", "triton", "cryptography", "wandb"}
+OPTIONAL = {"hotcoco", "tensorrt", "mmdeploy", "orjson", "triton", "cryptography", "wandb", "supervision"}
 # Imported by the optional package itself, as its configs demand, or by ours when the package is there.
 LOADED_BY = {"deploy.mmdeploy_rewriters": {"mmdeploy"}, "models.triton_kernels": {"triton"}}
 

@@ -111,7 +111,9 @@ def load_spec_text(
     Args:
         text: the YAML.
         path: where it is from, for messages.
-        overrides, subtask, require_mandatory: as there.
+        overrides: as there.
+        subtask: as there.
+        require_mandatory: as there.
 
     Raises:
         SpecError: with every problem found.

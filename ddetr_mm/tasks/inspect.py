@@ -10,7 +10,7 @@ from pathlib import Path
 from ddetr_mm.errors import Problem, SpecError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.spec import ExperimentSpec, default_spec_text, load_spec
-from ddetr_mm.spec.schema import OwnSection
+from ddetr_mm.spec.own_schema import OwnSection
 from ddetr_mm.tasks.session import encryption_key_of, print_notes
 
 

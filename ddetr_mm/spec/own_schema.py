@@ -1,0 +1,199 @@
+"""The options of a spec that TAO does not have: section ``ddetr_mm`` of experiments and of convert."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import StrictBool
+
+from ddetr_mm.spec.fields import OURS, NonNegativeInt, PositiveInt, Section, spec_field
+
+
+class OwnSection(Section):
+    """Options that TAO does not have; at their defaults a spec means what it means to TAO."""
+
+    backbone: dict[str, Any] | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Configuration of any mmdet backbone (type: ResNet, depth: 18, ...), used in place of
+        model.backbone; null: model.backbone decides.""",
+    )
+    zero_padded_values: StrictBool | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Zero the attention values at padded positions, so that a prediction does not depend on the
+        padding of its batch. null: as the checkpoint was trained, else false as in TAO.""",
+    )
+    checkpoint_entry: str | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Which set of weights to read where a checkpoint holds several: the dotted path of its
+        dictionary, then the prefix of its keys where needed (state_dict, ema.module, student). null: one is
+        chosen by a rule, and the log names it and the others.""",
+    )
+    use_ema: Literal["auto", True, False] = spec_field(
+        "auto",
+        origin=OURS,
+        doc="""Whether to read averaged weights (EMA) from a checkpoint that holds them beside the others.
+        auto: where it has any; true: they must be there; false: the weights of the last step. A resumed run
+        resumes both.""",
+    )
+    resize: Literal["pillow", "fast"] = spec_field(
+        "pillow",
+        origin=OURS,
+        doc="""How images are resized. pillow: TAO's pixels. fast: plain bilinear resizing without
+        antialiasing, as stock mmdet does it; in training, JPEGs much larger than the largest size asked for
+        are decoded at a half, a quarter or an eighth.""",
+    )
+    keep_last_batch: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""What is done with the images that do not fill a batch of all GPUs at the end of an epoch.
+        false: leave them out, as TAO does (others in the next epoch); true: train a shorter step of them. A
+        data set smaller than one batch is always trained whole.""",
+    )
+    cover_all_images: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""With dataset.train_sampler uniform_sampler or non_uniform_sampler: take every image at least
+        once an epoch; processes whose files hold fewer images repeat some. false: uniform_sampler draws with
+        replacement, non_uniform_sampler takes as many of each process as the smallest has.""",
+    )
+    missing_images: Literal["error", "replace"] = spec_field(
+        "error",
+        origin=OURS,
+        doc="""What training does with an image file that is missing or cannot be decoded. error: stop and
+        name it; replace: name it in the log, take another image, and count how many were replaced.""",
+    )
+    category_ids: Literal["file", "by_name"] | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Where category ids come from. file: the annotation files, as in TAO, from 1 and below
+        dataset.num_classes. by_name: the class names of the training, validation and test files together,
+        sorted, are numbered from 1; ids may then be any numbers or texts, and differ between files. The
+        numbers are in category_ids.json and in the checkpoint. null: file; in evaluate by_name where the
+        checkpoint was trained so.""",
+    )
+    merge_categories: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""What is done with several categories of one name. false: refuse them; true: take them for one
+        class, with the smallest of their ids.""",
+    )
+    strict_annotations: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""Annotations that have to be left out (of an image or a category that is not in the file, or
+        without a box, polygon or RLE). false: leave them out and count them in the log; true: an error.""",
+    )
+    strict_images: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""What inference does with an image file that cannot be read. false: skip it, list it in
+        skipped.json, count it in status.json; true: stop with an error.""",
+    )
+    quick_check: StrictBool = spec_field(
+        True,
+        origin=OURS,
+        doc="""Before training starts, check the annotations and a sample of the image files, and stop
+        if they are wrong.""",
+    )
+    log_interval: PositiveInt = spec_field(50, origin=OURS, doc="Steps between two lines of the log.")
+    non_finite: Literal["stop", "skip"] = spec_field(
+        "stop",
+        origin=OURS,
+        doc="""What training does with a loss or gradients that are NaN or infinite. stop: end before the
+        weights change; skip: leave the step out. Either way the images and the layer are named and the batch
+        is saved.""",
+    )
+    deterministic: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="Use deterministic algorithms throughout: the same command gives the same weights.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = spec_field(
+        "auto",
+        origin=OURS,
+        doc="Where to run; auto: on a GPU if there is one.",
+    )
+    accumulate_steps: PositiveInt = spec_field(
+        1,
+        origin=OURS,
+        doc="""Steps whose gradients are summed up before the weights change; the effective batch is
+        dataset.batch_size x GPUs x this.""",
+    )
+    lr_scaling: Literal["none", "linear", "sqrt"] = spec_field(
+        "none",
+        origin=OURS,
+        doc="""Multiply all learning rates by effective batch / lr_base_batch (linear) or by its square root
+        (sqrt, usual with AdamW). none: the rates are used as written, as in TAO.""",
+    )
+    lr_base_batch: PositiveInt | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""The effective batch size that the learning rates are meant for; null: dataset.batch_size,
+        that is one GPU without accumulation.""",
+    )
+    attention: Literal["auto", "mmcv", "triton", "torch"] = spec_field(
+        "auto",
+        origin=OURS,
+        doc="""What a GPU computes deformable attention with. mmcv: its compiled op; triton: kernels that need
+        no build; torch: plain PyTorch, slow, on every device; auto: the first of mmcv's op and the Triton
+        kernels that computes what PyTorch does on the first images, which is logged.""",
+    )
+    compile: Literal["none", "backbone", "all"] = spec_field(
+        "none",
+        origin=OURS,
+        doc="""What torch.compile compiles to fused kernels at the first step of train, evaluate and
+        inference: nothing, the backbone, or backbone, neck, encoder and decoder. Worth its compile time
+        where images have one or two sizes (dataset.augmentation.fixed_padding); results differ by
+        rounding.""",
+    )
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = spec_field(
+        "default",
+        origin=OURS,
+        doc="""How torch.compile works, with ddetr_mm.compile. reduce-overhead: also as CUDA graphs, for small
+        batches; max-autotune: the same, with kernels chosen by timing them, which takes long.""",
+    )
+    predict_precision: Literal["fp32", "fp16", "bf16"] = spec_field(
+        "fp32",
+        origin=OURS,
+        doc="""Precision of evaluation and inference; scores and boxes are float32 all the same. The precision
+        of training is train.precision.""",
+    )
+    profile: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""Record a profile of the first ten training steps with torch.profiler: profile.json, which
+        chrome://tracing and Perfetto open, and a table in the log.""",
+    )
+    export_fp16: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="Also write the exported graph in half precision, as <name>.fp16.onnx with its parity report.",
+    )
+
+
+class OwnConvertSection(Section):
+    """Options of convert that TAO does not have."""
+
+    strict: StrictBool = spec_field(
+        False, origin=OURS, doc="Stop at the first bad label or image instead of reporting it."
+    )
+    allow_empty: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""Accept label files of which no line can be used, and a conversion without any box; false: both
+        end with exit status 2 and nothing is written.""",
+    )
+    pad_shards: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="Fill short shards with repeated images, as TAO does; false: no repeats.",
+    )
+    num_workers: NonNegativeInt | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Processes to use beside this one; null: as many as the cores and the number of images are
+        worth.""",
+    )
