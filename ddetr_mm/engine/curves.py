@@ -36,10 +36,11 @@ Point = dict[str, float | None]
 steps in points of training, and epochs in points of validation."""
 
 SCALARS_PATTERN = "*/vis_data/scalars.json"
-RESUMED_STEP, RESUMED_EPOCH = "resumed_step", "resumed_epoch"
+# mmdet's analyze_logs takes every line for a step's, unless a key has a slash: hence one here, and none below.
+RESUMED_STEP, RESUMED_EPOCH = "resumed/at_step", "resumed/at_epoch"
 """Scalars that :class:`CurvesHook` writes at each start: steps and epochs that were already done."""
 
-RATE_PREFIX = "lr/"
+RATE_PREFIX = "lr_"
 """Prefix of the learning rate of one group of parameters."""
 
 
@@ -369,10 +370,17 @@ class CurvesHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         """Note where this start begins, so that readers of the scalars drop lost points."""
-        if is_first_rank():
-            done = {RESUMED_STEP: runner.iter, RESUMED_EPOCH: runner.epoch}
-            runner.visualizer.get_backend("LocalVisBackend").add_scalars(done, step=runner.iter)
-            self._scalars = RunScalars(runner.work_dir)
+        if not is_first_rank():
+            return
+        backend = runner.visualizer.get_backend("LocalVisBackend")
+        if backend is None:
+            runner.logger.warning(
+                "no curves are drawn: the visualizer has no LocalVisBackend, whose file they need"
+            )
+            return
+        done = {RESUMED_STEP: runner.iter, RESUMED_EPOCH: runner.epoch}
+        backend.add_scalars(done, step=runner.iter)
+        self._scalars = RunScalars(runner.work_dir)
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Add the learning rate of every group to the logged scalars."""

@@ -7,9 +7,12 @@ another format by its conversion.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.util
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +24,21 @@ if TYPE_CHECKING:
     from ddetr_mm.weights.checkpoint import CheckpointMeta
 
 SPEC_SUFFIXES = (".yaml", ".yml")
-SUBTASK_OF_TOOL = {"test": "evaluate", "analysis_tools/confusion_matrix": "evaluate"}
+EVAL_METRIC = "analysis_tools/eval_metric"
+SUBTASK_OF_TOOL = dict.fromkeys(
+    (
+        "test",
+        "analysis_tools/analyze_results",
+        "analysis_tools/confusion_matrix",
+        EVAL_METRIC,
+        "analysis_tools/test_robustness",
+    ),
+    "evaluate",
+)
 """What a spec is translated for where a tool takes a config; for every other tool it is training."""
+CHECKPOINT_TOOLS = ("test", "analysis_tools/test_robustness")
+"""Tools whose second argument is a checkpoint."""
+FUSE_RESULTS = "analysis_tools/fuse_results"
 
 
 def main(tool: str) -> int:
@@ -42,7 +58,11 @@ def main(tool: str) -> int:
 
         find_our_configs()  # before the tool reads a config with `_base_ = "ddetr_mm::…"`
         sys.argv = [str(script), *prepare_arguments(tool, sys.argv[1:])]
-        runpy.run_path(str(script), run_name="__main__")
+        sys.path.append(
+            str(mmdet_tool("train").parents[1])
+        )  # test_robustness imports another tool as `tools.…`
+        with named_predictions() if tool == FUSE_RESULTS else contextlib.nullcontext():
+            runpy.run_path(str(script), run_name="__main__")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -80,8 +100,29 @@ def mmdet_tool(tool: str) -> Path:
     raise StackError(Problem(f"mmdet's tools/{tool}.py was not found", hint="pip install mmdet==3.3.0"))
 
 
+@contextlib.contextmanager
+def named_predictions() -> Iterator[None]:
+    """Give mmdet's ``fuse_results`` the two arguments that it reads and its parser never sets.
+
+    Its files are parsed as ``pred-results``, which no attribute can be called; it reads ``pred_results``,
+    and ``models_name`` only for its length.
+    """
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser: argparse.ArgumentParser, *args: object, **kwargs: object) -> argparse.Namespace:
+        parsed = original(parser, *args, **kwargs)
+        parsed.pred_results = parsed.models_name = getattr(parsed, "pred-results")
+        return parsed
+
+    argparse.ArgumentParser.parse_args = parse_args
+    try:
+        yield
+    finally:
+        argparse.ArgumentParser.parse_args = original
+
+
 def prepare_arguments(tool: str, arguments: list[str]) -> list[str]:
-    """Replace a spec by its translated config, and for ``test`` a foreign checkpoint by a converted one.
+    """Replace a spec by its translated config, and a tested foreign checkpoint by a converted one.
 
     Args:
         tool: see :func:`mmdet_tool`.
@@ -92,7 +133,7 @@ def prepare_arguments(tool: str, arguments: list[str]) -> list[str]:
     if not prepared or prepared[0].startswith("-"):
         return prepared
     checkpoint = None
-    if tool == "test" and len(prepared) > 1 and not prepared[1].startswith("-"):
+    if tool in CHECKPOINT_TOOLS and len(prepared) > 1 and not prepared[1].startswith("-"):
         checkpoint = prepared[1]
     folder = work_dir(prepared)
     config = selection = None
@@ -132,13 +173,16 @@ def translate_spec(spec_path: str, tool: str, checkpoint: str | None, folder: Pa
 
     subtask = SUBTASK_OF_TOOL.get(tool, "train")
     overrides = [f"evaluate.checkpoint={checkpoint}"] if checkpoint else []
-    loaded = load_spec(spec_path, overrides, subtask, require_mandatory=tool in ("train", "test"))
+    loaded = load_spec(spec_path, overrides, subtask, require_mandatory=tool in ("train", *CHECKPOINT_TOOLS))
     if loaded.spec.encryption_key:
         from ddetr_mm.weights.encryption import use_encryption_key
 
         use_encryption_key(loaded.spec.encryption_key)  # for the tool that runs in this process afterwards
     named = checkpoint or loaded.spec.train.pretrained_model_path
-    return write_text_whole(folder / f"{Path(spec_path).stem}.py", config_source(loaded, subtask, named))
+    source = config_source(loaded, subtask, named)
+    if tool == EVAL_METRIC:  # it scores the test data with val_evaluator, which an evaluation has no use for
+        source += "\nval_evaluator = test_evaluator\n"
+    return write_text_whole(folder / f"{Path(spec_path).stem}.py", source)
 
 
 def mmdet_checkpoint(

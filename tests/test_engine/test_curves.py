@@ -12,7 +12,17 @@ from mmengine.hooks import Hook
 from PIL import Image
 
 from ddetr_mm.engine.checkpoint import TAOCheckpointHook
-from ddetr_mm.engine.curves import CurvesHook, RunScalars, ap_series, draw_curves, loss_series, rate_series
+from ddetr_mm.engine.curves import (
+    RATE_PREFIX,
+    RESUMED_EPOCH,
+    RESUMED_STEP,
+    CurvesHook,
+    RunScalars,
+    ap_series,
+    draw_curves,
+    loss_series,
+    rate_series,
+)
 from ddetr_mm.engine.hooks import learning_rates
 
 EACH_STEP = {"logger": {"type": "LoggerHook", "interval": 1}, "checkpoint": None}
@@ -107,6 +117,26 @@ def test_a_resumed_run_keeps_earlier_points(make_runner, tmp_path):
     assert [point["step"] for point in read(tmp_path / "train").train] == [1, 2, 3, 4, 5, 6]
 
 
+def test_mmdets_analyze_logs_can_read_the_file(make_runner, tmp_path):
+    """It takes a line with a key of two parts for validation, and every other line for a step."""
+    runner = make_runner([{"type": "CurvesHook"}], epochs=2, batches=3, default_hooks=EACH_STEP)
+    runner.train()
+    (path,) = (tmp_path / "train").glob("*/vis_data/scalars.json")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert any("/" in key for key in lines[0])
+    steps = [line for line in lines if not any("/" in key for key in line)]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    assert all("loss" in line for line in steps)
+
+
+def test_without_the_file_of_scalars_nothing_is_drawn(make_runner, tmp_path, capsys):
+    visualizer = {"type": "Visualizer", "vis_backends": [], "name": "no_scalars"}
+    runner = make_runner([{"type": "CurvesHook"}], epochs=1, batches=1, visualizer=visualizer)
+    runner.train()
+    assert "LocalVisBackend" in capsys.readouterr().out
+    assert not list((tmp_path / "train").glob("curve*"))
+
+
 def test_it_draws_seldom_but_always_at_the_end(make_runner, monkeypatch):
     drawn = []
     monkeypatch.setattr(
@@ -122,10 +152,10 @@ def test_it_draws_seldom_but_always_at_the_end(make_runner, monkeypatch):
 
 
 def test_points_of_lost_steps_are_dropped(tmp_path):
-    begin = {"resumed_step": 0, "resumed_epoch": 0, "step": 0}
+    begin = {RESUMED_STEP: 0, RESUMED_EPOCH: 0, "step": 0}
     val = {"coco/bbox_mAP": 0.2, "step": 1}
     write_start(tmp_path, "20260101_000000", begin, *train_points([10, 20]), val, *train_points([30]))
-    again = {"resumed_step": 20, "resumed_epoch": 0, "step": 20}
+    again = {RESUMED_STEP: 20, RESUMED_EPOCH: 0, "step": 20}
     write_start(tmp_path, "20260101_000001", again, {**train_points([30])[0], "loss": 99.0})
     scalars = read(tmp_path)
     assert [(point["step"], point["loss"]) for point in scalars.train] == [(10, 10), (20, 20), (30, 99)]
@@ -135,13 +165,13 @@ def test_points_of_lost_steps_are_dropped(tmp_path):
 
 
 def test_starts_without_the_hook_are_left_out(tmp_path):
-    write_start(tmp_path, "20260101_000000", {"resumed_step": 0, "step": 0}, *train_points([10]))
+    write_start(tmp_path, "20260101_000000", {RESUMED_STEP: 0, "step": 0}, *train_points([10]))
     write_start(tmp_path, "20260101_000001", *train_points([1]))
     assert [point["step"] for point in read(tmp_path).train] == [10]
 
 
 def test_reading_continues_after_a_line_that_was_half_written(tmp_path):
-    path = write_start(tmp_path, "20260101_000000", {"resumed_step": 0, "step": 0}, *train_points([1]))
+    path = write_start(tmp_path, "20260101_000000", {RESUMED_STEP: 0, "step": 0}, *train_points([1]))
     scalars = read(tmp_path)
     with path.open("a") as file:
         file.write('{"loss": 2.0, "iter": 2, "st')
@@ -155,7 +185,7 @@ def test_reading_continues_after_a_line_that_was_half_written(tmp_path):
 
 @pytest.mark.parametrize("line", ['{"kind', "[1]"])
 def test_a_broken_line_is_refused_with_its_file(tmp_path, line):
-    path = write_start(tmp_path, "20260101_000000", {"resumed_step": 0, "step": 0})
+    path = write_start(tmp_path, "20260101_000000", {RESUMED_STEP: 0, "step": 0})
     with path.open("a") as file:
         file.write(f"{line}\n")
     with pytest.raises(ValueError, match=r"scalars\.json: a line is not"):
@@ -174,8 +204,8 @@ def made(number: int = 50) -> RunScalars:
             "d0.loss_cls": 2.0,
             "enc_loss_cls": 3.0,
             "lr": 2e-4,
-            "lr/0.0002": 2e-4,
-            "lr/2e-05": 2e-5,
+            f"{RATE_PREFIX}0.0002": 2e-4,
+            f"{RATE_PREFIX}2e-05": 2e-5,
             "step": 10 * step,
         }
         for step in range(1, number + 1)
@@ -224,7 +254,7 @@ def test_only_what_has_points_is_drawn(tmp_path):
 
 
 def test_missing_and_non_finite_values_do_not_break_drawing(tmp_path):
-    begin = {"resumed_step": 0, "step": 0}
+    begin = {RESUMED_STEP: 0, "step": 0}
     broken = {"loss": float("nan"), "lr": 0.1, "iter": 1, "step": 1}
     write_start(tmp_path, "20260101_000000", begin, broken, {"coco/bbox_mAP": -1.0, "step": 1})
     drawn = draw_curves(read(tmp_path), tmp_path)

@@ -24,10 +24,20 @@ def test_train_and_test(data_project: Project):
     )
     checkpoint = data_project.folder / "work_dirs" / "own" / "model_epoch_000.pth"
     assert checkpoint.is_file()
-    done = data_project.python(
-        str(mmdet_tool("test")), "own_train.py", str(checkpoint), "--work-dir=work_dirs/own_test"
-    )
+    tested = ("own_train.py", str(checkpoint), "--work-dir=work_dirs/own_test", "--show-dir=shown")
+    done = data_project.python(str(mmdet_tool("test")), *tested)
     assert "coco/bbox_mAP" in done.stdout + done.stderr
+    assert len(list((data_project.folder / "work_dirs" / "own_test").glob("*/shown/*.png"))) == 5
+    data_project.python(
+        str(mmdet_tool("train")),
+        "own_train.py",
+        "--work-dir=work_dirs/own",
+        "--auto-scale-lr",
+        "--resume",
+        "--cfg-options",
+        "train_cfg.max_epochs=2",
+    )
+    assert checkpoint.with_name("model_epoch_001.pth").is_file()
 
 
 def test_mmcvs_attention_is_the_one_in_use(data_project: Project):
