@@ -10,12 +10,26 @@ Raises:
     ddetr_mm.compat.versions.StackImportError: a required package is missing or does not fit.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ddetr_mm.compat.mmcv_ops import install_stand_in
 from ddetr_mm.compat.patches import AT_IMPORT, apply_patches
 from ddetr_mm.compat.versions import check_on_import
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from ddetr_mm.tasks.detector import Detector as Detector
+    from ddetr_mm.tasks.detector import Result as Result
+
 check_on_import()
 apply_patches(AT_IMPORT)
 install_stand_in()
+
+
+def __getattr__(name: str) -> Any:
+    """``Detector`` and ``Result``, imported when they are first used."""
+    if name in ("Detector", "Result"):
+        return getattr(importlib.import_module("ddetr_mm.tasks.detector"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -44,6 +44,12 @@ COMMANDS = (
         "ddetr_mm.tasks.evaluate",
         function="run_inference",
     ),
+    Command(
+        "predict",
+        "annotated pictures and videos from a checkpoint alone, without a spec",
+        "ddetr_mm.tasks.predict",
+        takes_spec=False,
+    ),
     Command("export", "ONNX, checked against PyTorch before it is left there", "ddetr_mm.tasks.export"),
     Command(
         "gen_trt_engine",
@@ -188,6 +194,63 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_PREDICT_EXAMPLES = """examples:
+  ddetr-mm predict model.pth image.jpg
+  ddetr-mm predict model.onnx photos/ clip.mp4 --conf 0.3 --classes person --out found
+"""
+
+
+def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _PREDICT_EXAMPLES
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="checkpoint of any format, ONNX file or TensorRT engine")
+    add(
+        "sources",
+        metavar="SOURCE",
+        nargs="+",
+        help="image, video, folder of images, pattern such as 'shots/*.jpg', or number of a camera",
+    )
+    add("--out", metavar="DIR", default="results/predict", help="results folder (default: %(default)s)")
+    add(
+        "--conf", type=float, default=0.5, help="leave out detections of a lower score (default: %(default)s)"
+    )
+    add("--classes", metavar="NAME", action="append", help="keep this class only; may be given several times")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--batch-size", type=_positive, default=1, help="images at once (default: 1)")
+    add(
+        "--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the network (default: fp32)"
+    )
+    add(
+        "--size",
+        type=_positive,
+        nargs=2,
+        metavar=("SHORT", "LONG"),
+        help="shorter and longest side that images are resized to (default: as the file says, else 800 1333)",
+    )
+    add("--save-txt", action="store_true", help="also write a KITTI label file for each image")
+    add(
+        "--show-labels",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="draw classes and scores beside the boxes (default: yes)",
+    )
+    add(
+        "--class-names",
+        metavar="FILE",
+        help="for a file that names no classes: a text file, a name a line; coco; or numbers",
+    )
+    add(
+        "--entry", metavar="PATH", help="which set of weights, as in the spec field ddetr_mm.checkpoint_entry"
+    )
+    add(
+        "--ema",
+        choices=("auto", "true", "false"),
+        help="averaged weights, as in the spec field ddetr_mm.use_ema (default: auto)",
+    )
+    add("--key-file", metavar="FILE", help="file with the key of an encrypted checkpoint")
+
+
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("batch", metavar="BATCH", help="a non_finite_step_*.pth of a training run")
     parser.add_argument("--config", help="the run's config (default: config.py beside the batch)")
@@ -224,6 +287,7 @@ _OWN_ARGUMENTS = {
     "gen_trt_engine": _add_force_argument,
     "translate": _add_translate_arguments,
     "check": _add_check_arguments,
+    "predict": _add_predict_arguments,
     "weights": _add_weights_arguments,
     "reproduce": _add_reproduce_arguments,
     "install-ops": _add_install_ops_arguments,

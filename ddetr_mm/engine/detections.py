@@ -88,6 +88,7 @@ def draw_detections(
     scores: np.ndarray,
     colors: Mapping[str, Color],
     outline_width: int = 3,
+    show_labels: bool = True,
 ) -> Image.Image:
     """Draw boxes with class and score on a copy of an image; better ones over worse ones.
 
@@ -100,6 +101,7 @@ def draw_detections(
         scores: (n,).
         colors: colour by class name; classes without one are not drawn.
         outline_width: pixels.
+        show_labels: draw classes and scores too.
     """
     drawn = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB").copy()
     canvas = ImageDraw.Draw(drawn)
@@ -111,6 +113,8 @@ def draw_detections(
         x1, y1, x2, y2 = box
         corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
         canvas.rectangle(corners, outline=colors[name], width=outline_width)
+        if not show_labels:
+            continue
         font, shown = label_font(name, size)
         _draw_tag(canvas, drawn.size, corners, f"{shown} {scores[row]:.2f}", colors[name], font)
     return drawn

@@ -74,6 +74,7 @@ def export_options(spec: ExperimentSpec, class_names: list[str]) -> ExportOption
         class_names=class_names,
         input_mean=list(augmentation.input_mean),
         input_std=list(augmentation.input_std),
+        num_select=spec.model.num_select,
     )
     return ExportOptions(
         input_size_hw=(settings.input_height, settings.input_width),

@@ -55,6 +55,8 @@ class CheckpointMeta:
         numbered_by_name: whether the category ids were made from the class names (spec field
             ``ddetr_mm.category_ids``).
         assumed: the settings above that no file said, only the format of the one they were first read from.
+        test_settings: how pictures reach the network and detections are chosen, and the backbone of a config,
+            where the file says: see :data:`ddetr_mm.weights.describe.TEST_SETTINGS`.
     """
 
     source_format: str
@@ -79,6 +81,7 @@ class CheckpointMeta:
     spec: dict[str, Any] | None = None
     numbered_by_name: bool | None = None
     assumed: tuple[str, ...] = ()
+    test_settings: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data (lists, strings, numbers) for a file's metadata, without unknown values."""
@@ -156,6 +159,8 @@ def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> Checkp
     ids = values.get("category_ids")
     if isinstance(ids, (list, tuple)) and all(number is None or isinstance(number, int) for number in ids):
         changes["category_ids"] = tuple(ids) or None
+    if isinstance(values.get("test_settings"), Mapping):
+        changes["test_settings"] = dict(values["test_settings"])
     if isinstance(values.get("spec"), Mapping):
         changes["spec"] = dict(values["spec"])
     return replace(default, **changes)

@@ -38,6 +38,7 @@ from ddetr_mm.weights.class_columns import (
     column_ids,
     with_label_convention,
 )
+from ddetr_mm.weights.describe import settings_of_config, settings_of_spec
 from ddetr_mm.weights.entries import DEFAULT, Choice, Entry, Selection, choose, tensor_entries
 from ddetr_mm.weights.formats import HF, FormatTable, KeyTrace, to_canonical
 from ddetr_mm.weights.layouts import Found, find_backbones, find_prefixes
@@ -94,10 +95,10 @@ def local_file(location: str | os.PathLike[str]) -> Path:
 _MAX_CHARACTERS = 4_000_000
 
 
-def model_settings(text: Any) -> dict[str, Any]:
-    """Return the assignment ``model = dict(...)`` of a config text, as plain data.
+def config_settings(text: Any) -> dict[str, Any]:
+    """Return the assignments of a config text as plain data.
 
-    Only literals, ``dict(...)`` calls, lists and tuples are read; the rest is ignored. Nothing is executed.
+    Only literals, ``dict(...)`` calls, lists and tuples are read; the rest is None. Nothing is executed.
 
     Args:
         text: Python source of a flattened mmengine config; other types give an empty result.
@@ -109,13 +110,19 @@ def model_settings(text: Any) -> dict[str, Any]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         # An unreadable config only gives no hints.
         return {}
-    for statement in module.body:
-        if isinstance(statement, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "model" for target in statement.targets
-        ):
-            value = _plain(statement.value)
-            return value if isinstance(value, dict) else {}
-    return {}
+    return {
+        target.id: _plain(statement.value)
+        for statement in module.body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def model_settings(text: Any) -> dict[str, Any]:
+    """Return the assignment ``model = dict(...)`` of a config text, see :func:`config_settings`."""
+    value = config_settings(text).get("model")
+    return value if isinstance(value, dict) else {}
 
 
 def _plain(node: ast.expr) -> Any:
@@ -431,6 +438,7 @@ def _interpret(
         input_std=channel_values(hints.get("input_std")),
         num_queries=architecture.num_queries or _count(hints.get("num_queries")),
         epoch=_epoch(found.extras),
+        test_settings=hints.get("test_settings") or None,
     )
     described = found.extras.get("meta")
     described = described.get("dataset_meta") if isinstance(described, Mapping) else None
@@ -490,7 +498,13 @@ def _hints(raw: RawFile, found: FoundWeights) -> dict[str, Any]:
         hints |= _arguments_hints(arguments)
     meta = found.extras.get("meta")
     if isinstance(meta, Mapping):
-        hints |= _config_hints(model_settings(meta.get("cfg") or meta.get("config")))
+        config = config_settings(meta.get("cfg") or meta.get("config"))
+        if isinstance(config.get("model"), Mapping):
+            hints |= _config_hints(config["model"])
+            hints["test_settings"] = settings_of_config(config)
+    hyper = found.extras.get("hyper_parameters")
+    if isinstance(hyper, Mapping):
+        hints["test_settings"] = settings_of_spec(hyper)
     return hints
 
 

@@ -1,0 +1,425 @@
+"""``ddetr-mm predict CHECKPOINT SOURCE…``: pictures and videos through a network, without a spec."""
+
+from __future__ import annotations
+
+import glob
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import cv2
+import numpy as np
+
+from ddetr_mm import __version__
+from ddetr_mm.datasets.image_size import IMAGE_EXTENSIONS
+from ddetr_mm.datasets.sources import SkippedFile, find_images
+from ddetr_mm.engine.detections import (
+    IMAGES_FOLDER,
+    LABELS_FOLDER,
+    ResultNames,
+    result_names,
+    save_image,
+    write_kitti_labels,
+)
+from ddetr_mm.engine.progress import Progress
+from ddetr_mm.errors import DataError, InputError, Problem
+from ddetr_mm.files import written_whole
+from ddetr_mm.tasks.detector import Detector, Result, as_rgb, print_notes
+
+VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts")
+PREDICTIONS_NAME = "predictions.json"
+VIDEOS_FOLDER = "videos_annotated"
+VIDEO_CODEC = "mp4v"
+"""MPEG-4, which every build of OpenCV writes."""
+
+_SKIPPED_SHOWN = 20
+
+
+# --- Sources ---
+
+
+@dataclass
+class Sources:
+    """What the command line names.
+
+    Attributes:
+        pictures: image files.
+        videos: video files.
+        cameras: indices of cameras.
+        skipped: files of a folder that look like images and are none.
+    """
+
+    pictures: list[Path] = field(default_factory=list)
+    videos: list[Path] = field(default_factory=list)
+    cameras: list[int] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[Path]:
+        """Pictures and videos."""
+        return [*self.pictures, *self.videos]
+
+
+def find_sources(texts: Sequence[str]) -> Sources:
+    """Find what a command line's sources name: image and video files, folders, patterns, camera indices.
+
+    A folder stands for the images in it; a pattern (``shots/*.jpg``, ``**`` for any depth) for files of
+    either kind. A file that is named twice counts once.
+
+    Raises:
+        DataError: a source does not exist, is of no known kind, or is a URL; or there is none at all.
+    """
+    found = Sources()
+    problems: list[Problem] = []
+    for text in texts:
+        path = Path(text)
+        if path.is_dir():
+            try:
+                images, skipped = find_images([path])
+                found.pictures += images
+                found.skipped += skipped
+            except DataError as error:
+                problems += error.problems
+        elif path.is_file():
+            problems += _add_file(found, path)
+        elif text.isdecimal():
+            found.cameras.append(int(text))
+        elif "://" in text:
+            hint = "copy the file to this machine"
+            problems.append(Problem("sources are not fetched", where="SOURCE", value=text, hint=hint))
+        elif glob.has_magic(text):
+            matches = [Path(match) for match in sorted(glob.glob(text, recursive=True))]
+            known = [match for match in matches if match.is_file() and _kind(match)]
+            if not known:
+                problems.append(Problem("no image or video fits the pattern", where="SOURCE", value=text))
+            for match in known:
+                _add_file(found, match)
+        else:
+            allowed = "an image, a video, a folder, a pattern, or the number of a camera"
+            problems.append(Problem("does not exist", where="SOURCE", value=text, allowed=allowed))
+    DataError.collect(problems)
+    found.pictures, found.videos = _once(found.pictures), _once(found.videos)
+    return found
+
+
+def _add_file(found: Sources, path: Path) -> list[Problem]:
+    kind = _kind(path)
+    if kind is None:
+        allowed = ", ".join([*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS])
+        return [Problem("is neither an image nor a video by its ending", file=path, allowed=allowed)]
+    (found.pictures if kind == "picture" else found.videos).append(path)
+    return []
+
+
+def _kind(path: Path) -> str | None:
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_EXTENSIONS:
+        return "picture"
+    return "video" if suffix in VIDEO_EXTENSIONS else None
+
+
+def _once(paths: Iterable[Path]) -> list[Path]:
+    return list({path.resolve(): path for path in paths}.values())
+
+
+# --- Results ---
+
+
+def results_folder(folder: Path, sources: Sources, checkpoint: Path) -> Path:
+    """Check that results can go to a folder: it is new, empty, or has those of an earlier prediction.
+
+    Raises:
+        DataError: it holds other files, or the sources.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DataError(Problem("is no folder", file=folder, where="--out"))
+    inputs = [*sources.files, checkpoint]
+    written = [folder / name for name in (IMAGES_FOLDER, LABELS_FOLDER, VIDEOS_FOLDER)]
+    inside = [path for path in inputs if path.resolve().parent in {one.resolve() for one in written}]
+    if inside:
+        what = "is a source, and results would be written beside it"
+        raise DataError(Problem(what, file=inside[0], where="--out", value=folder, hint="give another --out"))
+    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder / PREDICTIONS_NAME):
+        raise DataError(
+            Problem(
+                "holds files that are no earlier predictions",
+                file=folder,
+                where="--out",
+                hint="give a new or an empty folder",
+            )
+        )
+    return folder
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a ``predictions.json`` is by this command; its first characters say so."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.read(len(_HEAD)) == _HEAD
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+_HEAD = '{"ddetr_mm": '
+
+
+class PredictionsFile:
+    """Writes ``predictions.json`` picture by picture, so that a long video needs no memory.
+
+    Args:
+        stream: the open file.
+        detector: whose file, classes and threshold are named in it.
+        conf: the threshold.
+    """
+
+    def __init__(self, stream: TextIO, detector: Detector, conf: float) -> None:
+        self.stream = stream
+        head = dict(
+            checkpoint=str(detector.path),
+            conf=conf,
+            categories=[dict(id=label, name=name) for label, name in detector.names.items()],
+        )
+        stream.write(f"{_HEAD}{json.dumps(__version__)}, {json.dumps(head, ensure_ascii=False)[1:-1]},\n")
+        stream.write(' "images": [')
+        self._first = True
+
+    def add(self, name: str, result: Result, **about: Any) -> None:
+        """Write the detections of a picture or a video's frame."""
+        detections = [
+            {key: _short(value) for key, value in one.items() if key != "image_id"}
+            for one in result.to_coco()
+        ]
+        height, width = result.size_hw
+        entry = dict(file=name, **about, width=width, height=height, detections=detections)
+        self.stream.write(("" if self._first else ",") + "\n  " + json.dumps(entry, ensure_ascii=False))
+        self._first = False
+
+    def end(self, skipped: Sequence[SkippedFile]) -> None:
+        """Write what was skipped, and close the JSON."""
+        left_out = [dict(file=str(one.path), reason=one.reason) for one in skipped]
+        self.stream.write(f'\n ],\n "skipped": {json.dumps(left_out, ensure_ascii=False)}}}\n')
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return [round(number, 3) for number in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
+# --- The command ---
+
+
+@dataclass
+class _Counts:
+    pictures: int = 0
+    frames: int = 0
+    objects: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+
+def run(arguments: Namespace) -> None:
+    """``ddetr-mm predict``: annotated pictures and videos, ``predictions.json``, label files on request.
+
+    Raises:
+        DataError: a source does not exist, or none can be read.
+        WeightsError: the checkpoint cannot be used.
+    """
+    sources = find_sources(arguments.sources)
+    folder = results_folder(Path(arguments.out), sources, Path(arguments.checkpoint))
+    detector = detector_of(arguments)
+    print_notes(detector)
+    skipped = list(sources.skipped)
+    counts = _Counts()
+    interrupted = None
+    with written_whole(folder / PREDICTIONS_NAME) as temporary, temporary.open("w", encoding="utf-8") as file:
+        predictions = PredictionsFile(file, detector, detector.conf)
+        try:
+            _pictures(sources.pictures, detector, folder, arguments, predictions, skipped, counts)
+            for name, video in [
+                *((str(path), path) for path in sources.videos),
+                *((f"camera {index}", index) for index in sources.cameras),
+            ]:
+                _video(name, video, detector, folder, arguments, predictions, counts, sources)
+        except KeyboardInterrupt as error:
+            interrupted = error  # what is done so far stays
+        predictions.end(skipped)
+    _report(counts, skipped, folder, arguments)
+    if interrupted is not None:
+        raise interrupted
+    if not counts.pictures and not counts.frames:
+        raise DataError(Problem("none of the sources can be read", where="SOURCE", value=arguments.sources))
+
+
+def detector_of(arguments: Namespace) -> Detector:
+    """The detector that the command's options ask for.
+
+    Raises:
+        WeightsError: the checkpoint cannot be used.
+        DataError: an option is out of range or contradicts the checkpoint.
+    """
+    key = None
+    if arguments.key_file:
+        try:
+            key = Path(arguments.key_file).read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(Problem(f"the key cannot be read: {error}", where="--key-file")) from None
+    use_ema: bool | str = {"true": True, "false": False}.get(arguments.ema or "auto", "auto")
+    return Detector(
+        arguments.checkpoint,
+        device=arguments.device,
+        conf=arguments.conf,
+        classes=arguments.classes,
+        class_names=arguments.class_names,
+        batch_size=arguments.batch_size,
+        precision=arguments.precision,
+        size=tuple(arguments.size) if arguments.size else None,
+        entry=arguments.entry,
+        use_ema=use_ema,
+        encryption_key=key,
+    )
+
+
+def _pictures(
+    paths: Sequence[Path],
+    detector: Detector,
+    folder: Path,
+    arguments: Namespace,
+    predictions: PredictionsFile,
+    skipped: list[SkippedFile],
+    counts: _Counts,
+) -> None:
+    """Predict image files; those that cannot be read are skipped."""
+    if not paths:
+        return
+    names = result_names(paths)
+
+    def readable() -> Iterator[tuple[Path, np.ndarray]]:
+        for path in paths:
+            try:
+                yield path, as_rgb(path)
+            except DataError as error:
+                skipped.append(SkippedFile(path, "; ".join(problem.what for problem in error.problems)))
+                progress.advance()
+
+    with Progress("predicting", len(paths), "images") as progress:
+        waiting = readable()
+        while batch := list(islice(waiting, detector.batch_size)):
+            for (path, _array), result in zip(batch, detector([array for _, array in batch]), strict=True):
+                result.path = path
+                target = names.get(path, ResultNames.of(path))
+                if arguments.save_txt:
+                    write_kitti_labels(
+                        folder / LABELS_FOLDER / target.label, result.names, result.boxes_xyxy, result.scores
+                    )
+                save_image(
+                    folder / IMAGES_FOLDER / target.picture, result.plot(show_labels=arguments.show_labels)
+                )
+                predictions.add(str(path), result)
+                counts.pictures += 1
+                counts.objects += len(result)
+                progress.advance()
+
+
+def _video(
+    name: str,
+    source: Path | int,
+    detector: Detector,
+    folder: Path,
+    arguments: Namespace,
+    predictions: PredictionsFile,
+    counts: _Counts,
+    sources: Sources,
+) -> None:
+    """Predict a video or a camera's pictures, and write an annotated video.
+
+    Raises:
+        DataError: it cannot be opened, or no frame can be read.
+    """
+    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+    with ExitStack() as stack:
+        stack.callback(capture.release)
+        if not capture.isOpened():
+            hint = "a camera needs a driver and access to /dev/video*" if isinstance(source, int) else None
+            raise DataError(Problem("cannot be opened as a video", file=name, hint=hint))
+        rate = capture.get(cv2.CAP_PROP_FPS)
+        rate = rate if 0 < rate <= 1000 else 25.0
+        total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        if isinstance(source, int):
+            target = folder / VIDEOS_FOLDER / f"camera_{source}.mp4"
+        else:
+            names = result_names(sources.videos)
+            picture = names.get(source, ResultNames.of(source)).picture
+            target = (folder / VIDEOS_FOLDER / picture).with_suffix(".mp4")
+        temporary = stack.enter_context(written_whole(target))
+        progress = stack.enter_context(
+            Progress(f"predicting {Path(name).name}", max(total, 0) or None, "frames")
+        )
+        writer: cv2.VideoWriter | None = None
+        frames = _frames(capture)
+        number = 0
+        try:
+            while batch := list(islice(frames, detector.batch_size)):
+                for result in detector(batch):
+                    drawn = np.asarray(result.plot(show_labels=arguments.show_labels))[:, :, ::-1]
+                    if writer is None:
+                        writer = _video_writer(temporary, rate, drawn)
+                        stack.callback(writer.release)
+                    writer.write(np.ascontiguousarray(drawn))
+                    predictions.add(name, result, frame=number, time_s=round(number / rate, 4))
+                    number += 1
+                    counts.frames += 1
+                    counts.objects += len(result)
+                    progress.advance()
+        except KeyboardInterrupt:
+            if writer is not None:
+                _close(writer, temporary, target)
+            raise
+        if writer is None:
+            raise DataError(Problem("has no frame that can be read", file=name))
+        writer.release()
+
+
+def _close(writer: cv2.VideoWriter, temporary: Path, target: Path) -> None:
+    """Keep the part of a video that was written before an interruption."""
+    writer.release()
+    temporary.replace(target)
+
+
+def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:
+    while True:
+        ok, frame_bgr = capture.read()
+        if not ok:
+            return
+        yield np.ascontiguousarray(frame_bgr[:, :, ::-1])
+
+
+def _video_writer(path: Path, rate: float, frame: np.ndarray) -> cv2.VideoWriter:
+    height, width = frame.shape[:2]
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*VIDEO_CODEC), rate, (width, height))
+    if not writer.isOpened():
+        what = f"OpenCV cannot write {VIDEO_CODEC} videos of {width}x{height}"
+        raise InputError(Problem(what, file=path))
+    return writer
+
+
+def _report(counts: _Counts, skipped: Sequence[SkippedFile], folder: Path, arguments: Namespace) -> None:
+    parts = [f"{counts.pictures} images"] if counts.pictures or not counts.frames else []
+    parts += [f"{counts.frames} frames"] if counts.frames else []
+    places = [PREDICTIONS_NAME]
+    places += [IMAGES_FOLDER] if counts.pictures else []
+    places += [VIDEOS_FOLDER] if counts.frames else []
+    places += [LABELS_FOLDER] if counts.pictures and arguments.save_txt else []
+    rate = (counts.pictures + counts.frames) / (time.monotonic() - counts.started)
+    listed = ", ".join(f"{folder}/{one}" for one in places)
+    print(f"{counts.objects} objects in {' and '.join(parts)}, {rate:.3g} a second: {listed}")
+    if skipped:
+        print(f"note: {len(skipped)} files were skipped, listed in {PREDICTIONS_NAME}", file=sys.stderr)
+        for one in skipped[:_SKIPPED_SHOWN]:
+            print(f"  - {one.path}: {one.reason}", file=sys.stderr)
