@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gc
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``, and rename it to ``path`` when the block succeeds.
 
     The folder is made if missing. When the block raises, the temporary file is removed and an earlier file
-    under ``path`` stays.
+    under ``path`` stays. The file gets the mode of any new file, by umask, whatever its writer asks for
+    (safetensors makes it readable by its owner alone).
 
     Args:
         path: the final name.
@@ -31,7 +33,12 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
+        temporary.unlink()
         yield temporary
+        if not temporary.is_symlink():
+            os.chmod(temporary, mode)
         os.replace(temporary, path)
     except OSError as error:
         if error.filename is None:  # write() does not know the name, for example on a full disk

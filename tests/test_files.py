@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddetr_mm.files import usable_cores, write_text_whole, written_whole
+from ddetr_mm.outputs import OWNED_NAME
 
 # --- Output in any encoding ---
 
@@ -49,12 +51,37 @@ def test_bytes_that_are_no_text_are_printed():
 # --- Files appear whole or not at all ---
 
 
+def visible(folder: Path) -> list[str]:
+    """The files of a folder, without our list of the files that we wrote."""
+    return sorted(path.name for path in folder.iterdir() if path.name != OWNED_NAME)
+
+
 def test_a_file_appears_when_the_block_succeeds(tmp_path: Path):
     target = tmp_path / "new" / "a.txt"
     with written_whole(target) as temporary:
         temporary.write_text("one")
         assert not target.exists() and temporary.suffix == ".txt" and temporary.parent == target.parent
-    assert target.read_text() == "one" and [path.name for path in target.parent.iterdir()] == ["a.txt"]
+    assert target.read_text() == "one" and visible(target.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_files_have_the_mode_of_new_files(tmp_path: Path, umask: int, mode: int):
+    before = os.umask(umask)
+    try:
+        with written_whole(tmp_path / "a.txt") as temporary:
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors creates its files
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == mode
+
+
+def test_a_link_leaves_its_targets_mode(tmp_path: Path):
+    target = tmp_path / "secret.txt"
+    target.touch(mode=0o600)
+    with written_whole(tmp_path / "link") as temporary:
+        temporary.unlink()
+        temporary.symlink_to(target.name)
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path):
@@ -67,7 +94,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path):
 
     with pytest.raises(RuntimeError, match="stop"):
         fail()
-    assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert target.read_text() == "old" and visible(tmp_path) == ["a.txt"]
 
 
 # --- The cores a process may use ---

@@ -1,7 +1,7 @@
 """Convert a checkpoint to another format, and write weights in any of the four.
 
 :func:`convert_checkpoint` is ``ddetr-mm weights``. Sections: the conversion, writing of files, and the
-``config.json`` of a Hugging Face model.
+configuration files of a Hugging Face model.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ddetr_mm.weights.checkpoint import (
     missing_keys,
 )
 from ddetr_mm.weights.class_columns import column_ids
+from ddetr_mm.weights.describe import DEFAULT_SIZES, settings_of_meta
 from ddetr_mm.weights.entries import DEFAULT, Selection
 from ddetr_mm.weights.formats import TABLES, KeyTrace, from_canonical
 from ddetr_mm.weights.read import read_checkpoint
@@ -320,7 +321,9 @@ def write_checkpoint(
                 metadata = {"format": "pt", META_KEY: json.dumps(plain)}
                 save_file(_separate(tensors), temporary, metadata=metadata)
         elif format_name == "hf":
-            _write_hf_folder(path, tensors, {**(hf_config or {}), META_KEY: plain})
+            plain.pop("spec", None)  # this folder is for sharing, and a spec has the user's paths
+            plain["test_settings"] = settings_of_meta(meta)
+            _write_hf_folder(path, tensors, {**(hf_config or {}), META_KEY: plain}, hf_preprocessor(meta))
         else:
             if path.is_dir():
                 raise WeightsError(Problem("is a folder", file=path, hint="give the name of a file"))
@@ -371,22 +374,24 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
-def _write_hf_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def _write_hf_folder(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], preprocessor: Mapping[str, Any]
+) -> None:
+    def write(into: Path) -> None:
+        with written_whole(into / "model.safetensors") as temporary:
+            save_file(_separate(tensors), temporary, metadata={"format": "pt"})
+        for name, content in (("config.json", config), ("preprocessor_config.json", preprocessor)):
+            write_text_whole(into / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
     if folder.exists() and not folder.is_dir():
         raise WeightsError(Problem("is a file, but this format is a folder", file=folder))
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    if folder.exists():
-        # Other files of the folder (an image processor's settings …) are kept.
-        with written_whole(folder / "model.safetensors") as temporary:
-            save_file(_separate(tensors), temporary, metadata={"format": "pt"})
-        write_text_whole(folder / "config.json", text)
+    if folder.exists():  # its other files are kept
+        write(folder)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
     try:
-        temporary.mkdir()
-        save_file(_separate(tensors), temporary / "model.safetensors", metadata={"format": "pt"})
-        (temporary / "config.json").write_text(text, encoding="utf-8")
+        write(temporary)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -418,7 +423,7 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-# --- config.json of a Hugging Face model ---
+# --- config.json and preprocessor_config.json of a Hugging Face model ---
 
 _TIMM_NAMES = {
     "resnet_18": "resnet18",
@@ -428,6 +433,7 @@ _TIMM_NAMES = {
     "resnet_152": "resnet152",
 }
 _DEFAULT_PROPOSALS = 300
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -478,6 +484,30 @@ def hf_config(checkpoint: Checkpoint, spec: dict[str, Any] | None = None) -> dic
         "with_box_refine": found.with_box_refine,
     }
     return config | _backbone_settings(found, config["dilation"])
+
+
+def hf_preprocessor(meta: CheckpointMeta) -> dict[str, Any]:
+    """Return the settings from which transformers builds the image processor of a network.
+
+    Images are not padded to a fixed size, which would be too small for some.
+    """
+    settings = settings_of_meta(meta)
+    return {
+        "image_processor_type": "DeformableDetrImageProcessor",
+        "format": "coco_detection",
+        "do_resize": True,
+        "size": {
+            "shortest_edge": settings.get("test_random_resize", DEFAULT_SIZES["test_random_resize"]),
+            "longest_edge": settings.get("random_resize_max_size", DEFAULT_SIZES["random_resize_max_size"]),
+        },
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(meta.input_mean or _IMAGENET_MEAN),
+        "image_std": list(meta.input_std or _IMAGENET_STD),
+        "do_pad": True,
+    }
 
 
 def _backbone_settings(found: Architecture, dilation: bool) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from ddetr_mm.weights.scheme import FIELDS
 
 _RESNET_DEPTHS = {"resnet_18": 18, "resnet_34": 34, "resnet_101": 101, "resnet_152": 152}
 _SPEC_BACKBONES = ("resnet_50", "gc_vit_")
-_DEFAULT_SIZES = {"test_random_resize": 800, "random_resize_max_size": 1333}
+DEFAULT_SIZES = {"test_random_resize": 800, "random_resize_max_size": 1333}
+"""Sides of a test image where a file says none: those of the original release and of TAO."""
 _NOT_FROM_FILES = ("init_cfg", "pretrained")
 """Arguments of a backbone that load another file."""
 
@@ -95,6 +96,11 @@ def settings_of_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
             value = value.get(key) if isinstance(value, Mapping) else None
         found[name] = value
     return checked_settings(found)
+
+
+def settings_of_meta(meta: CheckpointMeta) -> dict[str, Any]:
+    """Return :data:`TEST_SETTINGS` from all that a checkpoint says."""
+    return checked_settings({**settings_of_spec(meta.spec or {}), **(meta.test_settings or {})})
 
 
 def checked_settings(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +188,7 @@ def describe(checkpoint: Checkpoint) -> Description:
     if found.two_stage or "with_box_refine" not in meta.assumed:
         assumed.pop(FIELDS["with_box_refine"], None)
     columns = num_columns(checkpoint)
-    settings = checked_settings({**settings_of_spec(meta.spec or {}), **(meta.test_settings or {})})
+    settings = settings_of_meta(meta)
     model: dict[str, Any] = {}
     own: dict[str, Any] = {"zero_padded_values": meta.zero_padded_values}
     if found.backbone.startswith(_SPEC_BACKBONES):
@@ -195,7 +201,7 @@ def describe(checkpoint: Checkpoint) -> Description:
     model |= _transformer(checkpoint)
     model["num_select"] = min(settings.get("num_select", 100), model["num_queries"] * columns)
     augmentation = {name: settings[name] for name in [*TEST_SETTINGS][:4] if name in settings}
-    for name, value in _DEFAULT_SIZES.items():
+    for name, value in DEFAULT_SIZES.items():
         if name not in augmentation:
             augmentation[name] = assumed[f"dataset.augmentation.{name}"] = value
     for name in ("input_mean", "input_std"):

@@ -1,8 +1,13 @@
 """Equal predictions: golden files, stock mmdet, ours, and Hugging Face's own implementation."""
 
+import json
+import os
+import stat
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from weights_builders import (
     detector,
     golden_file,
@@ -14,7 +19,9 @@ from weights_builders import (
     write_mmdet,
 )
 
+from ddetr_mm.tasks.detector import Detector
 from ddetr_mm.weights import convert_checkpoint, inspect_checkpoint, load_for_model
+from ddetr_mm.weights.formats import TAO, from_canonical
 
 TOLERANCE = 1e-4
 
@@ -192,3 +199,80 @@ def test_dilated_backbone(tmp_path):
     report = load_for_model(plain, tmp_path / "hf")
     assert any("with a dilated last stage" in note for note in report.notes)
     assert worst(predict(plain, images, sizes_hw), (logits, boxes)) > 0.01
+
+
+NAMES = ("background", "cat", "dog", "cow", "hen", "ox", "fox", "owl")
+SPEC = {
+    "results_dir": "/mine/secret/results",
+    "model": {"num_select": 20, "pretrained_backbone_path": "/mine/backbone.pth"},
+    "dataset": {
+        "train_data_sources": [{"image_dir": "/mine/images", "json_file": "/mine/a.json"}],
+        "augmentation": {
+            "test_random_resize": 64,
+            "random_resize_max_size": 96,
+            "fixed_padding": False,
+            "input_mean": [0.5, 0.4, 0.3],
+            "input_std": [0.2, 0.25, 0.3],
+        },
+    },
+}
+
+
+def test_a_folder_is_all_that_transformers_pipeline_needs(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = detector(backbone="resnet_18", seed=7, with_box_refine=True, num_classes=8)
+    with torch.no_grad():
+        for branch in model.bbox_head.cls_branches:
+            branch.bias[0] = -100.0  # the background, which a trained network does not predict either
+    named, _trace = from_canonical(model.state_dict(), TAO, with_box_refine=True, two_stage=False)
+    path = tmp_path / "tao.pth"
+    torch.save({"state_dict": named, "pytorch-lightning_version": "2.0.0"}, path)
+    for to, name in (("mmdet", "ours.pth"), ("hf", "hf")):
+        convert_checkpoint(path, tmp_path / name, to, spec=SPEC, class_names=NAMES)
+    # Of a size that both leave as it is: they differ by one level of some resized pixels.
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 85, 3), np.uint8))
+    ours = Detector(tmp_path / "ours.pth", device="cpu", conf=0.0)(picture)
+
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoModelForObjectDetection.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        output = theirs(**processor(picture, return_tensors="pt"))
+    (found,) = processor.post_process_object_detection(output, 0.0, [(64, 85)], top_k=20)
+    assert len(ours) == 20
+    assert found["scores"].numpy() == pytest.approx(ours.scores, abs=1e-4)
+    np.testing.assert_array_equal(found["labels"], ours.labels)
+    np.testing.assert_allclose(found["boxes"].numpy(), ours.boxes_xyxy, atol=85e-4)
+
+    piped = transformers.pipeline("object-detection", model=str(tmp_path / "hf"))(picture, threshold=0.0)
+    assert [each["label"] for each in piped[:20]] == [NAMES[label] for label in ours.labels]
+    assert [each["score"] for each in piped[:20]] == pytest.approx(list(ours.scores), abs=1e-4)
+    # Sides as a spec's: 90 x 120 becomes 64 x 85.
+    larger = processor(Image.new("RGB", (120, 90)), return_tensors="pt")
+    assert larger["pixel_values"].shape == (1, 3, 64, 85)
+
+
+def test_a_folder_to_share_has_no_path_of_the_user(tmp_path):
+    path = write_mmdet(tmp_path / "x.pth", detector(backbone="resnet_18", seed=7).state_dict())
+    convert_checkpoint(path, tmp_path / "hf", "hf", spec=SPEC)
+    texts = {name.name: name.read_text() for name in (tmp_path / "hf").glob("*.json")}
+    assert set(texts) == {"config.json", "preprocessor_config.json"}
+    assert not any("/mine" in text or str(tmp_path) in text for text in texts.values())
+    # What a spec says of pictures is kept.
+    meta = inspect_checkpoint(tmp_path / "hf").meta
+    assert meta.test_settings["test_random_resize"] == 64 and meta.test_settings["fixed_padding"] is False
+    assert meta.input_mean == (0.5, 0.4, 0.3)
+    preprocessor = json.loads(texts["preprocessor_config.json"])
+    assert preprocessor["size"] == {"shortest_edge": 64, "longest_edge": 96}
+    assert preprocessor["image_std"] == [0.2, 0.25, 0.3]
+
+
+def test_files_of_a_conversion_have_the_usual_mode(tmp_path):
+    path = write_mmdet(tmp_path / "x.pth", detector(backbone="resnet_18", seed=7).state_dict())
+    before = os.umask(0o022)
+    try:
+        for to, name in (("hf", "hf"), ("tao", "tao.safetensors"), ("official", "official.pth")):
+            convert_checkpoint(path, tmp_path / name, to)
+    finally:
+        os.umask(before)
+    written = [tmp_path / "tao.safetensors", tmp_path / "official.pth", *(tmp_path / "hf").iterdir()]
+    assert [stat.S_IMODE(each.stat().st_mode) for each in written] == [0o644] * 5
