@@ -104,6 +104,235 @@ def roi_align_backward(
     grad_input.copy_(gradient)
 
 
+def roi_pool_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax: Tensor,
+    *,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+) -> None:
+    """Largest value in each bin of each region, into ``output``; without rounding, which torchvision's does.
+
+    Args:
+        input: (B, C, H, W).
+        rois: (K, 5): index of the image, then the box, whose last pixels are inside.
+        output: (K, C, pooled_height, pooled_width), written; 0 for an empty bin.
+        argmax: of the same shape, int32, written: position in the flattened H x W; -1 for an empty bin.
+        pooled_height: bins per region, vertically.
+        pooled_width: bins per region, horizontally.
+        spatial_scale: from the boxes' pixels to ``input``'s.
+    """
+    output.zero_()
+    argmax.fill_(-1)
+    height, width = input.shape[-2:]
+    corners = torch.stack([rois[:, 1:3], rois[:, 3:5] + 1], dim=1) * spatial_scale
+    columns = _pool_bins(corners[..., 0], pooled_width, width)
+    rows = _pool_bins(corners[..., 1], pooled_height, height)
+    for region, image in enumerate(rois[:, 0].long().tolist()):
+        # By columns, then by rows: the position is the first of equal values, row by row, as in mmcv.
+        spans = [(at, span) for at, span in enumerate(columns[region]) if span[0] < span[1]]
+        found = [input[image, :, :, first:last].max(dim=-1) for _, (first, last) in spans]
+        if not found:
+            continue
+        values = torch.stack([one.values for one in found], dim=-1)  # (C, H, bins)
+        places = torch.stack([one.indices + span[0] for one, (_, span) in zip(found, spans, strict=True)], -1)
+        at_columns = [at for at, _ in spans]
+        for row, (first, last) in enumerate(rows[region]):
+            if first >= last:
+                continue
+            best = values[:, first:last].max(dim=1)
+            at_rows = best.indices + first
+            output[region, :, row, at_columns] = best.values
+            place = at_rows * width + places.gather(1, at_rows[:, None])[:, 0]
+            argmax[region, :, row, at_columns] = place.to(argmax.dtype)
+
+
+def roi_pool_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax: Tensor,
+    grad_input: Tensor,
+    *,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+) -> None:
+    """Gradient of :func:`roi_pool_forward` by its input, added to ``grad_input`` (B, C, H, W)."""
+    flat = grad_input.view(*grad_input.shape[:2], -1)
+    images = rois[:, 0].long()[:, None, None].expand(-1, argmax.shape[1], pooled_height * pooled_width)
+    channels = torch.arange(argmax.shape[1], device=argmax.device)[None, :, None].expand_as(images)
+    places, gradient = argmax.flatten(2).long(), grad_output.flatten(2)
+    kept = places >= 0
+    flat.index_put_((images[kept], channels[kept], places[kept]), gradient[kept], accumulate=True)
+
+
+def _pool_bins(ends: Tensor, bins: int, size: int) -> list[list[tuple[int, int]]]:
+    """First pixel and the one after the last of every bin of every region, along one axis.
+
+    Args:
+        ends: (K, 2): where the regions begin and end, pixels.
+        bins: in each region.
+        size: of the image along the axis; bins are clipped to it.
+    """
+    begin, length = ends[:, :1], ends[:, 1:] - ends[:, :1]
+    step = length / bins
+    index = torch.arange(bins + 1, device=ends.device, dtype=ends.dtype)
+    first = (index[:-1] * step + begin).floor().clamp(0, size)
+    last = torch.where(length > 0, (index[1:] * step + begin).ceil().clamp(0, size), first)
+    pairs = torch.stack([first, last], dim=-1).long().tolist()
+    return [[(pair[0], pair[1]) for pair in region] for region in pairs]
+
+
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    **geometry: int,
+) -> None:
+    """Deformable convolution, into ``output``.
+
+    Args:
+        input: (B, C, H, W).
+        weight: (outputs, C / groups, kernel height, kernel width).
+        offset: (B, deformable groups * kernel height * kernel width * 2, H out, W out): y, x.
+        output: (B, outputs, H out, W out), written.
+        columns: unused.
+        ones: unused.
+        geometry: ``dH``, ``dW`` (stride), ``padH``, ``padW``, ``dilationH``, ``dilationW``; the rest shows in
+            the shapes.
+    """
+    output.copy_(_deform_conv(input, offset, weight, geometry))
+
+
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_input: Tensor,
+    grad_offset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    **geometry: int,
+) -> None:
+    """Gradients of :func:`deform_conv_forward`, into ``grad_input`` and ``grad_offset``."""
+    with torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in (input, offset)]
+        result = _deform_conv(inputs[0], inputs[1], weight.detach(), geometry)
+        gradients = torch.autograd.grad(result, inputs, grad_output)
+    grad_input.copy_(gradients[0])
+    grad_offset.copy_(gradients[1])
+
+
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    grad_output: Tensor,
+    grad_weight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    *,
+    scale: float,
+    **geometry: int,
+) -> None:
+    """Gradient of :func:`deform_conv_forward` by its weight, times ``scale``, into ``grad_weight``."""
+    with torch.enable_grad():
+        # The op is linear in its weight, so its gradient is the same for every weight.
+        zeros = torch.zeros_like(grad_weight, requires_grad=True)
+        result = _deform_conv(input.detach(), offset.detach(), zeros, geometry)
+        (gradient,) = torch.autograd.grad(result, zeros, grad_output)
+    grad_weight.copy_(gradient * scale)
+
+
+def _deform_conv(input: Tensor, offset: Tensor, weight: Tensor, geometry: dict[str, int]) -> Tensor:
+    """torchvision's op with mmcv's names of stride, padding and dilation."""
+    stride, padding, dilation = (
+        (geometry[f"{name}H"], geometry[f"{name}W"]) for name in ("d", "pad", "dilation")
+    )
+    return _torchvision_ops().deform_conv2d(
+        input, offset, weight, stride=stride, padding=padding, dilation=dilation
+    )
+
+
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    *,
+    with_bias: bool,
+    **geometry: int,
+) -> None:
+    """Deformable convolution whose samples have a weight each, into ``output``.
+
+    Args:
+        input: (B, C, H, W).
+        weight: (outputs, C / groups, kernel height, kernel width).
+        bias: (outputs,); unused without ``with_bias``.
+        ones: unused.
+        offset: (B, deformable groups * kernel height * kernel width * 2, H out, W out): y, x.
+        mask: (B, deformable groups * kernel height * kernel width, H out, W out): factor of every sample.
+        output: (B, outputs, H out, W out), written.
+        columns: unused.
+        with_bias: whether there is a bias.
+        geometry: ``stride_h``, ``stride_w``, ``pad_h``, ``pad_w``, ``dilation_h``, ``dilation_w``.
+    """
+    output.copy_(_modulated_deform_conv(input, offset, mask, weight, bias if with_bias else None, geometry))
+
+
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    *,
+    with_bias: bool,
+    **geometry: int,
+) -> None:
+    """Gradients of :func:`modulated_deform_conv_forward`, into ``grad_input`` and the four after it."""
+    destinations = [grad_input, grad_offset, grad_mask, grad_weight, *([grad_bias] if with_bias else [])]
+    with torch.enable_grad():
+        tensors = (input, offset, mask, weight, *((bias,) if with_bias else ()))
+        inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+        image, shift, factor, kernel = inputs[:4]
+        result = _modulated_deform_conv(
+            image, shift, factor, kernel, inputs[4] if with_bias else None, geometry
+        )
+        gradients = torch.autograd.grad(result, inputs, grad_output)
+    for destination, gradient in zip(destinations, gradients, strict=True):
+        destination.copy_(gradient)
+
+
+def _modulated_deform_conv(
+    input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, int]
+) -> Tensor:
+    """torchvision's op with mmcv's names of stride, padding and dilation."""
+    stride, padding, dilation = (
+        (geometry[f"{name}_h"], geometry[f"{name}_w"]) for name in ("stride", "pad", "dilation")
+    )
+    return _torchvision_ops().deform_conv2d(
+        input, offset, weight, bias, stride=stride, padding=padding, dilation=dilation, mask=mask
+    )
+
+
 def ms_deform_attn_forward(
     value: Tensor,
     value_spatial_shapes: Tensor,
@@ -212,6 +441,13 @@ OPS: tuple[Callable[..., Any], ...] = (
     nms,
     roi_align_forward,
     roi_align_backward,
+    roi_pool_forward,
+    roi_pool_backward,
+    deform_conv_forward,
+    deform_conv_backward_input,
+    deform_conv_backward_parameters,
+    modulated_deform_conv_forward,
+    modulated_deform_conv_backward,
     ms_deform_attn_forward,
     ms_deform_attn_backward,
     sigmoid_focal_loss_forward,

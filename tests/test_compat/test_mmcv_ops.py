@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmcv.ops.deform_conv import DeformConv2dPack, deform_conv2d
+from mmcv.ops.modulated_deform_conv import ModulatedDeformConv2dPack, modulated_deform_conv2d
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 from mmcv.ops.nms import NMSop
+from mmcv.ops.roi_pool import RoIPoolFunction
 from torch.nn import functional
 
 from ddetr_mm.compat import mmcv_ops, torch_ops
@@ -323,6 +327,168 @@ def test_roi_align_by_maximum_is_refused():
         torch_ops.roi_align_backward(images, ROIS, none, none, none, **roi_options(1.0, 0, True, pool_mode=0))
 
 
+# Regions with fractions, outside the image, of one pixel, and one whose end is before its beginning.
+POOL_ROIS = torch.tensor(
+    [
+        [0, 1.0, 2.0, 9.0, 7.5],
+        [1, -3.0, -2.0, 6.0, 5.0],
+        [0, 4.2, 3.3, 4.4, 3.5],
+        [1, 10.0, 8.0, 17.0, 15.0],
+        [0, 7.0, 7.0, 3.0, 3.0],
+    ]
+)
+
+
+def roi_pool_by_formula(images, rois, bins, scale):
+    """Largest value of every bin; differentiable, 0 for empty bins."""
+    height, width = images.shape[-2:]
+    pooled = []
+    for roi in rois.tolist():
+        x1, y1, x2, y2 = roi[1] * scale, roi[2] * scale, (roi[3] + 1) * scale, (roi[4] + 1) * scale
+        step_x, step_y = (x2 - x1) / bins[1], (y2 - y1) / bins[0]
+        for channel in images[int(roi[0])]:
+            for i in range(bins[0]):
+                for j in range(bins[1]):
+                    top, left = (max(math.floor(v), 0) for v in (y1 + i * step_y, x1 + j * step_x))
+                    bottom = min(math.ceil(y1 + (i + 1) * step_y), height)
+                    right = min(math.ceil(x1 + (j + 1) * step_x), width)
+                    is_empty = x2 <= x1 or y2 <= y1 or bottom <= top or right <= left
+                    pooled.append(images.new_zeros(()) if is_empty else channel[top:bottom, left:right].max())
+    return torch.stack(pooled).reshape(len(rois), images.shape[1], *bins)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_roi_pool_through_mmcvs_function_is_the_maximum_of_bins(scale):
+    images = roi_images().requires_grad_()
+    expected = roi_pool_by_formula(images, POOL_ROIS, (2, 3), scale)
+    grad_output = torch.randn(expected.shape, generator=torch.Generator().manual_seed(3))
+    (expected_gradient,) = torch.autograd.grad(expected, images, grad_output)
+    output = RoIPoolFunction.apply(images, POOL_ROIS, (2, 3), scale)
+    (gradient,) = torch.autograd.grad(output, images, grad_output)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert (expected[-1] == 0).all()  # no region
+
+
+def test_roi_pool_equals_torchvisions_where_nothing_is_rounded():
+    rois = POOL_ROIS[[0, 1, 3]].round()
+    images = roi_images()
+    expected = torchvision.ops.roi_pool(images, rois, (2, 3), 1.0)
+    torch.testing.assert_close(RoIPoolFunction.apply(images, rois, (2, 3), 1.0), expected)
+
+
+def test_roi_pool_takes_the_first_of_equal_values():
+    images = torch.ones(1, 1, 4, 4, requires_grad=True)
+    RoIPoolFunction.apply(images, torch.tensor([[0, 0.0, 0.0, 3.0, 3.0]]), (1, 1), 1.0).sum().backward()
+    assert images.grad.flatten().tolist() == [1.0] + [0.0] * 15
+
+
+def test_roi_pool_of_no_region():
+    images = roi_images().requires_grad_()
+    output = RoIPoolFunction.apply(images, torch.zeros(0, 5), (2, 3), 1.0)
+    output.sum().backward()
+    assert output.shape == (0, 3, 2, 3) and (images.grad == 0).all()
+
+
+CONVOLUTIONS = [
+    dict(),
+    dict(stride=2, padding=1),
+    dict(padding=(2, 1), dilation=(2, 1), stride=(1, 2)),
+    dict(groups=2, deform_groups=3, padding=1),
+]
+
+
+def convolution_inputs(stride=1, padding=0, dilation=1, groups=1, deform_groups=1):
+    """Input, offset, mask, weight and bias of a 3 x 2 kernel on images of 7 x 6, with samples outside too."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = []
+    for axis, (size, kernel) in enumerate(((7, 3), (6, 2))):
+        step, pad, gap = (
+            each if isinstance(each, int) else each[axis] for each in (stride, padding, dilation)
+        )
+        sizes.append((size + 2 * pad - gap * (kernel - 1) - 1) // step + 1)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    samples = deform_groups * 6
+    return [
+        draw(2, 6, 7, 6),
+        draw(2, samples * 2, *sizes) * 2,
+        draw(2, samples, *sizes).sigmoid(),
+        draw(4, 6 // groups, 3, 2),
+        draw(4),
+    ]
+
+
+def deform_conv_by_formula(inputs, stride=1, padding=0, dilation=1, groups=1, deform_groups=1):
+    """Sum over kernel and channels of bilinear samples; ``inputs`` as above, mask and bias may be None."""
+    images, offset, mask, weight, bias = inputs
+    (s_h, s_w), (p_h, p_w), (d_h, d_w) = (
+        (each, each) if isinstance(each, int) else each for each in (stride, padding, dilation)
+    )
+    batch, channels = images.shape[:2]
+    outputs, in_group, kernel_h, kernel_w = weight.shape
+    out_h, out_w = offset.shape[-2:]
+    result = images.new_zeros(batch, outputs, out_h, out_w)
+    for b, o, i, j in np.ndindex(batch, outputs, out_h, out_w):
+        first = o // (outputs // groups) * in_group
+        for c in range(first, first + in_group):
+            part = c // (channels // deform_groups)
+            for k in range(kernel_h * kernel_w):
+                at = part * kernel_h * kernel_w + k
+                dy, dx = offset[b, 2 * at : 2 * at + 2, i, j].tolist()
+                y = i * s_h - p_h + (k // kernel_w) * d_h + dy
+                x = j * s_w - p_w + (k % kernel_w) * d_w + dx
+                sample = zero_padded_sample(images[b, c][None], y, x)[0]
+                factor = 1 if mask is None else mask[b, at, i, j]
+                result[b, o, i, j] += sample * factor * weight[o, c - first, k // kernel_w, k % kernel_w]
+    return result if bias is None else result + bias[:, None, None]
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_deformable_convolution_is_the_sum_of_samples(options):
+    images, offset, mask, weight, bias = inputs = convolution_inputs(**options)
+    plain = deform_conv2d(images, offset, weight, *by_position(options))
+    torch.testing.assert_close(plain, deform_conv_by_formula([images, offset, None, weight, None], **options))
+    modulated = modulated_deform_conv2d(*inputs, *by_position(options))
+    torch.testing.assert_close(modulated, deform_conv_by_formula(inputs, **options))
+    without = modulated_deform_conv2d(images, offset, mask, weight, None, *by_position(options))
+    torch.testing.assert_close(without + bias[:, None, None], modulated)
+
+
+def by_position(options):
+    """The options by position, as mmcv's functions take them."""
+    defaults = dict(stride=1, padding=0, dilation=1, groups=1, deform_groups=1)
+    return tuple((defaults | options).values())
+
+
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+def test_deformable_convolution_has_right_gradients(options):
+    images, offset, mask, weight, bias = (tensor.requires_grad_() for tensor in convolution_inputs(**options))
+
+    def plain(images, offset, weight):
+        return deform_conv2d(images, offset, weight, *by_position(options))
+
+    def modulated(*inputs):
+        return modulated_deform_conv2d(*inputs, *by_position(options))
+
+    fast = dict(fast_mode=True, atol=1e-5)
+    assert torch.autograd.gradcheck(plain, (images, offset, weight), **fast)
+    assert torch.autograd.gradcheck(modulated, (images, offset, mask, weight, bias), **fast)
+    assert torch.autograd.gradcheck(
+        lambda *inputs: modulated(*inputs, None), (images, offset, mask, weight), **fast
+    )
+
+
+def test_deformable_layers_of_mmcv_run_and_learn():
+    for layer in (DeformConv2dPack(4, 6, 3, padding=1), ModulatedDeformConv2dPack(4, 6, 3, padding=1)):
+        layer(torch.randn(2, 4, 8, 8)).square().sum().backward()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in layer.parameters())
+    # An image smaller than the kernel, which mmcv pads.
+    assert DeformConv2dPack(4, 6, 3, padding=1)(torch.randn(1, 4, 2, 2)).shape == (1, 6, 2, 2)
+
+
 def test_deformable_attention_is_the_weighted_sum_of_samples():
     value, shapes, locations, weights = attention_inputs()
     expected = deformable_attention(value, shapes, locations, weights)
@@ -404,6 +570,17 @@ class TestAgainstCompiledOps:
         torch_ops.roi_align_backward(grad_output, ROIS, none, none, gradient, **options)
         torch.testing.assert_close(output, real.detach(), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(gradient, real_gradient, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+    def test_deformable_convolution(self, options):
+        """mmcv's own, which its function calls here, against the same formula."""
+        inputs = convolution_inputs(**options)
+        images, offset, weight = inputs[0], inputs[1], inputs[3]
+        real = modulated_deform_conv2d(*inputs, *by_position(options))
+        torch.testing.assert_close(real, deform_conv_by_formula(inputs, **options))
+        real = deform_conv2d(images, offset, weight, *by_position(options))
+        expected = deform_conv_by_formula([images, offset, None, weight, None], **options)
+        torch.testing.assert_close(real, expected)
 
     def test_every_stand_in_has_its_counterpart(self):
         import mmcv._ext
