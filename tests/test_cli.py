@@ -8,7 +8,7 @@ import signal
 import pytest
 
 import ddetr_mm.tasks.inspect
-from ddetr_mm.cli import INTERRUPTED, main
+from ddetr_mm.cli import INTERRUPTED, build_parser, main
 from ddetr_mm.errors import SpecError, TrainingError
 
 
@@ -42,4 +42,56 @@ def test_a_full_disk_is_one_message(monkeypatch, capsys):
     assert (
         told.startswith("error: /results/status.json: cannot be read or written: No space left")
         and told.count("\n") == 1
+    )
+
+
+SPEC_NAMES = ("-e", "--experiment_spec", "--experiment_spec_file")
+REST = {
+    "weights": ["a.pth", "b.pth", "--to", "tao"],
+    "reproduce": ["batch.pth"],
+    "translate": ["-o", "config.py"],
+}
+TAKE_A_SPEC = [
+    "convert",
+    "train",
+    "evaluate",
+    "inference",
+    "export",
+    "gen_trt_engine",
+    "translate",
+    "check",
+    "weights",
+    "reproduce",
+]
+
+
+@pytest.mark.parametrize("command", TAKE_A_SPEC)
+def test_the_spec_is_named_as_in_tao(command: str):
+    for name in SPEC_NAMES:
+        arguments = build_parser().parse_args([command, *REST.get(command, []), name, "spec.yaml"])
+        assert arguments.experiment_spec == "spec.yaml"
+
+
+def test_every_command_with_a_spec_is_tried():
+    with_spec = {
+        name
+        for action in build_parser()._subparsers._group_actions
+        for name, parser in action.choices.items()
+        if "-e" in parser._option_string_actions
+    }
+    assert with_spec == set(TAKE_A_SPEC)
+
+
+def test_a_contradicting_environment_is_one_message(monkeypatch, capsys, tmp_path):
+    spec = tmp_path / "spec.yaml"
+    source = "{image_dir: images, json_file: a.json}"
+    spec.write_text(
+        f"results_dir: {tmp_path}\ntrain: {{num_nodes: 4}}\n"
+        f"dataset: {{train_data_sources: [{source}], val_data_sources: [{source}], num_classes: 3}}\n"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--experiment_spec_file", str(spec)]) == 2
+    assert capsys.readouterr().err == (
+        "error: train.num_nodes: contradicts WORLD_SIZE=2 in the environment (got 4);"
+        " set train.num_nodes=2, or unset WORLD_SIZE\n"
     )

@@ -108,7 +108,9 @@ def _number_in_environment(name: str, default: int = 0) -> int:
 # --- Which ranks to start ---
 
 
-def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.environ) -> NodePlan | None:
+def plan_launch(
+    num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.environ, *, section: str = "train"
+) -> NodePlan | None:
     """Plan the ranks that this machine has to start; None where this process does the work itself.
 
     The environment wins over the spec: ranks that torchrun or ``srun`` started are not started again. With
@@ -119,10 +121,11 @@ def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.e
         num_gpus: ranks on each machine, by the spec.
         num_nodes: machines, by the spec.
         environ: the environment.
+        section: of the spec that has both numbers, for messages.
 
     Raises:
-        InputError: several machines, and the environment lacks MASTER_ADDR or NODE_RANK; or the environment
-            contradicts itself or the spec.
+        InputError: several machines, and the environment lacks MASTER_ADDR or NODE_RANK, or has what is no
+            number or out of range there; or the environment contradicts itself or the spec.
     """
     if is_rank(environ) or (slurm_tasks(environ) > 1 and not _slurm_starts_nodes(num_gpus, environ)):
         return None
@@ -135,7 +138,7 @@ def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.e
             master_port=_port(environ),
         )
     if environ.get("WORLD_SIZE"):
-        num_gpus, num_nodes, environ = nodes_of_tao(num_gpus, num_nodes, environ)
+        num_gpus, num_nodes, environ = nodes_of_tao(num_gpus, num_nodes, environ, section=section)
     if num_nodes == 1:
         return NodePlan(1, 0, num_gpus) if num_gpus > 1 else None
     missing = [name for name in ("MASTER_ADDR", "NODE_RANK") if not environ.get(name)]
@@ -143,18 +146,24 @@ def plan_launch(num_gpus: int, num_nodes: int, environ: Mapping[str, str] = os.e
         raise InputError(
             Problem(
                 f"a run on several machines needs {' and '.join(missing)} in the environment",
-                where="num_nodes",
+                where=f"{section}.num_nodes",
                 value=num_nodes,
                 hint="start the same command on every machine with MASTER_ADDR set to the first one's name "
                 "and NODE_RANK counting from 0, or use torchrun or srun",
             )
         )
-    rank = int(environ["NODE_RANK"])
+    rank = _whole_number("NODE_RANK", environ, at_least=0) or 0
+    if rank >= num_nodes:
+        raise InputError(
+            Problem(
+                "is no machine of the job", where="$NODE_RANK", value=rank, allowed=f"0 to {num_nodes - 1}"
+            )
+        )
     return NodePlan(num_nodes, rank, num_gpus, environ["MASTER_ADDR"], _port(environ))
 
 
 def nodes_of_tao(
-    num_gpus: int, num_nodes: int, environ: Mapping[str, str]
+    num_gpus: int, num_nodes: int, environ: Mapping[str, str], *, section: str = "train"
 ) -> tuple[int, int, Mapping[str, str]]:
     """Read the variables of TAO's launcher, which each machine of a job has.
 
@@ -165,6 +174,7 @@ def nodes_of_tao(
         num_gpus: ranks on each machine, by the spec.
         num_nodes: machines, by the spec.
         environ: the environment.
+        section: of the spec that has both numbers, for messages.
 
     Returns:
         Ranks on each machine, machines, and the environment with ``NODE_RANK``.
@@ -182,9 +192,9 @@ def nodes_of_tao(
             raise InputError(
                 Problem(
                     f"contradicts {name}={here} in the environment",
-                    where=key,
+                    where=f"{section}.{key}",
                     value=by_spec,
-                    hint=f"set {key}={here}, or unset {name}",
+                    hint=f"set {section}.{key}={here}, or unset {name}",
                 )
             )
     ranks = {name: _whole_number(name, environ, at_least=0) for name in ("NODE_RANK", "RANK")}
@@ -279,9 +289,14 @@ def _slurm_hosts(environ: Mapping[str, str]) -> str:
 
 
 def _port(environ: Mapping[str, str]) -> int:
-    """``MASTER_PORT``; under Slurm else one that follows from the job's number, so that jobs differ."""
-    if environ.get("MASTER_PORT"):
-        return int(environ["MASTER_PORT"])
+    """``MASTER_PORT``; under Slurm else one that follows from the job's number, so that jobs differ.
+
+    Raises:
+        InputError: it is no whole number.
+    """
+    port = _whole_number("MASTER_PORT", environ, at_least=1)
+    if port is not None:
+        return port
     return _DEFAULT_PORT + int(environ.get("SLURM_JOB_ID", "0")) % 10_000
 
 

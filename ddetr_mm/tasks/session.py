@@ -193,7 +193,7 @@ def run_on_ranks(arguments: Namespace, loaded: LoadedSpec, subtask: str) -> bool
         KeyboardInterrupt: the run was interrupted; the ranks have ended.
     """
     task = getattr(loaded.spec, subtask)
-    plan = plan_launch(task.num_gpus, task.num_nodes)
+    plan = plan_launch(task.num_gpus, task.num_nodes, section=subtask)
     adopt_slurm()
     started = plan.ranks_per_node if plan is not None else len(task.gpu_ids)
     # NUM_GPU_PER_NODE replaces gpu_ids, as in TAO.

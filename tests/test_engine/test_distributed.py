@@ -68,6 +68,75 @@ def test_several_machines_need_to_find_each_other():
     assert plan == NodePlan(2, 1, 8, "first", 1234) and plan.world_size == 16
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("NODE_RANK", "first", "a whole number from 0"),
+        ("NODE_RANK", "-1", "a whole number from 0"),
+        ("NODE_RANK", "2", "0 to 1"),
+        ("MASTER_PORT", "any", "a whole number from 1"),
+    ],
+)
+def test_a_place_that_is_none_is_refused(name: str, value: str, allowed: str):
+    environ = {"MASTER_ADDR": "first", "NODE_RANK": "1", name: value}
+    with pytest.raises(InputError) as caught:
+        plan_launch(8, 2, environ)
+    (problem,) = caught.value.problems
+    assert problem.where == f"${name}" and str(problem.value) == value and problem.allowed == allowed
+
+
+TAO = {"WORLD_SIZE": "2", "NODE_RANK": "1", "MASTER_ADDR": "first", "MASTER_PORT": "1234"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "environ", "plan"),
+    [
+        ((1, 1), TAO, NodePlan(2, 1, 1, "first", 1234)),
+        ((4, 1), TAO, NodePlan(2, 1, 4, "first", 1234)),
+        ((4, 2), TAO, NodePlan(2, 1, 4, "first", 1234)),
+        ((1, 1), {**TAO, "NUM_GPU_PER_NODE": "8"}, NodePlan(2, 1, 8, "first", 1234)),
+        ((8, 2), {**TAO, "NUM_GPU_PER_NODE": "8"}, NodePlan(2, 1, 8, "first", 1234)),
+        # As a PyTorchJob sets them; LOCAL_RANK is missing there.
+        ((4, 1), {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "first"}, NodePlan(2, 0, 4, "first", 29500)),
+        ((4, 1), {**TAO, "RANK": "1"}, NodePlan(2, 1, 4, "first", 1234)),
+        ((1, 1), {"WORLD_SIZE": "1", "NUM_GPU_PER_NODE": "2"}, NodePlan(1, 0, 2)),
+        ((2, 1), {"WORLD_SIZE": "1", "NODE_RANK": "0"}, NodePlan(1, 0, 2)),
+        ((1, 1), {"WORLD_SIZE": "1"}, None),
+        # An empty variable is not set.
+        ((2, 1), {"WORLD_SIZE": "", "NUM_GPU_PER_NODE": "4"}, NodePlan(1, 0, 2)),
+        # torchrun's own variables are not TAO's.
+        ((1, 1), {**TORCHRUN, "NUM_GPU_PER_NODE": "8"}, None),
+    ],
+)
+def test_variables_of_taos_launcher(spec: tuple[int, int], environ: dict[str, str], plan: NodePlan | None):
+    assert plan_launch(*spec, environ) == plan
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "text"),
+    [
+        ((1, 4), {}, "num_nodes: contradicts WORLD_SIZE=2 in the environment (got 4)"),
+        ((1, 2), {"WORLD_SIZE": "1"}, "num_nodes: contradicts WORLD_SIZE=1"),
+        ((4, 1), {"NUM_GPU_PER_NODE": "8"}, "num_gpus: contradicts NUM_GPU_PER_NODE=8 in the environment"),
+        ((1, 1), {"RANK": "0"}, "$NODE_RANK: contradicts RANK=0"),
+        ((1, 1), {"NODE_RANK": "2"}, "$NODE_RANK: is no machine of the job"),
+        ((1, 1), {"NODE_RANK": "", "RANK": "2"}, "$RANK: is no machine of the job"),
+        ((1, 1), {"WORLD_SIZE": "two"}, "$WORLD_SIZE: is out of range"),
+        ((1, 1), {"WORLD_SIZE": "0"}, "$WORLD_SIZE: is out of range"),
+        ((1, 1), {"NUM_GPU_PER_NODE": "0"}, "$NUM_GPU_PER_NODE: is out of range"),
+        ((1, 1), {"NODE_RANK": "x"}, "$NODE_RANK: is out of range"),
+        ((1, 1), {"MASTER_ADDR": ""}, "needs MASTER_ADDR in the environment"),
+        ((1, 1), {"NODE_RANK": ""}, "needs NODE_RANK in the environment"),
+    ],
+)
+def test_variables_of_taos_launcher_that_contradict_are_refused(
+    spec: tuple[int, int], changes: dict[str, str], text: str
+):
+    with pytest.raises(InputError) as caught:
+        plan_launch(*spec, {**TAO, **changes})
+    assert text in str(caught.value)
+
+
 def test_tasks_of_srun_become_ranks():
     environ = srun(task=5, tasks=8, nodes=2)
     assert plan_launch(4, 2, environ) is None

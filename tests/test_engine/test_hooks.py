@@ -125,6 +125,16 @@ def test_only_the_backbone_is_loaded(checkpoint: Path):
     assert all(torch.equal(weights[name], before[name]) for name in weights if name.startswith("encoder."))
 
 
+def test_the_backbones_file_is_not_read_beside_that_of_the_whole_model(checkpoint: Path, tmp_path: Path):
+    model = detector()
+    runner = runner_for(model)
+    paths = {"backbone_path": str(tmp_path / "nowhere.pth"), "model_path": str(checkpoint)}
+    PretrainedWeightsHook(**paths).before_train(runner)
+    saved = torch.load(checkpoint)["state_dict"]
+    assert torch.equal(model.backbone.conv1.weight, saved["backbone.conv1.weight"])
+    assert "nowhere.pth" not in "".join(runner.logger)
+
+
 @pytest.mark.parametrize(
     ("options", "taken"),
     [({}, "ema"), ({"use_ema": False}, "state_dict"), ({"entry": "state_dict"}, "state_dict")],

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddetr_mm.cli import main
 from ddetr_mm.preflight import resources
-from ddetr_mm.preflight.inputs import check_frozen, check_named_file
+from ddetr_mm.preflight.inputs import check_frozen, check_named_file, check_named_files
 from ddetr_mm.spec import load_spec
 from ddetr_mm.tasks.check import early_check
 from ddetr_mm.weights.encryption import encrypt_file
@@ -140,6 +140,15 @@ def test_files_that_training_names_are_looked_at_before_anything_is_built(
         message = capsys.readouterr().err
         assert all(part in message for part in [path, key, *parts]), message
         assert "Traceback" not in message
+
+
+def test_the_backbones_file_is_not_looked_at_beside_that_of_the_whole_model(data_set):
+    files = [
+        f"{key}=nowhere.pth" for key in ("train.pretrained_model_path", "model.pretrained_backbone_path")
+    ]
+    spec = load_spec(data_set.spec, files, "train").spec
+    (finding,) = check_named_files(spec, "train")
+    assert finding.problem.where == "train.pretrained_model_path"
 
 
 def test_the_right_key_opens_a_named_file(data_set):

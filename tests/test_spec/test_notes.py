@@ -57,6 +57,10 @@ def test_tables_name_fields_that_exist():
             "model.backbone (line 1) has no effect because ddetr_mm.backbone is set",
         ),
         ("model: {backbone: gc_vit_tiny, dilation: true}", "only resnet_50 can be dilated"),
+        (
+            "model: {pretrained_backbone_path: a.pth}\ntrain: {pretrained_model_path: b.pth}",
+            "model.pretrained_backbone_path (line 1) has no effect because train.pretrained_model_path",
+        ),
         ("train: {optim: {momentum: 0.5}}", "AdamW has no momentum"),
         ("train: {optim: {lr_scheduler: StepLR, lr_steps: [3]}}", "lr_scheduler is StepLR"),
         ("train: {optim: {lr_step_size: 3}}", "lr_scheduler is MultiStep"),
@@ -95,6 +99,7 @@ def test_conditional_notes(load, text: str, note: str):
         "dataset: {train_sampler: uniform_sampler, dataset_type: default}",
         "image_dir_name: a\nval_split: 10\npartition_mode: random\nnum_partitions: 2",
         "model: {dilation: true}",
+        "model: {pretrained_backbone_path: a.pth}",
         "train: {optim: {lr_steps: [5, 8]}}",
     ],
 )
