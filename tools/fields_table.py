@@ -18,8 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ddetr_mm.files import write_text_whole  # noqa: E402 - the checkout, not what is installed
-from ddetr_mm.spec.describe import FieldInfo, flow, iter_fields  # noqa: E402
+from ddetr_mm.spec.describe import FieldInfo, flow, iter_fields  # noqa: E402 - the checkout
 from ddetr_mm.spec.notes import CONDITIONS, NO_EFFECT  # noqa: E402
 from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec  # noqa: E402
 
@@ -131,4 +130,4 @@ def document() -> str:
 
 
 if __name__ == "__main__":
-    write_text_whole(TARGET, document())
+    TARGET.write_text(document(), encoding="utf-8")

@@ -119,7 +119,7 @@ def levels_match_indices(spec: ExperimentSpec) -> Iterator[Fault]:
 
 @rule("model.return_interm_indices")
 def indices_ascend(spec: ExperimentSpec) -> Iterator[Fault]:
-    """return_interm_indices is not empty, ascends without repeats, and contains 3 where it contains 4."""
+    """return_interm_indices is not empty, ascends without repeats, and is not 4 alone."""
     indices = spec.model.return_interm_indices
     if not indices or any(low >= high for low, high in pairwise(indices)):
         yield Fault(
@@ -128,12 +128,12 @@ def indices_ascend(spec: ExperimentSpec) -> Iterator[Fault]:
             indices,
             allowed="for example [1, 2, 3, 4], [1, 2, 3] or [1]",
         )
-    elif 4 in indices and 3 not in indices:
+    elif indices == [4]:
         yield Fault(
             "model.return_interm_indices",
-            "has level 4 without level 3, which it is made from",
+            "has level 4 without a stage that it is made from",
             indices,
-            hint="add 3 or drop 4",
+            hint="add a stage of the backbone, 0 to 3",
         )
 
 

@@ -124,7 +124,7 @@ class ModelConfig(Section):
     return_interm_indices: list[Annotated[Int, Field(ge=0, le=4)]] = spec_field(
         [1, 2, 3, 4],
         doc="""Feature maps that are used, ascending: 0 to 3 are the backbone's stages (strides 4, 8, 16,
-        32), 4 is one more stride-2 convolution on the last stage and needs 3.""",
+        32), 4 is one more stride-2 convolution on the last of them.""",
     )
     focal_alpha: float = spec_field(
         0.25, gt=0.0, doc="Alpha of the focal loss: the weight of the positive class."

@@ -42,8 +42,8 @@ CASES = [
         "indices_ascend",
         None,
         "model: {num_feature_levels: 2, return_interm_indices: [3, 4]}",
-        "model: {num_feature_levels: 2, return_interm_indices: [2, 4]}",
-        "level 4 without level 3",
+        "model: {num_feature_levels: 1, return_interm_indices: [4]}",
+        "level 4 without a stage",
     ),
     ("heads_divide_width", None, "model: {nheads: 4}", "model: {nheads: 7}", "does not divide"),
     (

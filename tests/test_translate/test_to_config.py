@@ -134,6 +134,27 @@ def test_every_number_of_levels_builds_and_runs(translate, levels, refine):
     assert logits.shape == (2, 1, 10, 91) and boxes.shape == (2, 1, 10, 4)
 
 
+@pytest.mark.parametrize("stages", [[2], [0], [1, 2], [0, 1, 2], [0, 3]], ids=str)
+def test_the_extra_level_comes_from_the_last_listed_stage(translate, stages):
+    import torch
+    from mmdet.registry import MODELS
+
+    config = translate(
+        f"model.num_feature_levels={len(stages) + 1}",
+        f"model.return_interm_indices={[*stages, 4]}",
+        "model.enc_layers=1",
+        "model.dec_layers=1",
+    )
+    assert tuple(config["model"]["backbone"]["out_indices"]) == tuple(stages)
+    neck = MODELS.build(config["model"]["neck"]).eval()
+    maps = [torch.randn(1, 256 * 2**stage, 32 // 2**stage, 32 // 2**stage) for stage in stages]
+    with torch.no_grad():
+        levels = neck(maps)
+        extra = neck.extra_convs[0](maps[-1])
+    assert len(levels) == len(stages) + 1
+    assert torch.equal(levels[-1], extra) and extra.shape[-1] == 16 // 2 ** stages[-1]
+
+
 def test_frozen_and_dilated_backbone(translate):
     assert translate()["model"]["backbone"]["frozen_stages"] == 1
     assert translate("model.train_backbone=False")["model"]["backbone"]["frozen_stages"] == 4
