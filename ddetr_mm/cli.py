@@ -21,6 +21,7 @@ from ddetr_mm import __version__
 from ddetr_mm.compat.versions import raise_deferred
 from ddetr_mm.errors import InputError, RankFailure
 from ddetr_mm.files import allow_any_text
+from ddetr_mm.outputs import protected_inputs
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ def _add_translate_arguments(parser: argparse.ArgumentParser) -> None:
         default="train",
         help="what the config is for (default: train)",
     )
+    _add_replace_argument(parser)
 
 
 def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +177,7 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help="accept a suspicion, by the name it is reported under; may be given several times",
     )
+    _add_replace_argument(parser)
 
 
 def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,6 +195,7 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "true", "false"),
         help="averaged weights, as in the spec field ddetr_mm.use_ema (default: auto)",
     )
+    _add_replace_argument(parser)
 
 
 _PREDICT_EXAMPLES = """examples:
@@ -249,6 +253,7 @@ def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
         help="averaged weights, as in the spec field ddetr_mm.use_ema (default: auto)",
     )
     add("--key-file", metavar="FILE", help="file with the key of an encrypted checkpoint")
+    _add_replace_argument(parser)
 
 
 def _add_reproduce_arguments(parser: argparse.ArgumentParser) -> None:
@@ -282,7 +287,15 @@ def _add_force_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the output file if it exists")
 
 
+def _add_replace_argument(parser: argparse.ArgumentParser) -> None:
+    text = "replace files that no earlier run wrote, but never a file that is read"
+    parser.add_argument("--force", action="store_true", help=text)
+
+
 _OWN_ARGUMENTS = {
+    "train": _add_replace_argument,
+    "evaluate": _add_replace_argument,
+    "inference": _add_replace_argument,
     "export": _add_force_argument,
     "gen_trt_engine": _add_force_argument,
     "translate": _add_translate_arguments,
@@ -322,7 +335,8 @@ def _run(arguments: argparse.Namespace) -> int:
         module, function = arguments.task
         task = getattr(importlib.import_module(module), function)
         session = importlib.import_module("ddetr_mm.tasks.session")
-        with session.machine_failures_as_errors():
+        force = getattr(arguments, "force", False)
+        with session.machine_failures_as_errors(), protected_inputs((), force=force):
             task(arguments)
     except RankFailure as failure:
         if failure.details:

@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ddetr_mm.outputs import claim, require_free, temporary_beside
+
 # --- Atomic writes ---
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def written_whole(path: str | Path, *, owned: bool = True) -> Iterator[Path]:
     """Give a temporary path beside ``path``, and rename it to ``path`` when the block succeeds.
 
     The folder is made if missing. When the block raises, the temporary file is removed and an earlier file
@@ -24,28 +26,33 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
     Args:
         path: the final name.
+        owned: ask :mod:`ddetr_mm.outputs`; False for files of a cache, whose names are digests.
 
     Yields:
-        The path to write to, in the same folder and with the same suffix (some writers choose their
-        format by it).
+        The path to write to, an empty file in the same folder and with the same suffix (some writers choose
+        their format by it).
+
+    Raises:
+        DataError: ``path`` is an input of the run, or a file that we did not write.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        temporary.unlink()
-        yield temporary
-        if not temporary.is_symlink():
-            os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is None:  # write() does not know the name, for example on a full disk
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    if owned:
+        require_free([path])
+    with temporary_beside(path) as temporary:
+        try:
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            yield temporary
+            if not temporary.is_symlink():
+                os.chmod(temporary, mode)
+            if owned:
+                claim(path)
+            os.replace(temporary, path)
+        except OSError as error:
+            # write() does not know the name, for example on a full disk; nobody knows the temporary one.
+            if error.filename in (None, str(temporary)):
+                error.filename = str(path)
+            raise
 
 
 def write_text_whole(path: str | Path, text: str) -> Path:

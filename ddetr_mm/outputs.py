@@ -1,7 +1,8 @@
 """What a run may write: it replaces neither one of its inputs nor a file that no run of ours left there.
 
-:func:`claim` is asked before every file that is written. Names of files that we wrote are kept beside them,
-in :data:`OWNED_NAME`, a line each, recorded before the file is written: a killed run has listed what it left.
+:func:`claim` is asked before a file gets its name. Names of files that we wrote are kept in
+:data:`OWNED_NAME`, in their folder or, of a run, in its results folder: a line each, added before the file
+has its name, so that a killed run has listed what it left.
 :func:`only_writer` keeps two runs out of one folder. Temporary files have a name of their own
 (:func:`temporary_beside`) and are locked while they are written, so that leftovers can be recognised.
 """
@@ -30,6 +31,7 @@ LOCK_NAME = ".ddetr_mm_lock"
 
 _FORCE_HINT = "move it away, choose another folder or name, or replace it with --force"
 _MAX_SUFFIX_BYTES = 24
+_MOST_SHOWN = 5
 _TEMPORARY = re.compile(r"\.ddetr_mm-[0-9a-f]{16}\.tmp(\.[^/]*)?", re.DOTALL)
 
 
@@ -39,13 +41,17 @@ class _Known:
     Attributes:
         inputs: real path → path as given, of the files that the run reads.
         force: whether files that we did not write may be replaced.
+        active: whether a command runs.
         owned: folder → size of its list when it was read, and the names on it.
+        roots: results folders whose list has the files of their folders too.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[str, str] = {}
         self.force = False
+        self.active = False
         self.owned: dict[str, tuple[int, set[str]]] = {}
+        self.roots: tuple[str, ...] = ()
 
 
 _known = _Known()
@@ -56,23 +62,43 @@ _known = _Known()
 
 @contextmanager
 def protected_inputs(paths: Iterable[str | os.PathLike[str]], *, force: bool = False) -> Iterator[None]:
-    """Within the block none of these files is replaced, and with ``force`` files of others are.
+    """Within the block none of these files is replaced, nor, without ``force``, are files of others.
+
+    Every command runs in such a block. Outside it, where functions are called from other code, that code
+    decides.
 
     Args:
         paths: files that the run reads; those that do not exist are ignored.
         force: whether files that we did not write may be replaced.
     """
-    before = _known.inputs, _known.force
-    _known.inputs = {**before[0], **{os.path.realpath(path): os.fspath(path) for path in paths}}
+    before = _known.inputs, _known.force, _known.active
+    _known.active = True
+    _known.inputs = dict(before[0])
+    folders: dict[str, str] = {}
+    for path in map(os.fspath, paths):
+        _known.inputs[_place(path, folders)] = path
+        if os.path.islink(path):
+            _known.inputs[os.path.realpath(path)] = path
     _known.force = force or before[1]
     try:
         yield
     finally:
-        _known.inputs, _known.force = before
+        _known.inputs, _known.force, _known.active = before
+
+
+@contextmanager
+def results_root(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Within the block one list, in this folder, has the files of its folders too."""
+    before = _known.roots
+    _known.roots = (os.path.realpath(folder), *before)
+    try:
+        yield
+    finally:
+        _known.roots = before
 
 
 def claim(path: str | os.PathLike[str]) -> None:
-    """Record that a file is about to be written.
+    """Record that a file is about to get its name.
 
     Args:
         path: the file; its folder exists.
@@ -80,25 +106,29 @@ def claim(path: str | os.PathLike[str]) -> None:
     Raises:
         DataError: the file is an input of this run, a folder, or exists and is not ours.
     """
+    if not _known.active:
+        return
     problem = objection(path)
     if problem is not None:
         raise DataError(problem)
-    folder, name = os.path.split(os.path.abspath(path))
+    folder, name = _list_of(path)
     if name not in _known.owned.get(folder, (0, ()))[1]:
         _append(folder, name)
 
 
 def objection(path: str | os.PathLike[str]) -> Problem | None:
     """Return why a file must not be written, or None."""
-    if os.path.realpath(path) in _known.inputs:
-        read = _known.inputs[os.path.realpath(path)]
+    if not _known.active:
+        return None
+    read = _known.inputs.get(_place(os.fspath(path), {}))
+    if read is not None:
         hint = "choose another folder or name for the results"
         return Problem("is read by this run and would be replaced by a result", file=read, hint=hint)
     if not os.path.lexists(path):
         return None
     if os.path.isdir(path) and not os.path.islink(path):
         return Problem("is a folder, where a file is to be written", file=path)
-    folder, name = os.path.split(os.path.abspath(path))
+    folder, name = _list_of(path)
     if _known.force or _wrote(folder, name):
         return None
     return Problem("would be replaced, but no run of ours wrote it", file=path, hint=_FORCE_HINT)
@@ -110,20 +140,44 @@ def require_free(paths: Iterable[str | os.PathLike[str]]) -> None:
     Raises:
         DataError: with all that may not.
     """
-    DataError.collect(problem for path in paths if (problem := objection(path)) is not None)
+    problems = [problem for path in paths if (problem := objection(path)) is not None]
+    if len(problems) > _MOST_SHOWN:
+        more = len(problems) - _MOST_SHOWN
+        problems = [*problems[:_MOST_SHOWN], Problem(f"and {more} more files would be replaced")]
+    DataError.collect(problems)
 
 
 def is_ours(path: str | os.PathLike[str]) -> bool:
-    """Return whether a run of ours wrote a file."""
-    folder, name = os.path.split(os.path.abspath(path))
+    """Return whether a run of ours wrote a file; outside a command all are taken for ours."""
+    if not _known.active:
+        return True
+    folder, name = _list_of(path)
     return _wrote(folder, name)
 
 
 def disown(path: str | os.PathLike[str]) -> None:
     """Forget that we wrote a file, which has been removed or handed over."""
-    folder, name = os.path.split(os.path.abspath(path))
-    if _wrote(folder, name):
+    folder, name = _list_of(path)
+    if _known.active and _wrote(folder, name):
         _append(folder, name, removed=True)
+
+
+def _place(path: str, folders: dict[str, str]) -> str:
+    """Return a path with its folder resolved; the file may be a link, which a result replaces alone."""
+    folder, name = os.path.split(os.path.abspath(path))
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    return os.path.join(folders[folder], name)
+
+
+def _list_of(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return the folder whose list has a file, and its name there."""
+    place = _place(os.fspath(path), {})
+    for root in _known.roots:
+        if place.startswith(root + os.sep):
+            return root, place[len(root) + 1 :]
+    folder, name = os.path.split(place)
+    return folder, name
 
 
 def _wrote(folder: str, name: str) -> bool:

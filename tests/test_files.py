@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from folders import visible
 
 from ddetr_mm.files import usable_cores, write_text_whole, written_whole
-from ddetr_mm.outputs import OWNED_NAME
 
 # --- Output in any encoding ---
 
@@ -51,11 +51,6 @@ def test_bytes_that_are_no_text_are_printed():
 # --- Files appear whole or not at all ---
 
 
-def visible(folder: Path) -> list[str]:
-    """The files of a folder, without our list of the files that we wrote."""
-    return sorted(path.name for path in folder.iterdir() if path.name != OWNED_NAME)
-
-
 def test_a_file_appears_when_the_block_succeeds(tmp_path: Path):
     target = tmp_path / "new" / "a.txt"
     with written_whole(target) as temporary:
@@ -69,6 +64,7 @@ def test_files_have_the_mode_of_new_files(tmp_path: Path, umask: int, mode: int)
     before = os.umask(umask)
     try:
         with written_whole(tmp_path / "a.txt") as temporary:
+            temporary.unlink(missing_ok=True)
             os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors creates its files
     finally:
         os.umask(before)

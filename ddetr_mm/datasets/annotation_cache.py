@@ -5,8 +5,8 @@ it, then map the file. Its name is a digest of the *content* of the annotation f
 read hundreds of megabytes, the digest of a file is remembered with its size, times and inode, and computed
 again when one of those has changed.
 
-A killed process leaves nothing but a temporary file, which the next writer removes, together with files that
-have not been used for a month.
+A killed process leaves nothing but a temporary file, which the next writer removes, together with cache files
+that have not been used for a month.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import math
 import mmap
 import os
 import re
+import stat
 import tempfile
 import time
 import zlib
@@ -34,7 +35,8 @@ from filelock import FileLock, Timeout
 
 from ddetr_mm.datasets.coco_table import CocoTable
 from ddetr_mm.errors import DataError, Problem
-from ddetr_mm.files import write_text_whole, written_whole
+from ddetr_mm.files import written_whole
+from ddetr_mm.outputs import remove_leftovers
 
 # --- Columns in a mapped file ---
 # Arrays in numpy's own format (.npy), one after the other; the first holds JSON with the names of the others.
@@ -75,7 +77,7 @@ def write_columns(path: Path, columns: Mapping[str, npt.NDArray[Any]], metadata:
             raise TypeError(f"column {name} is of type {array.dtype}")
     checksums = {name: _checksum(name, array) for name, array in arrays.items()}
     head = json.dumps(dict(metadata=dict(metadata), checksums=checksums)).encode()
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with written_whole(path, owned=False) as temporary, temporary.open("wb") as file:
         for array in (np.frombuffer(head, np.uint8), *arrays.values()):
             file.write(bytes(-file.tell() % _ALIGNMENT))
             np.lib.format.write_array(file, array, allow_pickle=False)
@@ -144,7 +146,7 @@ VERIFY_UP_TO_BYTES = 1 << 30
 
 _SETTLED_NS = 2_000_000_000
 _UNUSED_SECONDS = 30 * 24 * 3600
-_DEAD_AFTER_SECONDS = 600  # a writer on another host that shares the folder is not seen by its number
+_NAME = re.compile(r"[0-9a-f]{32}\.(?:columns|digest|lock)")
 _WARN_EVERY_SECONDS = 10.0
 
 _log = logging.getLogger(__name__)
@@ -297,7 +299,8 @@ def _file_digest(folder: Path, path: Path) -> str:
         raise DataError(Problem(f"cannot be read: {error.strerror}", path)) from error
     # a file that was just written may change again within the resolution of its times
     if time.time_ns() - max(state.st_mtime_ns, state.st_ctime_ns) > _SETTLED_NS:
-        write_text_whole(memory, msgspec.json.encode(_Remembered(identity, digest)).decode())
+        with written_whole(memory, owned=False) as temporary:
+            temporary.write_bytes(msgspec.json.encode(_Remembered(identity, digest)))
     return digest
 
 
@@ -331,29 +334,44 @@ def _only_one(lock_path: Path) -> Iterator[None]:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make the cache folder; among the temporary files, refuse one that another user has made."""
+    """Make the cache folder; refuse one that another user has made, and a link.
+
+    Raises:
+        PermissionError: it is one of these.
+    """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.parent == Path(tempfile.gettempdir()) and folder.stat().st_uid != os.getuid():
+    described = folder.lstat()
+    if not stat.S_ISDIR(described.st_mode):
+        raise PermissionError(f"{folder} is a link")
+    if described.st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to another user")
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of dead processes, and files that have not been used for a month."""
-    for item in folder.iterdir():
-        temporary = re.match(r"\.tmp-(\d+)-", item.name)
-        with contextlib.suppress(FileNotFoundError):
-            unused = time.time() - item.stat().st_mtime
-            if unused > _UNUSED_SECONDS or (
-                temporary and unused > _DEAD_AFTER_SECONDS and not _alive(int(temporary.group(1)))
-            ):
-                item.unlink()
+    """Remove temporary files of dead processes, and cache files that have not been used for a month.
+
+    Nothing else is touched: only regular files of this user with a name and a content as this module writes
+    them.
+    """
+    remove_leftovers(folder)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not _NAME.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                described = entry.stat(follow_symlinks=False)
+                unused = time.time() - described.st_mtime > _UNUSED_SECONDS
+                if unused and described.st_uid == os.getuid() and _is_ours(Path(entry.path)):
+                    os.unlink(entry.path)
 
 
-def _alive(pid: int) -> bool:
+def _is_ours(path: Path) -> bool:
+    """Whether a file begins as one of this cache does."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        with path.open("rb") as file:
+            start = file.read(4096)
+    except OSError:
         return False
-    except PermissionError:
-        return True
-    return True
+    if path.suffix == ".columns":
+        return start.startswith(np.lib.format.magic(1, 0)) and b'{"metadata": {' in start
+    return not start if path.suffix == ".lock" else start.startswith(b'{"identity":[')

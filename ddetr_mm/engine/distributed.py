@@ -386,6 +386,7 @@ is 30 seconds)."""
 def rank_command(arguments: Namespace) -> list[str]:
     """The command as a list of words for Python."""
     words = ["-m", "ddetr_mm", arguments.command, "-e", arguments.experiment_spec, *arguments.overrides]
+    words += ["--force"] if getattr(arguments, "force", False) else []
     return [*words, "--debug"] if arguments.debug else words
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.errors import InputError, SpecError, TrainingError
+from ddetr_mm.outputs import claim
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,9 @@ class StatusLog:
 
     def _append(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        if not self._begun:
+            claim(self.path)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             _lock_where_possible(descriptor)
             if not self._begun:

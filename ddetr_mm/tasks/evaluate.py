@@ -7,13 +7,15 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddetr_mm.datasets.sources import SYSTEM_FILES, SkippedFile, find_images
+from ddetr_mm.datasets.sources import SYSTEM_FILES, SkippedFile, find_images, list_images
 from ddetr_mm.engine.distributed import is_first_rank, process_group
 from ddetr_mm.errors import DataError, Problem
 from ddetr_mm.files import write_text_whole
-from ddetr_mm.spec import LoadedSpec, load_spec
+from ddetr_mm.outputs import is_ours, require_free
+from ddetr_mm.spec import ExperimentSpec, LoadedSpec, load_spec, task_results_dir
 from ddetr_mm.tasks.session import Session, open_session, require_checkpoint, require_gpus, run_on_ranks
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ def run_inference(arguments: Namespace) -> None:
         if loaded.spec.ddetr_mm.strict_images:
             refuse_left_out(left_out)
         with process_group():
+            if source is not None and is_first_rank():
+                require_free_results(loaded.spec, list_images(source.image_dir))
             runner = predicting_runner(loaded, "inference", session)
             counts = runner.test()
             if is_first_rank():
@@ -77,6 +81,21 @@ def run_inference(arguments: Namespace) -> None:
                 )
 
 
+def require_free_results(spec: ExperimentSpec, images: Sequence[Path]) -> None:
+    """Check before the work that no label file or picture of another origin is in the way.
+
+    Raises:
+        DataError: there are such files.
+    """
+    from ddetr_mm.engine.detections import result_files, result_names
+
+    folder, per_sequence = task_results_dir(spec, "inference"), spec.inference.is_internal
+    names = result_names(images, per_sequence)
+    require_free(
+        target for image in images for target in result_files(folder, image, per_sequence, names.get(image))
+    )
+
+
 # --- Files that inference skips ---
 
 SKIPPED_NAME = "skipped.json"
@@ -100,7 +119,8 @@ def refuse_left_out(left_out: Sequence[SkippedFile]) -> None:
 def report_skipped(skipped: Sequence[SkippedFile], session: Session) -> None:
     """Write what was skipped to :data:`SKIPPED_NAME` and ``status.json``, and say so; no file without any."""
     path = session.folder / SKIPPED_NAME
-    path.unlink(missing_ok=True)  # of an earlier run
+    if is_ours(path):  # of an earlier run
+        path.unlink(missing_ok=True)
     if not skipped:
         return
     entries = [dict(file=str(one.path), reason=one.reason) for one in skipped]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddetr_mm.errors import DataError, ExportError, Problem
+from ddetr_mm.outputs import require_free
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec, load_spec
 from ddetr_mm.tasks.session import Session, choose_device, open_session, require_checkpoint
 
@@ -27,7 +28,21 @@ def run(arguments: Namespace) -> None:
     with open_session(loaded, "export") as session:
         check_target(Path(spec.export.onnx_file), ".onnx", "export.onnx_file", force=arguments.force)
         require_checkpoint(spec.export.checkpoint, "export.checkpoint")
+        require_free(side_files(spec))
         export(loaded, session)
+
+
+def side_files(spec: ExperimentSpec) -> list[Path]:
+    """Return the files that an export writes beside its ONNX file."""
+    from ddetr_mm.deploy.deepstream import CONFIG_NAME, LABELS_NAME
+    from ddetr_mm.deploy.onnx_export import half_file, parity_file
+
+    target = Path(spec.export.onnx_file)
+    graphs = [target, *([half_file(target)] if spec.ddetr_mm.export_fp16 else [])]
+    found = [*graphs[1:], *map(parity_file, graphs)]
+    if spec.export.serialize_nvdsinfer:
+        found += [target.parent / LABELS_NAME, target.parent / CONFIG_NAME]
+    return found
 
 
 def export(loaded: LoadedSpec, session: Session) -> None:

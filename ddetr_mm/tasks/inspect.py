@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ddetr_mm.errors import Problem, SpecError
 from ddetr_mm.files import write_text_whole
+from ddetr_mm.outputs import protected_inputs, require_free
 from ddetr_mm.spec import ExperimentSpec, default_spec_text, load_spec
 from ddetr_mm.spec.own_schema import OwnSection
-from ddetr_mm.tasks.session import encryption_key_of, print_notes
+from ddetr_mm.tasks.session import encryption_key_of, input_files, print_notes
 
 
 def run_spec(arguments: Namespace) -> None:
@@ -36,9 +37,11 @@ def run_translate(arguments: Namespace) -> None:
     print_notes(loaded)
     from ddetr_mm.tasks.runner import config_source
 
-    with encryption_key_of(loaded.spec):
-        text = config_source(loaded, subtask, named_checkpoint(loaded.spec, subtask))
-    write_text_whole(arguments.output, text)
+    with protected_inputs(input_files(loaded, subtask)):
+        require_free([arguments.output])
+        with encryption_key_of(loaded.spec):
+            text = config_source(loaded, subtask, named_checkpoint(loaded.spec, subtask))
+        write_text_whole(arguments.output, text)
     print(f"written: {arguments.output}")
 
 
@@ -57,20 +60,22 @@ def run_weights(arguments: Namespace) -> None:
     since other tools read it.
     """
     from ddetr_mm.weights import Selection, convert_checkpoint
+    from ddetr_mm.weights.convert import HF_FILES
 
     spec = load_spec(arguments.experiment_spec).spec if arguments.experiment_spec else None
     own = spec.ddetr_mm if spec is not None else OwnSection()
     use_ema = {"auto": "auto", "true": True, "false": False}.get(arguments.ema, own.use_ema)
     selection = Selection(arguments.entry or own.checkpoint_entry, use_ema)
-    with encryption_key_of(spec):
-        report = convert_checkpoint(
-            arguments.source, arguments.destination, arguments.to, spec=spec, selection=selection
-        )
-    print(report.summary())
-    target = Path(arguments.destination)
-    report_file = write_text_whole(
-        target.with_name(f"{target.stem}.report.json"), json.dumps(report.to_dict(), indent=1) + "\n"
-    )
+    source, target = Path(arguments.source), Path(arguments.destination)
+    report_file = target.with_name(f"{target.stem}.report.json")
+    read = [source, *(source.iterdir() if source.is_dir() else ())]
+    with protected_inputs([*read, *filter(None, [arguments.experiment_spec])]):
+        folder_files = [target / name for name in HF_FILES] if arguments.to == "hf" else [target]
+        require_free([*folder_files, report_file])
+        with encryption_key_of(spec):
+            report = convert_checkpoint(source, target, arguments.to, spec=spec, selection=selection)
+        print(report.summary())
+        write_text_whole(report_file, json.dumps(report.to_dict(), indent=1) + "\n")
     print(f"written: {arguments.destination}, every key in {report_file}")
 
 

@@ -7,8 +7,8 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from ddetr_mm import __version__
 from ddetr_mm.datasets.image_size import IMAGE_EXTENSIONS
@@ -31,6 +32,14 @@ from ddetr_mm.engine.detections import (
 from ddetr_mm.engine.progress import Progress
 from ddetr_mm.errors import DataError, InputError, Problem
 from ddetr_mm.files import written_whole
+from ddetr_mm.outputs import (
+    claim,
+    only_writer,
+    protected_inputs,
+    remove_leftovers,
+    require_free,
+    results_root,
+)
 from ddetr_mm.tasks.detector import Detector, Result, as_rgb, print_notes
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts")
@@ -132,42 +141,44 @@ def _once(paths: Iterable[Path]) -> list[Path]:
 # --- Results ---
 
 
-def results_folder(folder: Path, sources: Sources, checkpoint: Path) -> Path:
-    """Check that results can go to a folder: it is new, empty, or has those of an earlier prediction.
+@contextmanager
+def results_folder(
+    folder: Path, sources: Sources, checkpoint: Path, *, save_txt: bool
+) -> Iterator[dict[Path, ResultNames]]:
+    """Make the results folder and check that nothing of another origin is in the way.
+
+    Yields:
+        The names of results of files that share a name, see :func:`ddetr_mm.engine.detections.result_names`.
 
     Raises:
-        DataError: it holds other files, or the sources.
+        DataError: a result would replace a source or a file that no prediction wrote, or another one runs.
     """
+    pictures, videos = result_names(sources.pictures), result_names(sources.videos)
+    targets = [folder / PREDICTIONS_NAME]
+    for path in sources.pictures:
+        names = pictures.get(path, ResultNames.of(path))
+        targets.append(folder / IMAGES_FOLDER / names.picture)
+        targets += [folder / LABELS_FOLDER / names.label] if save_txt else []
+    for path in sources.videos:
+        targets.append(video_file(folder, videos.get(path, ResultNames.of(path)).picture))
+    targets += [video_file(folder, f"camera_{index}") for index in sources.cameras]
     if folder.exists() and not folder.is_dir():
         raise DataError(Problem("is no folder", file=folder, where="--out"))
-    inputs = [*sources.files, checkpoint]
-    written = [folder / name for name in (IMAGES_FOLDER, LABELS_FOLDER, VIDEOS_FOLDER)]
-    inside = [path for path in inputs if path.resolve().parent in {one.resolve() for one in written}]
-    if inside:
-        what = "is a source, and results would be written beside it"
-        raise DataError(Problem(what, file=inside[0], where="--out", value=folder, hint="give another --out"))
-    if folder.is_dir() and any(folder.iterdir()) and not _is_ours(folder / PREDICTIONS_NAME):
-        raise DataError(
-            Problem(
-                "holds files that are no earlier predictions",
-                file=folder,
-                where="--out",
-                hint="give a new or an empty folder",
-            )
-        )
-    return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        protected_inputs([*sources.files, checkpoint]),
+        results_root(folder),
+        only_writer(folder, "ddetr-mm predict"),
+    ):
+        for place in (folder, folder / IMAGES_FOLDER, folder / LABELS_FOLDER, folder / VIDEOS_FOLDER):
+            remove_leftovers(place)
+        require_free(targets)
+        yield {**pictures, **videos}
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a ``predictions.json`` is by this command; its first characters say so."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            return file.read(len(_HEAD)) == _HEAD
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-_HEAD = '{"ddetr_mm": '
+def video_file(folder: Path, name: str) -> Path:
+    """The annotated video of a source of this name."""
+    return folder / VIDEOS_FOLDER / f"{Path(name).stem if Path(name).suffix else name}.mp4"
 
 
 class PredictionsFile:
@@ -176,17 +187,17 @@ class PredictionsFile:
     Args:
         stream: the open file.
         detector: whose file, classes and threshold are named in it.
-        conf: the threshold.
     """
 
-    def __init__(self, stream: TextIO, detector: Detector, conf: float) -> None:
+    def __init__(self, stream: TextIO, detector: Detector) -> None:
         self.stream = stream
         head = dict(
+            ddetr_mm=__version__,
             checkpoint=str(detector.path),
-            conf=conf,
+            conf=detector.conf,
             categories=[dict(id=label, name=name) for label, name in detector.names.items()],
         )
-        stream.write(f"{_HEAD}{json.dumps(__version__)}, {json.dumps(head, ensure_ascii=False)[1:-1]},\n")
+        stream.write(f"{json.dumps(head, ensure_ascii=False)[:-1]},\n")
         stream.write(' "images": [')
         self._first = True
 
@@ -232,24 +243,28 @@ def run(arguments: Namespace) -> None:
         WeightsError: the checkpoint cannot be used.
     """
     sources = find_sources(arguments.sources)
-    folder = results_folder(Path(arguments.out), sources, Path(arguments.checkpoint))
+    folder, checkpoint = Path(arguments.out), Path(arguments.checkpoint)
+    with results_folder(folder, sources, checkpoint, save_txt=arguments.save_txt) as names:
+        _predict(arguments, sources, folder, names)
+
+
+def _predict(arguments: Namespace, sources: Sources, folder: Path, names: Mapping[Path, ResultNames]) -> None:
     detector = detector_of(arguments)
     print_notes(detector)
     skipped = list(sources.skipped)
     counts = _Counts()
     interrupted = None
     with written_whole(folder / PREDICTIONS_NAME) as temporary, temporary.open("w", encoding="utf-8") as file:
-        predictions = PredictionsFile(file, detector, detector.conf)
+        job = _Job(detector, folder, PredictionsFile(file, detector), arguments, names, counts, skipped)
         try:
-            _pictures(sources.pictures, detector, folder, arguments, predictions, skipped, counts)
-            for name, video in [
-                *((str(path), path) for path in sources.videos),
-                *((f"camera {index}", index) for index in sources.cameras),
-            ]:
-                _video(name, video, detector, folder, arguments, predictions, counts, sources)
+            job.pictures(sources.pictures)
+            for path in sources.videos:
+                job.video(str(path), path, names.get(path, ResultNames.of(path)).picture)
+            for index in sources.cameras:
+                job.video(f"camera {index}", index, f"camera_{index}")
         except KeyboardInterrupt as error:
             interrupted = error  # what is done so far stays
-        predictions.end(skipped)
+        job.predictions.end(skipped)
     _report(counts, skipped, folder, arguments)
     if interrupted is not None:
         raise interrupted
@@ -286,110 +301,100 @@ def detector_of(arguments: Namespace) -> Detector:
     )
 
 
-def _pictures(
-    paths: Sequence[Path],
-    detector: Detector,
-    folder: Path,
-    arguments: Namespace,
-    predictions: PredictionsFile,
-    skipped: list[SkippedFile],
-    counts: _Counts,
-) -> None:
-    """Predict image files; those that cannot be read are skipped."""
-    if not paths:
-        return
-    names = result_names(paths)
+@dataclass
+class _Job:
+    """What the sources are predicted with, and where the results go."""
 
-    def readable() -> Iterator[tuple[Path, np.ndarray]]:
+    detector: Detector
+    folder: Path
+    predictions: PredictionsFile
+    arguments: Namespace
+    names: Mapping[Path, ResultNames]
+    counts: _Counts
+    skipped: list[SkippedFile]
+
+    def pictures(self, paths: Sequence[Path]) -> None:
+        """Predict image files; those that cannot be read are skipped."""
+        if not paths:
+            return
+        with Progress("predicting", len(paths), "images") as progress:
+            waiting = self._readable(paths, progress)
+            while batch := list(islice(waiting, self.detector.batch_size)):
+                results = self.detector([array for _, array in batch])
+                for (path, _array), result in zip(batch, results, strict=True):
+                    self._write_picture(path, result)
+                    progress.advance()
+
+    def _readable(self, paths: Sequence[Path], progress: Progress) -> Iterator[tuple[Path, np.ndarray]]:
         for path in paths:
             try:
                 yield path, as_rgb(path)
             except DataError as error:
-                skipped.append(SkippedFile(path, "; ".join(problem.what for problem in error.problems)))
+                reason = "; ".join(problem.what for problem in error.problems)
+                self.skipped.append(SkippedFile(path, reason))
                 progress.advance()
 
-    with Progress("predicting", len(paths), "images") as progress:
-        waiting = readable()
-        while batch := list(islice(waiting, detector.batch_size)):
-            for (path, _array), result in zip(batch, detector([array for _, array in batch]), strict=True):
-                result.path = path
-                target = names.get(path, ResultNames.of(path))
-                if arguments.save_txt:
-                    write_kitti_labels(
-                        folder / LABELS_FOLDER / target.label, result.names, result.boxes_xyxy, result.scores
-                    )
-                save_image(
-                    folder / IMAGES_FOLDER / target.picture, result.plot(show_labels=arguments.show_labels)
-                )
-                predictions.add(str(path), result)
-                counts.pictures += 1
-                counts.objects += len(result)
-                progress.advance()
+    def _write_picture(self, path: Path, result: Result) -> None:
+        target = self.names.get(path, ResultNames.of(path))
+        if self.arguments.save_txt:
+            label_file = self.folder / LABELS_FOLDER / target.label
+            write_kitti_labels(label_file, result.names, result.boxes_xyxy, result.scores)
+        save_image(self.folder / IMAGES_FOLDER / target.picture, self._drawn(result))
+        self.predictions.add(str(path), result)
+        self.counts.pictures += 1
+        self.counts.objects += len(result)
 
+    def video(self, name: str, source: Path | int, target_name: str) -> None:
+        """Predict a video or a camera's pictures, and write an annotated video.
 
-def _video(
-    name: str,
-    source: Path | int,
-    detector: Detector,
-    folder: Path,
-    arguments: Namespace,
-    predictions: PredictionsFile,
-    counts: _Counts,
-    sources: Sources,
-) -> None:
-    """Predict a video or a camera's pictures, and write an annotated video.
+        Raises:
+            DataError: it cannot be opened, or no frame can be read.
+        """
+        capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+        with ExitStack() as stack:
+            stack.callback(capture.release)
+            if not capture.isOpened():
+                camera = isinstance(source, int)
+                hint = "a camera needs a driver and access to /dev/video*" if camera else None
+                raise DataError(Problem("cannot be opened as a video", file=name, hint=hint))
+            rate = capture.get(cv2.CAP_PROP_FPS)
+            rate = rate if 0 < rate <= 1000 else 25.0
+            total = max(int(capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0) or None
+            target = video_file(self.folder, target_name)
+            temporary = stack.enter_context(written_whole(target))
+            progress = stack.enter_context(Progress(f"predicting {Path(name).name}", total, "frames"))
+            try:
+                self._frames(name, capture, temporary, rate, progress)
+            except KeyboardInterrupt:
+                if temporary.stat().st_size:
+                    claim(target)
+                    temporary.replace(target)
+                raise
 
-    Raises:
-        DataError: it cannot be opened, or no frame can be read.
-    """
-    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
-    with ExitStack() as stack:
-        stack.callback(capture.release)
-        if not capture.isOpened():
-            hint = "a camera needs a driver and access to /dev/video*" if isinstance(source, int) else None
-            raise DataError(Problem("cannot be opened as a video", file=name, hint=hint))
-        rate = capture.get(cv2.CAP_PROP_FPS)
-        rate = rate if 0 < rate <= 1000 else 25.0
-        total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        if isinstance(source, int):
-            target = folder / VIDEOS_FOLDER / f"camera_{source}.mp4"
-        else:
-            names = result_names(sources.videos)
-            picture = names.get(source, ResultNames.of(source)).picture
-            target = (folder / VIDEOS_FOLDER / picture).with_suffix(".mp4")
-        temporary = stack.enter_context(written_whole(target))
-        progress = stack.enter_context(
-            Progress(f"predicting {Path(name).name}", max(total, 0) or None, "frames")
-        )
+    def _frames(
+        self, name: str, capture: cv2.VideoCapture, temporary: Path, rate: float, progress: Progress
+    ) -> None:
         writer: cv2.VideoWriter | None = None
-        frames = _frames(capture)
-        number = 0
+        frames, number = _frames(capture), 0
         try:
-            while batch := list(islice(frames, detector.batch_size)):
-                for result in detector(batch):
-                    drawn = np.asarray(result.plot(show_labels=arguments.show_labels))[:, :, ::-1]
-                    if writer is None:
-                        writer = _video_writer(temporary, rate, drawn)
-                        stack.callback(writer.release)
-                    writer.write(np.ascontiguousarray(drawn))
-                    predictions.add(name, result, frame=number, time_s=round(number / rate, 4))
+            while batch := list(islice(frames, self.detector.batch_size)):
+                for result in self.detector(batch):
+                    drawn_bgr = np.ascontiguousarray(np.asarray(self._drawn(result))[:, :, ::-1])
+                    writer = writer or _video_writer(temporary, rate, drawn_bgr)
+                    writer.write(drawn_bgr)
+                    self.predictions.add(name, result, frame=number, time_s=round(number / rate, 4))
                     number += 1
-                    counts.frames += 1
-                    counts.objects += len(result)
+                    self.counts.frames += 1
+                    self.counts.objects += len(result)
                     progress.advance()
-        except KeyboardInterrupt:
+        finally:
             if writer is not None:
-                _close(writer, temporary, target)
-            raise
+                writer.release()
         if writer is None:
             raise DataError(Problem("has no frame that can be read", file=name))
-        writer.release()
 
-
-def _close(writer: cv2.VideoWriter, temporary: Path, target: Path) -> None:
-    """Keep the part of a video that was written before an interruption."""
-    writer.release()
-    temporary.replace(target)
+    def _drawn(self, result: Result) -> Image.Image:
+        return result.plot(show_labels=self.arguments.show_labels)
 
 
 def _frames(capture: cv2.VideoCapture) -> Iterator[np.ndarray]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from ddetr_mm.engine.distributed import (
 from ddetr_mm.engine.status import FAILURE, StatusLog, failure_message
 from ddetr_mm.errors import DataError, InputError, Problem, RankFailure, RunError, WeightsError
 from ddetr_mm.files import write_text_whole
+from ddetr_mm.outputs import only_writer, protected_inputs, remove_leftovers, require_free, results_root
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, spec_to_yaml, task_results_dir
 
 # --- Failures of the machine: memory, disk, killed processes ---
@@ -80,9 +80,7 @@ def machine_error(error: BaseException) -> InputError | None:
         what = f"cannot be read or written: {error.strerror}"
         if error.filename is None:
             return DataError(Problem(f"a file {what}", hint=_HINTS[error.errno]))
-        # Files are written under a temporary name beside their own.
-        name = re.sub(r"\.tmp-\d+-", "", str(error.filename))
-        return DataError(Problem(what, file=name, hint=_HINTS[error.errno]))
+        return DataError(Problem(what, file=str(error.filename), hint=_HINTS[error.errno]))
     return None
 
 
@@ -105,6 +103,8 @@ def _killed_worker(text: str) -> Problem:
 
 # --- Results folder, status.json, experiment.yaml, notes ---
 
+RESUME_KEY = "train.resume_training_checkpoint_path"
+
 
 @dataclass(frozen=True)
 class Session:
@@ -125,16 +125,70 @@ def open_session(loaded: LoadedSpec, subtask: str) -> Iterator[Session]:
         RunError: when a data worker is killed or memory runs out.
     """
     folder = task_results_dir(loaded.spec, subtask)
-    if is_first_rank():
-        with _folder_failure_as_error(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if subtask != "convert":
-                write_text_whole(folder / "experiment.yaml", spec_to_yaml(loaded.spec))
-        print_notes(loaded)
-    status = StatusLog.at(folder / "status.json")
-    # Inside, so that they are in the status file too; the command reports those of the status file itself.
-    with status.task(subtask), machine_failures_as_errors(), encryption_key_of(loaded.spec):
-        yield Session(folder, status)
+    with ExitStack() as stack:
+        stack.enter_context(protected_inputs(input_files(loaded, subtask)))
+        stack.enter_context(results_root(folder))
+        if is_first_rank():
+            with _folder_failure_as_error(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                if subtask != "convert":
+                    stack.enter_context(only_writer(folder, f"ddetr-mm {subtask}"))
+                    remove_leftovers(folder)
+                    require_free(folder / name for name in RESULT_NAMES.get(subtask, ()))
+                    _write_experiment(loaded, folder / "experiment.yaml")
+            print_notes(loaded)
+        status = StatusLog.at(folder / "status.json")
+        # Inside, so that they are in the status file too; the command reports those of that file itself.
+        with status.task(subtask), machine_failures_as_errors(), encryption_key_of(loaded.spec):
+            yield Session(folder, status)
+
+
+RESULT_NAMES = {
+    "train": ("config.py", "dd_model_latest.pth", "last_checkpoint", "curves.html"),
+    "evaluate": ("config.py", "results.json", "predictions.json", "report.html"),
+    "inference": ("config.py", "skipped.json"),
+    "export": ("config.py",),
+}
+"""Files that a subtask writes into its results folder late, checked before the work."""
+
+
+def input_files(loaded: LoadedSpec, subtask: str) -> list[str]:
+    """The files that a subtask reads: spec, checkpoints, annotation files, class map, images to predict.
+
+    What cannot be found is left out: it is reported where it is read. The checkpoint that a training run
+    resumes from is left out too where it lies among the results.
+    """
+    spec = loaded.spec
+    found = [str(loaded.path)]
+    if isinstance(spec, ConvertSpec):
+        return found
+    from ddetr_mm.datasets.sources import CocoSource, list_images
+    from ddetr_mm.preflight.inputs import named_files
+
+    weights = named_files(spec, subtask)
+    resumed = weights.pop(RESUME_KEY, None)
+    if resumed and Path(resumed).resolve().parent != task_results_dir(spec, subtask).resolve():
+        found.append(resumed)
+    found += weights.values()
+    if subtask == "gen_trt_engine" or subtask == "export":
+        return found
+    dataset = spec.dataset
+    sources = [dataset.test_data_sources] if subtask == "evaluate" else list(dataset.train_data_sources or [])
+    sources += dataset.val_data_sources or []
+    for source in filter(None, () if subtask == "inference" else sources):
+        with suppress(DataError):
+            found += map(str, CocoSource(source.image_dir or "", source.json_file or "").files())
+    if subtask == "inference" and dataset.infer_data_sources is not None:
+        with suppress(DataError):
+            found += map(str, list_images(dataset.infer_data_sources.image_dir))
+        found += filter(None, [dataset.infer_data_sources.classmap])
+    return found
+
+
+def _write_experiment(loaded: LoadedSpec, path: Path) -> None:
+    """Write the complete spec, unless it is the very file that was read."""
+    if os.path.realpath(path) != os.path.realpath(loaded.path):
+        write_text_whole(path, spec_to_yaml(loaded.spec))
 
 
 @contextmanager

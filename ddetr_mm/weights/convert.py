@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
+import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -374,6 +374,10 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return separate
 
 
+HF_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
+"""The files of a Hugging Face folder."""
+
+
 def _write_hf_folder(
     folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], preprocessor: Mapping[str, Any]
 ) -> None:
@@ -389,12 +393,11 @@ def _write_hf_folder(
         write(folder)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".tmp-{os.getpid()}-{folder.name}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=".ddetr_mm-", dir=folder.parent) as private:
+        temporary = Path(private) / "folder"  # with the mode of a new folder
+        temporary.mkdir()
         write(temporary)
         os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def spec_as_plain(spec: Any) -> dict[str, Any] | None:

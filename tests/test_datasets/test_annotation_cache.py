@@ -8,7 +8,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -224,6 +223,18 @@ def test_temporary_folders_of_others_are_refused(json_file, tmp_path, monkeypatc
         annotation_cache._make_folder(folder)
 
 
+@pytest.mark.parametrize("to", ["folder", "nowhere"])
+def test_a_link_in_the_cache_folders_place_is_not_followed(to, json_file, tmp_path, monkeypatch, caplog):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "annotations").symlink_to(tmp_path / to)
+    monkeypatch.setenv("DDETR_MM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(annotation_cache.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    table = read(json_file)
+    assert table.num_boxes == 4 and table.path.is_relative_to(tmp_path / "temporary")
+    assert [*(tmp_path / "folder").iterdir()] == []
+
+
 def test_where_the_cache_lies(monkeypatch, tmp_path):
     monkeypatch.setenv("DDETR_MM_CACHE", "/a")
     assert str(cache_folders()[0]) == "/a/annotations"
@@ -235,26 +246,28 @@ def test_where_the_cache_lies(monkeypatch, tmp_path):
     assert str(cache_folders()[0]) == "/c/.cache/ddetr_mm/annotations"
 
 
-def test_leftovers_of_killed_processes_are_removed(json_file, cache_folder):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+def test_only_the_caches_own_unused_files_are_removed(json_file, cache_folder, monkeypatch):
+    monkeypatch.setattr(annotation_cache, "_SETTLED_NS", 0)
     cache_folder.mkdir(parents=True)
-    names = {
-        "dead": f".tmp-{dead.pid}-x.columns",
-        "just dead": f".tmp-{dead.pid}-y.columns",
-        "alive": f".tmp-{os.getpid()}-x.columns",
-        "unused": "f00.columns",
-        "used": "ba5.columns",
-    }
-    old = time.time() - 3600
-    for name in names.values():
-        (cache_folder / name).touch()
-    for key in ("dead", "alive", "used"):
-        os.utime(cache_folder / names[key], (old, old))
-    os.utime(cache_folder / names["unused"], (0, 0))
-    read(json_file)
-    left = {key for key, name in names.items() if (cache_folder / name).exists()}
-    assert left == {"just dead", "alive", "used"}
+    read(json_file)  # a file, a digest and a lock of ours
+    own = sorted(path for path in cache_folder.iterdir())
+    assert {path.suffix for path in own} == {".columns", ".digest", ".lock"}
+    names = ("instances_train2017.json", "0" * 32 + ".columns", ".tmp-1-x.columns", "1" * 32 + ".lock")
+    kept = [cache_folder / name for name in names]
+    for path in kept:
+        path.write_text("mine")
+    unfinished = cache_folder / ".ddetr_mm-0123456789abcdef.tmp.columns"
+    unfinished.write_bytes(b"half a file")
+    (cache_folder / ("2" * 32 + ".columns")).mkdir()
+    (cache_folder / ("3" * 32 + ".columns")).symlink_to(own[0])
+    for path in [*own, *kept]:
+        os.utime(path, (0, 0))
+    second = json_file.with_name("second.json")
+    second.write_text(json_file.read_text() + " ")
+    assert type(read(second)).__name__ == "MappedCocoTable"
+    assert not any(path.exists() for path in own) and not unfinished.exists()
+    assert all(path.read_text() == "mine" for path in kept)
+    assert (cache_folder / ("2" * 32 + ".columns")).is_dir()
 
 
 def test_a_vanished_file_is_reported_to_the_worker(json_file):
@@ -289,7 +302,7 @@ import sys, time
 from ddetr_mm.datasets import annotation_cache
 real = annotation_cache.write_columns
 def slow(path, columns, metadata):
-    with annotation_cache.write_text_whole.__globals__["written_whole"](path) as temporary:
+    with annotation_cache.written_whole(path, owned=False) as temporary:
         temporary.write_bytes(b"half a file")
         print("writing", flush=True)
         time.sleep(60)
@@ -306,7 +319,7 @@ def test_a_writer_killed_at_work_blocks_nobody(json_file, cache_folder):
     ) as writer:
         assert writer.stdout.readline() == "writing\n"
         writer.send_signal(signal.SIGKILL)
-    assert len(list(cache_folder.glob(".tmp-*"))) == 1
+    assert len(list(cache_folder.glob(".ddetr_mm-*.tmp*"))) == 1
     assert read(json_file).num_boxes == 4
 
 

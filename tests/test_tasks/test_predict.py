@@ -376,10 +376,17 @@ def test_what_we_did_not_write_stays(checkpoint, pictures, tmp_path, capsys):
     source = folder / "a.png"
     source.write_bytes(pictures[0].read_bytes())
     before = source.read_bytes()
-    for out in (tmp_path / "mine", folder):
-        assert main(["predict", str(checkpoint), str(source), "--out", str(out)]) == 2
-        assert "--out" in capsys.readouterr().err
+    words = ["predict", str(checkpoint), str(source), "--out", str(tmp_path / "mine")]
+    for more in ([], ["--force"]):
+        assert main([*words, *more]) == 2
+        assert "is read by this run" in capsys.readouterr().err
+    other = tmp_path / "other" / "images_annotated" / "a.png"
+    other.parent.mkdir(parents=True)
+    other.write_text("mine")
+    words[-1] = str(tmp_path / "other")
+    assert main(words) == 2 and "--force" in capsys.readouterr().err and other.read_text() == "mine"
     assert source.read_bytes() == before and [*tmp_path.rglob("*.json")] == []
+    assert main([*words, "--force"]) == 0 and Image.open(other).size == Image.open(source).size
 
 
 @pytest.mark.parametrize(
