@@ -17,7 +17,7 @@ from ddetr_mm.compat.mmcv_ops import has_compiled_ops
 settings.register_profile(
     "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
-# A long search for faults: `pytest --hypothesis-profile=many tests/test_bad_input -k fuzz` and the like.
+# A long search for faults: `pytest --hypothesis-profile=many tests/test_faults -k fuzz` and the like.
 settings.register_profile(
     "many",
     deadline=None,

@@ -26,6 +26,7 @@ from mmengine.registry import init_default_scope
 
 import ddetr_mm.register  # noqa: F401 - before mmdet's registries are used
 from ddetr_mm.cli import main
+from ddetr_mm.outputs import LOCK_NAME, OWNED_NAME
 from ddetr_mm.spec import load_spec
 from ddetr_mm.tasks.runner import config_source
 
@@ -90,7 +91,7 @@ CONVERT_SPEC: dict[str, Any] = {
     "mapping_path": "data/mapping.json",
 }
 
-RUN_FILES = ("status.json", "experiment.yaml", "config.py", "check.json", "curves.html")
+RUN_FILES = ("status.json", "experiment.yaml", "config.py", "check.json", "curves.html", OWNED_NAME, LOCK_NAME)
 """What a failed run may leave beside its logs: its record, never a result."""
 
 
@@ -195,7 +196,7 @@ def status_files(folder: Path) -> dict[str, str]:
 
 
 def _is_log(name: str) -> bool:
-    return name.endswith(".log") or "vis_data/" in name
+    return name.endswith((".log", OWNED_NAME, LOCK_NAME)) or "vis_data/" in name
 
 
 def assert_told(ended: Ended, *parts: str, status: int = 2) -> None:
