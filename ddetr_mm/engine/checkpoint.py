@@ -218,47 +218,105 @@ def is_whole(path: Path) -> bool:
 
 
 def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint that a run in this folder resumes from.
+    """The checkpoint that a run in this folder resumes from, None for none: see :func:`read_latest`."""
+    return read_latest(folder).path
 
-    That is the file ``dd_model_latest.pth`` points at; if the link is missing or its file is broken, the
-    newest whole ``model_epoch_*.pth``. None if there is neither.
+
+@dataclass(frozen=True)
+class Latest:
+    """What ``dd_model_latest.pth`` of a folder leads to.
+
+    Attributes:
+        path: the checkpoint to resume from; None where there is none.
+        fault: what is wrong with the link, so that ``path`` is another than it names; None where it is good
+            or missing.
+    """
+
+    path: Path | None = None
+    fault: str | None = None
+
+
+def read_latest(folder: str | os.PathLike[str]) -> Latest:
+    """Follow ``dd_model_latest.pth`` of a folder.
+
+    Without it there is nothing to resume from, whatever other checkpoints there are. A link whose file is
+    missing or incomplete leads to the newest complete ``model_epoch_*.pth``: one that is newer than the link
+    says comes after the others, for it may be of an earlier run.
     """
     folder = Path(folder)
-    latest = (folder / LATEST_NAME).resolve()
-    if latest.is_file() and is_whole(latest):
-        return latest
-    return next((path.resolve() for path in reversed(list_checkpoints(folder)) if is_whole(path)), None)
+    link = folder / LATEST_NAME
+    if not os.path.lexists(link):
+        return Latest()
+    file = Path(os.path.realpath(link))
+    if is_whole(file):
+        return Latest(file)
+    fault = f"is incomplete ({file.stat().st_size:,} bytes)" if file.is_file() else "does not exist"
+    if link.is_symlink():
+        fault = f"points at {os.readlink(link)}, which {fault}"
+    whole = [path for path in list_checkpoints(folder) if is_whole(path)]
+    named = CheckpointName.parse(file.name)
+    if named is not None:
+        limit = named.age_key
+        whole = [path for path in whole if _age_key(path) <= limit] or whole
+    return Latest(whole[-1].resolve() if whole else None, fault)
 
 
-def checkpoint_to_resume(folder: Path, named: str | None = None) -> Path | None:
-    """The checkpoint that a training run resumes from, checked to hold a whole training state.
+def _age_key(path: Path) -> tuple[int, float]:
+    name = CheckpointName.parse(path.name)
+    return (-1, 0.0) if name is None else name.age_key
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training run starts from.
+
+    Attributes:
+        checkpoint: to resume from; None where the run begins.
+        message: one line for the log: begins or resumes, from what, and how to get the other.
+        warning: why it is another checkpoint than ``dd_model_latest.pth`` names, if it is.
+    """
+
+    checkpoint: Path | None
+    message: str
+    warning: str | None = None
+
+
+def find_start(folder: Path, named: str | None = None, *, weights: str | None = None) -> Start:
+    """Decide what a training run starts from; a checkpoint is checked to hold a whole training state.
 
     Args:
-        folder: results folder; its latest checkpoint counts where none is named.
+        folder: results folder; its ``dd_model_latest.pth`` counts where no checkpoint is named.
         named: ``train.resume_training_checkpoint_path`` of the spec.
-
-    Returns:
-        The file; None where the run begins.
+        weights: the file of pretrained weights that a new run begins with, for the message.
 
     Raises:
         WeightsError: the named checkpoint does not exist, or the file holds weights alone.
     """
+    latest = read_latest(folder)
     if named:
         if not Path(named).is_file():
-            raise WeightsError(
-                Problem(
-                    "does not exist",
-                    file=named,
-                    where=RESUME_KEY,
-                    hint="name a checkpoint of this run, or remove the key to resume from the latest",
-                )
-            )
+            hint = "name a checkpoint of this run, or remove the key to resume from the latest"
+            raise WeightsError(Problem("does not exist", file=named, where=RESUME_KEY, hint=hint))
         require_resumable(named, where=RESUME_KEY)
-        return Path(named)
-    latest = find_latest_checkpoint(folder)
-    if latest is not None:
-        require_resumable(latest, where="results_dir")
-    return latest
+        other = f"resume from {latest.path}" if latest.path else "begin anew"
+        message = f"Training resumes from {named} ({RESUME_KEY}); without that key it would {other}."
+        return Start(Path(named), message)
+    link = folder / LATEST_NAME
+    broken = None if latest.fault is None else f"{link} {latest.fault}"
+    if latest.path is not None:
+        require_resumable(latest.path, where="results_dir")
+        which = LATEST_NAME if broken is None else "the newest complete checkpoint"
+        other = f"to begin anew, remove {link} or name another results_dir"
+        return Start(latest.path, f"Training resumes from {latest.path} ({which}); {other}.", broken)
+    earlier = list_checkpoints(folder)
+    if broken is not None:
+        reason = f"there is no complete checkpoint in {folder}"
+    elif earlier:
+        reason = f"{folder} has no {LATEST_NAME}; to resume the earlier run, set {RESUME_KEY}={earlier[-1]}"
+    else:
+        reason = f"{folder} has no checkpoint; to resume a run elsewhere, set {RESUME_KEY}=FILE"
+    origin = f"with the weights of {weights}" if weights else "without pretrained weights"
+    return Start(None, f"Training begins anew, {origin}: {reason}.", broken)
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:

@@ -23,14 +23,19 @@ from mmengine.hooks import Hook
 
 from ddetr_mm.engine.checkpoint import (
     LATEST_NAME,
+    RESUME_KEY,
     CheckpointName,
+    Latest,
+    Start,
     TAOCheckpointHook,
     checkpoint_written_whole,
     find_latest_checkpoint,
+    find_start,
     full_disk_as_error,
     is_whole,
     link_latest,
     list_checkpoints,
+    read_latest,
     refuse_other_classes,
     remove_leftovers,
 )
@@ -370,17 +375,98 @@ def test_cut_off_files_are_not_whole(tmp_path):
     assert not is_whole(tmp_path / "missing.pth")
 
 
-def test_broken_or_missing_latest_falls_back_to_the_newest_whole_file(tmp_path):
+def test_without_the_link_there_is_nothing_to_resume(tmp_path):
+    assert read_latest(tmp_path) == Latest() == read_latest(tmp_path / "nowhere")
+    save(tmp_path, "model_epoch_000.pth")
     assert find_latest_checkpoint(tmp_path) is None
-    assert find_latest_checkpoint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("target", "length", "found", "fault"),
+    [
+        ("model_epoch_002.pth", None, "model_epoch_001.pth", "points at {target}, which does not exist"),
+        ("model_epoch_002.pth", 100, "model_epoch_001.pth", "points at {target}, which is incomplete (100 "),
+        ("gone.pth", None, "model_epoch_003.pth", "points at {target}, which does not exist"),
+        # Of an earlier run, after which training began anew:
+        (
+            "model_epoch_001.pth",
+            0,
+            "model_epoch_000.pth",
+            "points at {target}, which is incomplete (0 bytes)",
+        ),
+        (
+            "model_epoch_000.pth",
+            0,
+            "model_epoch_003.pth",
+            "points at {target}, which is incomplete (0 bytes)",
+        ),
+    ],
+)
+def test_a_broken_link_leads_to_the_newest_complete_file(tmp_path, target, length, found, fault):
+    for number in (0, 1, 3):
+        save(tmp_path, f"model_epoch_00{number}.pth", number)
+    link_latest(tmp_path / target)
+    if length is not None:
+        (tmp_path / target).write_bytes((tmp_path / "model_epoch_003.pth").read_bytes()[:length])
+    latest = read_latest(tmp_path)
+    assert latest.path == (tmp_path / found).resolve()
+    assert latest.fault.startswith(fault.format(target=target))
+
+
+def test_a_broken_copy_leads_to_the_newest_complete_file(tmp_path):
     good = save(tmp_path, "model_epoch_000.pth")
-    assert find_latest_checkpoint(tmp_path) == good.resolve()
-    broken = tmp_path / "model_epoch_001.pth"
-    broken.write_bytes(good.read_bytes()[:100])
-    link_latest(broken)
-    assert find_latest_checkpoint(tmp_path) == good.resolve()
-    broken.unlink()
-    assert find_latest_checkpoint(tmp_path) == good.resolve()
+    (tmp_path / LATEST_NAME).write_bytes(b"PK")
+    assert read_latest(tmp_path) == Latest(good.resolve(), "is incomplete (2 bytes)")
+    (tmp_path / LATEST_NAME).unlink()
+    (tmp_path / LATEST_NAME).symlink_to(LATEST_NAME)
+    assert read_latest(tmp_path).path == good.resolve()
+
+
+def test_a_broken_link_without_complete_files(tmp_path):
+    link_latest(tmp_path / "model_epoch_000.pth")
+    assert read_latest(tmp_path).path is None
+    start = find_start(tmp_path)
+    assert start.checkpoint is None and "model_epoch_000.pth, which does not exist" in start.warning
+    assert start.message == (
+        f"Training begins anew, without pretrained weights: there is no complete checkpoint in {tmp_path}."
+    )
+
+
+def save_resumable(folder, name):
+    path = folder / name
+    meta = {"epoch": 1, "iter": 3}
+    torch.save({"state_dict": {"a": torch.zeros(2)}, "optimizer": {}, "meta": meta}, path)
+    return path
+
+
+def test_a_start_says_what_it_does_and_how_to_get_the_other(tmp_path):
+    begins = find_start(tmp_path, weights="w.pth")
+    assert begins == Start(
+        None,
+        f"Training begins anew, with the weights of w.pth: {tmp_path} has no checkpoint; to resume a run "
+        f"elsewhere, set {RESUME_KEY}=FILE.",
+    )
+    first = save_resumable(tmp_path, "model_epoch_000.pth")
+    second = save_resumable(tmp_path, "model_epoch_001.pth")
+    assert find_start(tmp_path) == Start(
+        None,
+        f"Training begins anew, without pretrained weights: {tmp_path} has no dd_model_latest.pth; to resume "
+        f"the earlier run, set {RESUME_KEY}={second}.",
+    )
+    named = f"Training resumes from {first} ({RESUME_KEY}); without that key it would"
+    assert find_start(tmp_path, str(first)) == Start(first, f"{named} begin anew.")
+    link = link_latest(second)
+    assert find_start(tmp_path, str(first)) == Start(first, f"{named} resume from {second.resolve()}.")
+    anew = f"to begin anew, remove {link} or name another results_dir"
+    assert find_start(tmp_path) == Start(
+        second.resolve(), f"Training resumes from {second.resolve()} (dd_model_latest.pth); {anew}."
+    )
+    second.unlink()
+    assert find_start(tmp_path) == Start(
+        first.resolve(),
+        f"Training resumes from {first.resolve()} (the newest complete checkpoint); {anew}.",
+        f"{link} points at model_epoch_001.pth, which does not exist",
+    )
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):

@@ -111,6 +111,40 @@ def test_killed_it_continues_with_the_same_command(data_project: Project, tmp_pa
     assert not [path for path in folder.iterdir() if path.name.startswith(".tmp-")]
 
 
+def test_the_link_decides_between_resuming_and_beginning_anew(
+    data_project: Project, tmp_path: Path, monkeypatch, capsys
+):
+    session = Session(data_project, tmp_path / "train", monkeypatch)
+    folder, link = session.folder, session.folder / "dd_model_latest.pth"
+
+    def said(steps: list[int], *overrides: str) -> str:
+        session.seen.clear()
+        assert (
+            session.train(
+                *TINY, "train.checkpoint_interval_unit=epoch", "train.validation_interval=1", *overrides
+            )
+            == 0
+        )
+        assert sorted(session.seen) == steps
+        return capsys.readouterr().out
+
+    assert f"Training begins anew, without pretrained weights: {folder} has no checkpoint" in said(
+        [0, 1, 2, 3, 4, 5]
+    )
+    before = torch.load(folder / "model_epoch_000.pth", weights_only=True)
+    link.unlink()
+    weights = folder / "model_epoch_001.pth"
+    log = said([0, 1, 2], "train.num_epochs=1", "train.seed=7")
+    assert f"{folder} has no dd_model_latest.pth; to resume the earlier run, set" in log
+    assert link.resolve().name == "model_epoch_000.pth"
+    assert not same(session.end()["state_dict"], before["state_dict"])
+    # Truncated: of the two files only the earlier run's is complete.
+    link.resolve().write_bytes(link.read_bytes()[:1000])
+    log = said([6, 7, 8], "train.num_epochs=3")
+    assert f"{link} points at model_epoch_000.pth, which is incomplete (1,000 bytes)" in log
+    assert f"Training resumes from {weights} (the newest complete checkpoint); to begin anew, remove" in log
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path):
     """A file system with room for one checkpoint and a half."""
