@@ -31,6 +31,7 @@ from ddetr_mm.classes import BY_NAME_HINT, compare_columns, list_columns, named_
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.errors import InputError, Problem, WeightsError
 from ddetr_mm.files import write_text_whole, written_whole
+from ddetr_mm.outputs import disown, is_ours, remove_leftovers, require_free
 from ddetr_mm.weights.encryption import (
     encrypt_file,
     encryption_key,
@@ -168,7 +169,6 @@ LATEST_NAME = "dd_model_latest.pth"
 RESUME_KEY = "train.resume_training_checkpoint_path"
 
 _NAME = re.compile(r"model_epoch_(?P<epoch>\d{3,})(?:_step_(?P<step>\d{5,}))?\.pth")
-_LEFTOVER = re.compile(r"\.tmp-\d+-(?:(?:model_epoch_.*|dd_model_latest)\.pth|last_checkpoint)")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -330,14 +330,6 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> list[Path]:
-    """Delete half-written checkpoints of a killed run; returns the deleted paths."""
-    leftovers = [path for path in Path(folder).iterdir() if _LEFTOVER.fullmatch(path.name)]
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return leftovers
-
-
 @contextmanager
 def checkpoint_written_whole(path: Path) -> Iterator[Path]:
     """Write a checkpoint to a temporary path, flush it to the disk, then rename it.
@@ -496,8 +488,12 @@ class TAOCheckpointHook(Hook):
         self._iter_of_last_save = runner.iter
         if is_first_rank():
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            for path in remove_leftovers(self.out_dir):
-                runner.logger.info(f"Removed the half-written checkpoint {path.name}.")
+            for name in remove_leftovers(self.out_dir):
+                runner.logger.info(f"Removed the half-written file {name}.")
+            names = {path: CheckpointName.parse(path.name) for path in list_checkpoints(self.out_dir)}
+            epochs = range(runner.epoch, runner.max_epochs)
+            coming = [path for path, name in names.items() if name is not None and name.epoch in epochs]
+            require_free([*coming, self.out_dir / LATEST_NAME])
             runner.logger.info(f"Checkpoints will be saved to {self.out_dir}.")
 
     def before_train_epoch(self, runner: Any) -> None:
@@ -647,7 +643,10 @@ class TAOCheckpointHook(Hook):
     def _delete_oldest(self, path: Path) -> None:
         self._written = [known for known in self._written if known != path] + [path]
         while self.max_keep > 0 and len(self._written) > self.max_keep:
-            self._written.pop(0).unlink(missing_ok=True)
+            oldest = self._written.pop(0)
+            if is_ours(oldest):
+                oldest.unlink(missing_ok=True)
+                disown(oldest)
 
     def _restore_later(self, state: RngState) -> None:
         self._host_rng_to_restore = state

@@ -16,6 +16,7 @@ import mmengine.runner.runner as mmengine_runner
 import numpy as np
 import pytest
 import torch
+from folders import visible
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.config import ConfigDict
@@ -37,9 +38,9 @@ from ddetr_mm.engine.checkpoint import (
     list_checkpoints,
     read_latest,
     refuse_other_classes,
-    remove_leftovers,
 )
-from ddetr_mm.errors import InputError, WeightsError
+from ddetr_mm.errors import DataError, InputError, WeightsError
+from ddetr_mm.outputs import protected_inputs
 
 
 def names(folder):
@@ -222,7 +223,7 @@ def test_full_disk_is_one_message_and_keeps_the_last_good(make_runner, tmp_path,
         make_runner([TAOCheckpointHook()], epochs=3).train()
     assert names(folder) == ["model_epoch_000.pth"]
     assert is_whole(find_latest_checkpoint(folder))
-    assert not list(folder.glob(".tmp-*"))
+    assert not list(folder.glob(".ddetr_mm-*"))
 
 
 def test_a_limit_of_the_system_is_reported_like_a_full_disk(make_runner, tmp_path):
@@ -245,7 +246,7 @@ def test_a_limit_of_the_system_is_reported_like_a_full_disk(make_runner, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(folder) == ["model_epoch_000.pth"]
     assert load(folder / LATEST_NAME)["meta"]["epoch"] == 1
-    assert not list(folder.glob(".tmp-*"))
+    assert not list(folder.glob(".ddetr_mm-*"))
 
 
 def test_settings_are_checked():
@@ -281,7 +282,7 @@ def test_a_killed_run_leaves_only_whole_files_and_continues(make_runner, tmp_pat
     # The link is at most one checkpoint behind: the moment between renaming and linking.
     assert latest.name in [path.name for path in written[-2:]]
     done = load(latest)["meta"]["iter"]
-    (folder / ".tmp-1-model_epoch_009.pth").touch()
+    (folder / ".ddetr_mm-0123456789abcdef.tmp.pth").touch()
     runner = make_runner(
         [TAOCheckpointHook(interval=1, unit="step")],
         folder,
@@ -291,7 +292,7 @@ def test_a_killed_run_leaves_only_whole_files_and_continues(make_runner, tmp_pat
     )
     runner.train()
     assert runner.iter > done
-    assert not list(folder.glob(".tmp-*"))
+    assert not list(folder.glob(".ddetr_mm-*"))
     assert json.dumps(load(folder / LATEST_NAME)["meta"]["iter"]) == str(runner.iter)
 
 
@@ -338,7 +339,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
         temporary.write_bytes(b"half")
         raise RuntimeError("killed")
     assert torch.load(path, weights_only=True)["number"] == 1
-    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+    assert visible(tmp_path) == [path.name]
 
 
 def test_latest_is_a_relative_link_to_the_newest(tmp_path):
@@ -469,13 +470,15 @@ def test_a_start_says_what_it_does_and_how_to_get_the_other(tmp_path):
     )
 
 
-def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
-    kept = ["model_epoch_000.pth", "dd_model_latest.pth", ".tmp-12-results.json", "notes.txt"]
-    gone = [".tmp-9-last_checkpoint", ".tmp-12-model_epoch_001.pth", ".tmp-7-dd_model_latest.pth"]
-    for name in kept + gone:
-        (tmp_path / name).touch()
-    assert sorted(path.name for path in remove_leftovers(tmp_path)) == sorted(gone)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+def test_checkpoints_of_others_stop_the_run_before_its_first_step(make_runner, tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    (folder / "model_epoch_001.pth").write_text("mine")
+    (folder / "model_epoch_007.pth").write_text("of another run, and not in the way")
+    runner = make_runner([TAOCheckpointHook()], epochs=2)
+    with protected_inputs(()), pytest.raises(DataError, match=r"model_epoch_001\.pth"):
+        runner.train()
+    assert runner.iter == 0 and (folder / "model_epoch_001.pth").read_text() == "mine"
 
 
 def test_full_disk_names_the_last_good_checkpoint(tmp_path):
@@ -491,7 +494,7 @@ def test_full_disk_names_the_last_good_checkpoint(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert str(wanted) in str(caught.value)
     assert f"last good checkpoint is {good.resolve()}" in str(caught.value)
-    assert {item.name for item in tmp_path.iterdir()} == {good.name, LATEST_NAME}
+    assert visible(tmp_path) == [LATEST_NAME, good.name]
 
 
 def test_other_errors_pass_unchanged(tmp_path):
