@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from ddetr_mm.classes import named_columns
 from ddetr_mm.errors import DataError, InputError, WeightsError
 from ddetr_mm.files import write_text_whole
+from ddetr_mm.outputs import protected_inputs, require_free, results_root
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, load_spec, task_results_dir
-from ddetr_mm.tasks.session import choose_device, encryption_key_of, print_notes, require_gpus
+from ddetr_mm.tasks.session import choose_device, encryption_key_of, input_files, print_notes, require_gpus
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,11 +40,14 @@ def run(arguments: Namespace) -> None:
     print_notes(loaded)
     console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(f"spec {arguments.experiment_spec}: valid for {subtask}", highlight=False, soft_wrap=True)
-    if isinstance(loaded.spec, ConvertSpec):
-        path = _check_conversion(loaded.spec)
-    else:
-        with encryption_key_of(loaded.spec):
-            path = _check_experiment(loaded, arguments, console)
+    folder = task_results_dir(loaded.spec, subtask)
+    with protected_inputs(input_files(loaded, subtask)), results_root(folder):
+        require_free([folder / "check.json"])
+        if isinstance(loaded.spec, ConvertSpec):
+            path = _check_conversion(loaded.spec)
+        else:
+            with encryption_key_of(loaded.spec):
+                path = _check_experiment(loaded, arguments, console)
     console.print(f"the run can start; report: {path}", highlight=False, soft_wrap=True)
 
 

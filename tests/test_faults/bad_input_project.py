@@ -91,7 +91,15 @@ CONVERT_SPEC: dict[str, Any] = {
     "mapping_path": "data/mapping.json",
 }
 
-RUN_FILES = ("status.json", "experiment.yaml", "config.py", "check.json", "curves.html", OWNED_NAME, LOCK_NAME)
+RUN_FILES = (
+    "status.json",
+    "experiment.yaml",
+    "config.py",
+    "check.json",
+    "curves.html",
+    OWNED_NAME,
+    LOCK_NAME,
+)
 """What a failed run may leave beside its logs: its record, never a result."""
 
 
