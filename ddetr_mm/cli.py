@@ -336,7 +336,7 @@ def _run(arguments: argparse.Namespace) -> int:
         task = getattr(importlib.import_module(module), function)
         session = importlib.import_module("ddetr_mm.tasks.session")
         force = getattr(arguments, "force", False)
-        with session.machine_failures_as_errors(), protected_inputs((), force=force):
+        with session.machine_failures_as_errors(), protected_inputs((), force=force), safe_children():
             task(arguments)
     except RankFailure as failure:
         if failure.details:
@@ -350,6 +350,27 @@ def _run(arguments: argparse.Namespace) -> int:
     except Exception as error:
         return _failed(error, arguments.debug)
     return 0
+
+
+SAFE_PATH_VARIABLE = "PYTHONSAFEPATH"
+"""Keeps the current folder off the path of a Python that starts, from Python 3.11 on."""
+
+
+@contextmanager
+def safe_children() -> Iterator[None]:
+    """Have every Python that is started within the block import nothing from the current folder.
+
+    This reaches those that libraries start; see also :func:`ddetr_mm.files.python_module`.
+    """
+    before = os.environ.get(SAFE_PATH_VARIABLE)
+    os.environ[SAFE_PATH_VARIABLE] = before or "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE_PATH_VARIABLE]
+        else:
+            os.environ[SAFE_PATH_VARIABLE] = before
 
 
 @contextmanager

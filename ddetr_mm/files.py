@@ -117,6 +117,19 @@ def allow_any_text() -> None:
 # --- Processes ---
 
 
+def python_module(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs a module in a new Python without the current folder on its path.
+
+    ``python -m`` and ``python -c`` put it first, so that a ``yaml.py`` beside the user's files would be
+    imported. ``-P`` exists from Python 3.11 only.
+    """
+    start = (
+        "import sys; sys.path[:] = [path for path in sys.path if path]; import runpy; "
+        f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-c", start, *arguments]
+
+
 def usable_cores() -> int:
     """Cores this process may run on: fewer than the machine has where a scheduler or ``taskset`` says so."""
     if hasattr(os, "sched_getaffinity"):

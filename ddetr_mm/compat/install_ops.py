@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ddetr_mm.errors import Problem, StackError
-from ddetr_mm.files import usable_cores
+from ddetr_mm.files import python_module, usable_cores
 
 MMCV_VERSION = "2.1.0"
 WHEELS_VARIABLE = "DDETR_MM_WHEELS"
@@ -101,8 +101,8 @@ def candidates(cache: Path, variables: Mapping[str, str] = os.environ) -> Iterat
 
 def find_installer(variables: Mapping[str, str] = os.environ) -> list[str]:
     """The start of an install command: by this environment's pip, else by uv (on PATH or in our cache)."""
-    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode == 0:
-        return [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    if subprocess.run(python_module("pip", "--version"), capture_output=True).returncode == 0:
+        return python_module("pip", "install", "--disable-pip-version-check")
     places = [variables.get("PATH", ""), str(cache_folder(variables).parent / "uv" / "bin")]
     uv = shutil.which("uv", path=os.pathsep.join(places))
     if uv is None:
@@ -133,8 +133,9 @@ def try_out(folder: Path | None, with_cuda: bool) -> str | None:
     """Why the ops of the mmcv in ``folder`` (None: the installed one) do not work; None where they do."""
     variables = {**os.environ, "PYTHONPATH": str(folder)} if folder else None
     command = [sys.executable, "-c", TRY_OUT, "cuda" if with_cuda else "cpu"]
-    # Elsewhere, since a folder named mmcv in the current one would be imported.
-    done = subprocess.run(command, env=variables, cwd=tempfile.gettempdir(), capture_output=True, text=True)
+    # In an empty folder, since a folder named mmcv in the current one would be imported.
+    with tempfile.TemporaryDirectory(prefix="ddetr_mm-") as empty:
+        done = subprocess.run(command, env=variables, cwd=empty, capture_output=True, text=True)
     return ["no reason given", *done.stderr.splitlines()][-1] if done.returncode else None
 
 
@@ -169,7 +170,7 @@ def build_wheel(cache: Path, toolkit: Path | None, installer: list[str], jobs: i
 
         variables = build_variables(Path(name, "tools"), toolkit, jobs)
         call([*installer, "--target", f"{name}/tools", *BUILD_TOOLS], "the build tools cannot be installed")
-        pip = [sys.executable, "-m", "pip", "--verbose", "--disable-pip-version-check"]
+        pip = python_module("pip", "--verbose", "--disable-pip-version-check")
         options = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", name]
         call([*pip, "download", *options, f"mmcv=={MMCV_VERSION}"], "mmcv's source cannot be downloaded")
         source = Path(name, f"mmcv-{MMCV_VERSION}")

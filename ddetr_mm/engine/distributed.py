@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ddetr_mm.errors import InputError, Problem, RankFailure, StackError
-from ddetr_mm.files import usable_cores
+from ddetr_mm.files import python_module, usable_cores
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -385,7 +385,8 @@ is 30 seconds)."""
 
 def rank_command(arguments: Namespace) -> list[str]:
     """The command as a list of words for Python."""
-    words = ["-m", "ddetr_mm", arguments.command, "-e", arguments.experiment_spec, *arguments.overrides]
+    words = python_module("ddetr_mm", arguments.command, "-e", arguments.experiment_spec)[1:]
+    words += arguments.overrides
     words += ["--force"] if getattr(arguments, "force", False) else []
     return [*words, "--debug"] if arguments.debug else words
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import onnx
 import pytest
 from bad_input_project import ROOT, edit_json, run_here
 
+from ddetr_mm.cli import safe_children
 from ddetr_mm.deploy.onnx_file import META_KEY
+from ddetr_mm.engine.distributed import rank_command
+from ddetr_mm.files import python_module
 
 VAL = "coco/val/val-shard-00000-of-00001.json"
 SPEC = ("-e", "spec.yaml")
@@ -124,3 +129,45 @@ def test_no_shell_and_no_code_from_input(path: Path):
             assert name not in CODE, line
         weights_only = values.get("weights_only")
         assert weights_only is None or ast.unparse(weights_only) == "True", line
+
+
+# --- The current folder ---
+
+PLANTED = ("yaml", "torch", "numpy", "mmdet", "json", "signal", "pip")
+"""Modules that a rank, a helper process or pip imports."""
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """A folder whose modules leave a trace when they are imported."""
+    for name in PLANTED:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write({name!r})\n")
+    return tmp_path
+
+
+def test_ranks_import_nothing_from_the_current_folder(project: Path, planted: Path, monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    spec = project / "spec.yaml"
+    arguments = Namespace(command="spec", experiment_spec=str(spec), overrides=[], debug=False, force=False)
+    command = [sys.executable, *rank_command(arguments)]
+    done = subprocess.run(command, cwd=planted, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "invalid choice" in done.stderr, done.stderr  # it has reached our parser
+    command = [sys.executable, *rank_command(arguments)[:2], "check", "--quick", "-e", str(spec)]
+    done = subprocess.run(command, cwd=planted, capture_output=True, text=True, timeout=120)
+    assert "valid for train" in done.stdout, done.stderr
+    assert not (planted / "ran").exists()
+
+
+def test_pip_is_not_taken_from_the_current_folder(planted: Path, monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    subprocess.run(python_module("pip", "--version"), cwd=planted, capture_output=True, timeout=120)
+    assert not (planted / "ran").exists()
+
+
+def test_children_of_libraries_are_safe_too(planted: Path, monkeypatch):
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    with safe_children():
+        code = "import yaml, signal"
+        subprocess.run([sys.executable, "-c", code], cwd=planted, check=True, timeout=60)
+    assert not (planted / "ran").exists() or sys.version_info < (3, 11)
+    assert "PYTHONSAFEPATH" not in os.environ
