@@ -36,9 +36,11 @@ Point = dict[str, float | None]
 steps in points of training, and epochs in points of validation."""
 
 SCALARS_PATTERN = "*/vis_data/scalars.json"
-# mmdet's analyze_logs takes every line for a step's, unless a key has a slash: hence one here, and none below.
+# mmdet's analyze_logs takes every line for a step's, unless a key has a slash: hence one in these.
 RESUMED_STEP, RESUMED_EPOCH = "resumed/at_step", "resumed/at_epoch"
 """Scalars that :class:`CurvesHook` writes at each start: steps and epochs that were already done."""
+VALIDATED_STEP, VALIDATED_EPOCH = "validated/at_step", "validated/at_epoch"
+"""Scalars that :class:`CurvesHook` writes after each validation: steps and epochs that were done then."""
 
 RATE_PREFIX = "lr_"
 """Prefix of the learning rate of one group of parameters."""
@@ -95,6 +97,9 @@ class RunScalars:
             step, epoch = point[RESUMED_STEP] or 0, point.get(RESUMED_EPOCH) or 0
             self.train = [known for known in self.train if _step(known) <= step]
             self.val = [known for known in self.val if _step(known) <= epoch]
+        elif VALIDATED_STEP in point:
+            if self.val and _step(self.val[-1]) == point.get(VALIDATED_EPOCH):
+                self.val[-1][VALIDATED_STEP] = point[VALIDATED_STEP]
         elif "iter" in point:
             self.train.append(point)
         elif any("/" in name for name in point):
@@ -126,6 +131,7 @@ def _step(point: Point) -> float:
 LOSS_PICTURE, RATE_PICTURE, AP_PICTURE = "curve_loss.png", "curve_lr.png", "curve_ap.png"
 
 _MOST_POINTS = 1500
+VALIDATION_LOSS = "val_loss"
 _AP_NAMES = {
     "bbox_mAP": "AP",
     "bbox_mAP_50": "AP50",
@@ -164,12 +170,18 @@ def draw_curves(scalars: RunScalars, folder: str | Path) -> list[Path]:
 
 
 def loss_series(scalars: RunScalars) -> Series:
-    """Total loss and its parts of the last decoder layer, over steps.
+    """Total loss and its parts of the last decoder layer, and the total of validation, over steps.
 
     The parts of the inner layers are left out: they would cover the others.
     """
     names = {name: name for name in _names(scalars.train) if _is_last_layer_loss(name)}
-    return _series(scalars.train, names)
+    validated = [
+        {"step": point[VALIDATED_STEP], VALIDATION_LOSS: point[VALIDATION_LOSS]}
+        for point in scalars.val
+        if VALIDATION_LOSS in point and VALIDATED_STEP in point
+    ]
+    names_of_val = {VALIDATION_LOSS: VALIDATION_LOSS} if validated else {}
+    return {**_series(scalars.train, names), **_series(validated, names_of_val)}
 
 
 def rate_series(scalars: RunScalars) -> Series:
@@ -322,7 +334,12 @@ def _last_values(scalars: RunScalars) -> list[str]:
     if scalars.val:
         last = scalars.val[-1]
         # An average over nothing is -1 in COCO.
-        shown = {name: "–" if value == -1 else value for name, value in last.items() if "/" in name}
+        metrics = {
+            name: value
+            for name, value in last.items()
+            if name != VALIDATED_STEP and ("/" in name or name.startswith(VALIDATION_LOSS))
+        }
+        shown = {name: "–" if value == -1 else value for name, value in metrics.items()}
         rows += [(f"{name} (epoch {last.get('step')})", value) for name, value in shown.items()]
     if not rows:
         return []
@@ -397,7 +414,10 @@ class CurvesHook(Hook):
         self._draw(runner)
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Draw the new metrics."""
+        """Note after which step this was, and draw the new metrics."""
+        if self._scalars is not None:
+            done = {VALIDATED_STEP: runner.iter, VALIDATED_EPOCH: runner.epoch}
+            runner.visualizer.get_backend("LocalVisBackend").add_scalars(done, step=runner.iter)
         self._draw(runner)
 
     def after_train(self, runner: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +28,7 @@ from ddetr_mm.engine.progress import Progress
 from ddetr_mm.engine.status import RUNNING, STARTED, StatusLog
 from ddetr_mm.weights import Selection, load_backbone, load_for_model
 from ddetr_mm.weights.entries import DEFAULT, UseEma
+from ddetr_mm.weights.load import unwrapped
 
 # --- Deterministic algorithms ---
 
@@ -277,20 +278,115 @@ class StatusHook(Hook):
         self, runner: Any, message: str, prefix: str, metrics: Mapping[str, float] | None
     ) -> None:
         kpi: dict[str, Any] = {}
-        for ending, name in (("bbox_mAP", "mAP"), ("bbox_mAP_50", "mAP50")):
-            value = _find(metrics or {}, ending)
-            if value is not None:
-                kpi[f"{prefix}_{name}"] = f"{value:.4f}"
-        loss = _find(metrics or {}, "loss")
-        if loss is not None:
-            kpi[f"{prefix}_loss"] = float(loss)
+        for name, value in tao_figures(prefix, metrics or {}).items():
+            kpi[name] = value if "loss" in name else str(value)
         if kpi:
             self._log(runner).write(message, kpi=kpi)
+
+
+def tao_figures(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """The figures of an evaluation under TAO's names, unrounded: ``val_mAP``, ``val_mAP50``, ``val_loss`` …
+
+    Args:
+        prefix: ``val`` or ``test``.
+        metrics: of mmdet, and those of :class:`ValidationLossHook`.
+    """
+    figures = {}
+    for ending, name in (("bbox_mAP", "mAP"), ("bbox_mAP_50", "mAP50"), ("loss", "loss")):
+        value = _find(metrics, ending)
+        if value is not None:
+            figures[f"{prefix}_{name}"] = float(value)
+    losses = {key: float(value) for key, value in metrics.items() if key.startswith(f"{prefix}_loss")}
+    return {**figures, **losses}
 
 
 def _find(metrics: Mapping[str, float], ending: str) -> float | None:
     """The value of ``ending`` or of ``<prefix>/<ending>``."""
     return next((value for key, value in metrics.items() if key.rsplit("/", 1)[-1] == ending), None)
+
+
+@HOOKS.register_module()
+class ValidationLossHook(Hook):
+    """Adds the losses of validation to its metrics, and the metrics under TAO's names to TensorBoard.
+
+    The losses are computed from what the network has predicted anyway: ``val_loss`` is the sum that training
+    minimises, ``val_loss_cls``, ``val_loss_bbox`` and ``val_loss_iou`` are those of the last decoder layer.
+    Of each batch they are what the head's ``loss`` gives for it; the batches are averaged, weighted by their
+    images. They are as any other metric in the log, TensorBoard, ``scalars.json`` and ``status.json``.
+
+    Needs a :class:`~ddetr_mm.models.head.TAODeformableDETRHead`, and a test pipeline that loads annotations
+    after resizing, as mmdet's do.
+    """
+
+    # Before RuntimeInfoHook (VERY_HIGH), which hands the metrics to the log.
+    priority = "HIGHEST"
+
+    def __init__(self) -> None:
+        self._batches: dict[Any, tuple[int, dict[str, float]]] = {}
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Have the head compute losses."""
+        self._batches = {}
+        head = _head_of(runner)
+        if hasattr(head, "validates"):
+            head.validates = True
+
+    def after_val_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        """Keep the losses of a batch."""
+        head = _head_of(runner)
+        losses = getattr(head, "validation_losses", None)
+        if losses is None or not outputs:
+            return
+        head.validation_losses = None
+        values = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()
+        # Ranks may have a batch twice: its first image names it.
+        name = getattr(outputs[0], "img_id", (dist.get_rank(), batch_idx))
+        self._batches[name] = (len(outputs), dict(zip(losses, values, strict=True)))
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Add the means over all ranks' batches to the metrics."""
+        head = _head_of(runner)
+        if hasattr(head, "validates"):
+            head.validates = False
+        batches: dict[Any, tuple[int, dict[str, float]]] = {}
+        for part in dist.all_gather_object(self._batches):
+            batches.update(part)
+        if metrics is None:
+            return
+        losses = mean_losses(list(batches.values()))
+        metrics.update(losses)
+        for name in losses:
+            # mmengine logs the mean of a loss's last values, which are those of earlier validations here.
+            runner.message_hub.log_scalars.pop(f"val/{name}", None)
+        tensorboard = runner.visualizer.get_backend("TensorboardVisBackend")
+        if tensorboard is not None and is_first_rank():
+            figures = {
+                name: value for name, value in tao_figures("val", metrics).items() if name not in metrics
+            }
+            tensorboard.add_scalars(figures, step=runner.epoch)
+
+
+def mean_losses(batches: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """The losses of validation by TAO's names.
+
+    Args:
+        batches: of each its images and its losses by the names that the head gives them.
+
+    Returns:
+        ``val_loss``, the sum of all, and those of the last decoder layer; empty without batches.
+    """
+    images = sum(count for count, _ in batches)
+    if not images:
+        return {}
+    means = {name: sum(count * losses[name] for count, losses in batches) / images for name in batches[0][1]}
+    of_last_layer = {f"val_{name}": mean for name, mean in means.items() if name.startswith("loss_")}
+    return {"val_loss": sum(means.values()), **of_last_layer}
+
+
+def _head_of(runner: Any) -> Any:
+    return getattr(unwrapped(runner.model), "bbox_head", None)
 
 
 @HOOKS.register_module()

@@ -11,7 +11,7 @@ import torch
 from mmdet.models.dense_heads import DeformableDETRHead
 from mmdet.models.losses import FocalLoss
 from mmdet.registry import MODELS
-from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, get_box_tensor
 from mmengine.structures import InstanceData
 from torch import Tensor
 from torch.profiler import record_function
@@ -100,6 +100,9 @@ class TAODeformableDETRHead(DeformableDETRHead):
         self.aux_loss = aux_loss
         # NaN or infinite predictions: False raises NonFiniteCostError, True makes all losses NaN.
         self.tolerates_non_finite = False
+        # Set by ValidationLossHook: whether predict() leaves the losses of its batch in validation_losses.
+        self.validates = False
+        self.validation_losses: dict[str, Tensor] | None = None
         self.background_column = background_column
         assigner = getattr(self, "assigner", None)
         self.matching_cost = None if assigner is None else MatchingCost.from_assigner(assigner)
@@ -154,6 +157,8 @@ class TAODeformableDETRHead(DeformableDETRHead):
         batch_gt_instances: Sequence[InstanceData],
         batch_img_metas: Sequence[dict],
         batch_gt_instances_ignore: None = None,
+        *,
+        in_training: bool = True,
     ) -> dict[str, Tensor]:
         """Match queries to ground truth and compute the weighted losses.
 
@@ -166,6 +171,8 @@ class TAODeformableDETRHead(DeformableDETRHead):
             batch_img_metas: ``img_shape``, the unpadded (height, width), and ``img_path`` if known. Losses
                 are zero where all images are marked ``is_filler``.
             batch_gt_instances_ignore: not used.
+            in_training: False for the losses of validation: ranks do not wait for each other, and
+                predictions that are not finite give NaN.
 
         Returns:
             ``loss_cls``, ``loss_bbox``, ``loss_iou`` of the last layer; those of layer i < G - 1 as
@@ -177,7 +184,8 @@ class TAODeformableDETRHead(DeformableDETRHead):
         """
         objects = Objects.from_instances(batch_gt_instances, batch_img_metas)
         first = 0 if self.aux_loss else len(all_layers_cls_scores) - 1
-        losses = self._losses(all_layers_cls_scores[first:], all_layers_bbox_preds[first:], objects)
+        logits, boxes_cxcywh = all_layers_cls_scores[first:], all_layers_bbox_preds[first:]
+        losses = self._losses(logits, boxes_cxcywh, objects, in_training)
         named = {name: values[-1] for name, values in losses.items()}
         for layer in range(len(losses["loss_cls"]) - 1):
             named.update({f"d{layer}.{name}": values[layer] for name, values in losses.items()})
@@ -188,14 +196,16 @@ class TAODeformableDETRHead(DeformableDETRHead):
                 for gt in batch_gt_instances
             ]
             objects = Objects.from_instances(foreground, batch_img_metas)
-            losses = self._losses(enc_cls_scores[None], enc_bbox_preds[None], objects)
+            losses = self._losses(enc_cls_scores[None], enc_bbox_preds[None], objects, in_training)
             named.update({f"enc_{name}": values[0] for name, values in losses.items()})
         if all(meta.get("is_filler", False) for meta in batch_img_metas):
             # This rank only takes part in the collectives of an epoch's last step.
             named = {name: loss * 0 for name, loss in named.items()}
         return named
 
-    def _losses(self, logits: Tensor, boxes_cxcywh: Tensor, objects: Objects) -> dict[str, Tensor]:
+    def _losses(
+        self, logits: Tensor, boxes_cxcywh: Tensor, objects: Objects, in_training: bool
+    ) -> dict[str, Tensor]:
         """Match the given layers and compute their losses, each (layers,)."""
         if self.matching_cost is None:
             raise ValueError("the head cannot be trained without train_cfg.assigner")
@@ -204,14 +214,14 @@ class TAODeformableDETRHead(DeformableDETRHead):
                 costs = matching_costs(logits, boxes_cxcywh, objects, self.matching_cost)
                 matches = assign_all_layers(costs, objects, num_classes=logits.shape[-1])
         except NonFiniteCostError:
-            if not self.tolerates_non_finite:
+            if in_training and not self.tolerates_non_finite:
                 raise
-            box_divisor(len(objects.labels), logits.device)  # the other ranks wait in its all-reduce
+            if in_training:
+                box_divisor(len(objects.labels), logits.device)  # the other ranks wait in its all-reduce
             lost = (logits.flatten(1).sum(-1) + boxes_cxcywh.flatten(1).sum(-1)) * float("nan")
             return dict.fromkeys(("loss_cls", "loss_bbox", "loss_iou"), lost)
-        return set_losses(
-            logits, boxes_cxcywh, objects, matches, self.loss_cls, self.loss_bbox, self.loss_iou
-        )
+        modules = (self.loss_cls, self.loss_bbox, self.loss_iou)
+        return set_losses(logits, boxes_cxcywh, objects, matches, *modules, over_ranks=in_training)
 
     def predict(
         self,
@@ -234,9 +244,17 @@ class TAODeformableDETRHead(DeformableDETRHead):
         Raises:
             InputError: with ``rescale``, a sample has no ``scale_factor``.
         """
+        metas = [sample.metainfo for sample in batch_data_samples]
+        if self.validates and all("gt_instances" in sample for sample in batch_data_samples):
+            all_logits, all_boxes_cxcywh = self(hidden_states, references)
+            truth = [resized_truth(sample.gt_instances, sample.metainfo) for sample in batch_data_samples]
+            with no_autocast(all_logits.device):
+                self.validation_losses = self.loss_by_feat(
+                    all_logits, all_boxes_cxcywh, None, None, truth, metas, in_training=False
+                )
+            return self.predict_by_feat(all_logits, all_boxes_cxcywh, metas, rescale=rescale)
         last = len(hidden_states) - 1
         logits, boxes_cxcywh = self.forward_layer(last, hidden_states[last], references[last])
-        metas = [sample.metainfo for sample in batch_data_samples]
         return self.predict_by_feat(logits[None], boxes_cxcywh[None], metas, rescale=rescale)
 
     def predict_by_feat(
@@ -260,6 +278,19 @@ class TAODeformableDETRHead(DeformableDETRHead):
             InstanceData(bboxes=boxes_xyxy[image], scores=scores[image], labels=labels[image])
             for image in range(len(batch_img_metas))
         ]
+
+
+def resized_truth(gt_instances: InstanceData, img_meta: dict) -> InstanceData:
+    """Return the ground truth of validation, in pixels of the original image, in those of ``img_shape``.
+
+    Raises:
+        InputError: ``scale_factor`` is missing.
+    """
+    original_hw = detection_size_hw(img_meta, rescale=True)
+    boxes_xyxy = get_box_tensor(gt_instances.bboxes)
+    factors = [new / old for new, old in zip(img_meta["img_shape"][:2], original_hw, strict=True)]
+    factors_xyxy = host_to_device([*factors[::-1], *factors[::-1]], boxes_xyxy.device, torch.float32)
+    return InstanceData(labels=gt_instances.labels, bboxes=boxes_xyxy * factors_xyxy)
 
 
 def detection_size_hw(img_meta: dict, rescale: bool) -> tuple[float, float]:

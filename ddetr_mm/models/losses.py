@@ -239,12 +239,18 @@ def _explain_non_finite(costs_host: np.ndarray, objects: Objects, num_classes: i
 # --- Losses ---
 
 
-def box_divisor(num_boxes: int, device: torch.device | str) -> Tensor:
+def box_divisor(num_boxes: int, device: torch.device | str, over_ranks: bool = True) -> Tensor:
     """Return the divisor of all loss sums, as in TAO: ground-truth boxes averaged over ranks, at least 1.
 
     mmdet divides by matched queries, which differs when an image has more objects than queries.
+
+    Args:
+        num_boxes: of this rank's batch.
+        device: of the result.
+        over_ranks: whether to average over ranks, which all have to call this then.
     """
-    return reduce_mean(host_to_device([num_boxes], device, torch.float32)).clamp(min=1)
+    divisor = host_to_device([num_boxes], device, torch.float32)
+    return (reduce_mean(divisor) if over_ranks else divisor).clamp(min=1)
 
 
 def set_losses(
@@ -255,6 +261,8 @@ def set_losses(
     loss_cls: nn.Module,
     loss_bbox: nn.Module,
     loss_iou: nn.Module,
+    *,
+    over_ranks: bool = True,
 ) -> dict[str, Tensor]:
     """Compute the weighted losses of every layer, in float32.
 
@@ -266,13 +274,14 @@ def set_losses(
         loss_cls: mmdet's FocalLoss, with its ``loss_weight``.
         loss_bbox: mmdet's L1Loss, likewise.
         loss_iou: mmdet's GIoULoss, likewise.
+        over_ranks: see :func:`box_divisor`.
 
     Returns:
         ``loss_cls``, ``loss_bbox`` and ``loss_iou``, each (G,).
     """
     logits, boxes_cxcywh = logits.float(), boxes_cxcywh.float()
     num_layers, num_classes = logits.shape[0], logits.shape[-1]
-    divisor = box_divisor(len(objects.labels), logits.device)
+    divisor = box_divisor(len(objects.labels), logits.device, over_ranks)
 
     # One-hot targets: with indices, mmdet's focal loss would need mmcv's compiled op on a GPU.
     classes = torch.zeros_like(logits)

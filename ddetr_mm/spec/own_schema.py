@@ -98,6 +98,12 @@ class OwnSection(Section):
         doc="""Before training starts, check the annotations and a sample of the image files, and stop
         if they are wrong.""",
     )
+    validation_loss: StrictBool = spec_field(
+        True,
+        origin=OURS,
+        doc="""Compute the loss in the validations of training too, from the predictions made anyway: val_loss
+        and its parts in status.json, TensorBoard and the curves, as TAO does. false: the metrics alone.""",
+    )
     log_interval: PositiveInt = spec_field(50, origin=OURS, doc="Steps between two lines of the log.")
     non_finite: Literal["stop", "skip"] = spec_field(
         "stop",

@@ -157,6 +157,7 @@ HOOK_KEYS = (
     "model.pretrained_backbone_path",
     "ddetr_mm.checkpoint_entry",
     "ddetr_mm.use_ema",
+    "ddetr_mm.validation_loss",
 )
 WANDB_KEYS = tuple(
     f"wandb.{name}"
@@ -216,6 +217,8 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
         dict(type="AlarmHook", pretrained=pretrained),
         dict(type="NonFiniteHook", action=spec.ddetr_mm.non_finite),
     ]
+    if spec.ddetr_mm.validation_loss:
+        hooks.append(dict(type="ValidationLossHook"))
     if not spec.train.is_dry_run:
         hooks.append(dict(type="CurvesHook"))
     if spec.train.verbose:

@@ -79,6 +79,28 @@ def test_losses_rates_of_every_group_and_metrics_are_read_back(make_runner, tmp_
     assert "learning rate, 0.005" in page and "coco/bbox_mAP (epoch 2)" in page and "epoch 2 of 2" in page
 
 
+class FixedLoss(Hook):
+    """Adds a falling loss of validation, as ValidationLossHook does."""
+
+    priority = "HIGHEST"
+
+    def after_val_epoch(self, runner, metrics=None):
+        metrics.update({"val_loss": 10.0 - runner.epoch, "val_loss_cls": 3.0})
+        runner.message_hub.log_scalars.pop("val/val_loss", None)
+
+
+def test_the_loss_of_validation_is_drawn_over_steps(make_runner, tmp_path):
+    hooks = [FixedLoss(), CurvesHook()]
+    make_runner(hooks, epochs=2, batches=3, validate=True, default_hooks=EACH_STEP).train()
+    scalars = read(tmp_path / "train")
+    x, y = loss_series(scalars)["val_loss"]
+    assert x.tolist() == [3, 6] and y.tolist() == [9.0, 8.0]
+    assert "val_loss" not in ap_series(scalars)
+    page = (tmp_path / "train" / "curves.html").read_text()
+    assert "<td>val_loss (epoch 2)</td><td>8</td>" in page and "val_loss_cls (epoch 2)" in page
+    assert "at_step" not in page
+
+
 def test_the_page_is_live_while_training_runs(make_runner, tmp_path):
     pages = []
 

@@ -14,7 +14,12 @@ import torch
 from mmengine.logging import MMLogger
 
 import ddetr_mm.register  # noqa: F401
-from ddetr_mm.engine.hooks import LearningRateHook, PretrainedWeightsHook, ReplacedImagesHook
+from ddetr_mm.engine.hooks import (
+    LearningRateHook,
+    PretrainedWeightsHook,
+    ReplacedImagesHook,
+    ValidationLossHook,
+)
 from ddetr_mm.errors import DataError, WeightsError
 
 # --- Every change of the learning rates is told, in one line and only then ---
@@ -60,6 +65,59 @@ def test_schedules_that_count_steps_are_reported_by_step(make_runner, tmp_path):
         log_level="INFO",
     )
     assert told(runner) == ["Learning rates: 0.05 = 0.05", "Learning rates after step 2: 0.05 = 0.025"]
+
+
+# --- Losses of validation ---
+
+
+def validated(*batches: tuple[int, dict[str, float]], first_ids: list[int]) -> ValidationLossHook:
+    """The hook after these batches of so many images, with these losses."""
+    hook = ValidationLossHook()
+    head = types.SimpleNamespace(validates=False, validation_losses=None)
+    runner = types.SimpleNamespace(model=types.SimpleNamespace(bbox_head=head))
+    hook.before_val_epoch(runner)
+    assert head.validates
+    for number, (images, losses) in enumerate(batches):
+        head.validation_losses = {name: torch.tensor(value) for name, value in losses.items()}
+        outputs = [types.SimpleNamespace(img_id=first_ids[number] + image) for image in range(images)]
+        hook.after_val_iter(runner, number, None, outputs)
+        assert head.validation_losses is None
+    return hook
+
+
+def test_losses_of_validation_are_weighted_by_images_and_taken_once(monkeypatch):
+    first = (3, {"loss_cls": 1.0, "loss_bbox": 2.0, "d0.loss_cls": 4.0})
+    last = (1, {"loss_cls": 5.0, "loss_bbox": 0.0, "d0.loss_cls": 0.0})
+    mine = validated(first, first_ids=[10])
+    # The other rank has a batch of its own, and one of mine again.
+    other = validated(last, first, first_ids=[20, 10])
+    monkeypatch.setattr("mmengine.dist.all_gather_object", lambda own: [own, other._batches])
+    added: list[tuple[dict, int]] = []
+    board = types.SimpleNamespace(add_scalars=lambda values, step: added.append((values, step)))
+    head = types.SimpleNamespace(validates=True)
+    runner = types.SimpleNamespace(
+        model=types.SimpleNamespace(bbox_head=head),
+        visualizer=types.SimpleNamespace(get_backend={"TensorboardVisBackend": board}.get),
+        message_hub=types.SimpleNamespace(log_scalars={}),
+        epoch=3,
+    )
+    metrics = {"coco/bbox_mAP": 0.25, "coco/bbox_mAP_50": 0.5}
+    mine.after_val_epoch(runner, metrics)
+    assert metrics == {
+        "coco/bbox_mAP": 0.25,
+        "coco/bbox_mAP_50": 0.5,
+        "val_loss": 2.0 + 1.5 + 3.0,
+        "val_loss_cls": 2.0,
+        "val_loss_bbox": 1.5,
+    }
+    assert added == [({"val_mAP": 0.25, "val_mAP50": 0.5}, 3)] and not head.validates
+
+
+def test_a_head_without_losses_of_validation_is_left_alone(make_runner, tmp_path):
+    runner = make_runner([ValidationLossHook()], tmp_path, epochs=1, validate=True)
+    runner.train()
+    assert runner.message_hub.get_scalar("val/coco/bbox_mAP").current() == 0.1
+    assert not any("val_loss" in name for name in runner.message_hub.log_scalars)
 
 
 # --- Starting weights: loaded by name before the first step, left alone when a run goes on ---

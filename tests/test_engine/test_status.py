@@ -180,7 +180,7 @@ def test_lines_of_a_training_run(make_runner, tmp_path):
     ]
     losses = runner.message_hub.get_scalar("train/loss").data[0]
     assert written[2]["kpi"] == {"train_loss": pytest.approx(losses[:4].mean())}
-    assert written[3]["kpi"] == {"val_mAP": "0.1000", "val_mAP50": "0.2000"}
+    assert written[3]["kpi"] == {"val_mAP": "0.1", "val_mAP50": "0.2"}
     assert written[4]["kpi"] == written[3]["kpi"]
     progress = [line for line in written if line["message"] == "Training loop in progress"]
     assert [(line["epoch"], line["step"], line["max_epoch"], line["max_step"]) for line in progress] == [
@@ -222,7 +222,7 @@ def test_metrics_without_known_names_write_nothing(make_runner, tmp_path):
     runner = make_runner([], epochs=1)
     hook.after_val_epoch(runner, {"accuracy": 1.0})
     assert not (tmp_path / "status.json").exists()
-    hook.after_test_epoch(runner, {"coco/bbox_mAP": 0.5, "coco/bbox_mAP_50": -1.0, "loss": 7.5})
+    hook.after_test_epoch(runner, {"coco/bbox_mAP": 1 / 3, "coco/bbox_mAP_50": -1.0, "loss": 7.5})
     (line,) = hook_lines(tmp_path / "status.json")
     assert line["message"] == "Test metrics generated."
-    assert line["kpi"] == {"test_mAP": "0.5000", "test_mAP50": "-1.0000", "test_loss": 7.5}
+    assert line["kpi"] == {"test_mAP": "0.3333333333333333", "test_mAP50": "-1.0", "test_loss": 7.5}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detr_builders import assigner_config, golden, head_config, instances
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 
 from ddetr_mm.errors import InputError
 from ddetr_mm.models import TAODeformableDETRHead
@@ -52,6 +53,48 @@ def test_losses_and_gradients_meet_tao() -> None:
     total.backward()
     np.testing.assert_allclose(logits.grad, expected["grad_logits"], atol=1e-4)
     np.testing.assert_allclose(boxes.grad, expected["grad_boxes"], atol=1e-4)
+
+
+def samples_at_half_size(truth: list, metas: list[dict]) -> list[DetDataSample]:
+    """Samples of validation: the images were resized to half, the ground truth is in original pixels."""
+    found = []
+    for gt, meta in zip(truth, metas, strict=True):
+        height, width = meta["img_shape"]
+        sample = DetDataSample(metainfo={"img_shape": (height // 2, width // 2), "scale_factor": (0.5, 0.5)})
+        sample.gt_instances = gt
+        found.append(sample)
+    return found
+
+
+def test_losses_of_validation_are_those_of_training(monkeypatch) -> None:
+    _, logits, boxes, truth, metas = reference()
+    head = build()
+    hidden = torch.zeros(len(logits), len(truth), logits.shape[2], 32)
+    monkeypatch.setattr(head, "forward", lambda *_: (logits, boxes))
+    monkeypatch.setattr(head, "forward_layer", lambda layer, *_: (logits[layer], boxes[layer]))
+    samples = samples_at_half_size(truth, metas)
+    plain = head.predict(hidden, [None] * len(hidden), samples)
+    assert head.validation_losses is None
+    # No rank may wait for another: they have unequal numbers of batches.
+    monkeypatch.setattr("ddetr_mm.models.losses.reduce_mean", None)
+    head.validates = True
+    found = head.predict(hidden, [None] * len(hidden), samples)
+    monkeypatch.undo()
+    halves = [{"img_shape": (SIZE_HW[0] // 2, SIZE_HW[1] // 2)} for _ in truth]
+    in_halves = [instances(gt.labels, (gt.bboxes / 2).tolist()) for gt in truth]
+    expected = head.loss_by_feat(logits, boxes, None, None, in_halves, halves)
+    assert head.validation_losses.keys() == expected.keys() and len(expected) == 9
+    for name, value in expected.items():
+        assert head.validation_losses[name].item() == pytest.approx(value.item(), rel=1e-6)
+    for one, other in zip(plain, found, strict=True):
+        assert torch.equal(one.bboxes, other.bboxes) and torch.equal(one.scores, other.scores)
+
+
+def test_predictions_that_are_not_finite_do_not_end_a_validation(monkeypatch) -> None:
+    _, logits, boxes, truth, metas = reference()
+    monkeypatch.setattr("ddetr_mm.models.losses.reduce_mean", None)
+    losses = build().loss_by_feat(logits * float("nan"), boxes, None, None, truth, metas, in_training=False)
+    assert len(losses) == 9 and all(value.isnan() for value in losses.values())
 
 
 def test_a_batch_of_fillers_has_no_weight() -> None:

@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from mmdet.registry import HOOKS
+from mmdet.registry import HOOKS, MODELS
+from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
+from mmengine.runner import Runner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_scene import GIVEN, TINY, Scene
 from torch import nn
 
@@ -290,6 +293,60 @@ def test_checkpoints_by_step_and_resuming_from_a_named_one(train, tmp_path: Path
     assert any(line["message"] == f"Resuming training from checkpoint: {named}" for line in lines)
     assert checkpoints(resumed) == ["model_epoch_001.pth"]
     assert torch.load(resumed / "model_epoch_001.pth", weights_only=True)["meta"]["iter"] == 8
+
+
+def losses_by_hand(folder: Path, checkpoint: Path) -> dict[str, float]:
+    """The head's losses on the validation data, with boxes resized by the pipeline, as training has them."""
+    config = Config.fromfile(str(folder / "config.py"))
+    model = MODELS.build(config.model)
+    model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
+    loader = config.val_dataloader
+    load, resize, annotations, pack = loader.dataset.pipeline
+    loader.dataset.pipeline = [load, annotations, resize, pack]
+    loader.sampler = dict(type="DefaultSampler", shuffle=False)
+    means: dict[str, float] = {}
+    batches = list(Runner.build_dataloader(loader))
+    images = sum(len(batch["inputs"]) for batch in batches)
+    with torch.no_grad():
+        for batch in batches:
+            data = model.eval().data_preprocessor(batch, training=False)
+            samples = data["data_samples"]
+            outputs = model(data["inputs"], samples, mode="tensor")
+            truth = [sample.gt_instances for sample in samples]
+            metas = [sample.metainfo for sample in samples]
+            for name, value in model.bbox_head.loss_by_feat(*outputs, None, None, truth, metas).items():
+                means[name] = means.get(name, 0.0) + value.item() * len(data["inputs"]) / images
+    return means
+
+
+def test_losses_of_validation(train):
+    folder = train(
+        "train.num_epochs=2", "train.validation_interval=1", "dataset.augmentation.fixed_padding=True"
+    )
+    lines = [json.loads(line) for line in (folder / "status.json").read_text().splitlines()]
+    kpis = [line["kpi"] for line in lines if line["message"] == "Eval metrics generated."]
+    assert len(kpis) == 2
+    for number, kpi in enumerate(kpis):
+        expected = losses_by_hand(folder, folder / f"model_epoch_00{number}.pth")
+        assert kpi["val_loss"] == pytest.approx(sum(expected.values()), rel=1e-5)
+        for name in ("loss_cls", "loss_bbox", "loss_iou"):
+            assert kpi[f"val_{name}"] == pytest.approx(expected[name], rel=1e-5)
+    point = scalars(folder).val[-1]
+    assert {name: point[name] for name in kpis[-1] if "loss" in name} == {
+        name: value for name, value in kpis[-1].items() if "loss" in name
+    }
+    assert kpis[-1]["val_mAP"] == str(point["coco/bbox_mAP"])
+    events = EventAccumulator(str(next(folder.glob("*/vis_data"))))
+    events.Reload()
+    for name, value in kpis[-1].items():
+        assert events.Scalars(name)[-1].value == pytest.approx(float(value))
+
+
+def test_losses_of_validation_can_be_left_out(train):
+    folder = train("ddetr_mm.validation_loss=False")
+    lines = [json.loads(line) for line in (folder / "status.json").read_text().splitlines()]
+    (kpi,) = [line["kpi"] for line in lines if line["message"] == "Eval metrics generated."]
+    assert list(kpi) == ["val_mAP", "val_mAP50"]
 
 
 def test_a_dry_run_takes_one_step_and_leaves_no_checkpoint(train):
