@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from ddetr_mm.spec.describe import FieldInfo, flow, iter_fields  # noqa: E402 - the checkout
 from ddetr_mm.spec.notes import CONDITIONS, NO_EFFECT  # noqa: E402
+from ddetr_mm.spec.readers import ALL, USED_IF_GIVEN, readers_of  # noqa: E402
 from ddetr_mm.spec.schema import ConvertSpec, ExperimentSpec  # noqa: E402
 
 SOURCE = ROOT / "docs" / "fields.csv"
@@ -30,7 +31,8 @@ HEAD = """\
 # Every field of a spec
 
 What each field becomes, and the test that shows its effect. A field without effect is reported in one line at
-start when it is set to another value than its default. Made by `tools/fields_table.py` from the schema and
+start when it is set to another value than its default. A value is checked by the subtasks that read it alone;
+"where given" are those that can do without. Made by `tools/fields_table.py` from the schema and
 `docs/fields.csv`; [migrating-from-tao.md](migrating-from-tao.md) lists the differences from TAO.
 
 Names in `code` in the third column are those of the mmengine config that `ddetr-mm translate` writes.
@@ -85,8 +87,8 @@ def lines() -> Iterator[str]:
     effects = known_effects()
     for section, fields in groupby(iter_fields(), key=section_of):
         yield f"## {section}\n"
-        yield "| field | default; values | what it becomes | shown by |"
-        yield "| --- | --- | --- | --- |"
+        yield "| field | default; values | what it becomes | read by | shown by |"
+        yield "| --- | --- | --- | --- | --- |"
         for info in fields:
             yield "| " + " | ".join(escaped(cell) for cell in cells(info, effects)) + " |"
         yield ""
@@ -99,18 +101,31 @@ def section_of(info: FieldInfo) -> str:
     return info.path.partition(".")[0] if "." in info.path else "at the top"
 
 
-def cells(info: FieldInfo, effects: dict[str, Effect]) -> tuple[str, str, str, str]:
-    """The four cells of a field."""
+def read_by(path: str) -> str:
+    """The subtasks that read a field, in words."""
+    if path.startswith("convert:"):
+        return "convert"
+    subtasks, optional = readers_of(path), ()
+    for name, more in USED_IF_GIVEN.items():
+        if path == name or path.startswith(f"{name}["):
+            optional = more
+    words = "all" if subtasks == ALL else ", ".join(subtasks)
+    return words + (f"; where given {', '.join(optional)}" if optional else "")
+
+
+def cells(info: FieldInfo, effects: dict[str, Effect]) -> tuple[str, str, str, str, str]:
+    """The five cells of a field."""
     default = info.default if info.default == "???" else flow(info.default)
     values = [f"`{default}`", info.type]
     values += [info.bounds] if info.bounds else []
     values += [", ".join(map(str, info.options))] if info.options else []
     reason = reason_without_effect(info.path)
     if reason is not None:
-        return f"`{info.path}`", "; ".join(values), f"no effect: {reason}", link(REPORTED)
+        return f"`{info.path}`", "; ".join(values), f"no effect: {reason}", "none", link(REPORTED)
     effect = effects.get(info.path, Effect("", ()))
     becomes = " ".join([effect.becomes, *conditions_of(info.path)])
-    return f"`{info.path}`", "; ".join(values), becomes, ", ".join(map(link, effect.tests))
+    tests = ", ".join(map(link, effect.tests))
+    return f"`{info.path}`", "; ".join(values), becomes, read_by(info.path), tests
 
 
 def link(test: str) -> str:

@@ -64,6 +64,7 @@ def spec_field(
     placeholder: bool = False,
     single: bool = False,
     secret: bool = False,
+    filled: bool = False,
     **bounds: Any,
 ) -> Any:
     """Declare a field of a section.
@@ -76,13 +77,14 @@ def spec_field(
         placeholder: the default spec shows ``???``: there is no sensible default.
         single: one item is accepted where a list of them is expected.
         secret: the value never appears in messages or written files.
+        filled: an empty list counts as not given.
         **bounds: ``ge``, ``gt``, ``le`` or ``lt``, as in pydantic.
 
     Returns:
         A pydantic field (typed ``Any``, as pydantic's own ``Field`` is).
     """
     extra: dict[str, Any] = dict(
-        origin=origin, alias=alias, placeholder=placeholder, single=single, secret=secret
+        origin=origin, alias=alias, placeholder=placeholder, single=single, secret=secret, filled=filled
     )
     return Field(
         default,
@@ -140,6 +142,7 @@ class SchemaField:
         placeholder: there is no sensible default.
         single: one item is accepted where a list of them is expected.
         secret: the value never appears in messages or written files.
+        filled: an empty list counts as not given.
     """
 
     name: str
@@ -160,6 +163,7 @@ class SchemaField:
     placeholder: bool = False
     single: bool = False
     secret: bool = False
+    filled: bool = False
 
     @property
     def is_plain_section(self) -> bool:

@@ -2,7 +2,9 @@
 
 The tree of the YAML file is matched against the schema (:class:`_Binder`), references to other values are
 resolved (:mod:`~ddetr_mm.spec.interpolation`), and pydantic converts and checks the values. Every step adds
-to one :class:`_Report`, so that all problems of a spec are reported at once.
+to one :class:`_Report`, so that all problems of a spec are reported at once. Problems of values that the
+subtask does not read (:mod:`~ddetr_mm.spec.readers`) become notes. Blank text, null, ``[]`` and ``[""]``
+count as not given.
 """
 
 from __future__ import annotations
@@ -43,8 +45,10 @@ from ddetr_mm.spec.interpolation import (
 )
 from ddetr_mm.spec.notes import agree_on_gpus, drop_overruled_gpus, notes_of_doubt, notes_without_effect
 from ddetr_mm.spec.overrides import apply_overrides
-from ddetr_mm.spec.rules import incomplete_sources, missing_fields, violations
-from ddetr_mm.spec.schema import SUBTASKS, ConvertSpec, ExperimentSpec, Spec, root_of, suggest_key
+from ddetr_mm.spec.readers import Reader, reader_of
+from ddetr_mm.spec.releases import newer_default, suggest_key
+from ddetr_mm.spec.rules import drop_blank_sources, incomplete_sources, missing_fields, violations
+from ddetr_mm.spec.schema import SUBTASKS, ConvertSpec, ExperimentSpec, Spec, root_of
 from ddetr_mm.spec.yaml_source import Branch, Leaf, Listing, Tree, parse_yaml, read_text
 
 MAX_PROBLEMS = 100
@@ -137,9 +141,12 @@ def load_spec_text(
     values = binder.section(tree, root)
     references = _resolve(root, values, binder.interpolations, report)
     spec = _validate(root, values, references, report)
-    _check_rules(spec, subtask, require_mandatory, report)
-    SpecError.collect(_shortened([*problems, *report.problems], file))
-    notes = binder.notes + notes
+    reader = reader_of(spec, subtask)
+    if isinstance(spec, ExperimentSpec):
+        drop_blank_sources(spec)
+    _check_rules(spec, reader, require_mandatory, report)
+    SpecError.collect(_shortened([*problems, *report.problems_of(reader)], file))
+    notes = binder.notes + notes + report.notes_of(reader)
     if isinstance(spec, ExperimentSpec):
         notes += agree_on_gpus(spec, set(report.where))
     notes += notes_without_effect(spec, report.where)
@@ -163,13 +170,14 @@ def _shortened(problems: list[Problem], file: Path) -> list[Problem]:
     return [*problems[:MAX_PROBLEMS], Problem(f"{more} more problems are not shown", file=file)]
 
 
-def _check_rules(spec: Spec, subtask: str | None, require_mandatory: bool, report: _Report) -> None:
+def _check_rules(spec: Spec, reader: Reader, require_mandatory: bool, report: _Report) -> None:
     """Check the rules between fields, and that the subtask has what it needs."""
-    faults = list(violations(spec, subtask, report.faulty))
+    faults = list(violations(spec, reader, report.faulty))
     if isinstance(spec, ExperimentSpec):
-        faults += incomplete_sources(spec)
-    if subtask is not None and require_mandatory:
-        faults += (one for one in missing_fields(spec, subtask) if not report.has_problem_below(one.path))
+        faults += incomplete_sources(spec, reader)
+    if reader.subtask is not None and require_mandatory:
+        needed = missing_fields(spec, reader.subtask)
+        faults += (one for one in needed if not report.has_problem_below(one.path))
     for fault in faults:
         report.add(fault.path, fault.what, **fault.words())
 
@@ -179,18 +187,42 @@ class _Report:
 
     Attributes:
         where: dotted path → ``"line 12"`` or ``"override"``, for everything the user wrote.
-        problems: in the order they were found.
+        problems: in the order they were found, each with its dotted path; None for a problem of the spec
+            itself, such as an unknown key.
         faulty: dotted paths that have a problem.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.where: dict[str, str] = {}
-        self.problems: list[Problem] = []
+        self.problems: list[tuple[str | None, Problem]] = []
         self.faulty: set[str] = set()
 
-    def add(self, path: str | Steps, what: str, where: str | None = None, **more: Any) -> None:
-        """Record a problem, unless the value or a section around it has one already."""
+    def problems_of(self, reader: Reader) -> list[Problem]:
+        """The problems that matter to a subtask."""
+        return [problem for path, problem in self.problems if path is None or reader.reads(path)]
+
+    def notes_of(self, reader: Reader) -> list[str]:
+        """One line for every problem that does not."""
+        return [
+            f"{path} ({self.where.get(path, 'default')}) {problem.what}: "
+            f"no matter, as {reader.subtask} does not read it"
+            for path, problem in self.problems
+            if path is not None and not reader.reads(path)
+        ]
+
+    def add(
+        self, path: str | Steps, what: str, where: str | None = None, *, of_spec: bool = False, **more: Any
+    ) -> None:
+        """Record a problem, unless the value or a section around it has one already.
+
+        Args:
+            path: of the value.
+            what: what is wrong.
+            where: its line, where :attr:`where` does not have it.
+            of_spec: whether it matters whichever subtask reads the spec.
+            more: ``value``, ``allowed`` and ``hint`` of the problem.
+        """
         name = path if isinstance(path, str) else dotted(path)
         if self.has_problem(name):
             return
@@ -198,7 +230,8 @@ class _Report:
         if name == "encryption_key":
             more.pop("value", None)
         place = f"{name}, {where}" if where else self._place(name)
-        self.problems.append(Problem(what, file=self.file, where=place, **more))
+        problem = Problem(what, file=self.file, where=place, **more)
+        self.problems.append((None if of_spec else name, problem))
 
     def has_problem(self, name: str) -> bool:
         """Whether a value, or a list or section around it, has a problem."""
@@ -243,23 +276,25 @@ class _Binder:
 
     def section(self, tree: Tree | None, cls: type[Section], path: Steps = ()) -> dict[str, Any]:
         """The values of a section, by field name; unknown and wrong ones are left out."""
-        if tree is None or (isinstance(tree, Leaf) and tree.value is None):
+        if tree is None or (isinstance(tree, Leaf) and tree.value is None) or (path and _is_blank(tree)):
             return {}
         known = fields_of(cls)
         if not isinstance(tree, Branch):
             what = "is not a section" if path else "the spec is not a mapping of keys to values"
             allowed = "lines of key: value below it, of " + ", ".join(known)
-            self.report.add(path or ("the file",), what, tree.where, allowed=allowed)
+            self.report.add(path or ("the file",), what, tree.where, of_spec=not path, allowed=allowed)
             return {}
         values: dict[str, Any] = {}
         for key, item in tree.items.items():
             name = field_names(cls).get(key)
-            if name is None:
+            if name is None and newer_default(self.root, dotted((*path, key)), item):
+                self.note((*path, key), item, "is a key of a newer TAO at its default: no effect")
+            elif name is None:
                 hint = None
                 if len(self.report.problems) < MAX_HINTS:
                     prefix = dotted(path) + "." if path else ""
                     hint = suggest_key(self.root, prefix, key, known)
-                self.report.add((*path, key), "is not a key of the spec", item.where, hint=hint)
+                self.report.add((*path, key), "is not a key of the spec", item.where, of_spec=True, hint=hint)
             elif name == key or self.accept_alias((*path, key), name, item, tree):
                 self.field(values, known[name], item, (*path, name))
         return values
@@ -269,7 +304,7 @@ class _Binder:
         other = dotted((*path[:-1], name))
         if name in parent.items:
             what = f"is another name of {other}, which is given too"
-            self.report.add(path, what, item.where, hint="keep one")
+            self.report.add(path, what, item.where, of_spec=True, hint="keep one")
             return False
         self.note(path, item, f"is read as {other}")
         return True
@@ -277,16 +312,12 @@ class _Binder:
     def field(self, values: dict[str, Any], one: SchemaField, tree: Tree, path: Steps) -> None:
         """Put the value of one field into ``values``, unless it is wrong."""
         self.report.where[dotted(path)] = tree.where
+        if _is_blank(tree):
+            self.blank(values, one, tree, path)
+            return
         if isinstance(tree, Leaf):
             if tree.value == PLACEHOLDER:
-                if not one.placeholder:
-                    self.report.add(path, "still holds the placeholder ???", hint="give a value")
-                return
-            if tree.value is None and not one.is_plain_section:
-                if one.optional:
-                    values[one.name] = None
-                else:
-                    self.report.add(path, "has no value", value=None, allowed=one.words())
+                self.report.add(path, "still holds the placeholder ???", hint="give a value")
                 return
             wrapped = one.kind is Kind.SCALARS and one.single
             if not one.is_plain_section and not wrapped and self.is_interpolation(tree, path, one):
@@ -304,6 +335,22 @@ class _Binder:
                 self.report.add(path, f"is {shown}", allowed=one.words())
         else:
             self.listing(values, one, tree, path)
+
+    def blank(self, values: dict[str, Any], one: SchemaField, tree: Tree, path: Steps) -> None:
+        """A field that is there and not given: null where that is a value, else the default, with a note.
+
+        ``???`` counts only where a spec may hold it, as TAO's templates do: in fields without a default.
+        """
+        is_null = isinstance(tree, Leaf) and tree.value is None
+        if _has_placeholder(tree) and not (one.placeholder or one.optional):
+            self.report.add(path, "still holds the placeholder ???", hint="give a value")
+        elif one.optional and (is_null or one.default is None or (one.base is str and one.default)):
+            keeps_list = one.kind is Kind.SCALARS and isinstance(tree, Listing) and one.default is not None
+            values[one.name] = [] if keeps_list else None
+        elif one.kind is Kind.SCALARS and isinstance(tree, Listing) and not one.filled:
+            values[one.name] = []
+        elif one.kind in (Kind.SCALAR, Kind.SCALARS) and one.default not in (None, "", []):
+            self.note(path, tree, f"is blank: its default, {_shown(one.default)}, is used")
 
     def is_interpolation(self, leaf: Leaf, path: Steps, one: SchemaField | None, item: bool = False) -> bool:
         """Whether a value has ``${...}`` that is to be resolved; if so, remember its path.
@@ -409,6 +456,24 @@ class _Binder:
         return tree.value
 
 
+def _is_blank(tree: Tree) -> bool:
+    """Whether a value is not given: null, blank text, ``???``, ``[]``, or a list of these."""
+    if isinstance(tree, Leaf):
+        return tree.value is None or (
+            isinstance(tree.value, str) and tree.value.strip(" ") in ("", PLACEHOLDER)
+        )
+    return isinstance(tree, Listing) and all(isinstance(one, Leaf) and _is_blank(one) for one in tree.items)
+
+
+def _has_placeholder(tree: Tree) -> bool:
+    items = tree.items if isinstance(tree, Listing) else [tree]
+    return any(isinstance(one, Leaf) and one.value == PLACEHOLDER for one in items)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 _SECTION_KINDS = (Kind.SECTION, Kind.SECTIONS)
 _TRUE, _FALSE = ("true", "yes", "on", "y", "1"), ("false", "no", "off", "n", "0")
 _BOOLEANS = dict.fromkeys(_TRUE, True) | dict.fromkeys(_FALSE, False)
@@ -476,11 +541,21 @@ def _resolve(
             report.add(path, str(error), value=resolver.raw_value(keys), allowed=FORMS)
             _remove(values, path, root)
             continue
+        if one is not None and isinstance(path[-1], str) and _is_blank_result(result, one):
+            _remove(values, path, root)
+            continue
         if one is not None and not isinstance(result, (dict, list)) and result is not None:
             result = _as_input(result, str(result), one)
         references[path] = resolver.uses[keys]
         _replace(values, path, copy.deepcopy(result))
     return references
+
+
+def _is_blank_result(result: Any, one: SchemaField) -> bool:
+    """Whether what a reference leads to is not given, for a field to which that is no value."""
+    if isinstance(result, str) and not result.strip(" "):
+        return one.base is not str or one.options is not None or one.pattern is not None
+    return result == [] and one.filled
 
 
 def _parent(values: Any, path: Steps) -> Any:
@@ -591,6 +666,4 @@ def _report_value(
         allowed = one.value_words() if isinstance(path[-1], int) else one.words()
         report.add(path, "cannot be resolved: it refers to a value of another type", allowed=allowed)
     else:
-        blank = isinstance(value, str) and value.strip() == ""
-        hint = "give a value or leave the key out" if blank else None
-        report.add(path, "is of the wrong type", value=value, allowed=one.value_words(), hint=hint)
+        report.add(path, "is of the wrong type", value=value, allowed=one.value_words())

@@ -14,7 +14,7 @@ from typing import Any
 
 from ddetr_mm.errors import Problem
 from ddetr_mm.spec.fields import Kind, SchemaField, Section, field_names, fields_of
-from ddetr_mm.spec.schema import suggest_key
+from ddetr_mm.spec.releases import suggest_key
 from ddetr_mm.spec.yaml_source import OVERRIDE, Branch, Leaf, Listing, Tree, parse_yaml, plain_leaf
 
 FORM = "key=value with a dotted key, as in train.num_epochs=20 or 'train.optim.lr_steps=[10, 20]'"

@@ -1,19 +1,21 @@
 """Rules between the fields of a spec, and what each subtask needs.
 
 A rule is a function in a table. It names the fields it reads and is skipped when one of them is wrong, so
-that one mistake gives one message. It yields a :class:`Fault` for every violation.
+that one mistake gives one message, and when the subtask does not read one of them
+(:mod:`~ddetr_mm.spec.readers`). It yields a :class:`Fault` for every violation.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ddetr_mm.spec.fields import get_field
+from ddetr_mm.spec.readers import Reader
 from ddetr_mm.spec.schema import ConvertSpec, EvaluateConfig, ExperimentSpec, InferenceConfig, Spec, root_of
 
 Check = Callable[[Any], Iterator["Fault"]]
@@ -43,14 +45,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Rule:
-    """A check and when it applies.
+    """A check and what it is about.
 
     Attributes:
         name: the function's name.
         doc: the rule in one sentence.
         root: the kind of spec it is about.
         reads: dotted paths of the fields it looks at.
-        subtasks: the subtasks it applies to; empty: all.
         check: yields the faults.
     """
 
@@ -58,36 +59,35 @@ class Rule:
     doc: str
     root: type
     reads: tuple[str, ...]
-    subtasks: tuple[str, ...]
     check: Check
 
 
 RULES: list[Rule] = []
 
 
-def rule(*reads: str, subtasks: Iterable[str] = (), root: type = ExperimentSpec) -> Callable[[Check], Check]:
+def rule(*reads: str, root: type = ExperimentSpec) -> Callable[[Check], Check]:
     """Put a function into :data:`RULES`."""
 
     def register(check: Check) -> Check:
         doc = (check.__doc__ or "").strip()
-        RULES.append(Rule(check.__name__, doc, root, reads, tuple(subtasks), check))
+        RULES.append(Rule(check.__name__, doc, root, reads, check))
         return check
 
     return register
 
 
-def violations(spec: Spec, subtask: str | None, faulty: Collection[str]) -> Iterator[Fault]:
+def violations(spec: Spec, reader: Reader, faulty: Collection[str]) -> Iterator[Fault]:
     """The faults of all rules that apply.
 
     Args:
         spec: the typed spec.
-        subtask: None applies every rule of this kind of spec.
+        reader: what is read of it.
         faulty: dotted paths that have a problem already: fields, sections, and items (``path[2]``).
     """
     for one in RULES:
         if not isinstance(spec, one.root) or any(_concerns(path, faulty) for path in one.reads):
             continue
-        if one.subtasks and subtask is not None and subtask not in one.subtasks:
+        if not all(map(reader.reads, one.reads)):
             continue
         yield from one.check(spec)
 
@@ -119,9 +119,9 @@ def levels_match_indices(spec: ExperimentSpec) -> Iterator[Fault]:
 
 @rule("model.return_interm_indices")
 def indices_ascend(spec: ExperimentSpec) -> Iterator[Fault]:
-    """return_interm_indices is not empty, ascends without repeats, and is not 4 alone."""
+    """return_interm_indices ascends without repeats, and is not 4 alone."""
     indices = spec.model.return_interm_indices
-    if not indices or any(low >= high for low, high in pairwise(indices)):
+    if any(low >= high for low, high in pairwise(indices)):
         yield Fault(
             "model.return_interm_indices",
             "must ascend without repeats",
@@ -176,10 +176,10 @@ def selection_exists(spec: ExperimentSpec) -> Iterator[Fault]:
 
 @rule("model.loss_types")
 def some_loss(spec: ExperimentSpec) -> Iterator[Fault]:
-    """loss_types is not empty and names each loss once."""
+    """loss_types names each loss once."""
     kinds = spec.model.loss_types
-    if not kinds or len(set(kinds)) < len(kinds):
-        yield Fault("model.loss_types", "must name each loss once, and at least one", kinds)
+    if len(set(kinds)) < len(kinds):
+        yield Fault("model.loss_types", "must name each loss once", kinds)
 
 
 @rule("ddetr_mm.backbone")
@@ -230,15 +230,6 @@ def jitter_size_fits(spec: ExperimentSpec) -> Iterator[Fault]:
         )
 
 
-@rule("dataset.augmentation.scales", "dataset.augmentation.train_random_resize")
-def sizes_to_draw_from(spec: ExperimentSpec) -> Iterator[Fault]:
-    """scales and train_random_resize are not empty."""
-    for name in ("scales", "train_random_resize"):
-        sizes = getattr(spec.dataset.augmentation, name)
-        if not sizes:
-            yield Fault(f"dataset.augmentation.{name}", "is empty", sizes, allowed="at least one size")
-
-
 @rule("dataset.augmentation.input_mean", "dataset.augmentation.input_std")
 def channels_of_statistics(spec: ExperimentSpec) -> Iterator[Fault]:
     """input_mean and input_std have 1 or 3 entries."""
@@ -256,8 +247,6 @@ def evaluated_classes_exist(spec: ExperimentSpec) -> Iterator[Fault]:
     ids, most = spec.dataset.eval_class_ids, spec.dataset.num_classes - 1
     if ids is None:
         return
-    if not ids:
-        yield Fault("dataset.eval_class_ids", "is empty", ids, hint="list category ids, or use null for all")
     beyond = [one for one in ids if one > most]
     if beyond:
         yield Fault(
@@ -273,7 +262,7 @@ def evaluated_classes_exist(spec: ExperimentSpec) -> Iterator[Fault]:
 # Training
 
 
-@rule("train.checkpoint_interval", "train.checkpoint_interval_unit", "train.num_epochs", subtasks=["train"])
+@rule("train.checkpoint_interval", "train.checkpoint_interval_unit", "train.num_epochs")
 def some_checkpoint(spec: ExperimentSpec) -> Iterator[Fault]:
     """checkpoint_interval, in epochs, is at most num_epochs."""
     interval, epochs = spec.train.checkpoint_interval, spec.train.num_epochs
@@ -286,7 +275,7 @@ def some_checkpoint(spec: ExperimentSpec) -> Iterator[Fault]:
         )
 
 
-@rule("train.validation_interval", "train.num_epochs", subtasks=["train"])
+@rule("train.validation_interval", "train.num_epochs")
 def some_validation(spec: ExperimentSpec) -> Iterator[Fault]:
     """validation_interval is at most num_epochs."""
     interval, epochs = spec.train.validation_interval, spec.train.num_epochs
@@ -312,16 +301,21 @@ def decay_steps_ascend(spec: ExperimentSpec) -> Iterator[Fault]:
         )
 
 
-@rule("train.gpu_ids", "evaluate.gpu_ids", "inference.gpu_ids")
-def gpus_named_once(spec: ExperimentSpec) -> Iterator[Fault]:
-    """gpu_ids names at least one GPU, and each once."""
-    for name in ("train", "evaluate", "inference"):
+def _gpus_named_once(name: str) -> Check:
+    def gpus_named_once(spec: ExperimentSpec) -> Iterator[Fault]:
+        """gpu_ids names each GPU once."""
         ids = getattr(spec, name).gpu_ids
-        if not ids or len(set(ids)) < len(ids):
-            yield Fault(f"{name}.gpu_ids", "must name each GPU once, and at least one", ids)
+        if len(set(ids)) < len(ids):
+            yield Fault(f"{name}.gpu_ids", "must name each GPU once", ids)
+
+    return gpus_named_once
 
 
-@rule("model.precise_msda", "ddetr_mm.attention", subtasks=["train"])
+for _name in ("train", "evaluate", "inference"):
+    rule(f"{_name}.gpu_ids")(_gpus_named_once(_name))
+
+
+@rule("model.precise_msda", "ddetr_mm.attention")
 def deterministic_attention_exists(spec: ExperimentSpec) -> Iterator[Fault]:
     """model.precise_msda needs an attention that has a deterministic form: auto or triton."""
     if spec.model.precise_msda and spec.ddetr_mm.attention in ("mmcv", "torch"):
@@ -336,13 +330,13 @@ def deterministic_attention_exists(spec: ExperimentSpec) -> Iterator[Fault]:
 # Inference, export, engines
 
 
-@rule("evaluate.input_width", "evaluate.input_height", subtasks=["evaluate"])
+@rule("evaluate.input_width", "evaluate.input_height")
 def both_sides_of_evaluation(spec: ExperimentSpec) -> Iterator[Fault]:
     """evaluate.input_width and input_height are given together."""
     yield from _both_sides("evaluate", spec.evaluate)
 
 
-@rule("inference.input_width", "inference.input_height", subtasks=["inference"])
+@rule("inference.input_width", "inference.input_height")
 def both_sides_given(spec: ExperimentSpec) -> Iterator[Fault]:
     """inference.input_width and input_height are given together."""
     yield from _both_sides("inference", spec.inference)
@@ -359,26 +353,31 @@ def _both_sides(name: str, settings: EvaluateConfig | InferenceConfig) -> Iterat
         )
 
 
-@rule("export.input_channel", subtasks=["export"])
+@rule("export.input_channel")
 def three_channels(spec: ExperimentSpec) -> Iterator[Fault]:
     """The exported network takes 3 channels."""
     if spec.export.input_channel != 3:
         yield Fault("export.input_channel", "cannot be exported", spec.export.input_channel, allowed="3")
 
 
-@rule("export.format", subtasks=["export"])
+@rule("export.format")
 def onnx_only(spec: ExperimentSpec) -> Iterator[Fault]:
     """export writes ONNX."""
     if spec.export.format != "onnx":
         yield Fault("export.format", "cannot be written here", spec.export.format, allowed="onnx")
 
 
-@rule("export.batch_size", "gen_trt_engine.batch_size", "evaluate.batch_size", "inference.batch_size")
-def batch_not_empty(spec: ExperimentSpec) -> Iterator[Fault]:
-    """A batch size is -1 or at least 1, never 0."""
-    for name in ("export", "gen_trt_engine", "evaluate", "inference"):
+def _batch_not_empty(name: str) -> Check:
+    def batch_not_empty(spec: ExperimentSpec) -> Iterator[Fault]:
+        """A batch size is -1 or at least 1, never 0."""
         if getattr(spec, name).batch_size == 0:
             yield Fault(f"{name}.batch_size", "is out of range", 0, allowed="-1, or at least 1")
+
+    return batch_not_empty
+
+
+for _name in ("export", "evaluate", "inference"):
+    rule(f"{_name}.batch_size")(_batch_not_empty(_name))
 
 
 _TRT = "gen_trt_engine.tensorrt."
@@ -508,8 +507,6 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     Requirement("gen_trt_engine", _CALIBRATION + "cal_cache_file", only_with=_INT8),
 )
 
-_SOURCE_LISTS = ("train_data_sources", "val_data_sources")
-
 
 def requirements_of(path: str, root: type) -> list[Requirement]:
     """The requirements on a field of one kind of spec, for documentation."""
@@ -537,22 +534,36 @@ def missing_fields(spec: Spec, subtask: str) -> Iterator[Fault]:
         )
 
 
-def incomplete_sources(spec: ExperimentSpec) -> Iterator[Fault]:
-    """A fault for every data source without its folder or annotation file."""
-    sources: list[tuple[str, Any, tuple[str, ...]]] = []
-    for name in _SOURCE_LISTS:
-        for index, source in enumerate(getattr(spec.dataset, name) or []):
-            sources.append((f"dataset.{name}[{index}]", source, ("image_dir", "json_file")))
-    if spec.dataset.test_data_sources is not None:
-        sources.append(
-            ("dataset.test_data_sources", spec.dataset.test_data_sources, ("image_dir", "json_file"))
-        )
-    if spec.dataset.infer_data_sources is not None:
-        sources.append(("dataset.infer_data_sources", spec.dataset.infer_data_sources, ("image_dir",)))
-    for path, source, parts in sources:
-        for part in parts:
-            if not _is_set(getattr(source, part)):
-                yield Fault(f"{path}.{part}", "is not given", hint=f"add {part}: to the source")
+_PARTS = {
+    "train_data_sources": ("image_dir", "json_file"),
+    "val_data_sources": ("image_dir", "json_file"),
+    "test_data_sources": ("image_dir", "json_file"),
+    "infer_data_sources": ("image_dir",),
+}
+"""A source of ``dataset`` → the parts that it needs."""
+
+
+def drop_blank_sources(spec: ExperimentSpec) -> None:
+    """Set sources to null of which nothing is given, as templates write them for the user to fill in."""
+    for name in (*_PARTS, "quant_calibration_data_sources"):
+        value = getattr(spec.dataset, name)
+        items = value if isinstance(value, list) else [value] if value is not None else []
+        if not any(_is_set(getattr(item, part)) for item in items for part in type(item).model_fields):
+            setattr(spec.dataset, name, None)
+
+
+def incomplete_sources(spec: ExperimentSpec, reader: Reader) -> Iterator[Fault]:
+    """A fault for every data source that is read and lacks its folder or annotation file."""
+    for name, parts in _PARTS.items():
+        path, value = f"dataset.{name}", getattr(spec.dataset, name)
+        if value is None or not reader.reads(path):
+            continue
+        many = isinstance(value, list)
+        for index, source in enumerate(value if many else [value]):
+            for part in parts:
+                if not _is_set(getattr(source, part)):
+                    place = f"{path}[{index}].{part}" if many else f"{path}.{part}"
+                    yield Fault(place, "is not given", hint=f"add {part}: to the source")
 
 
 def _is_set(value: Any) -> bool:

@@ -7,7 +7,6 @@ and documentation. The checks, the default spec and the tables of the documentat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool
@@ -21,8 +20,6 @@ from ddetr_mm.spec.fields import (
     NonNegativeInt,
     PositiveInt,
     Section,
-    all_paths,
-    nearest,
     section,
     spec_field,
 )
@@ -59,6 +56,7 @@ class DistributedTask(Section):
     )
     gpu_ids: list[NonNegativeInt] = spec_field(
         [0],
+        filled=True,
         doc="Indices of the GPUs to use, each at most once, as the CUDA driver counts them.",
     )
     num_nodes: PositiveInt = spec_field(
@@ -123,6 +121,7 @@ class ModelConfig(Section):
     )
     return_interm_indices: list[Annotated[Int, Field(ge=0, le=4)]] = spec_field(
         [1, 2, 3, 4],
+        filled=True,
         doc="""Feature maps that are used, ascending: 0 to 3 are the backbone's stages (strides 4, 8, 16,
         32), 4 is one more stride-2 convolution on the last of them.""",
     )
@@ -160,6 +159,7 @@ class ModelConfig(Section):
     train_backbone: StrictBool = spec_field(True, doc="Train the backbone; false freezes all of it.")
     loss_types: list[Literal["labels", "boxes"]] = spec_field(
         ["labels", "boxes"],
+        filled=True,
         doc="The losses that are computed: labels (classification), boxes (L1 and GIoU).",
     )
     backbone_names: list[str] = spec_field(
@@ -212,18 +212,22 @@ class AugmentationConfig(Section):
 
     scales: list[PositiveInt] = spec_field(
         [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+        filled=True,
         doc="Lengths of the short side that training draws from.",
     )
     input_mean: list[float] = spec_field(
         [0.485, 0.456, 0.406],
+        filled=True,
         doc="Mean subtracted from RGB values in 0..1: one number per channel, or one for all.",
     )
     input_std: list[Annotated[float, Field(gt=0.0)]] = spec_field(
         [0.229, 0.224, 0.225],
+        filled=True,
         doc="Standard deviation RGB values in 0..1 are divided by: one per channel, or one for all.",
     )
     train_random_resize: list[PositiveInt] = spec_field(
         [400, 500, 600],
+        filled=True,
         doc="Lengths of the short side drawn from before the random crop.",
     )
     horizontal_flip_prob: float = spec_field(
@@ -298,7 +302,7 @@ class DatasetConfig(Section):
         background.""",
     )
     eval_class_ids: list[PositiveInt] | None = spec_field(
-        None, doc="Category ids that evaluation is restricted to; null: all."
+        None, filled=True, doc="Category ids that evaluation is restricted to; null: all."
     )
     augmentation: AugmentationConfig = section(AugmentationConfig)
 
@@ -694,28 +698,3 @@ SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engi
 def root_of(subtask: str | None) -> type[ExperimentSpec] | type[ConvertSpec]:
     """The model of a subtask's spec (an experiment for None)."""
     return ConvertSpec if subtask == "convert" else ExperimentSpec
-
-
-def suggest_key(root: type[Section], prefix: str, key: str, siblings: Iterable[str]) -> str | None:
-    """A hint for an unknown key: its name in another section, a similar sibling, or a similar name elsewhere.
-
-    Args:
-        root: the model of the spec.
-        prefix: dotted path of the section the key is in, with a trailing dot, or empty.
-        key: the unknown key.
-        siblings: the valid keys of that section.
-    """
-    paths = all_paths(root)
-    same_name = [path for path in paths if path.rpartition(".")[2] == key]
-    if same_name:
-        return "did you mean " + " or ".join(same_name[:3]) + "?"
-    close = nearest(key, siblings)
-    if close:
-        return f"did you mean {prefix}{close}?"
-    other = ConvertSpec if root is ExperimentSpec else ExperimentSpec
-    if not prefix and key in all_paths(other):
-        kind = "convert" if other is ConvertSpec else "train, evaluate, inference or export"
-        return f"this key belongs to the spec of {kind}"
-    last = {path.rpartition(".")[2]: path for path in paths}
-    close = nearest(key, last)
-    return f"did you mean {last[close]}?" if close else None

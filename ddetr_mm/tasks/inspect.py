@@ -62,7 +62,10 @@ def run_weights(arguments: Namespace) -> None:
     from ddetr_mm.weights import Selection, convert_checkpoint
     from ddetr_mm.weights.convert import HF_FILES
 
-    spec = load_spec(arguments.experiment_spec).spec if arguments.experiment_spec else None
+    loaded = spec = None
+    if arguments.experiment_spec:  # what describes a network, as export reads it
+        loaded = load_spec(arguments.experiment_spec, (), "export", require_mandatory=False)
+        spec = loaded.spec
     own = spec.ddetr_mm if spec is not None else OwnSection()
     use_ema = {"auto": "auto", "true": True, "false": False}.get(arguments.ema, own.use_ema)
     selection = Selection(arguments.entry or own.checkpoint_entry, use_ema)
@@ -73,7 +76,14 @@ def run_weights(arguments: Namespace) -> None:
         folder_files = [target / name for name in HF_FILES] if arguments.to == "hf" else [target]
         require_free([*folder_files, report_file])
         with encryption_key_of(spec):
-            report = convert_checkpoint(source, target, arguments.to, spec=spec, selection=selection)
+            names = None
+            if loaded is not None:
+                from ddetr_mm.tasks.runner import names_for_file
+
+                names = names_for_file(loaded, source, selection)
+            report = convert_checkpoint(
+                source, target, arguments.to, spec=spec, class_names=names, selection=selection
+            )
         print(report.summary())
         write_text_whole(report_file, json.dumps(report.to_dict(), indent=1) + "\n")
     print(f"written: {arguments.destination}, every key in {report_file}")
@@ -87,7 +97,9 @@ def run_reproduce(arguments: Namespace) -> None:
     Raises:
         SpecError: the run's config does not exist.
     """
-    spec = load_spec(arguments.experiment_spec).spec if arguments.experiment_spec else None
+    spec = None
+    if arguments.experiment_spec:
+        spec = load_spec(arguments.experiment_spec, (), "train", require_mandatory=False).spec
     batch_file = Path(arguments.batch)
     config_file = Path(arguments.config or batch_file.with_name("config.py"))
     if not config_file.is_file():

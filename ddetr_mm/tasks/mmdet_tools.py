@@ -151,7 +151,7 @@ def spec_selection(spec_path: str) -> Selection:
     from ddetr_mm.spec import load_spec
     from ddetr_mm.weights import Selection
 
-    own = load_spec(spec_path).spec.ddetr_mm
+    own = load_spec(spec_path, (), "evaluate", require_mandatory=False).spec.ddetr_mm
     return Selection(own.checkpoint_entry, own.use_ema)
 
 

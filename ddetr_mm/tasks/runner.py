@@ -35,6 +35,7 @@ from ddetr_mm.errors import DataError
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.models.backbones import fuse_norms
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec
+from ddetr_mm.spec.readers import ENGINE_SUFFIXES, is_exported
 from ddetr_mm.translate import spec_config_text, to_config
 from ddetr_mm.translate.data import Numbering, numbered_names, numbers_by_name
 from ddetr_mm.translate.to_config import ExportedModel
@@ -53,8 +54,6 @@ from ddetr_mm.weights.load import unwrapped
 CONFIG_NAME = "config.py"
 CATEGORY_IDS_NAME = "category_ids.json"
 """Class name to category id, where ids are numbered by name."""
-ENGINE_SUFFIXES = (".engine", ".trt", ".plan")
-EXPORTED_SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
 
 
 def look_up_channels(backbone_cfg: dict[str, Any]) -> list[int]:
@@ -70,11 +69,6 @@ class ExportedInput:
 
     translated: ExportedModel
     class_names: Sequence[str] | None
-
-
-def is_exported(path: str | Path) -> bool:
-    """Whether a file is an exported graph rather than a checkpoint, by its ending."""
-    return Path(path).suffix in EXPORTED_SUFFIXES
 
 
 def exported_input(
@@ -215,8 +209,8 @@ def predicted_names(loaded: LoadedSpec, subtask: str, known: Sequence[str] | Non
     if is_first_rank():
         if names is None:
             print(
-                "warning: neither the checkpoint nor the spec's data name the classes: results have numbers "
-                "instead; give dataset.val_data_sources or dataset.infer_data_sources.classmap",
+                "warning: neither the checkpoint nor the spec's data name the classes: labels have numbers, "
+                f"and files of an export {UNKNOWN!r}; give dataset.val_data_sources or dataset.infer_data_sources.classmap",
                 file=sys.stderr,
             )
         else:
@@ -227,12 +221,42 @@ def predicted_names(loaded: LoadedSpec, subtask: str, known: Sequence[str] | Non
     return tuple(name or (UNKNOWN if column else BACKGROUND) for column, name in enumerate(filled))
 
 
+def names_for_file(loaded: LoadedSpec, path: str | Path, selection: Selection) -> tuple[str, ...] | None:
+    """Class names for a checkpoint that carries none, see :func:`predicted_names`; None where it has some.
+
+    Args:
+        loaded: the spec that the checkpoint belongs to.
+        path: the checkpoint.
+        selection: which of several sets of weights is meant.
+    """
+    meta = inspect_checkpoint(path, selection).meta
+    fits = meta.num_classes == loaded.spec.dataset.num_classes
+    if known_columns(meta) is not None or numbered_by_position(meta) or not fits:
+        return None
+    return predicted_names(loaded, "export", None)
+
+
 def names_of_data(spec: ExperimentSpec) -> tuple[tuple[str | None, ...] | None, str]:
     """The classes of a spec's validation data, else training data, by category id; and the key of the data.
 
     Data that cannot be read, or whose ids do not fit the class columns, name nothing; the reason is printed.
+    With ``ddetr_mm.category_ids: by_name`` the names of all data are numbered, as training numbers them.
     """
     num_columns = spec.dataset.num_classes
+    if numbers_by_name(spec, "export"):
+        try:
+            columns = (None, *numbered_names(spec, "train"))
+        except DataError as error:
+            print(f"note: the data cannot name the classes: {error}", file=sys.stderr)
+            return None, ""
+        if len(columns) <= num_columns:
+            return columns, "the data, by ddetr_mm.category_ids: by_name"
+        print(
+            f"note: the data cannot name the classes: they have {len(columns) - 1}, which do not fit "
+            f"dataset.num_classes {num_columns}",
+            file=sys.stderr,
+        )
+        return None, ""
     for split in ("val", "train"):
         key = f"dataset.{split}_data_sources"
         sources = getattr(spec.dataset, f"{split}_data_sources") or []
@@ -243,6 +267,7 @@ def names_of_data(spec: ExperimentSpec) -> tuple[tuple[str | None, ...] | None, 
                 [dict(image_dir=one.image_dir, json_file=one.json_file) for one in sources],
                 annotations_required=False,
                 storage="shared",
+                merge_categories=spec.ddetr_mm.merge_categories,
             )
         except DataError as error:
             print(f"note: {key} cannot name the classes: {error}", file=sys.stderr)

@@ -36,9 +36,9 @@ def load(spec_file: Path) -> Load:
 def problems(load: Load) -> Callable[..., list[str]]:
     """``problems(text, …)`` is the list of messages a faulty spec is refused with; [] if it is not."""
 
-    def of(text: str, overrides: Sequence[str] = (), subtask: str | None = None) -> list[str]:
+    def of(text: str, overrides: Sequence[str] = (), subtask: str | None = None, **more: bool) -> list[str]:
         try:
-            load(text, overrides, subtask)
+            load(text, overrides, subtask, **more)
         except SpecError as error:
             return [str(problem) for problem in error.problems]
         return []

@@ -63,7 +63,7 @@ model:
   backbone: resnet50
   dropout_ratio: 1.5
   return_interm_indices: 3
-  nheads: ~
+  nheads: [8]
 train:
   precision: 16
   optim: {lr: .nan, momentum: true, lr_steps: [1, x, 2.5]}
@@ -79,7 +79,7 @@ results_dir: ${nowhere}
         ("model.backbone, line 6: is not an option", "did you mean resnet_50?"),
         ("model.dropout_ratio, line 7: is out of range", "at most 1"),
         ("model.return_interm_indices, line 8: is not a list", "write [3]"),
-        ("model.nheads, line 9: has no value", "an integer"),
+        ("model.nheads, line 9: is a list", "an integer"),
         ("train.precision, line 11: is not an option", "did you mean"),
         ("train.optim.lr, line 12: is not a finite number", "more than 0"),
         ("train.optim.momentum, line 12: is of the wrong type", "a number"),
@@ -137,7 +137,6 @@ def test_values_are_converted(load, text: str, path: str, value: object):
     [
         ("train: {seed: true}", "an integer"),
         ("train: {seed: 1.5}", "an integer"),
-        ("train: {seed: ''}", "leave the key out"),
         ("train: {seed: [1]}", "is a list"),
         ("train: {seed: {a: 1}}", "is a mapping"),
         ("train: {seed: -2}", "at least -1"),
@@ -158,10 +157,10 @@ def test_values_are_converted(load, text: str, path: str, value: object):
         ("export: {input_channel: true}", "is not an option"),
         ("train: {gpu_ids: [-1]}", "train.gpu_ids[0]"),
         ("train: {gpu_ids: [[0]]}", "an integer"),
-        ("train: {gpu_ids: [~]}", "an integer"),
+        ("train: {gpu_ids: [0, ~]}", "an integer"),
         ("train: {gpu_ids: {a: 1}}", "is not a list"),
-        ("train: {freeze: ['???']}", "train.freeze[0]"),
-        ("wandb: {name: ~}", "has no value"),
+        ("train: {freeze: [a, '???']}", "train.freeze[1]"),
+        ("model: {loss_types: ['???']}", "placeholder ???"),
         ("inference: {color_map: red}", "is not a mapping"),
         ("inference: {color_map: {a: ~}}", "inference.color_map.a"),
         ("quantize: {device: gpu}", "cuda:N"),
@@ -331,3 +330,110 @@ def test_spec_imports_neither_torch_nor_openmmlab_nor_numpy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+# --- Not given ---
+
+
+@pytest.mark.parametrize("blank", ["''", "'  '", "~", "[]", "['']", "[~]", "[' ', ~]"])
+@pytest.mark.parametrize(
+    ("path", "default"),
+    [
+        ("train.num_epochs", 10),
+        ("train.optim.lr", 2e-4),
+        ("train.verbose", False),
+        ("train.precision", "fp32"),
+        ("model.return_interm_indices", [1, 2, 3, 4]),
+        ("model.loss_types", ["labels", "boxes"]),
+        ("dataset.augmentation.scales", [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]),
+        ("dataset.augmentation.input_std", [0.229, 0.224, 0.225]),
+        ("train.gpu_ids", [0]),
+        ("wandb.project", "TAO Toolkit"),
+        ("ddetr_mm.log_interval", 50),
+    ],
+)
+def test_a_blank_value_is_the_default_and_a_note_says_so(load, blank: str, path: str, default):
+    loaded = load(f"{nested_text(path)}{blank}")
+    assert get_field(loaded.spec, path) == default
+    shown = str(default).lower() if isinstance(default, bool) else default
+    (note,) = loaded.notes
+    assert note.startswith(f"{path} (line ") and note.endswith(f"is blank: its default, {shown}, is used")
+
+
+@pytest.mark.parametrize("blank", ["''", "~", "[]", "['']", "'???'", "['???']"])
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("dataset.train_data_sources", None),
+        ("dataset.test_data_sources", None),
+        ("dataset.infer_data_sources", None),
+        ("dataset.eval_class_ids", None),
+        ("dataset.augmentation.fixed_random_crop", None),
+        ("evaluate.trt_engine", None),
+        ("inference.color_map", None),
+        ("encryption_key", None),
+        ("train.pretrained_model_path", None),
+    ],
+)
+def test_a_blank_value_of_an_optional_field_is_null(load, blank: str, path: str, value):
+    loaded = load(f"{nested_text(path)}{blank}")
+    assert get_field(loaded.spec, path) is value and loaded.notes == []
+
+
+@pytest.mark.parametrize("blank", ["''", "~", "[]", "['']"])
+def test_a_blank_section_is_its_defaults(load, blank: str):
+    assert load(f"wandb: {blank}\ntrain: {{optim: {blank}}}").spec == ExperimentSpec()
+
+
+def test_lists_that_may_be_empty_stay_so(load):
+    text = "train: {freeze: [''], optim: {lr_steps: []}}\nwandb: {tags: []}\nmodel: {backbone_names: []}"
+    spec = load(text).spec
+    assert (spec.train.freeze, spec.train.optim.lr_steps, spec.wandb.tags) == ([], [], [])
+    assert spec.model.backbone_names == []
+
+
+def test_null_stays_a_value_where_it_is_one(load):
+    spec = load("export: {batch_size: ~}\nddetr_mm: {category_ids: ~}").spec
+    assert spec.export.batch_size is None
+    assert load("export: {batch_size: ''}").spec.export.batch_size == -1
+
+
+def test_a_reference_to_a_blank_value_is_not_given(load, monkeypatch):
+    monkeypatch.setenv("SPEC_TEST_BLANK", "")
+    text = "train: {num_epochs: '${oc.env:SPEC_TEST_BLANK}', precision: '${oc.env:SPEC_TEST_BLANK}'}"
+    spec = load(text).spec
+    assert (spec.train.num_epochs, spec.train.precision) == (10, "fp32")
+
+
+BLANK_SOURCES = """
+results_dir: /results
+dataset:
+  train_data_sources: [{image_dir: '', json_file: ''}]
+  val_data_sources: [{image_dir: ~, json_file: '???'}]
+  test_data_sources: {image_dir: '', json_file: ''}
+  infer_data_sources: {image_dir: [''], classmap: ''}
+  quant_calibration_data_sources: {image_dir: '', json_file: ''}
+"""
+
+
+@pytest.mark.parametrize(
+    ("subtask", "needs"),
+    [
+        ("train", ["dataset.train_data_sources", "dataset.val_data_sources"]),
+        ("evaluate", ["dataset.test_data_sources", "evaluate.checkpoint"]),
+        ("inference", ["dataset.infer_data_sources", "inference.checkpoint"]),
+        ("export", ["export.checkpoint", "export.onnx_file"]),
+        ("gen_trt_engine", ["gen_trt_engine.onnx_file"]),
+    ],
+)
+def test_only_the_subtasks_own_needs_are_asked_for(problems, subtask: str, needs: list[str]):
+    found = problems(BLANK_SOURCES, (), subtask)
+    assert sorted(needs) == sorted(path for path in needs if any(f": {path}" in one for one in found))
+    assert len(found) == len(needs) and all(f"is needed for {subtask} and not given" in one for one in found)
+
+
+def nested_text(path: str) -> str:
+    """``a.b.c`` as YAML up to the value."""
+    *above, last = path.split(".")
+    lines = [f"{'  ' * depth}{name}:" for depth, name in enumerate([*above, last])]
+    return "\n".join(lines) + " "

@@ -88,7 +88,7 @@ ddetr_mm:
         ("encryption_key=no", "encryption_key", "no"),
         ("encryption_key=null", "encryption_key", None),
         ("encryption_key='null'", "encryption_key", "null"),
-        ("encryption_key=", "encryption_key", ""),
+        ("encryption_key=", "encryption_key", None),
         (
             "dataset.test_data_sources.json_file=*/a-*.json",
             "dataset.test_data_sources.json_file",

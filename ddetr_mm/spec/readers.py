@@ -1,0 +1,192 @@
+"""Which subtasks read a field: the one table behind the rules, the messages and the documentation.
+
+A value that a subtask does not read is never an error there: specs are shared between subtasks, and
+templates leave values of other subtasks blank or wrong.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ddetr_mm.spec.notes import NO_EFFECT
+
+TRAIN = ("train",)
+PREDICT = ("evaluate", "inference")
+RUN = (*TRAIN, *PREDICT)
+NETWORK = (*RUN, "export")
+ALL = (*NETWORK, "gen_trt_engine")
+
+ENGINE_SUFFIXES = (".engine", ".trt", ".plan")
+EXPORTED_SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
+"""Endings of exported graphs, which evaluate and inference take in a checkpoint's place."""
+
+READ_BY: dict[str, tuple[str, ...]] = {
+    "encryption_key": ALL,
+    "results_dir": ALL,
+    "wandb": TRAIN,
+    "model": NETWORK,
+    **dict.fromkeys(
+        (
+            "model.pretrained_backbone_path",
+            "model.cls_loss_coef",
+            "model.bbox_loss_coef",
+            "model.giou_loss_coef",
+            "model.focal_alpha",
+            "model.dropout_ratio",
+            "model.aux_loss",
+            "model.train_backbone",
+            "model.loss_types",
+            "model.backbone_names",
+            "model.linear_proj_names",
+            "model.precise_msda",
+        ),
+        TRAIN,
+    ),
+    "dataset": RUN,
+    "dataset.train_sampler": TRAIN,
+    "dataset.train_data_sources": TRAIN,
+    "dataset.val_data_sources": TRAIN,
+    "dataset.test_data_sources": ("evaluate",),
+    "dataset.infer_data_sources": ("inference",),
+    "dataset.dataset_type": ("train", "evaluate"),
+    "dataset.eval_class_ids": ("train", "evaluate"),
+    "dataset.num_classes": NETWORK,
+    "dataset.augmentation": TRAIN,
+    "dataset.augmentation.input_mean": ALL,
+    "dataset.augmentation.input_std": ALL,
+    "dataset.augmentation.test_random_resize": RUN,
+    "dataset.augmentation.random_resize_max_size": RUN,
+    "dataset.augmentation.fixed_padding": RUN,
+    "dataset.augmentation.pad_size_divisor": RUN,
+    "train": TRAIN,
+    "evaluate": ("evaluate",),
+    "inference": ("inference",),
+    "export": ("export",),
+    "gen_trt_engine": ("gen_trt_engine",),
+    "ddetr_mm": TRAIN,
+    "ddetr_mm.backbone": NETWORK,
+    "ddetr_mm.zero_padded_values": NETWORK,
+    "ddetr_mm.checkpoint_entry": NETWORK,
+    "ddetr_mm.use_ema": NETWORK,
+    "ddetr_mm.resize": RUN,
+    "ddetr_mm.category_ids": ("train", "evaluate"),
+    "ddetr_mm.merge_categories": ("train", "evaluate"),
+    "ddetr_mm.strict_annotations": ("train", "evaluate"),
+    "ddetr_mm.strict_images": ("inference",),
+    "ddetr_mm.log_interval": RUN,
+    "ddetr_mm.deterministic": RUN,
+    "ddetr_mm.device": ALL,
+    "ddetr_mm.attention": RUN,
+    "ddetr_mm.compile": RUN,
+    "ddetr_mm.compile_mode": RUN,
+    "ddetr_mm.predict_precision": RUN,
+    "ddetr_mm.export_fp16": ("export",),
+}
+"""Dotted path of a field or section of an experiment → the subtasks that read it; of several rows for a
+field the one with the longest path counts. :data:`~ddetr_mm.spec.notes.NO_EFFECT` lists what none reads."""
+
+USED_IF_GIVEN: dict[str, tuple[str, ...]] = {
+    "dataset.val_data_sources": ("inference", "export", "gen_trt_engine"),
+    "dataset.train_data_sources": ("inference", "export"),
+}
+"""What a subtask uses where it is there and can be read, and can do without: names of the classes, and
+images to compare an exported graph on."""
+
+_NOT_OF_EXPORTED = (
+    "model",
+    "dataset.augmentation",
+    "evaluate.input_width",
+    "evaluate.input_height",
+    "inference.input_width",
+    "inference.input_height",
+    *(
+        f"ddetr_mm.{name}"
+        for name in (
+            "backbone",
+            "zero_padded_values",
+            "checkpoint_entry",
+            "use_ema",
+            "resize",
+            "attention",
+            "compile",
+            "compile_mode",
+            "predict_precision",
+        )
+    ),
+)
+_OF_EXPORTED = ("model.num_select", "dataset.augmentation.input_mean", "dataset.augmentation.input_std")
+
+_ITEM = re.compile(r"\[[^\]]*\]")
+
+
+def is_exported(path: str | Path) -> bool:
+    """Whether a file is an exported graph rather than a checkpoint, by its ending."""
+    return Path(path).suffix in EXPORTED_SUFFIXES
+
+
+@cache
+def readers_of(path: str) -> tuple[str, ...]:
+    """The subtasks that read a field of an experiment, or any field of a section.
+
+    Args:
+        path: dotted path; items of lists may be marked: ``a.b[2].c``.
+    """
+    found: set[str] = set(_row(path))
+    found.update(*(READ_BY[one] for one in READ_BY if one.startswith(f"{path}.")))
+    return tuple(subtask for subtask in ALL if subtask in found)
+
+
+def _row(path: str) -> tuple[str, ...]:
+    bare = _ITEM.sub("", path)
+    for name in _enclosing(bare):
+        if name in NO_EFFECT:
+            return ()
+        if name in READ_BY:
+            return READ_BY[name]
+    return ()
+
+
+def _enclosing(path: str) -> Iterator[str]:
+    """``a.b.c``, ``a.b``, ``a``."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A subtask, and whether it runs an exported graph, which brings its own network.
+
+    Attributes:
+        subtask: None reads every field.
+        exported: whether a graph is given in a checkpoint's place.
+    """
+
+    subtask: str | None
+    exported: bool = False
+
+    def reads(self, path: str) -> bool:
+        """Whether a field, or any field of a section, is read."""
+        if self.subtask is None or self.subtask == "convert":
+            return True
+        if self.exported and _is_of_network(_ITEM.sub("", path)):
+            return False
+        return self.subtask in readers_of(path)
+
+
+def reader_of(spec: object, subtask: str | None) -> Reader:
+    """The reader that a subtask is, with what a spec names for its checkpoint or engine."""
+    settings = getattr(spec, subtask, None) if subtask in PREDICT else None
+    engine, checkpoint = getattr(settings, "trt_engine", None), getattr(settings, "checkpoint", None)
+    return Reader(subtask, bool(engine) or bool(checkpoint and is_exported(checkpoint)))
+
+
+def _is_of_network(path: str) -> bool:
+    """Whether a field describes a network, which an exported graph has within it."""
+    if path in _OF_EXPORTED or any(name.startswith(f"{path}.") for name in _OF_EXPORTED):
+        return False
+    return any(one in _NOT_OF_EXPORTED for one in _enclosing(path))
