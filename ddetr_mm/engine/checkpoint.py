@@ -40,7 +40,8 @@ from ddetr_mm.weights.encryption import (
     is_whole_encrypted,
     plain_file,
 )
-from ddetr_mm.weights.load import require_resumable, unwrapped
+from ddetr_mm.weights.load import leave_out_unread, require_resumable, unwrapped
+from ddetr_mm.weights.report import UNREAD
 from ddetr_mm.weights.scheme import network_scheme
 
 # --- Random states ---
@@ -472,6 +473,8 @@ class TAOCheckpointHook(Hook):
             checkpoint["message_hub"] = message_state_from_plain(checkpoint["message_hub"])
         if not getattr(runner, "_resume", False):
             return
+        if left_out := leave_out_unread(checkpoint, runner.model):
+            runner.logger.info(f"{left_out} tensors of the checkpoint are left out: {UNREAD}")
         refuse_other_classes(checkpoint.get("meta") or {}, runner.train_dataloader.dataset, runner.logger)
         states = checkpoint.get("rng_states") or []
         if get_rank() < len(states):

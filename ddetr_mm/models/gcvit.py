@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ddetr_mm.errors import Problem, SpecError
 from ddetr_mm.weights import load_backbone
-from ddetr_mm.weights.gcvit import NUM_STAGES, VARIANTS
+from ddetr_mm.weights.gcvit import NUM_STAGES, VARIANTS, relative_position_index
 from ddetr_mm.weights.read import local_file
 
 # --- Windows ---
@@ -63,18 +63,6 @@ def query_pyramid(side_tokens: int, window: int, stage: int) -> tuple[int, bool]
     if stage == 2 and side_tokens != window:
         halvings = max(1, halvings)
     return max(1, halvings), halvings > 0
-
-
-def relative_position_index(window: int) -> Tensor:
-    """Return the row of the bias table for each pair of tokens of a window, (N, N) int64, as in Swin.
-
-    The row is ``(dy + w - 1) * (2w - 1) + dx + w - 1`` for query minus key coordinates.
-    """
-    axis = torch.arange(window)
-    y, x = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
-    dy = y[:, None] - y[None, :] + window - 1
-    dx = x[:, None] - x[None, :] + window - 1
-    return dy * (2 * window - 1) + dx
 
 
 def partition_windows(x_bhwc: Tensor, window: int) -> tuple[Tensor, Tensor | None]:
@@ -418,8 +406,8 @@ class GCViT(BaseModule):
     Args:
         variant: a key of :data:`~ddetr_mm.weights.gcvit.VARIANTS`: xxtiny, xtiny, tiny, small, base, large,
             large_384.
-        out_indices: stages to return, increasing, each 0..3 (strides 4, 8, 16, 32). Stages after the last one
-            have parameters, so that checkpoints fit, but are neither run nor trained.
+        out_indices: stages to return, increasing, each 0..3 (strides 4, 8, 16, 32). Stages after the last
+            one, and its reduction, do not exist; a file's weights for them are left out.
         frozen_stages: -1 trains all; 0 freezes the stem; k freezes the stem and the first k
             stages with their reductions and output norms; 4 freezes the whole backbone, which is
             ``train_backbone: False`` of a spec. Frozen parts also stay in evaluation mode (no
@@ -460,7 +448,8 @@ class GCViT(BaseModule):
         num_blocks = sum(arch.depths)
         rates = [drop_path_rate * index / max(1, num_blocks - 1) for index in range(num_blocks)]
         self.levels = nn.ModuleList()
-        for stage, window in enumerate(windows or arch.windows):
+        last = self.out_indices[-1]
+        for stage, window in enumerate((windows or arch.windows)[: last + 1]):
             first = sum(arch.depths[:stage])
             self.levels.append(
                 Stage(
@@ -471,7 +460,7 @@ class GCViT(BaseModule):
                     rates[first : first + arch.depths[stage]],
                     arch.layer_scale,
                     query_pyramid(resolution // (4 * 2**stage), window, stage),
-                    reduce=stage < NUM_STAGES - 1,
+                    reduce=stage < last,
                     with_cp=with_cp,
                 )
             )
@@ -496,9 +485,8 @@ class GCViT(BaseModule):
             x_bhwc = level(x_bhwc)
             if stage in self.out_indices:
                 features.append(getattr(self, f"norm{stage}")(x_bhwc).permute(0, 3, 1, 2))
-            if stage == self.out_indices[-1]:
-                break
-            x_bhwc = level.downsample(x_bhwc)
+            if level.downsample is not None:
+                x_bhwc = level.downsample(x_bhwc)
         return tuple(features)
 
     def train(self, mode: bool = True) -> GCViT:
@@ -524,16 +512,14 @@ class GCViT(BaseModule):
 
     def _frozen_modules(self) -> list[nn.Module]:
         modules: list[nn.Module] = [self.patch_embed] if self.frozen_stages >= 0 else []
-        for stage in range(max(0, self.frozen_stages)):
+        for stage in range(min(max(0, self.frozen_stages), len(self.levels))):
             modules.append(self.levels[stage])
             if stage in self.out_indices:
                 modules.append(getattr(self, f"norm{stage}"))
         return modules
 
     def _freeze(self) -> None:
-        last = self.out_indices[-1]
-        unused = [self.levels[last].downsample, *self.levels[last + 1 :]]
-        for module in self._frozen_modules() + [module for module in unused if module is not None]:
+        for module in self._frozen_modules():
             module.requires_grad_(False)
 
 

@@ -311,7 +311,7 @@ def backbone_config(
     if spec.ddetr_mm.backbone:
         if channels is None:
             raise ValueError("the channels of ddetr_mm.backbone must be looked up before translating")
-        return dict(spec.ddetr_mm.backbone), channels
+        return without_unread_stages(spec.ddetr_mm.backbone), channels
     if model.backbone.startswith("gc_vit_"):
         from ddetr_mm.weights.gcvit import VARIANTS  # loads torch, which other specs need not
 
@@ -338,7 +338,35 @@ def backbone_config(
         zero_init_residual=False,
         with_cp=checkpointing,
     )
-    return config, [256 * 2**stage for stage in stages]
+    return without_unread_stages(config), [256 * 2**stage for stage in stages]
+
+
+_RESNETS = ("ResNet", "ResNetV1d", "ResNeXt", "Res2Net", "TorchvisionDilatedResNet")
+"""mmdet's ResNets, which can be built without their last stages."""
+
+
+def without_unread_stages(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A backbone's config without the stages after the last one of ``out_indices``.
+
+    TAO does not build them either: its checkpoints lack their weights. Configs of other backbones than
+    ResNets, and with plugins for each stage, are returned as they are; GCViT builds no such stage.
+    """
+    kind = str(config.get("type")).removeprefix("mmdet.")
+    count = max(config.get("out_indices") or (3,)) + 1
+    if kind not in _RESNETS or "plugins" in config or not 0 < count < config.get("num_stages", 4):
+        return dict(config)
+    dilated = kind == "TorchvisionDilatedResNet"
+    lists = {
+        "strides": (1, 2, 2, 1 if dilated else 2),
+        "dilations": (1, 1, 1, 2 if dilated else 1),
+        "stage_with_dcn": (False,) * 4,
+    }
+    changed = dict(config, num_stages=count)
+    for name, usual in lists.items():
+        if name in config or name != "stage_with_dcn":
+            changed[name] = tuple(config.get(name, usual)[:count])
+    changed["frozen_stages"] = min(config.get("frozen_stages", -1), count)
+    return changed
 
 
 def attention(model: ModelConfig, num_points: int) -> dict[str, Any]:

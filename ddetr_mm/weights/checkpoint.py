@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ddetr_mm.weights.formats import CheckpointFormat, KeyTrace, same_values
-from ddetr_mm.weights.gcvit import variant_name
+from ddetr_mm.weights.gcvit import VARIANTS, stage_shapes, variant_names
 
 # --- Checkpoint and metadata ---
 
@@ -317,36 +317,92 @@ def backbone_kind(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int
         shapes: canonical key → shape.
 
     Returns:
-        For example ``("resnet_50", (256, 512, 1024, 2048))``; ``("unknown", ())`` for another backbone.
+        For example ``("resnet_50", (256, 512, 1024, 2048))``; ``("unknown", ())`` for another backbone. The
+        first of several, see :func:`backbone_kinds`.
     """
+    names, channels = _kinds(shapes)
+    return names[0], channels
+
+
+def backbone_kinds(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Return all names that the backbone may have: without its last stages it can begin several.
+
+    Args:
+        shapes: canonical key → shape.
+    """
+    return _kinds(shapes)[0]
+
+
+def _kinds(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     if shapes.get("backbone.conv1.weight", ())[1:] == (3, 7, 7):
-        blocks = tuple(_numbered(shapes, f"backbone.layer{stage}") for stage in (1, 2, 3, 4))
+        counts = [_numbered(shapes, f"backbone.layer{stage}") for stage in (1, 2, 3, 4)]
+        blocks = tuple(counts[: counts.index(0)] if 0 in counts else counts)
         bottleneck = "backbone.layer1.0.conv3.weight" in shapes
         last = "conv3" if bottleneck else "conv2"
-        name = (_BOTTLENECKS if bottleneck else _BASIC_BLOCKS).get(blocks, "unknown")
+        known = _BOTTLENECKS if bottleneck else _BASIC_BLOCKS
+        names = tuple(name for whole, name in known.items() if whole[: len(blocks)] == blocks)
         usual_width = 64 * (4 if bottleneck else 1)
-        channels = tuple(shapes.get(f"backbone.layer{s}.0.{last}.weight", (0,))[0] for s in (1, 2, 3, 4))
+        stages = range(1, len(blocks) + 1)
+        channels = tuple(shapes.get(f"backbone.layer{s}.0.{last}.weight", (0,))[0] for s in stages)
         # ResNeXt and wide ResNets have the same names but other widths inside the blocks.
         plain = shapes.get("backbone.layer1.0.conv2.weight") == (64, 64, 3, 3)
-        if name != "unknown" and plain and channels[0] == usual_width:
-            return name, channels
+        if blocks and names and plain and channels[0] == usual_width and not any(counts[len(blocks) :]):
+            return names, channels
     if "backbone.levels.0.blocks.0.attn.qkv.weight" in shapes:
-        return _gcvit_kind(shapes)
-    return "unknown", ()
+        return _gcvit_kinds(shapes)
+    return ("unknown",), ()
 
 
-def _gcvit_kind(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
+def _gcvit_kinds(shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, ...], tuple[int, ...]]:
     stages = _numbered(shapes, "backbone.levels")
     depths = tuple(_numbered(shapes, f"backbone.levels.{stage}.blocks") for stage in range(stages))
     qkv = shapes["backbone.levels.0.blocks.0.attn.qkv.weight"]
     if len(qkv) != 2:
-        return "unknown", ()
+        return ("unknown",), ()
     width = qkv[1]
-    table = shapes.get("backbone.levels.2.blocks.0.attn.relative_position_bias_table", (0,))
+    table = shapes.get("backbone.levels.0.blocks.0.attn.relative_position_bias_table", (0,))
     window = (round(table[0] ** 0.5) + 1) // 2
-    name = variant_name(depths, width, window)
-    channels = tuple(width * 2**stage for stage in range(stages))
-    return (f"gc_vit_{name}" if name else "unknown"), channels
+    names = tuple(f"gc_vit_{name}" for name in variant_names(depths, width, window))
+    return names or ("unknown",), tuple(width * 2**stage for stage in range(stages))
+
+
+_STAGE = re.compile(r"backbone\.(?:layer([1-4])|levels\.([0-3])(\.downsample)?|norm([0-3]?))\.")
+
+
+def is_unread(key: str, last_stage: int | None) -> bool:
+    """Return whether a key is of a backbone's part behind the last stage that is read.
+
+    Args:
+        key: canonical, of a ResNet or GCViT.
+        last_stage: the last one that feeds the neck, 0..3; None where it is not known.
+    """
+    match = None if last_stage is None else _STAGE.match(key)
+    if match is None or last_stage is None:
+        return False
+    layer, level, reduction, norm = match.groups()
+    if layer is not None:
+        return int(layer) - 1 > last_stage
+    if level is None:
+        return int(norm or 3) > last_stage  # a classifier's norm without a number is the last stage's
+    # The reduction behind a level is what the next one reads.
+    return int(level) + (reduction is not None) > last_stage
+
+
+def last_read_stage(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Return the last stage, 0..3, of a ResNet or GCViT that feeds the neck; None for other backbones.
+
+    Args:
+        shapes: canonical key → shape, of a whole detector.
+    """
+    levels = _numbered(shapes, "neck.convs")
+    widths = {shapes[f"neck.convs.{level}.conv.weight"][1] for level in range(levels)}
+    ends = [
+        [f"backbone.layer{stage + 1}.0.conv3.weight", f"backbone.layer{stage + 1}.0.conv2.weight"]
+        + [f"backbone.levels.{stage}.blocks.0.norm1.weight"]
+        for stage in range(4)
+    ]
+    channels = [next((shapes[key][0] for key in keys if key in shapes), 0) for keys in ends]
+    return max((stage for stage, width in enumerate(channels) if width in widths), default=None)
 
 
 def describe_backbone(shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -424,7 +480,7 @@ def missing_keys(canonical: Mapping[str, Tensor], architecture: Architecture) ->
     backbone = [key for key in canonical if key.startswith("backbone.")]
     if not backbone:
         return [*missing, "backbone.*"]
-    return missing + _missing_in_resnet(canonical, architecture) + _missing_in_gcvit(backbone)
+    return missing + _missing_in_resnet(canonical, architecture) + _missing_in_gcvit(backbone, architecture)
 
 
 def _missing_in_resnet(canonical: Mapping[str, Tensor], architecture: Architecture) -> list[str]:
@@ -454,8 +510,17 @@ def _missing_in_resnet(canonical: Mapping[str, Tensor], architecture: Architectu
     return missing + [f"backbone.* (a stage of {width} channels)" for width in needed]
 
 
-def _missing_in_gcvit(keys: list[str]) -> list[str]:
-    """Return what one block of a level lacks that the others have."""
+def _missing_in_gcvit(keys: list[str], architecture: Architecture) -> list[str]:
+    """Return what a GCViT of a known size lacks; of an unknown one what a block lacks and others have."""
+    variant = VARIANTS.get(architecture.backbone.removeprefix("gc_vit_"))
+    if variant is not None:
+        last = variant.channels.index(max(architecture.neck_in_channels))
+        listed = [key for stage in range(last + 1) for key in stage_shapes(variant, stage)]
+        wanted = [f"backbone.{key}" for key in listed if not key.endswith("relative_position_index")]
+        wanted += [f"backbone.patch_embed.proj.{leaf}" for leaf in ("weight", "bias")]
+        norms = [variant.channels.index(width) for width in architecture.neck_in_channels]
+        wanted += [f"backbone.norm{stage}.{leaf}" for stage in norms for leaf in ("weight", "bias")]
+        return [key for key in wanted if key not in keys and not is_unread(key, last)]
     blocks: dict[str, dict[str, set[str]]] = {}
     for key in keys:
         match = re.fullmatch(r"(backbone\.levels\.\d+\.blocks)\.(\d+)\.(.+)", key)

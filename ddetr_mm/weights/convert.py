@@ -31,6 +31,9 @@ from ddetr_mm.weights.checkpoint import (
     Architecture,
     Checkpoint,
     CheckpointMeta,
+    backbone_kinds,
+    is_unread,
+    last_read_stage,
     meta_from_dict,
     missing_keys,
 )
@@ -38,8 +41,9 @@ from ddetr_mm.weights.class_columns import column_ids
 from ddetr_mm.weights.describe import DEFAULT_SIZES, settings_of_meta
 from ddetr_mm.weights.entries import DEFAULT, Selection
 from ddetr_mm.weights.formats import TABLES, KeyTrace, from_canonical
+from ddetr_mm.weights.gcvit import VARIANTS, as_tao_has_it
 from ddetr_mm.weights.read import read_checkpoint
-from ddetr_mm.weights.report import LoadReport
+from ddetr_mm.weights.report import UNREAD, LoadReport
 from ddetr_mm.weights.safe_read import short_names
 from ddetr_mm.weights.scheme import FIELDS
 
@@ -85,6 +89,8 @@ def convert_checkpoint(
     config = hf_config(checkpoint, checkpoint.meta.spec) if to == "hf" else None
 
     canonical, filled, dropped = _neck_bias(checkpoint, to)
+    if TABLES[to].exact:
+        _fit_backbone(checkpoint, to, canonical, filled, dropped)
     tensors, trace = from_canonical(
         canonical,
         TABLES[to],
@@ -234,6 +240,52 @@ def _neck_bias(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Tensor], dict
             del canonical[bias]
             dropped[bias] = "zeros added for a neck that had no bias"
     return canonical, filled, dropped
+
+
+def _fit_backbone(
+    checkpoint: Checkpoint,
+    to: str,
+    canonical: dict[str, Tensor],
+    filled: dict[str, str],
+    dropped: dict[str, str],
+) -> None:
+    """Leave out stages of a ResNet that the target does not build, and add all of a GCViT that TAO builds.
+
+    TAO's fine-tuning pairs the sorted keys of a file with the network's: one key too many or too few shifts
+    all that follow.
+
+    Args:
+        checkpoint: what is converted.
+        to: the target.
+        canonical: its weights, changed in place.
+        filled: receives the added keys.
+        dropped: receives the keys that are left out.
+    """
+    last = last_read_stage({key: tuple(value.shape) for key, value in canonical.items()})
+    variant = VARIANTS.get(checkpoint_variant(checkpoint))
+    if variant is None:
+        for key in [key for key in canonical if is_unread(key, last)]:
+            del canonical[key]
+            dropped[key] = UNREAD
+        return
+    keys = {key.removeprefix("backbone.") for key in canonical if key.startswith("backbone.")}
+    dtype = canonical["backbone.patch_embed.proj.weight"].dtype
+    for key, value in as_tao_has_it(keys, variant).items():
+        canonical[f"backbone.{key}"] = value.to(dtype) if value.is_floating_point() else value
+        is_index = not value.is_floating_point()
+        filled[f"backbone.{key}"] = "computed" if is_index else "initial values of a stage that is not read"
+
+
+def checkpoint_variant(checkpoint: Checkpoint) -> str:
+    """Return the key of :data:`VARIANTS` of a GCViT, empty for another backbone.
+
+    A GCViT without its last stages may be of several sizes: then the spec of the weights says which.
+    """
+    kinds = backbone_kinds({key: tuple(value.shape) for key, value in checkpoint.state_dict.items()})
+    said = (checkpoint.meta.spec or {}).get("model")
+    named = said.get("backbone") if isinstance(said, Mapping) else None
+    kind = named if named in kinds else kinds[0]
+    return kind.removeprefix("gc_vit_") if kind.startswith("gc_vit_") else ""
 
 
 def _difference_notes(checkpoint: Checkpoint, to: str) -> list[str]:

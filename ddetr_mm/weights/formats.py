@@ -56,7 +56,8 @@ class FormatTable:
         name: the format.
         rules: pairs of names; the first match counts.
         aliases: repeated keys.
-        without_counters: whether the format has no ``num_batches_tracked`` (frozen batch norm only).
+        exact: whether a written file has the keys of the format's own network alone: no
+            ``num_batches_tracked`` (its batch norm is frozen) and no stage of the backbone that is not read.
         alternatives: pairs (other spelling, spelling of ``rules``) of foreign names that may be read,
             applied in order, each at most once.
     """
@@ -64,7 +65,7 @@ class FormatTable:
     name: CheckpointFormat
     rules: tuple[KeyRule, ...]
     aliases: tuple[AliasRule, ...] = ()
-    without_counters: bool = False
+    exact: bool = False
     alternatives: tuple[tuple[str, str], ...] = ()
 
 
@@ -111,7 +112,7 @@ _OFFICIAL_ALIASES = (
     AliasRule("transformer.decoder.class_embed.{i}.{rest}", "class_embed.{i}.{rest}", "two_stage"),
 )
 
-OFFICIAL = FormatTable("official", _OFFICIAL_RULES, _OFFICIAL_ALIASES)
+OFFICIAL = FormatTable("official", _OFFICIAL_RULES, _OFFICIAL_ALIASES, exact=True)
 """The original authors' release: the state dict under ``model``."""
 
 TAO_PREFIX = "model.model."
@@ -125,6 +126,7 @@ TAO = FormatTable(
     "tao",
     tuple(KeyRule(rule.ours, _tao(str(rule.theirs))) for rule in _OFFICIAL_RULES),
     tuple(AliasRule(_tao(rule.alias), _tao(rule.canonical), rule.when) for rule in _OFFICIAL_ALIASES),
+    exact=True,
 )
 """TAO's Lightning checkpoint: the original's names behind the prefixes of two wrappers."""
 
@@ -178,7 +180,7 @@ HF = FormatTable(
         AliasRule("model.decoder.bbox_embed.{i}.{rest}", "bbox_embed.{i}.{rest}", "refine"),
         AliasRule("model.decoder.class_embed.{i}.{rest}", "class_embed.{i}.{rest}", "two_stage"),
     ),
-    without_counters=True,
+    exact=True,
     # Names of transformers 5 in memory; its files keep the names above.
     alternatives=(
         ("model.backbone.model.{rest}", "model.backbone.conv_encoder.model.{rest}"),
@@ -441,7 +443,7 @@ def from_canonical(
     num_levels = num_stage_levels(state_dict, MMDET)
     foreign: dict[str, Tensor] = {}
     for key, value in state_dict.items():
-        if table.without_counters and is_counter(key):
+        if table.exact and is_counter(key):
             trace.dropped[key] = "batch norm's step counter, which the target does not have"
             continue
         targets = _foreign_names(key, table, num_levels)

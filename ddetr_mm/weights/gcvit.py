@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -75,12 +76,119 @@ def is_gcvit(keys: Collection[str]) -> bool:
     return "patch_embed.proj.weight" in keys and any(key.startswith("levels.0.q_global_gen.") for key in keys)
 
 
-def variant_name(depths: tuple[int, ...], dim: int, window: int) -> str | None:
-    """Return the key of :data:`VARIANTS` with these depths, width and window of the third stage, or None."""
-    for name, variant in VARIANTS.items():
-        if (variant.depths, variant.dim, variant.windows[2]) == (depths, dim, window):
-            return name
-    return None
+def variant_names(depths: tuple[int, ...], dim: int, window: int) -> list[str]:
+    """Return the keys of :data:`VARIANTS` that begin with these stages.
+
+    Args:
+        depths: blocks of each stage; a backbone without its last stages may be of several variants.
+        dim: channels of the first stage.
+        window: side of its window in tokens.
+    """
+    return [
+        name
+        for name, variant in VARIANTS.items()
+        if (variant.depths[: len(depths)], variant.dim, variant.windows[0]) == (depths, dim, window)
+    ]
+
+
+# --- Keys and shapes of a stage ---
+
+_PYRAMID_BLOCKS = (3, 2, 1, 1)
+"""Blocks of each stage's global query at a resolution of 224, in every variant."""
+
+
+def stage_shapes(variant: GCViTVariant, stage: int) -> dict[str, tuple[int, ...]]:
+    """Return the keys of a stage below the backbone's prefix → shapes, as TAO has them.
+
+    ``relative_position_index`` is among them; the norm of the stage's output is not.
+
+    Args:
+        variant: the sizes.
+        stage: 0..3.
+    """
+    channels, window = variant.channels[stage], variant.windows[stage]
+    start = f"levels.{stage}"
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in range(variant.depths[stage]):
+        name = f"{start}.blocks.{block}"
+        shapes |= _affine(f"{name}.norm1", channels)
+        shapes[f"{name}.attn.{_TABLE}"] = ((2 * window - 1) ** 2, variant.num_heads[stage])
+        shapes[f"{name}.attn.{_INDEX}"] = (window**2, window**2)
+        # Blocks with global queries compute keys and values only.
+        shapes |= _affine(f"{name}.attn.qkv", channels * (2 if block % 2 else 3), channels)
+        shapes |= _affine(f"{name}.attn.proj", channels, channels)
+        shapes |= _affine(f"{name}.norm2", channels)
+        hidden = int(channels * variant.mlp_ratio)
+        shapes |= _affine(f"{name}.mlp.fc1", hidden, channels)
+        shapes |= _affine(f"{name}.mlp.fc2", channels, hidden)
+        if variant.layer_scale is not None:
+            shapes |= {f"{name}.gamma1": (channels,), f"{name}.gamma2": (channels,)}
+    if stage < NUM_STAGES - 1:
+        shapes |= _convolutions(f"{start}.downsample", channels)
+        shapes[f"{start}.downsample.reduction.weight"] = (2 * channels, channels, 3, 3)
+        shapes |= _affine(f"{start}.downsample.norm2", 2 * channels)
+        shapes |= _affine(f"{start}.downsample.norm1", channels)
+    for block in range(_PYRAMID_BLOCKS[stage]):
+        shapes |= _convolutions(f"{start}.q_global_gen.to_q_global.{block}", channels)
+    return shapes
+
+
+def _affine(name: str, *sizes: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": sizes, f"{name}.bias": sizes[:1]}
+
+
+def _convolutions(name: str, channels: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{name}.conv.0.weight": (channels, 1, 3, 3),
+        f"{name}.conv.2.fc.0.weight": (channels // 4, channels),
+        f"{name}.conv.2.fc.2.weight": (channels, channels // 4),
+        f"{name}.conv.3.weight": (channels, channels, 1, 1),
+    }
+
+
+def as_tao_has_it(keys: Collection[str], variant: GCViTVariant) -> dict[str, Tensor]:
+    """Return what TAO's backbone has and a file of ours has not: stages that are not read, and indices.
+
+    TAO builds all stages whatever it reads, and stores the index of every position table.
+
+    Args:
+        keys: the file's, without a prefix.
+        variant: the sizes.
+
+    Returns:
+        Initial values for the stages, which change no prediction: nothing reads them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Tensor] = {}
+    for stage in range(NUM_STAGES):
+        for key, shape in stage_shapes(variant, stage).items():
+            if key in keys:
+                continue
+            leaf = key.rpartition(".")[2]
+            if leaf == _INDEX:
+                found[key] = relative_position_index(variant.windows[stage])
+            elif leaf.startswith("gamma"):
+                found[key] = torch.full(shape, variant.layer_scale or 1.0)
+            elif len(shape) == 1:
+                found[key] = torch.ones(shape) if ".norm" in key and leaf == "weight" else torch.zeros(shape)
+            else:
+                found[key] = torch.randn(shape, generator=generator) * 0.02
+    return found
+
+
+def relative_position_index(window: int) -> Tensor:
+    """Return the row of the bias table for each pair of tokens of a window, (N, N) int64, as in Swin.
+
+    The row is ``(dy + w - 1) * (2w - 1) + dx + w - 1`` for query minus key coordinates.
+    """
+    axis = torch.arange(window)
+    y, x = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
+    dy = y[:, None] - y[None, :] + window - 1
+    dx = x[:, None] - x[None, :] + window - 1
+    return dy * (2 * window - 1) + dx
+
+
+# --- Names and shapes of files ---
 
 
 def own_names(keys: Collection[str], target: Collection[str]) -> dict[str, str]:

@@ -303,6 +303,17 @@ def module_layout(own_keys: Collection[str]) -> tuple[Layout, ...]:
     return (same,)
 
 
+def usual_backbone_name(layout: Layout, name: str) -> str | None:
+    """Return the usual name of any key of a backbone, also one that the model does not have.
+
+    Args:
+        layout: of :func:`module_layout`.
+        name: without the prefix.
+    """
+    known = next((one for one in BACKBONES if one.name == layout.name), None)
+    return known.usual_name(name) if known is not None else None
+
+
 def _is_final_norm(name: str, own: frozenset[str]) -> bool:
     """Whether a name is that of a classifier's final norm, which may become the norm of the last stage."""
     return name in ("norm.weight", "norm.bias") and "norm3.weight" in own

@@ -18,12 +18,18 @@ from torch import Tensor, nn
 from ddetr_mm.classes import Columns
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.weights import gcvit, layouts, scheme
-from ddetr_mm.weights.checkpoint import Checkpoint, backbone_kind, describe_backbone, infer_architecture
+from ddetr_mm.weights.checkpoint import (
+    Checkpoint,
+    backbone_kinds,
+    describe_backbone,
+    infer_architecture,
+    is_unread,
+)
 from ddetr_mm.weights.class_columns import CLASS_KEY, HEAD_KEY, ColumnPlan, carried_rows, plan_head
 from ddetr_mm.weights.entries import DEFAULT, Entry, Selection, choose, tensor_entries
 from ddetr_mm.weights.layouts import Found
 from ddetr_mm.weights.read import detector_format, read_checkpoint, refuse_non_finite
-from ddetr_mm.weights.report import LoadReport
+from ddetr_mm.weights.report import UNREAD, LoadReport
 from ddetr_mm.weights.safe_read import RawFile, read_raw, short_names
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -110,8 +116,9 @@ def fill_model(
         part = {key: remaining.pop(key) for key in [*remaining] if key.startswith("backbone.")}
         if part:
             fill_backbone(backbone, part, report, prefix="backbone.", file_keys=file_keys)
-    loaded = _copy_by_name(remaining, target, plan, report, file_keys)
-    _report_missing(target, loaded, checkpoint, report)
+    last = _last_stage(backbone)
+    loaded = _copy_by_name(remaining, target, plan, report, file_keys, last)
+    _report_missing(target, loaded, checkpoint, report, last)
     taken = [key for targets in report.mapped.values() for key in targets]
     # Biases of the attention do not count: they have the same size at any width.
     if not any(key.startswith(("encoder.", "decoder.")) and target[key].dim() > 1 for key in taken):
@@ -183,11 +190,10 @@ def _refuse_other_detector(checkpoint: Checkpoint, network: nn.Module, target: M
     """Refuse a checkpoint with another backbone, or another number of stages, than the network."""
     theirs = {key: tuple(value.shape) for key, value in checkpoint.state_dict.items()}
     ours = {key: tuple(value.shape) for key, value in target.items()}
-    kinds = backbone_kind(theirs)[0], backbone_kind(ours)[0]
     has_backbone = any(key.startswith("backbone.") for key in theirs)
     matrices = {key: shape for key, shape in theirs.items() if key.startswith("backbone.") and len(shape) > 1}
     shared = any(ours.get(key) == shape for key, shape in matrices.items())
-    if has_backbone and (not shared or ("unknown" not in kinds and kinds[0] != kinds[1])):
+    if has_backbone and (not shared or _differ(backbone_kinds(theirs), backbone_kinds(ours))):
         raise WeightsError(
             Problem(
                 f"holds another backbone than the model: {_both_backbones(theirs, ours)}",
@@ -206,6 +212,17 @@ def _refuse_other_detector(checkpoint: Checkpoint, network: nn.Module, target: M
         raise WeightsError(Problem(what, file=checkpoint.path, hint=hint))
 
 
+def _differ(theirs: tuple[str, ...], ours: tuple[str, ...]) -> bool:
+    """Return whether two backbones, each of one of several kinds, cannot be of the same kind."""
+    return "unknown" not in (*theirs, *ours) and not set(theirs) & set(ours)
+
+
+def _last_stage(backbone: Any) -> int | None:
+    """Return the last stage that a backbone of mmdet's returns, None where it does not say."""
+    indices = getattr(backbone, "out_indices", None)
+    return max(indices) if isinstance(indices, (list, tuple)) and indices else None
+
+
 def _both_backbones(theirs: Shapes, ours: Shapes) -> str:
     return f"{describe_backbone(theirs)} in the file, {describe_backbone(ours)} in the model"
 
@@ -216,6 +233,7 @@ def _copy_by_name(
     plan: ColumnPlan | None,
     report: LoadReport,
     file_keys: Mapping[str, str],
+    last: int | None,
 ) -> set[str]:
     """Copy what fits; returns the model's keys that the file has."""
     done: set[str] = set()
@@ -224,7 +242,9 @@ def _copy_by_name(
         file_key = file_keys.get(key, key)
         place = target.get(key)
         if place is None:
-            if key.endswith(_COUNTERS):
+            if is_unread(key, last):
+                report.dropped[file_key] = UNREAD
+            elif key.endswith(_COUNTERS):
                 report.dropped[file_key] = _COMPUTED
             elif _NECK_BIAS.fullmatch(key) and not bool(torch.count_nonzero(value)):
                 report.dropped[file_key] = "zero bias of a neck that has none in the model"
@@ -248,14 +268,20 @@ def _copy_by_name(
 
 
 def _report_missing(
-    target: Mapping[str, Tensor], loaded: set[str], checkpoint: Checkpoint, report: LoadReport
+    target: Mapping[str, Tensor],
+    loaded: set[str],
+    checkpoint: Checkpoint,
+    report: LoadReport,
+    last: int | None,
 ) -> None:
     accounted = loaded | {key for targets in report.mapped.values() for key in targets}
     accounted |= set(report.reshaped) | set(report.carried_over) | set(report.filled) | set(report.missing)
     for key, place in target.items():
         if key in accounted:
             continue
-        if key.endswith(_COUNTERS):
+        if is_unread(key, last):
+            report.filled[key] = f"left as the model created it: {UNREAD}"
+        elif key.endswith(_COUNTERS):
             report.filled[key] = "left as the model created it"
         elif _NECK_BIAS.fullmatch(key) and not checkpoint.architecture.neck_bias:
             with torch.no_grad():
@@ -327,7 +353,8 @@ def _backbone_part(
     part: dict[str, Tensor] = {}
     file_keys: dict[str, str] = {}
     for name, (source, key) in choice.members.items():
-        usual = found.layout.usual_name(name) or name
+        # Names of stages that the model does not build are spelled as its own.
+        usual = found.layout.usual_name(name) or layouts.usual_backbone_name(found.layout, name) or name
         if usual not in part:
             part[usual], file_keys[usual] = source.tensors[key], key
     return part, file_keys
@@ -376,6 +403,7 @@ def fill_backbone(
     names = file_keys or {}
     own = {key: value for key, value in backbone.state_dict().items() if isinstance(value, Tensor)}
     part = {key[len(prefix) :]: value for key, value in tensors.items()}
+    last = _last_stage(backbone)
     adapts = gcvit.is_gcvit(own)
     own_names = gcvit.own_names(part, own) if adapts else {key: key for key in part}
     fitted: dict[str, Tensor] = {}
@@ -393,6 +421,8 @@ def fill_backbone(
         elif target not in own:
             if _CLASSIFIER.fullmatch(key):
                 report.dropped[file_key] = "the classifier's head"
+            elif is_unread(f"backbone.{target}", last):
+                report.dropped[file_key] = UNREAD
             else:
                 report.unexpected.append(file_key)
         elif target not in fitted:
@@ -407,6 +437,8 @@ def fill_backbone(
             continue
         if key.endswith("num_batches_tracked"):
             report.filled[prefix + key] = "left as the model created it"
+        elif is_unread(f"backbone.{key}", last):
+            report.filled[prefix + key] = f"left as the model created it: {UNREAD}"
         else:
             report.missing.append(prefix + key)
     with torch.no_grad():
@@ -421,8 +453,8 @@ def _refuse_other_backbone(
     theirs = {f"backbone.{key}": tuple(value.shape) for key, value in part.items()}
     ours = {f"backbone.{key}": tuple(value.shape) for key, value in own.items()}
     # GCViTs that differ in their windows alone can be converted.
-    kinds = [backbone_kind(shapes)[0].removesuffix("_384") for shapes in (theirs, ours)]
-    if ("unknown" not in kinds and kinds[0] != kinds[1]) or fitting * 2 < len(ours):
+    kinds = [tuple(kind.removesuffix("_384") for kind in backbone_kinds(shapes)) for shapes in (theirs, ours)]
+    if _differ(*kinds) or fitting * 2 < len(ours):
         raise WeightsError(
             Problem(
                 f"holds another backbone than the model: {_both_backbones(theirs, ours)}"
@@ -482,8 +514,11 @@ def require_same_network(path: str | Path, model: nn.Module, *, where: str) -> N
         WeightsError: it holds another network; the message says what differs.
     """
     raw = read_raw(path)
-    theirs = _tensors(raw.payload["state_dict"])
-    ours = _tensors(unwrapped(model).state_dict())
+    network = unwrapped(model)
+    last = _last_stage(getattr(network, "backbone", None))
+    stored = _tensors(raw.payload["state_dict"])
+    theirs = {key: value for key, value in stored.items() if not is_unread(key, last)}
+    ours = _tensors(network.state_dict())
     if _shapes(theirs) == _shapes(ours):
         return
     difference, key = _difference(theirs, ours)
@@ -496,6 +531,61 @@ def require_same_network(path: str | Path, model: nn.Module, *, where: str) -> N
             f" {_START_WITH}",
         )
     )
+
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
+
+
+def leave_out_unread(content: dict[str, Any], model: nn.Module) -> int:
+    """Take stages of the backbone that the model does not build out of a training state.
+
+    Earlier versions built all stages, read or not: what they saved resumes with what is left of its weights,
+    its optimizer's state and its schedules.
+
+    Args:
+        content: a checkpoint that a run resumes from, changed in place.
+        model: the run's network, possibly wrapped for parallel training.
+
+    Returns:
+        The number of tensors that were left out.
+
+    Raises:
+        WeightsError: the optimizer's state has not a group for each parameter.
+    """
+    network = unwrapped(model)
+    last = _last_stage(getattr(network, "backbone", None))
+    weights = content["state_dict"]
+    unread = [key for key in weights if is_unread(key.removeprefix("module."), last)]
+    if not unread or network.state_dict().keys() & set(unread):
+        return 0
+    trained = {name for name, _ in network.named_parameters()}
+    parameters = [
+        key in unread
+        for key in weights
+        if key.removeprefix("module.") in trained or (key in unread and not key.endswith(_BUFFERS))
+    ]
+    optimizer = content["optimizer"]
+    groups = optimizer.get("param_groups") or []
+    kept = [index for index, is_left_out in enumerate(parameters) if not is_left_out]
+    if [group.get("params") for group in groups] != [[index] for index in range(len(parameters))]:
+        raise WeightsError(
+            Problem(
+                f"cannot be resumed: it holds {UNREAD}, which is no longer built, and its optimizer has not"
+                " a group for each parameter",
+                hint=_START_WITH,
+            )
+        )
+    for key in unread:
+        del weights[key]
+    optimizer["param_groups"] = [{**groups[old], "params": [new]} for new, old in enumerate(kept)]
+    state = optimizer["state"]
+    optimizer["state"] = {new: state[old] for new, old in enumerate(kept) if old in state}
+    for scheduler in content.get("param_schedulers") or ():
+        for name in ("base_values", "_last_value"):
+            values = scheduler.get(name) or []
+            # mmengine schedules a rate without multipliers too, after those of the groups.
+            scheduler[name] = [values[old] for old in kept if old < len(values)] + values[len(parameters) :]
+    return len(unread)
 
 
 def _tensors(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -7,6 +7,9 @@ from typing import Any
 
 Shape = tuple[int, ...]
 
+UNREAD = "a stage of the backbone that no feature level reads"
+"""Why a key is not needed."""
+
 
 @dataclass
 class LoadReport:

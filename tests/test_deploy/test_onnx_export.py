@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 
 import numpy as np
@@ -22,6 +23,7 @@ from ddetr_mm.deploy.parity import BatchParity, ParityReport, compare_outputs, g
 from ddetr_mm.errors import ExportError
 from ddetr_mm.spec import load_spec
 from ddetr_mm.translate import to_config
+from ddetr_mm.weights.gcvit import VARIANTS, GCViTVariant
 
 LEVELS = {1: "[1]", 2: "[1,2]", 3: "[1,2,3]", 4: "[1,2,3,4]", 5: "[0,1,2,3,4]"}
 
@@ -31,20 +33,21 @@ def export_onnx(detector, path, log=lambda _: None, **options):
     return onnx_export.export_onnx(detector, path, ExportOptions(**options), log=log)
 
 
-def tiny_config(tmp_path, num_levels=4, refine=True, gcvit=False):
+def tiny_config(tmp_path, levels="[1,2,3,4]", refine=True, gcvit=False, overrides=()):
     """The config of a small detector."""
     spec = tmp_path / "spec.yaml"
     spec.write_text("results_dir: results\n")
-    stages = [stage for stage in range(4) if str(stage) in LEVELS[num_levels]]
+    stages = [stage for stage in json.loads(levels) if stage < 4]
     overrides = [
-        f"model.num_feature_levels={num_levels}",
-        f"model.return_interm_indices={LEVELS[num_levels]}",
+        f"model.num_feature_levels={len(json.loads(levels))}",
+        f"model.return_interm_indices={levels}",
         f"model.with_box_refine={refine}",
         *("model.enc_layers=2", "model.dec_layers=3", "model.hidden_dim=64", "model.nheads=4"),
         *("model.num_queries=15", "model.num_select=15", "dataset.num_classes=6", "model.dim_feedforward=48"),
         "model.backbone=gc_vit_xxtiny"
         if gcvit
         else f"ddetr_mm.backbone={{type: ResNet, depth: 18, base_channels: 8, out_indices: {stages}}}",
+        *overrides,
     ]
     loaded = load_spec(spec, overrides)
     channels = [8 * 2**stage for stage in stages]
@@ -52,9 +55,14 @@ def tiny_config(tmp_path, num_levels=4, refine=True, gcvit=False):
 
 
 def tiny_detector(tmp_path, num_levels=4, refine=True, two_stage=False, gcvit=False):
-    """A small detector with random weights everywhere (offsets and boxes are zero at initialisation)."""
-    config = tiny_config(tmp_path, num_levels, refine, gcvit)
+    """A small detector on the usual feature levels."""
+    config = tiny_config(tmp_path, LEVELS[num_levels], refine, gcvit)
     config["as_two_stage"] = two_stage
+    return with_random_weights(config)
+
+
+def with_random_weights(config):
+    """Build with random weights everywhere (offsets and boxes are zero at initialisation)."""
     init_default_scope("mmdet")
     torch.manual_seed(0)
     detector = MODELS.build(config).eval()
@@ -88,6 +96,31 @@ def test_a_graph_with_gcvit_equals_the_detector(tmp_path, num_levels, refine, pl
     assert report.max_abs_diff_boxes < 1e-4 and report.max_abs_diff_logits < 1e-3
     operators = {node.op_type for node in onnx.load(str(tmp_path / "m.onnx")).graph.node}
     assert ("GridSample" in operators) is not plugin and not operators & {"Loop", "If", "NonZero"}
+
+
+STAGES = [list(chosen) for count in (1, 2, 3, 4) for chosen in itertools.combinations(range(4), count)]
+INDEX_LISTS = [str(stages + extra) for stages in STAGES for extra in ([], [4])]
+SMALLEST = ("model.enc_layers=1", "model.dec_layers=1")
+
+
+@pytest.mark.parametrize("levels", INDEX_LISTS)
+def test_a_graph_of_any_feature_levels_equals_the_detector(tmp_path, levels):
+    detector = with_random_weights(tiny_config(tmp_path, levels, overrides=SMALLEST))
+    last = max(stage for stage in json.loads(levels) if stage < 4)
+    assert detector.backbone.res_layers == [f"layer{stage + 1}" for stage in range(last + 1)]
+    report = export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(64, 64))
+    assert report.max_abs_diff_boxes < 1e-5 and report.max_abs_diff_logits < 1e-4
+
+
+@pytest.mark.parametrize("levels", ["[0]", "[0,2]", "[1,2,4]", "[1,4]"])
+def test_a_graph_of_any_feature_levels_of_gcvit_equals_the_detector(tmp_path, levels, monkeypatch):
+    thin = GCViTVariant((2, 2, 2, 2), (1, 2, 4, 8), (7, 7, 14, 7), 32, 2.0, 0.5)
+    monkeypatch.setitem(VARIANTS, "xxtiny", thin)
+    detector = with_random_weights(tiny_config(tmp_path, levels, gcvit=True, overrides=SMALLEST))
+    last = max(stage for stage in json.loads(levels) if stage < 4)
+    assert len(detector.backbone.levels) == last + 1
+    report = export_onnx(detector, tmp_path / "m.onnx", input_size_hw=(48, 60))
+    assert report.max_abs_diff_boxes < 1e-5 and report.max_abs_diff_logits < 1e-4
 
 
 def test_names_types_and_axes_are_those_of_the_contract(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -10,6 +11,8 @@ from mmdet.registry import MODELS
 from torch import nn
 
 from ddetr_mm.errors import SpecError
+from ddetr_mm.models import GCViT
+from ddetr_mm.translate.model import without_unread_stages
 
 IMAGES = torch.zeros(1, 3, 64, 96)
 
@@ -82,6 +85,64 @@ def test_the_backbone_is_the_one_asked_for(tiny_config):
             features = backbone(IMAGES)
         assert type(backbone).__name__ == kind
         assert [feature.shape[1] for feature in features] == channels == config.model.neck.in_channels
+
+
+@pytest.mark.parametrize("stages", [[0, 2], [1]])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        ("model.backbone=resnet_50",),
+        ("model.backbone=resnet_50", "model.dilation=True"),
+        ("ddetr_mm.backbone={type: ResNet, depth: 18, num_stages: 4, out_indices: STAGES}",),
+        ("ddetr_mm.backbone={type: mmdet.ResNet, depth: 34, frozen_stages: 4, out_indices: STAGES}",),
+        ("ddetr_mm.backbone={type: ResNeXt, depth: 50, groups: 32, base_width: 4, out_indices: STAGES}",),
+        ("ddetr_mm.backbone={type: GCViT, variant: xxtiny, out_indices: STAGES}",),
+        ("model.backbone=gc_vit_large_384",),
+    ],
+)
+def test_only_the_stages_that_are_read_are_built(tiny_config, backbone, stages):
+    levels = [*stages, 4]
+    names = [text.replace("STAGES", str(stages)) for text in backbone]
+    own = "ddetr_mm.backbone" in backbone[0]
+    keys = [
+        *names,
+        *([] if own else ["ddetr_mm.backbone=null"]),
+        f"model.return_interm_indices={levels}",
+        f"model.num_feature_levels={len(levels)}",
+    ]
+    config = tiny_config(*keys).model.backbone
+    with torch.device("meta"):
+        ours = MODELS.build(copy.deepcopy(config))
+    built = {key for key, _ in ours.named_parameters()}
+    last = stages[-1] + 1
+    if config.type == "GCViT":
+        with torch.device("meta"):
+            whole = GCViT(config.variant, out_indices=stages + [3] * (3 not in stages), drop_path_rate=0.0)
+        unread = (*(f"levels.{stage}." for stage in range(last, 4)), f"levels.{last - 1}.downsample.")
+        unread += () if 3 in stages else ("norm3.",)
+    else:
+        options = {key: value for key, value in config.items() if "st" not in key and "dil" not in key}
+        options["type"] = config.type.replace("TorchvisionDilated", "")
+        with torch.device("meta"):
+            whole = MODELS.build(dict(options, out_indices=(3,)))
+        unread = tuple(f"layer{stage + 1}." for stage in range(last, 4))
+    assert built == {key for key, _ in whole.named_parameters() if not key.startswith(unread)}
+
+
+@pytest.mark.parametrize("stages", [[0, 2], [1], [3]])
+@pytest.mark.parametrize("kind", ["ResNet", "TorchvisionDilatedResNet"])
+def test_a_backbone_without_unread_stages_has_equal_features(kind, stages):
+    config = dict(type=kind, depth=50, base_channels=8, out_indices=stages)
+    short = MODELS.build(without_unread_stages(config))
+    whole = MODELS.build(dict(config, out_indices=[0, 1, 2, 3]))
+    short.load_state_dict({key: whole.state_dict()[key] for key in short.state_dict()}, strict=True)
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = whole(images)
+        found = short(images)
+    assert [torch.equal(one, expected[stage]) for one, stage in zip(found, stages, strict=True)] == [
+        True
+    ] * len(stages)
 
 
 def test_dilation_keeps_the_last_stage_at_stride_16(tiny_config):

@@ -21,7 +21,10 @@ from ddetr_mm.weights.formats import HF, MMDET_2, TABLES, TAO, from_canonical, s
 )
 def test_round_trip_keeps_every_key_and_bit(table, with_box_refine, two_stage, **structure):
     canonical = small_canonical(
-        with_box_refine=with_box_refine or two_stage, two_stage=two_stage, counters=table != "hf", **structure
+        with_box_refine=with_box_refine or two_stage,
+        two_stage=two_stage,
+        counters=table == "mmdet",
+        **structure,
     )
     foreign, there = from_canonical(
         canonical, TABLES[table], with_box_refine=with_box_refine or two_stage, two_stage=two_stage

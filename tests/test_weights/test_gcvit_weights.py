@@ -15,9 +15,17 @@ from torch import Tensor
 
 from ddetr_mm.errors import WeightsError
 from ddetr_mm.models import GCViT
-from ddetr_mm.models.gcvit import relative_position_index
 from ddetr_mm.weights import load_backbone
-from ddetr_mm.weights.gcvit import VARIANTS, GCViTVariant, resize_position_table, timm_to_paper
+from ddetr_mm.weights.gcvit import (
+    VARIANTS,
+    GCViTVariant,
+    as_tao_has_it,
+    relative_position_index,
+    resize_position_table,
+    stage_shapes,
+    timm_to_paper,
+)
+from ddetr_mm.weights.report import UNREAD
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +112,11 @@ def test_our_own_weights_come_back_as_they_were(load) -> None:
 
 
 def test_without_the_last_stage_a_classifier_s_norm_is_not_used(load) -> None:
-    report = load(thin(out_indices=(0, 1, 2)), as_classifier(random_weights(thin())))
-    assert report.unexpected == ["norm.weight", "norm.bias"]
+    whole = random_weights(thin())
+    report = load(thin(out_indices=(0, 1, 2)), as_classifier(whole))
+    unread = {key for key, why in report.dropped.items() if why == UNREAD}
+    behind = {key for key in whole if key.startswith(("levels.3.", "levels.2.downsample."))}
+    assert unread == {"norm.weight", "norm.bias"} | behind and not report.unexpected
 
 
 def test_timm_s_names_each_lead_to_one_of_ours() -> None:
@@ -265,3 +276,34 @@ def test_random_weights_are_kept_by_init_weights() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     tables = torch.cat([value.flatten() for key, value in before.items() if key.endswith("bias_table")])
     assert tables.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+# --- Keys and shapes of a stage ---
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "thin"])
+def test_shapes_of_the_stages_are_those_of_the_network(variant) -> None:
+    with torch.device("meta"):
+        model = GCViT(variant, drop_path_rate=0.0)
+    network = {key: tuple(value.shape) for key, value in model.state_dict().items() if "levels." in key}
+    shapes = [stage_shapes(VARIANTS[variant], stage) for stage in range(4)]
+    listed = {key: shape for each in shapes for key, shape in each.items()}
+    indices = {key: shape for key, shape in listed.items() if key.endswith("relative_position_index")}
+    assert {key: shape for key, shape in listed.items() if key not in indices} == network
+    assert len(indices) == sum(VARIANTS[variant].depths)
+
+
+def test_parts_that_tao_has_besides_have_initial_values() -> None:
+    arch = VARIANTS["thin"]
+    own = thin(out_indices=(0, 1)).state_dict()
+    added = as_tao_has_it(own.keys(), arch)
+    assert added.keys() | own.keys() >= thin().state_dict().keys() - {"norm2.weight", "norm2.bias"} - {
+        "norm3.weight",
+        "norm3.bias",
+    }
+    assert torch.equal(added["levels.3.blocks.0.gamma1"], torch.full((256,), 0.5))
+    assert torch.equal(added["levels.2.blocks.1.norm2.weight"], torch.ones(128))
+    assert not added["levels.2.blocks.1.mlp.fc1.bias"].any()
+    assert 0.01 < added["levels.3.blocks.0.attn.qkv.weight"].std() < 0.03
+    again = as_tao_has_it(own.keys(), arch)
+    assert all(torch.equal(value, added[key]) for key, value in again.items())

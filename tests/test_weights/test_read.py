@@ -209,7 +209,7 @@ def test_wrappers_are_taken_off(prefix, tmp_path):
     wrapped = {prefix + key: value for key, value in foreign(TAO).items()}
     wrapped[prefix + "extra.weight"] = torch.ones(1)
     checkpoint = read_checkpoint(write(tmp_path / "x.pth", {"state_dict": wrapped}))
-    assert set(checkpoint.state_dict) == set(small_canonical())
+    assert set(checkpoint.state_dict) == set(small_canonical(counters=False))
     assert checkpoint.trace.unexpected == [prefix + "extra.weight"]
     assert all(key.startswith(prefix) for key in checkpoint.trace.mapped)
 
@@ -217,7 +217,7 @@ def test_wrappers_are_taken_off(prefix, tmp_path):
 def test_tao_with_one_prefix_only(tmp_path):
     short = {key.removeprefix("model."): value for key, value in foreign(TAO).items()}
     checkpoint = read_checkpoint(write(tmp_path / "x.pth", {"state_dict": short}))
-    assert checkpoint.format == "tao" and set(checkpoint.state_dict) == set(small_canonical())
+    assert checkpoint.format == "tao" and set(checkpoint.state_dict) == set(small_canonical(counters=False))
     assert set(checkpoint.trace.mapped) | set(checkpoint.trace.aliases) == set(short)
 
 

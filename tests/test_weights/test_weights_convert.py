@@ -4,15 +4,36 @@ import dataclasses
 import functools
 import itertools
 import json
+import re
 
 import pytest
 import torch
 from safetensors import safe_open
-from weights_builders import detector, golden_state_dict, small_canonical, write_golden, write_mmdet
+from weights_builders import (
+    detector,
+    golden_file,
+    golden_state_dict,
+    small_canonical,
+    write_golden,
+    write_mmdet,
+)
 
 from ddetr_mm.errors import WeightsError
-from ddetr_mm.weights import FORMATS, convert_checkpoint, inspect_checkpoint, read_checkpoint
-from ddetr_mm.weights.formats import OFFICIAL, TAO, from_canonical
+from ddetr_mm.translate.model import without_unread_stages
+from ddetr_mm.weights import (
+    FORMATS,
+    Checkpoint,
+    CheckpointMeta,
+    convert_checkpoint,
+    infer_architecture,
+    inspect_checkpoint,
+    load_for_model,
+    read_checkpoint,
+)
+from ddetr_mm.weights.convert import checkpoint_variant
+from ddetr_mm.weights.formats import OFFICIAL, TAO, KeyTrace, from_canonical
+from ddetr_mm.weights.gcvit import VARIANTS, relative_position_index, stage_shapes
+from ddetr_mm.weights.report import UNREAD
 
 NAMES = ("background", "cat", "dog", "cow", "hen", "ox", "fox", "owl")
 
@@ -51,8 +72,15 @@ def test_golden_through_every_format_and_back(name, route, tmp_path):
         info = inspect_checkpoint(path)
         assert info.format == step and info.meta.source_format == first.format
         assert info.meta.zero_padded_values == first.meta.zero_padded_values
-    expected, written = golden_state_dict(name), file_tensors(path)
-    assert set(written) == set(expected)
+    expected, written = dict(golden_state_dict(name)), file_tensors(path)
+    if name.startswith("gc_vit"):  # golden files list no integer buffers
+        blocks = {key.rpartition(".")[0] for key in expected if key.endswith(".relative_position_bias_table")}
+        windows = {block: 14 if ".levels.2." in block else 7 for block in blocks}
+        expected |= {
+            f"{block}.relative_position_index": relative_position_index(window)
+            for block, window in windows.items()
+        }
+    assert sorted(written) == sorted(expected)
     assert all(torch.equal(written[key], expected[key]) for key in expected)
 
 
@@ -108,7 +136,7 @@ def _thin_state_dict():
 
 
 def test_neck_without_bias_gains_zeros_and_loses_them_again(tmp_path):
-    canonical = small_canonical(neck_bias=False)
+    canonical = small_canonical(neck_bias=False, counters=False)
     zoo = write_mmdet(tmp_path / "zoo.pth", canonical, dataset_meta={"classes": ("a", "b", "c", "d")})
     report = convert_checkpoint(zoo, tmp_path / "official.pth", "official")
     written = file_tensors(tmp_path / "official.pth")
@@ -127,7 +155,7 @@ def test_neck_without_bias_gains_zeros_and_loses_them_again(tmp_path):
 
 
 def test_two_stage_travels_where_it_can(tmp_path):
-    canonical = small_canonical(two_stage=True)
+    canonical = small_canonical(two_stage=True, counters=False)
     source = write_mmdet(tmp_path / "x.pth", canonical)
     convert_checkpoint(source, tmp_path / "official.pth", "official")
     written = file_tensors(tmp_path / "official.pth")
@@ -178,7 +206,7 @@ def test_safetensors_carry_class_names_and_the_spec_without_secrets(to, tmp_path
     assert (info.architecture.num_heads, info.architecture.enc_points) == (4, 8)
     assert any("num_queries = 300" in note and "20" in note for note in report.notes)
     expected, found = read_checkpoint(source).state_dict, read_checkpoint(path).state_dict
-    if to == "hf":  # frozen batch norm there counts no steps
+    if to != "mmdet":  # frozen batch norm there counts no steps
         expected = {key: value for key, value in expected.items() if not key.endswith("num_batches_tracked")}
     assert set(found) == set(expected) and all(torch.equal(found[key], expected[key]) for key in expected)
 
@@ -233,3 +261,114 @@ def test_difference_of_padding_is_reported(tmp_path):
     assert any("padding" in note for note in report.notes)
     report = convert_checkpoint(source, tmp_path / "x.pth", "mmdet")
     assert not any("padding" in note for note in report.notes)
+
+
+# --- Keys of the target's own network ---
+
+WINDOWS = {0: 7, 1: 7, 2: 14, 3: 7}
+
+
+def taos_keys(name, levels):
+    """The keys of TAO's file for these feature levels, from those of its file for levels 1 to 4."""
+    usual = list(json.loads(golden_file(f"{name}.json").read_text())["state_dict"])
+    stages = [level for level in levels if level < 4]
+    keys = []
+    for key in usual:
+        part = key.removeprefix("model.model.")
+        if part.startswith("input_proj."):
+            continue
+        if re.match(r"backbone\.0\.body\.layer[1-4]\.", part) and int(part[21]) - 1 > max(stages):
+            continue  # torchvision's IntermediateLayerGetter ends with the last layer that is returned
+        if re.match(r"backbone\.0\.body\.norm\d\.", part):
+            continue
+        keys.append(key)
+        if key.endswith("relative_position_bias_table"):
+            keys.append(key.replace("bias_table", "index"))
+    projections = [key for key in usual if ".input_proj.0." in key]
+    keys += [key.replace("proj.0.", f"proj.{level}.") for level in range(len(levels)) for key in projections]
+    if name.startswith("gc_vit"):
+        norms = [f"model.model.backbone.0.body.norm{stage}" for stage in stages]
+        keys += [f"{norm}.{leaf}" for norm in norms for leaf in ("weight", "bias")]
+    return sorted(keys)
+
+
+def written_by_us(path, name, levels, whole):
+    """A checkpoint of ours: a network of these levels, of a backbone with or without its unread stages."""
+    stages = tuple(level for level in levels if level < 4)
+    if name.startswith("gc_vit"):
+        backbone = dict(type="GCViT", variant="xxtiny", out_indices=stages)
+        channels = [64 * 2**stage for stage in stages]
+    else:
+        backbone = dict(type="ResNet", depth=50, base_channels=8, out_indices=stages)
+        backbone = backbone if whole else without_unread_stages(backbone)
+        channels = [32 * 2**stage for stage in stages]
+    model = detector(
+        backbone=backbone,
+        in_channels=channels,
+        num_levels=len(levels),
+        kind="TAODeformableDETR",
+        zero_padded_values=False,
+    )
+    return model, write_mmdet(path, model.state_dict())
+
+
+INDEX_LISTS = [[1, 2], [0], [3], [2, 4], [1, 2, 4], [0, 1, 2, 4], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("levels", INDEX_LISTS, ids=str)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_written_file_has_taos_keys(levels, whole, tmp_path):
+    model, source = written_by_us(tmp_path / "x.pth", "resnet50_4lvl", levels, whole)
+    report = convert_checkpoint(source, tmp_path / "tao.pth", "tao")
+    written = file_tensors(tmp_path / "tao.pth")
+    expected = taos_keys("resnet50_4lvl", levels)
+    assert sorted(written) == expected
+    assert report.complete and report.dropped["backbone.bn1.num_batches_tracked"]
+    unread = max(level for level in levels if level < 4) < 3 and whole
+    assert (UNREAD in report.dropped.values()) is unread
+    convert_checkpoint(source, tmp_path / "official.pth", "official")
+    official = file_tensors(tmp_path / "official.pth")
+    assert sorted(official) == [key.removeprefix("model.model.") for key in expected]
+    # Back again: what is read has its values.
+    assert load_for_model(model, tmp_path / "tao.pth", strict=True).missing == []
+
+
+@pytest.mark.parametrize("levels", [[1, 2], [0, 4], [1, 2, 3, 4]], ids=str)
+def test_a_written_gcvit_has_taos_keys(levels, tmp_path):
+    model, source = written_by_us(tmp_path / "x.pth", "gc_vit_xxtiny_4lvl", levels, False)
+    report = convert_checkpoint(source, tmp_path / "tao.pth", "tao")
+    written = file_tensors(tmp_path / "tao.pth")
+    assert sorted(written) == taos_keys("gc_vit_xxtiny_4lvl", levels) and report.complete
+    for stage, window in WINDOWS.items():
+        index = written[f"model.model.backbone.0.body.levels.{stage}.blocks.1.attn.relative_position_index"]
+        assert torch.equal(index, relative_position_index(window))
+    shapes = json.loads(golden_file("gc_vit_xxtiny_4lvl.json").read_text())["state_dict"]
+    backbone = {key: list(value.shape) for key, value in written.items() if ".levels." in key}
+    assert {key: shapes[key] for key in backbone if key in shapes} == {
+        key: shape for key, shape in backbone.items() if not key.endswith("_index")
+    }
+    added = [key for key, why in report.filled.items() if "not read" in why]
+    assert all(written[key].isfinite().all() for key in added)
+    last = max(level for level in levels if level < 4)
+    assert {int(key.split(".")[6]) for key in added} == ({*range(last, 4)} if last < 3 else set())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    read = load_for_model(model, tmp_path / "tao.pth", strict=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (UNREAD in read.dropped.values()) is (last < 3)
+
+
+@pytest.mark.parametrize("variant", ["xtiny", "tiny", "large_384"])
+def test_a_gcvit_without_its_last_stages_is_of_the_spec_s_size(variant, tmp_path):
+    """Two stages of xtiny are those of tiny; the rest, which TAO wants, is the spec's."""
+    shapes = {
+        key: shape
+        for stage in range(2)
+        for key, shape in stage_shapes(VARIANTS[variant], stage).items()
+        if not key.endswith("_index") and "levels.1.downsample" not in key
+    }
+    meta = CheckpointMeta("mmdet", False, "contiguous", spec={"model": {"backbone": f"gc_vit_{variant}"}})
+    state_dict = {f"backbone.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    checkpoint = Checkpoint(state_dict, "mmdet", meta, infer_architecture({}), tmp_path, KeyTrace())
+    assert checkpoint_variant(checkpoint) == variant
+    nameless = dataclasses.replace(checkpoint, meta=dataclasses.replace(meta, spec=None))
+    assert checkpoint_variant(nameless) == ("xtiny" if variant == "tiny" else variant)

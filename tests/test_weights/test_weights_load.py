@@ -8,14 +8,18 @@ import pytest
 import timm
 import torch
 import torchvision
+from mmdet.registry import MODELS
+from mmengine.optim import MultiStepLR, build_optim_wrapper
 from torch import nn
-from weights_builders import detector, resnet, write_golden, write_mmdet
+from weights_builders import detector, padded_batch, predict, resnet, write_golden, write_mmdet
 
 from ddetr_mm.classes import named_columns
 from ddetr_mm.errors import WeightsError
+from ddetr_mm.translate.model import without_unread_stages
 from ddetr_mm.weights import convert_checkpoint, load_backbone, load_for_model
 from ddetr_mm.weights.class_columns import plan_columns, same_classes
-from ddetr_mm.weights.load import require_resumable, require_same_network
+from ddetr_mm.weights.load import leave_out_unread, require_resumable, require_same_network
+from ddetr_mm.weights.report import UNREAD
 
 # --- Detectors ---
 
@@ -499,3 +503,115 @@ def test_files_of_other_kinds(tmp_path: Path, content: bytes):
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=r"x\.pth"):
         require_resumable(path, where=WHERE)
+
+
+# --- Stages of the backbone that are not read ---
+
+
+def on_levels(levels, backbone, seed, *, whole=True):
+    """A detector on some levels of a thin ResNet-18 or a GCViT, built with or without its other stages."""
+    stages = tuple(level for level in levels if level < 4)
+    if backbone == "gcvit":
+        config, width = dict(type="GCViT", variant="xxtiny", out_indices=stages), 64
+    else:
+        config, width = dict(type="ResNet", depth=18, base_channels=8, out_indices=stages), 8
+        config = config if whole else without_unread_stages(config)
+    channels = [width * 2**stage for stage in stages]
+    options = dict(kind="TAODeformableDETR", zero_padded_values=True, num_levels=len(levels), layers=1)
+    return detector(backbone=config, in_channels=channels, seed=seed, **options)
+
+
+@pytest.mark.parametrize("levels", [(0, 1), (2, 4), (0, 2)])
+@pytest.mark.parametrize("file_is_whole", [True, False])
+def test_stages_that_are_not_read_may_be_in_a_file_or_not(levels, file_is_whole, tmp_path):
+    source = on_levels(levels, "resnet", 1, whole=file_is_whole)
+    path = write_mmdet(tmp_path / "x.pth", source.state_dict())
+    ours = on_levels(levels, "resnet", 2, whole=not file_is_whole)
+    report = load_for_model(ours, path, strict=True)
+    assert report.complete
+    unread = tuple(f"backbone.layer{stage + 2}" for stage in range(max(set(levels) - {4}), 3))
+    found = {key for key, why in (report.dropped | report.filled).items() if UNREAD in why}
+    assert found == {key for key in on_levels(levels, "resnet", 1).state_dict() if key.startswith(unread)}
+    assert f"{len(found)} keys {'not needed' if file_is_whole else 'filled in'}" in report.summary()
+    images, sizes_hw = padded_batch()
+    expected, got = predict(source, images, sizes_hw), predict(ours, images, sizes_hw)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+def test_a_pretrained_resnet_gives_a_shorter_one_its_stages(tmp_path):
+    with torch.device("meta"):
+        longer = torchvision.models.resnet101()
+    weights = torchvision.models.resnet50().state_dict()
+    short = MODELS.build(without_unread_stages(dict(type="ResNet", depth=50, out_indices=(0, 2))))
+    report = load_backbone(short, save(tmp_path / "r50.pth", weights))
+    assert report.complete and not report.filled
+    assert torch.equal(short.layer3[5].conv3.weight, weights["layer3.5.conv3.weight"])
+    unread = {key for key, why in report.dropped.items() if why == UNREAD}
+    assert unread == {key for key in weights if key.startswith("layer4.")}
+    # The first six blocks of a ResNet-101's third stage fit, and are another network's.
+    deep = {key: torch.zeros(value.shape) for key, value in longer.state_dict().items()}
+    with pytest.raises(WeightsError, match="resnet_101 in the file, resnet_50 in the model"):
+        load_backbone(short, save(tmp_path / "r101.pth", deep))
+
+
+def test_timms_gcvit_gives_a_shorter_one_its_stages(tmp_path):
+    model = timm.create_model("gcvit_xxtiny", pretrained=False)
+    gcvit = MODELS.build(dict(type="GCViT", variant="xxtiny", out_indices=(0, 1)))
+    report = load_backbone(gcvit, save(tmp_path / "timm.pth", model.state_dict()))
+    assert report.unexpected == [] and [key for key in report.missing if "norm" not in key] == []
+    assert {key.split(".")[1] for key, why in report.dropped.items() if why == UNREAD} == {"2", "3"}
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "gcvit"])
+def test_a_run_resumes_without_stages_that_are_not_read(backbone, tmp_path):
+    """What a run saved whose network had them: weights, state and rate of each parameter stay together."""
+    older = on_levels((0, 1), backbone, 1)
+    if backbone == "gcvit":
+        reads_all = MODELS.build(dict(type="GCViT", variant="xxtiny", out_indices=(0, 1, 2, 3)))
+        for stage in (2, 3):
+            older.backbone.levels.append(reads_all.levels[stage])
+        older.backbone.levels[1].downsample = reads_all.levels[1].downsample
+    config = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-3))
+    config["paramwise_cfg"] = dict(custom_keys={"backbone": dict(lr_mult=0.1), "layer": dict(lr_mult=0.5)})
+    wrapper = build_optim_wrapper(older, dict(config))
+    for index, (name, parameter) in enumerate(older.named_parameters()):
+        if not name.startswith(("backbone.layer4", "backbone.levels.3")):
+            parameter.grad = torch.full_like(parameter, 1.0 + index)
+    wrapper.optimizer.step()
+    scheduler = MultiStepLR(wrapper, milestones=[1])
+    content = {
+        "state_dict": older.state_dict(),
+        "optimizer": wrapper.state_dict(),
+        "meta": {"epoch": 1, "iter": 5},
+        "param_schedulers": [scheduler.state_dict()],
+    }
+    torch.save(content, tmp_path / "older.pth")
+    model = on_levels((0, 1), backbone, 2, whole=False)
+    require_same_network(tmp_path / "older.pth", model, where=WHERE)
+    left_out = leave_out_unread(content, model)
+    assert left_out == len(older.state_dict()) - len(model.state_dict()) > 0
+    model.load_state_dict(content["state_dict"], strict=True)
+    resumed = build_optim_wrapper(model, dict(config))
+    resumed.load_state_dict(content["optimizer"])
+    MultiStepLR(resumed, milestones=[1]).load_state_dict(content["param_schedulers"][0])
+    there = dict(zip([*dict(older.named_parameters()), "base"], wrapper.param_groups, strict=True))
+    here = dict(zip([*dict(model.named_parameters()), "base"], resumed.param_groups, strict=True))
+    assert here.keys() < there.keys()
+    for name, group in here.items():
+        (theirs,), (ours,) = there[name]["params"], group["params"]
+        assert group["lr"] == there[name]["lr"]
+        expected, found = wrapper.optimizer.state.get(theirs, {}), resumed.optimizer.state.get(ours, {})
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert sum(len(state) > 0 for state in resumed.optimizer.state.values()) > 20
+    assert content["param_schedulers"][0]["base_values"] == [there[name]["initial_lr"] for name in here]
+
+
+def test_a_state_without_a_group_for_each_parameter_is_refused(tmp_path):
+    older = on_levels((0, 1), "resnet", 1)
+    optimizer = torch.optim.AdamW(older.parameters())
+    content = {"state_dict": older.state_dict(), "optimizer": optimizer.state_dict(), "meta": {}}
+    with pytest.raises(WeightsError, match="no longer built.*pretrained_model_path"):
+        leave_out_unread(content, on_levels((0, 1), "resnet", 2, whole=False))
+    whole = on_levels((0, 1), "resnet", 3)
+    assert leave_out_unread(content, whole) == 0 and "backbone.layer4.0.conv1.weight" in content["state_dict"]
