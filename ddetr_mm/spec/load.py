@@ -51,6 +51,7 @@ from ddetr_mm.spec.rules import drop_blank_sources, incomplete_sources, missing_
 from ddetr_mm.spec.schema import SUBTASKS, ConvertSpec, ExperimentSpec, Spec, root_of
 from ddetr_mm.spec.yaml_source import Branch, Leaf, Listing, Tree, parse_yaml, read_text
 
+SECRET = ("encryption_key",)
 MAX_PROBLEMS = 100
 MAX_HINTS = 50
 
@@ -537,8 +538,12 @@ def _resolve(
         keys = keys_of(path)
         try:
             result = resolver.value(keys)
+            if SECRET in {used[:1] for used in resolver.uses[keys] - {keys}}:
+                raise Unresolvable("refers to encryption_key, which would show it")
         except Unresolvable as error:
-            report.add(path, str(error), value=resolver.raw_value(keys), allowed=FORMS)
+            secret = keys[:1] == SECRET  # its text may be part of the key
+            what = "holds ${…} that cannot be resolved" if secret else str(error)
+            report.add(path, what, value=resolver.raw_value(keys), allowed=FORMS)
             _remove(values, path, root)
             continue
         if one is not None and isinstance(path[-1], str) and _is_blank_result(result, one):

@@ -104,7 +104,8 @@ class _Applier:
         bare = key.removeprefix("++").removeprefix("+")
         tokens = split_path(bare)
         if not equals or tokens is None:
-            raise _BadOverride(Problem("is not an override", where=OVERRIDE, value=override, allowed=FORM))
+            shown = "…" if "encryption_key" in override else override
+            raise _BadOverride(Problem("is not an override", where=OVERRIDE, value=shown, allowed=FORM))
         value = read_value(text, self.file, bare)
         self.in_section(tree, self.root, bare, tokens, 0, value)
 

@@ -5,10 +5,10 @@ A file begins with a header, followed by segments::
     magic (8 bytes) · salt (16) · nonce prefix (7) · length of the content (8, big-endian) · key check (16)
     segment: AES-256-GCM of 16 MiB of content, 16 bytes longer than those; the last one may be shorter
 
-The AES key is derived from the user's key by scrypt with the salt. A segment's nonce is the prefix, the
-segment's number and whether it is the last; the header without the key check is authenticated with each. So
-segments cannot be changed, exchanged or omitted. The key check is the authentication tag of empty content: it
-distinguishes a wrong key from a damaged file.
+The AES key is derived from the user's key by scrypt with the salt; the magic decides how costly that is. A
+segment's nonce is the prefix, the segment's number and whether it is the last; the header without the key
+check is authenticated with each. So segments cannot be changed, exchanged or omitted. The key check is the
+authentication tag of empty content: it distinguishes a wrong key from a damaged file.
 
 The key is never written. Decrypted content is not written to disk where the system has files in memory
 (Linux).
@@ -29,7 +29,9 @@ from ddetr_mm.errors import Problem, StackError, WeightsError
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-MAGIC = b"DDMMENC1"
+MAGIC = b"DDMMENC2"
+_COSTS = {MAGIC: 2**17, b"DDMMENC1": 2**15}
+"""Beginning of a file → cost of scrypt (its ``n``, with r = 8 and p = 1). The newest one is written."""
 SEGMENT_BYTES = 16 * 2**20
 _TAG_BYTES = 16
 _HEAD = struct.Struct(">8s16s7sQ")
@@ -58,7 +60,7 @@ def is_encrypted(path: str | Path) -> bool:
     """Return whether a file begins as :func:`encrypt_file` writes it."""
     try:
         with Path(path).open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
+            return file.read(len(MAGIC)) in _COSTS
     except OSError:
         return False
 
@@ -207,8 +209,11 @@ def _cipher(key: str, head: bytes) -> AESGCM:
     except ImportError as error:
         hint = "run: pip install 'cryptography>=42'"
         raise StackError(Problem("encryption needs the package cryptography", hint=hint)) from error
-    salt = _HEAD.unpack(head)[1]
-    return AESGCM(Scrypt(salt=salt, length=32, n=2**15, r=8, p=1).derive(key.encode()))
+    magic, salt = _HEAD.unpack(head)[:2]
+    derived = Scrypt(salt=salt, length=32, n=_COSTS[magic], r=8, p=1).derive(
+        key.encode("utf-8", "surrogatepass")
+    )
+    return AESGCM(derived)
 
 
 def _nonce(head: bytes, number: int, last: bool) -> bytes:

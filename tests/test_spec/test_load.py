@@ -437,3 +437,40 @@ def nested_text(path: str) -> str:
     *above, last = path.split(".")
     lines = [f"{'  ' * depth}{name}:" for depth, name in enumerate([*above, last])]
     return "\n".join(lines) + " "
+
+
+# --- The key of checkpoints is shown nowhere ---
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ('encryption_key: "a\\0HIDDEN"', ()),
+        ('encryption_key: "a${HIDDEN}b"', ()),
+        ('encryption_key: "HIDDEN${"', ()),
+        ("encryption_key: [HIDDEN]", ()),
+        ("encryption_key: {a: HIDDEN}", ()),
+        ('encryption_key: "HIDDEN', ()),
+        ("encryption_key: HIDDEN: x", ()),
+        ('encryption_key: HIDDEN\ntrain: {precision: "${encryption_key}"}', ()),
+        ('encryption_key: HIDDEN\nwandb: {name: "a${encryption_key}"}', ()),
+        ('encryption_key: HIDDEN\nresults_dir: "${wandb.name}"\nwandb: {name: "${encryption_key}"}', ()),
+        ("encryption_keyy: HIDDEN", ()),
+        ("train: {encryption_key: HIDDEN}", ()),
+        ("{}", ("encryption_key:HIDDEN",)),
+        ("{}", ("encryption_key HIDDEN",)),
+        ("{}", ("encryption_key={HIDDEN",)),
+        ("{}", ("encryption_key.x=HIDDEN",)),
+    ],
+)
+def test_no_message_shows_the_key(text, overrides, tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        load_spec(path, overrides, "train")
+    assert "HIDDEN" not in str(caught.value) and len(caught.value.problems) >= 1
+    assert (
+        "encryption_key" in str(caught.value)
+        or "YAML" in str(caught.value)
+        or "override" in str(caught.value)
+    )

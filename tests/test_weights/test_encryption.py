@@ -50,6 +50,31 @@ def test_content_comes_back_and_is_not_readable_before(tmp_path, small_segments,
     assert b"weights" not in path.read_bytes()
 
 
+OLD = (
+    "44444d4d454e4331654beee853815f51d222a54711947ae8af1fa56c24699c0000000000000007a441fc0077334c3b"
+    "5cbd0b8eb77045319634f061761bb0992ebe0b7f21222fc2b8c84eeb0ade8c"
+)
+"""What version 0.1 wrote of ``weights``, with an eighth of today's cost of deriving the key."""
+
+
+def test_files_of_the_first_version_open(tmp_path):
+    path = tmp_path / "old.pth"
+    path.write_bytes(bytes.fromhex(OLD))
+    assert is_encrypted(path) and is_whole_encrypted(path) and decrypted(path) == b"weights"
+    with pytest.raises(WeightsError, match="cannot be decrypted with this key"):
+        decrypted(path, "wrong horse")
+    # The cost cannot be lowered in a new file: the header is authenticated.
+    new = encrypted(tmp_path / "new.pth", b"weights").read_bytes()
+    path.write_bytes(b"DDMMENC1" + new[8:])
+    with pytest.raises(WeightsError):
+        decrypted(path)
+
+
+def test_any_text_is_a_key(tmp_path):
+    for key in ("ключ", "a\udcffb", " "):
+        assert decrypted(encrypted(tmp_path / "a.pth", b"x", key), key) == b"x"
+
+
 def test_a_wrong_key_and_none_are_reported(tmp_path):
     path = encrypted(tmp_path / "a.pth", b"x")
     with pytest.raises(WeightsError, match=r"a\.pth: encryption_key: cannot be decrypted with this key"):
