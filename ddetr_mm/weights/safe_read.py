@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.weights.encryption import MAGIC, plain_file
+from ddetr_mm.weights.encryption import is_encrypted, plain_file
+from ddetr_mm.weights.pickle_bounds import OutOfBounds, check_pickle
 from ddetr_mm.weights.pickle_names import PlainUnpickler, SafeGlobal, names_in_pickle, sort_names
 
 # --- Messages ---
@@ -224,7 +225,7 @@ def read_raw(path: str | Path) -> RawFile:
             start = file.read(512)
     except OSError as error:
         _refuse(path, f"cannot be read: {error.strerror}", "check its permissions", error)
-    if start.startswith(MAGIC):
+    if is_encrypted(path):
         with plain_file(path) as plain:
             return replace(read_raw(plain), path=path, config=_config_beside(path))
     if path.suffix.lower() == ".pdparams":
@@ -305,8 +306,22 @@ def _data_pickle(path: Path, archive: zipfile.ZipFile, size: int) -> bytes:
         _refuse(path, f"is damaged: {error}", _AGAIN, error)
 
 
+def _check_bounds(path: Path, pickled: Any) -> None:
+    """Refuse a pickle whose objects would be too deep or too large; a file is read on from its position.
+
+    Raises:
+        WeightsError: see :mod:`ddetr_mm.weights.pickle_bounds`.
+        ValueError: or another of ``_DAMAGE``: it is incomplete.
+    """
+    try:
+        check_pickle(pickled)
+    except OutOfBounds as error:
+        _refuse(path, f"{error}, which no file of weights does", "do not trust this file", error)
+
+
 def _names(path: Path, pickled: bytes) -> list[str]:
     try:
+        _check_bounds(path, pickled)
         return names_in_pickle(pickled)
     except _DAMAGE as error:
         _refuse(path, f"is damaged: its index cannot be read ({error})", _AGAIN, error)
@@ -317,7 +332,10 @@ def _read_torch_pickle(path: Path) -> Any:
     names: list[str] = []
     with path.open("rb") as file:
         for number in range(_PICKLES_IN_OLD_FILE):
+            start = file.tell()
             try:
+                _check_bounds(path, file)
+                file.seek(start)
                 names += names_in_pickle(file)
             except _DAMAGE as error:
                 if number == 0:
@@ -361,7 +379,11 @@ def _read_plain_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         unpickler = PlainUnpickler(file)
         try:
+            _check_bounds(path, file)
+            file.seek(0)
             return unpickler.load()
+        except WeightsError:
+            raise
         except Exception as error:
             # Damaged bytes cause nearly any of Python's errors.
             if unpickler.refused and unpickler.refused.startswith("torch."):
