@@ -77,7 +77,7 @@ def tensor_entries(raw: RawFile) -> list[Entry]:
     below the outermost one, for files that keep the parts of one network apart.
 
     Raises:
-        WeightsError: there is none, the file is encrypted, or tensors claim more than the file holds.
+        WeightsError: there is none, or the file is encrypted.
     """
     content = raw.payload
     if isinstance(content, Mapping) and content.get("state_dict_encrypted"):
@@ -86,8 +86,8 @@ def tensor_entries(raw: RawFile) -> list[Entry]:
     _collect(content, (), found, set())
     if not found:
         _refuse_empty(raw)
-    for _path, tensors in found:
-        _check_storage(raw.path, tensors)
+    if all(_fault(value) for _path, tensors in found for value in tensors.values()):
+        check_storage(raw.path, found[0][1])
     entries = [Entry(path, tensors, without_wrappers(tensors)) for path, tensors in found]
     if len(found) > 1:
         joined = {".".join((*path, key)): value for path, tensors in found for key, value in tensors.items()}
@@ -124,21 +124,60 @@ def _collect(
             _collect(item, (*path, key), found, seen)
 
 
-def _check_storage(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that claim more values than the file holds (strides of 0)."""
+_DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
+"""Types of values that a file of weights may hold; those of the network are looked at again when read."""
+
+
+def check_storage(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not dense, real and covered by the bytes of the file.
+
+    Raises:
+        WeightsError: names the key and what it is.
+    """
     for key, value in tensors.items():
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        fault = _fault(value)
+        if fault == _CLAIMS:
+            held = value.untyped_storage().nbytes()
+            what = f"claims {value.numel()} values for {key} but holds {held} bytes"
+            _refuse(path, what, "do not trust this file")
+        if fault is not None:
             _refuse(
                 path,
-                f"holds weights of a kind that is not supported: {key} ({value.layout})",
-                "save them dense",
+                f"holds weights of a kind that is not supported: {key} ({fault})",
+                "save them dense, as float32 or half precision",
             )
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            _refuse(
-                path,
-                f"claims {value.numel()} values for {key} but holds {value.untyped_storage().nbytes()} bytes",
-                "do not trust this file",
-            )
+
+
+def is_odd(value: Tensor) -> bool:
+    """Return whether :func:`check_storage` refuses a tensor."""
+    return _fault(value) is not None
+
+
+_CLAIMS = "claims more than it holds"
+
+
+def _fault(value: Tensor) -> str | None:
+    """Return why a tensor cannot be used, None for a dense tensor of plain numbers."""
+    kind = _unusual_kind(value)
+    if kind is None and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return _CLAIMS
+    return kind
+
+
+def _unusual_kind(value: Tensor) -> str | None:
+    """Return what is unusual about a tensor's form, None for a dense tensor of plain numbers."""
+    if value.is_nested:
+        return "nested"
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        return str(value.layout) if value.layout is not torch.strided else "quantized or without values"
+    if value.dtype not in _DTYPES:
+        return str(value.dtype).removeprefix("torch.")
+    if value.is_neg():
+        return "negated when read"
+    return None
 
 
 def _refuse_empty(raw: RawFile) -> NoReturn:

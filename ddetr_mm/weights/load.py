@@ -26,9 +26,9 @@ from ddetr_mm.weights.checkpoint import (
     is_unread,
 )
 from ddetr_mm.weights.class_columns import CLASS_KEY, HEAD_KEY, ColumnPlan, carried_rows, plan_head
-from ddetr_mm.weights.entries import DEFAULT, Entry, Selection, choose, tensor_entries
+from ddetr_mm.weights.entries import DEFAULT, Entry, Selection, check_storage, choose, tensor_entries
 from ddetr_mm.weights.layouts import Found
-from ddetr_mm.weights.read import detector_format, read_checkpoint, refuse_non_finite
+from ddetr_mm.weights.read import detector_format, read_checkpoint, refuse_non_finite, refuse_odd
 from ddetr_mm.weights.report import UNREAD, LoadReport
 from ddetr_mm.weights.safe_read import RawFile, read_raw, short_names
 
@@ -316,6 +316,8 @@ def load_backbone(
     raw = read_raw(path)
     report = LoadReport(str(raw.path), type(backbone).__name__, target_format="backbone")
     tensors, file_keys = _backbone_part(raw, backbone, prefix, selection, report)
+    check_storage(raw.path, tensors)
+    refuse_odd(raw.path, tensors)
     refuse_non_finite(raw.path, tensors)
     fill_backbone(backbone, tensors, report, file_keys=file_keys)
     return report

@@ -39,7 +39,16 @@ from ddetr_mm.weights.class_columns import (
     with_label_convention,
 )
 from ddetr_mm.weights.describe import settings_of_config, settings_of_spec
-from ddetr_mm.weights.entries import DEFAULT, Choice, Entry, Selection, choose, tensor_entries
+from ddetr_mm.weights.entries import (
+    DEFAULT,
+    Choice,
+    Entry,
+    Selection,
+    check_storage,
+    choose,
+    is_odd,
+    tensor_entries,
+)
 from ddetr_mm.weights.formats import HF, FormatTable, KeyTrace, to_canonical
 from ddetr_mm.weights.layouts import Found, find_backbones, find_prefixes
 from ddetr_mm.weights.other_networks import other_network, refusal
@@ -310,6 +319,7 @@ def read_checkpoint(
     """
     raw = read_raw(path)
     found = find_weights(raw, selection)
+    _check_members(raw.path, found)
     canonical, trace = to_canonical(found.state_dict, found.table)
     _name_as_in_file(trace, found)
     trace.unexpected += found.foreign
@@ -318,6 +328,7 @@ def read_checkpoint(
         raise WeightsError(Problem("holds no key that fits a Deformable DETR", file=path))
     if raw.kind != "torch" or found.table is HF:
         _restore_shared_branches(canonical, trace)
+    refuse_odd(raw.path, canonical)
     if check_finite:
         refuse_non_finite(raw.path, canonical)
     meta, architecture, notes, stated = _interpret(raw, found, canonical, trace)
@@ -344,6 +355,21 @@ def inspect_checkpoint(path: str | Path, selection: Selection = DEFAULT) -> Chec
     return read_checkpoint(path, check_finite=False, selection=selection)
 
 
+def _check_members(path: Path, found: FoundWeights) -> None:
+    """Check the form of the network's tensors; odd ones that are not the network's are set aside.
+
+    Raises:
+        WeightsError: one of the network is not dense, real and covered by the file.
+    """
+    odd = {key: value for key, value in found.state_dict.items() if is_odd(value)}
+    named = dict.fromkeys(odd, torch.zeros(1, 1))
+    ours = set(to_canonical(named, found.table)[1].mapped) if odd else set()
+    check_storage(path, {key: value for key, value in odd.items() if key in ours})
+    for key in set(odd) - ours:
+        del found.state_dict[key]
+        found.foreign.append(found.original_keys.get(key, key))
+
+
 def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors with NaN or infinity.
 
@@ -357,6 +383,37 @@ def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"holds weights that are NaN or infinite: {short_names(broken)}",
                 file=path,
                 hint="the run that wrote it had diverged: use an earlier checkpoint",
+            )
+        )
+
+
+_WHOLE_NUMBERS = ("num_batches_tracked", "relative_position_index", "relative_coords_table")
+"""Endings of keys whose values are no weights."""
+
+
+def refuse_odd(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are no weights: single numbers, empty ones, whole numbers and truth values.
+
+    Raises:
+        WeightsError: names their keys and what they are.
+    """
+    odd = {}
+    for key, value in tensors.items():
+        if key.endswith(_WHOLE_NUMBERS):
+            continue
+        if value.numel() == 0 or value.dim() == 0:
+            odd[key] = "empty" if value.numel() == 0 else "a single number"
+        elif not value.is_floating_point():
+            odd[key] = str(value.dtype).removeprefix("torch.")
+    if odd:
+        key, kind = next(iter(odd.items()))
+        raise WeightsError(
+            Problem(
+                f"holds {len(odd)} tensors of the network that are no weights: {key} is {kind}",
+                file=path,
+                value=short_names(list(odd)),
+                allowed="floating point tensors of the network's shapes",
+                hint="save the weights again, or use another checkpoint",
             )
         )
 
