@@ -64,12 +64,11 @@ def run_inference(arguments: Namespace) -> None:
                     f"{counts['inference/objects']:.0f} objects in {counts['inference/images']:.0f} images: "
                     f"{session.folder}/labels, {session.folder}/images_annotated"
                 )
-                if counts.get("inference/unnamed"):
-                    print(
-                        f"note: {counts['inference/unnamed']:.0f} objects of ids that the class map does not "
-                        "name were left out",
-                        file=sys.stderr,
-                    )
+                unnamed = int(counts.get("inference/unnamed", 0))
+                if unnamed:
+                    message = f"{unnamed} objects of ids that the class map does not name were left out"
+                    session.status.write(message, data=dict(unnamed_objects=unnamed), verbosity="WARNING")
+                    print(f"note: {message}", file=sys.stderr)
             if not counts["inference/images"]:
                 raise DataError(
                     Problem(

@@ -210,7 +210,8 @@ def predicted_names(loaded: LoadedSpec, subtask: str, known: Sequence[str] | Non
         if names is None:
             print(
                 "warning: neither the checkpoint nor the spec's data name the classes: labels have numbers, "
-                f"and files of an export {UNKNOWN!r}; give dataset.val_data_sources or dataset.infer_data_sources.classmap",
+                f"and files of an export {UNKNOWN!r}; give dataset.val_data_sources or "
+                "dataset.infer_data_sources.classmap",
                 file=sys.stderr,
             )
         else:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from ddetr_mm.errors import DataError
 from ddetr_mm.spec import load_spec
@@ -170,7 +171,15 @@ def test_a_class_map_agrees_with_the_checkpoint_or_is_refused(project: Project, 
     done = infer(project, "triangle\n\nrectangle\n", tmp_path)
     names = {line.split()[0] for path in (tmp_path / "out/labels").iterdir() for line in path.open()}
     assert names and names <= {"triangle", "rectangle"}
-    assert "that the class map does not name were left out" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "the class map does not name" in line]
+    log = [json.loads(text) for text in (tmp_path / "out/status.json").read_text().splitlines()]
+    (entry,) = [entry for entry in log if "unnamed_objects" in entry]
+    written = sum(len(path.read_text().splitlines()) for path in (tmp_path / "out/labels").iterdir())
+    # All queries pass the threshold 0: 12 of each of 6 images.
+    assert entry["unnamed_objects"] == 6 * 12 - written > 0
+    assert line == f"note: {entry['message']}" and line.startswith(
+        f"note: {entry['unnamed_objects']} objects"
+    )
     shifted = "star\nrectangle\ncircle\ntriangle\n"
     for command in (("inference",), ("check", "--for", "inference")):
         done = infer(project, shifted, tmp_path, status=2, command=command)
@@ -209,6 +218,67 @@ def test_names_of_a_checkpoint_without_any(project: Project, tmp_path: Path, cap
     classmap.write_text("a\nb\nc\nd\ne\n")
     with pytest.raises(DataError, match="names 5 classes, the model has 4"):
         names_of(project, None, source, subtask="inference")
+
+
+def test_names_of_data_follow_the_options_of_category_ids(project: Project, tmp_path: Path, capsys):
+    data = "dataset.val_data_sources=[{{image_dir: {0}, json_file: {0}/{1}}}]".format
+    texts = data(project.folder, "texts.json")
+    assert names_of(project, None, texts) is None
+    assert "cannot name the classes" in capsys.readouterr().err
+    by_name = "ddetr_mm.category_ids=by_name"
+    assert names_of(project, None, texts, by_name) == ("background", *sorted(OTHER_IDS))
+    assert "the names come from the data, by ddetr_mm.category_ids" in capsys.readouterr().err
+    assert names_of(project, None, texts, by_name, "dataset.num_classes=3") is None
+    content = json.loads((project.folder / "same.json").read_text())
+    content["categories"].append({"id": 9, "name": OWN[1]})
+    (tmp_path / "twice.json").write_text(json.dumps(content))
+    twice = data(tmp_path, "twice.json")
+    assert names_of(project, None, twice) is None
+    assert names_of(project, None, twice, "ddetr_mm.merge_categories=true") == OWN
+
+
+def without_names(project: Project, path: Path) -> Path:
+    """The trained network as TAO writes it: without metadata."""
+    source = str(project.results / "train/dd_model_latest.pth")
+    project.run("weights", source, str(path), "--to", "tao")
+    content = torch.load(path, weights_only=True)
+    torch.save({"state_dict": content["state_dict"]}, path)
+    assert inspect_checkpoint(path).meta.class_names is None
+    return path
+
+
+def test_a_checkpoint_of_tao_gets_its_names_from_the_data(project: Project, tmp_path: Path):
+    checkpoint = without_names(project, tmp_path / "tao.pth")
+    onnx, labels = tmp_path / "m.onnx", tmp_path / "labels.txt"
+    given = [f"export.checkpoint={checkpoint}", f"export.onnx_file={onnx}", "export.serialize_nvdsinfer=true"]
+    given += [f"export.results_dir={tmp_path}/export", "export.on_cpu=true"]
+    command = ("export", "-e", project.spec, *_tiny(), *given)
+    done = project.run(*command)
+    assert labels.read_text().split() == list(OWN)
+    assert "the names come from dataset.val_data_sources" in done.stderr
+    # Nothing names the classes: said, and not hidden.
+    nothing = ["dataset.val_data_sources=null", "dataset.train_data_sources=null"]
+    done = project.run(*command, *nothing, "--force")
+    assert labels.read_text().split() == ["background", *["unknown"] * 4]
+    assert "neither the checkpoint nor the spec's data name the classes" in done.stderr
+    infer = [
+        f"inference.checkpoint={checkpoint}",
+        f"inference.results_dir={tmp_path}/out",
+        "inference.conf_threshold=0",
+        "inference.color_map=null",
+        "dataset.infer_data_sources={image_dir: results/shapes/data/test/images}",
+    ]
+    project.run("inference", "-e", project.spec, *_tiny(), *infer)
+    names = {line.split()[0] for path in (tmp_path / "out/labels").iterdir() for line in path.open()}
+    assert names and names <= set(OWN[1:])
+
+
+def test_weights_with_a_spec_gets_the_names_too(project: Project, tmp_path: Path):
+    checkpoint, spec = without_names(project, tmp_path / "tao.pth"), project.results / "train/experiment.yaml"
+    project.run("weights", str(checkpoint), str(tmp_path / "ours.pth"), "--to", "mmdet", "-e", str(spec))
+    assert inspect_checkpoint(tmp_path / "ours.pth").meta.class_names == OWN
+    project.run("weights", str(checkpoint), str(tmp_path / "plain.pth"), "--to", "mmdet")
+    assert inspect_checkpoint(tmp_path / "plain.pth").meta.class_names is None
 
 
 # --- Ids by name ---
