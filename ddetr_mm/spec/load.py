@@ -142,7 +142,7 @@ def load_spec_text(
     values = binder.section(tree, root)
     references = _resolve(root, values, binder.interpolations, report)
     spec = _validate(root, values, references, report)
-    reader = reader_of(spec, subtask)
+    reader = reader_of(spec, subtask, must_be_given=require_mandatory)
     if isinstance(spec, ExperimentSpec):
         drop_blank_sources(spec)
     _check_rules(spec, reader, require_mandatory, report)

@@ -73,7 +73,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "ddetr_mm.checkpoint_entry": NETWORK,
     "ddetr_mm.use_ema": NETWORK,
     "ddetr_mm.resize": RUN,
-    "ddetr_mm.category_ids": ("train", "evaluate"),
+    "ddetr_mm.category_ids": NETWORK,
     "ddetr_mm.merge_categories": ("train", "evaluate"),
     "ddetr_mm.strict_annotations": ("train", "evaluate"),
     "ddetr_mm.strict_images": ("inference",),
@@ -178,11 +178,20 @@ class Reader:
         return self.subtask in readers_of(path)
 
 
-def reader_of(spec: object, subtask: str | None) -> Reader:
-    """The reader that a subtask is, with what a spec names for its checkpoint or engine."""
+def reader_of(spec: object, subtask: str | None, *, must_be_given: bool = False) -> Reader:
+    """The reader that a subtask is, with what a spec names for its checkpoint or engine.
+
+    Args:
+        spec: the typed spec.
+        subtask: None reads every field.
+        must_be_given: whether a checkpoint or engine that is missing is reported anyway. Whether a network is
+            wanted shows when it is given, so that until then nothing is wrong with the network.
+    """
     settings = getattr(spec, subtask, None) if subtask in PREDICT else None
     engine, checkpoint = getattr(settings, "trt_engine", None), getattr(settings, "checkpoint", None)
-    return Reader(subtask, bool(engine) or bool(checkpoint and is_exported(checkpoint)))
+    if settings is not None and must_be_given and not engine and not checkpoint:
+        return Reader(subtask, exported=True)
+    return Reader(subtask, exported=bool(engine) or bool(checkpoint and is_exported(checkpoint)))
 
 
 def _is_of_network(path: str) -> bool:

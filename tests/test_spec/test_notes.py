@@ -77,6 +77,11 @@ def test_tables_name_fields_that_exist():
         ),
         ("evaluate: {checkpoint: a, trt_engine: b}", "evaluate.trt_engine is set"),
         ("inference: {checkpoint: a, trt_engine: b}", "inference.trt_engine is set"),
+        (
+            "evaluate: {trt_engine: b.engine, input_width: 64, input_height: null}",
+            "evaluate.input_width (line 1) has no effect because an exported graph has a size of its own",
+        ),
+        ("inference: {checkpoint: a.onnx, input_height: 64}", "exported graph has a size of its own"),
         ("gen_trt_engine: {tensorrt: {calibration: {cal_batches: 3}}}", "data_type is not INT8"),
         ("image_dir_name: a\nval_split: 10", "partition_mode is null"),
         ("evaluate: {conf_threshold: 50}", "scores lie between 0 and 1"),
@@ -100,6 +105,7 @@ def test_conditional_notes(load, text: str, note: str):
         "image_dir_name: a\nval_split: 10\npartition_mode: random\nnum_partitions: 2",
         "model: {dilation: true}",
         "model: {pretrained_backbone_path: a.pth}",
+        "evaluate: {checkpoint: a.pth, input_width: 64, input_height: 64}",
         "train: {optim: {lr_steps: [5, 8]}}",
     ],
 )

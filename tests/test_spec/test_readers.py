@@ -181,6 +181,7 @@ def test_reader_of_a_spec(load):
     assert reader_of(spec, "evaluate") == Reader("evaluate", False)
     assert reader_of(spec, "inference") == Reader("inference", True)
     assert reader_of(spec, "train") == Reader("train", False)
+    assert reader_of(spec, "evaluate", must_be_given=True) == Reader("evaluate", True)
     assert reader_of(spec, None).reads("quantize.mode")
 
 
