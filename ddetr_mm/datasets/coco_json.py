@@ -396,7 +396,8 @@ def _supercategories(categories: list[_Category]) -> frozenset[int]:
     return frozenset(
         category.id
         for category in categories
-        if category.name in named
+        if len(categories) > 1
+        and category.name in named
         and category.supercategory in (None, "", "none", "None", category.name)
         and all(other.supercategory == category.name for other in categories if other.id != category.id)
     )

@@ -406,6 +406,12 @@ ROBOFLOW = [
 ]
 
 
+def test_the_only_category_is_not_its_own_supercategory(tmp_path):
+    """As TAO's converter writes it; here for images without objects."""
+    alone = [{"id": 1, "name": "bag", "supercategory": "bag"}]
+    assert read(tmp_path, one_box_each(alone, used=[])).category_names == {1: "bag"}
+
+
 def test_a_category_that_is_only_the_supercategory_is_left_out(tmp_path):
     table = read(tmp_path, one_box_each(ROBOFLOW, used=[1, 2]))
     assert table.category_names == {1: "circle", 2: "star"}
