@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from ddetr_mm.spec.fields import fields_of, get_field
@@ -62,6 +62,14 @@ class Condition:
 
 def _other_backbone(spec: ExperimentSpec) -> bool:
     return spec.ddetr_mm.backbone is not None
+
+
+def _predicts_with_graph(name: str, spec: ExperimentSpec) -> bool:
+    """Whether ``evaluate`` or ``inference`` names an exported graph."""
+    from ddetr_mm.spec.readers import is_exported  # which needs NO_EFFECT
+
+    settings = getattr(spec, name)
+    return bool(settings.trt_engine) or is_exported(settings.checkpoint or "")
 
 
 _AUG = "dataset.augmentation."
@@ -139,6 +147,15 @@ CONDITIONS: tuple[Condition, ...] = (
     ),
     Condition(
         "inference.checkpoint", lambda spec: bool(spec.inference.trt_engine), "inference.trt_engine is set"
+    ),
+    *(
+        Condition(
+            f"{name}.input_{side}",
+            partial(_predicts_with_graph, name),
+            "the file is an exported graph, which has one size",
+        )
+        for name in ("evaluate", "inference")
+        for side in ("width", "height")
     ),
     Condition(
         _CAL,

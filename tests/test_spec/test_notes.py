@@ -77,11 +77,6 @@ def test_tables_name_fields_that_exist():
         ),
         ("evaluate: {checkpoint: a, trt_engine: b}", "evaluate.trt_engine is set"),
         ("inference: {checkpoint: a, trt_engine: b}", "inference.trt_engine is set"),
-        (
-            "evaluate: {trt_engine: b.engine, input_width: 64, input_height: null}",
-            "evaluate.input_width (line 1) has no effect because an exported graph has a size of its own",
-        ),
-        ("inference: {checkpoint: a.onnx, input_height: 64}", "exported graph has a size of its own"),
         ("gen_trt_engine: {tensorrt: {calibration: {cal_batches: 3}}}", "data_type is not INT8"),
         ("image_dir_name: a\nval_split: 10", "partition_mode is null"),
         ("evaluate: {conf_threshold: 50}", "scores lie between 0 and 1"),
@@ -94,6 +89,16 @@ def test_conditional_notes(load, text: str, note: str):
     notes = load(text).notes
     assert any(note in one for one in notes), notes
     assert len(notes) == 1, notes
+
+
+@pytest.mark.parametrize("name", ["evaluate", "inference"])
+@pytest.mark.parametrize("file", ["checkpoint: a.onnx", "checkpoint: a.plan", "trt_engine: b.engine"])
+def test_sizes_have_no_effect_on_an_exported_graph(load, name: str, file: str):
+    notes = load(f"{name}: {{{file}, input_width: 64, input_height: 96}}").notes
+    assert notes == [
+        f"{name}.input_{side} (line 1) has no effect because the file is an exported graph, which has one size"
+        for side in ("width", "height")
+    ]
 
 
 @pytest.mark.parametrize(
