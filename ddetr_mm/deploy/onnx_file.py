@@ -103,6 +103,21 @@ def require(package: str) -> ModuleType:
         ) from error
 
 
+_OTHER_KINDS: dict[str, tuple[str, str]] = {
+    ".etlt": (
+        "is an .etlt file, which TAO encrypts by a closed scheme",
+        "export the .pth that it was made from: ddetr-mm export",
+    ),
+    **dict.fromkeys(
+        (".engine", ".trt", ".plan"), ("is a TensorRT engine", "name the .onnx file that it was built from")
+    ),
+    **dict.fromkeys(
+        (".pth", ".pt", ".ckpt", ".safetensors"), ("is a checkpoint", "export it first: ddetr-mm export")
+    ),
+}
+"""Problem and hint for a file that is no ONNX, by its ending."""
+
+
 def read_signature(path: str | Path, *, where: str | None = None) -> GraphSignature:
     """Read the signature of a Deformable DETR's ONNX file.
 
@@ -120,7 +135,9 @@ def read_signature(path: str | Path, *, where: str | None = None) -> GraphSignat
         if not model.graph.node:
             raise ValueError("it holds no graph")
     except Exception as error:  # protobuf's own errors share no base class
-        raise WeightsError(Problem(f"cannot be read as ONNX: {error}", file=path, where=where)) from error
+        known = _OTHER_KINDS.get(path.suffix.lower()) if path.is_file() else None
+        what, hint = known or (f"cannot be read as ONNX: {error}", None)
+        raise WeightsError(Problem(what, file=path, where=where, hint=hint)) from error
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name: _sizes(value) for value in model.graph.input if value.name not in constants}
     outputs = {value.name: _sizes(value) for value in model.graph.output}

@@ -98,6 +98,22 @@ def test_wrong_files_sizes_and_classes_are_refused(tmp_path):
             read_signature(tmp_path / f"{name}.onnx", where="evaluate.checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.etlt", "is an .etlt file, which TAO encrypts by a closed scheme; export the .pth that it was"),
+        ("a.engine", "is a TensorRT engine; name the .onnx file that it was built from"),
+        ("a.PLAN", "is a TensorRT engine"),
+        ("a.pth", "is a checkpoint; export it first"),
+    ],
+)
+def test_files_of_other_kinds_are_named(tmp_path, name, text):
+    (tmp_path / name).write_bytes(bytes(range(256)))
+    with pytest.raises(WeightsError) as caught:
+        read_signature(tmp_path / name, where="gen_trt_engine.onnx_file")
+    assert f"{name}: gen_trt_engine.onnx_file: {text}" in str(caught.value)
+
+
 @pytest.mark.parametrize("plugin", [False, True])
 def test_half_precision_has_its_own_file_and_report(tmp_path, plugin):
     detector = tiny_detector(tmp_path)

@@ -96,7 +96,8 @@ def test_conditional_notes(load, text: str, note: str):
 def test_sizes_have_no_effect_on_an_exported_graph(load, name: str, file: str):
     notes = load(f"{name}: {{{file}, input_width: 64, input_height: 96}}").notes
     assert notes == [
-        f"{name}.input_{side} (line 1) has no effect because the file is an exported graph, which has one size"
+        f"{name}.input_{side} (line 1) has no effect because the file is an exported graph, which has one"
+        " size"
         for side in ("width", "height")
     ]
 

@@ -232,7 +232,7 @@ def test_engines_refuse_wrong_files(exported: Project, capsys, tmp_path: Path):
     (tmp_path / "there.engine").write_bytes(b"x")
     for onnx_file, engine, words in (
         ("no.onnx", "m.engine", "no.onnx"),
-        (CHECKPOINT, "m.engine", "cannot be read as ONNX"),
+        (CHECKPOINT, "m.engine", "gen_trt_engine.onnx_file: is a checkpoint; export it first"),
         (ONNX, "there.engine", "exists already"),
     ):
         arguments = (
