@@ -320,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     allow_any_text()
     arguments = build_parser().parse_args(argv)
     try:
-        with sigterm_interrupts():
+        with signals_interrupt():
             return _run(arguments)
     except KeyboardInterrupt as interruption:
         if os.environ.get("RANK", "0") == "0":  # one of several processes reports it
@@ -374,25 +374,28 @@ def safe_children() -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """Have SIGTERM end the block as Ctrl-C does, so that a task can clean up and report its end.
+def signals_interrupt() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end the block as Ctrl-C does, so that a task can clean up and report its end.
 
-    Nothing is changed outside the main thread, where Python allows no handlers, and where the signal is
-    ignored.
+    Nothing is changed outside the main thread, where Python allows no handlers, and for a signal that is
+    ignored, as SIGHUP is under ``nohup``.
     """
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt("interrupted by SIGTERM")
-
-    ignored = signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-    if ignored or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(f"interrupted by {signal.Signals(number).name}")
+
+    before = {}
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before.setdefault(number, signal.signal(number, interrupt))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _failed(error: Exception, debug: bool) -> int:

@@ -1,12 +1,13 @@
 """Errors that a user can cause.
 
 Every command turns an :class:`InputError` into one message on standard error and exit status 2; any other
-exception is a defect of this package (exit status 1). The module imports nothing, so that every layer may
-use it.
+exception is a defect of this package (exit status 1). The module imports nothing of ours, so that every layer
+may use it.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
@@ -36,17 +37,18 @@ class Problem:
     hint: str | None = None
 
     def __str__(self) -> str:
-        place = ": ".join(str(part) for part in (self.file, self.where) if part)
-        text = f"{place}: {self.what}" if place else self.what
+        place = ": ".join(printable(part) for part in (self.file, self.where) if part)
+        what = printable(self.what)
+        text = f"{place}: {what}" if place else what
         if self.value is not _UNSET:
             text += f" (got {shorten(self.value)})"
         if self.allowed is not None:
             allowed = self.allowed
             if not isinstance(allowed, str):
                 allowed = ", ".join(str(option) for option in allowed)
-            text += f"; allowed: {allowed}"
+            text += f"; allowed: {printable(allowed)}"
         if self.hint:
-            text += f"; {self.hint}"
+            text += f"; {printable(self.hint)}"
         return text
 
 
@@ -64,17 +66,18 @@ class InputError(Exception):
     exit_status = 2
 
     def __init__(self, *problems: Problem | str) -> None:
-        self.problems: tuple[Problem, ...] = tuple(
-            problem if isinstance(problem, Problem) else Problem(self._message_in(problem))
-            for problem in problems
-        )
+        found: list[Problem] = []
+        for problem in problems:
+            texts = [problem] if isinstance(problem, Problem) else self._messages_in(problem)
+            found += [text if isinstance(text, Problem) else Problem(text) for text in texts]
+        self.problems: tuple[Problem, ...] = tuple(found)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     @classmethod
-    def _message_in(cls, text: str) -> str:
-        """The message of an error of this class where ``text`` is a worker's traceback, else ``text``."""
+    def _messages_in(cls, text: str) -> list[str]:
+        """The messages of an error of this class where ``text`` is a worker's traceback, else ``text``."""
         heading = f"\n{cls.__module__}.{cls.__qualname__}: "
-        return text.rpartition(heading)[2].strip() if _WORKER_MARK in text else text
+        return text.rpartition(heading)[2].strip().splitlines() if _WORKER_MARK in text else [text]
 
     @classmethod
     def collect(cls, problems: Iterable[Problem]) -> None:
@@ -141,6 +144,19 @@ class RankFailure(Exception):
         self.exit_status = exit_status
         self.killed = killed
         self.details = details
+
+
+# Characters that move the cursor, change the terminal or the direction of the text around them.
+_UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]")
+
+
+def printable(text: Any) -> str:
+    """Return a text on one line, in which no character acts on the terminal: such are shown escaped.
+
+    For names out of files (classes, keys, file names) in messages, tables and logs: a name with a line break
+    could look like a message of ours, one with an escape sequence could erase it.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def shorten(value: Any, limit: int = 120) -> str:

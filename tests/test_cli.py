@@ -12,14 +12,28 @@ from ddetr_mm.cli import INTERRUPTED, build_parser, main
 from ddetr_mm.errors import SpecError, TrainingError
 
 
-def test_sigterm_and_ctrl_c_interrupt_every_command(monkeypatch, capsys, ctrl_c):
+def test_signals_interrupt_every_command(monkeypatch, capsys, ctrl_c):
     before = signal.getsignal(signal.SIGTERM)
-    for number, said in ((signal.SIGTERM, "interrupted by SIGTERM"), (signal.SIGINT, "interrupted")):
+    for number, said in (
+        (signal.SIGTERM, "interrupted by SIGTERM"),
+        (signal.SIGHUP, "interrupted by SIGHUP"),
+        (signal.SIGINT, "interrupted"),
+    ):
         raise_it = lambda _, number=number: signal.raise_signal(number)  # noqa: E731
         monkeypatch.setattr(ddetr_mm.tasks.inspect, "run_spec", raise_it)
         assert main(["spec", "train"]) == INTERRUPTED == 130
         assert said in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch, capsys):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(ddetr_mm.tasks.inspect, "run_spec", lambda _: signal.raise_signal(signal.SIGHUP))
+        assert main(["spec", "train"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("error, status", [(SpecError("wrong"), 2), (TrainingError("diverged"), 1)])

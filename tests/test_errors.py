@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch._utils import ExceptionWrapper
 
-from ddetr_mm.errors import DataError, InputError, Problem, RunError, SpecError, shorten
+from ddetr_mm.errors import DataError, InputError, Problem, RunError, SpecError, printable, shorten
 
 
 def test_a_problem_names_everything_it_knows():
@@ -56,3 +56,27 @@ def test_an_error_of_a_data_worker_keeps_its_message_alone():
 
 def test_an_ended_run_is_no_wrong_input():
     assert RunError("killed").exit_status == 1
+
+
+# --- Names on a terminal ---
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a.png", "a.png"),
+        ("ä 人 \U0001f600", "ä 人 \U0001f600"),
+        ("a\nerror: all is lost", r"a\nerror: all is lost"),
+        ("\x1b[2Jgone", r"\x1b[2Jgone"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("\x9b31m", r"\x9b31m"),
+        ("bell\x07 back\x08 null\x00", r"bell\x07 back\x08 null\x00"),
+        ("a\r\tb\x7f", r"a\r\tb\x7f"),
+        ("\u2028\u2066\ufeff", r"\u2028\u2066\ufeff"),
+    ],
+)
+def test_no_character_of_a_name_acts_on_the_terminal(text, shown):
+    assert printable(text) == shown
+    problem = str(Problem(f"class {text}", file=text, where=text, value=text, allowed=[text], hint=text))
+    assert "\n" not in problem and "\x1b" not in problem and "\u202e" not in problem
+    assert problem.count(shown) >= 5

@@ -32,7 +32,7 @@ from ddetr_mm.files import write_text_whole
 
 # --- Stop requests ---
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 WORKER_GRACE_S = 5
 PASSED_ON_WITHIN_S = 5.0
 
@@ -42,7 +42,7 @@ class StoppedBySignalError(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Turns SIGTERM and Ctrl-C into a stop request that is honoured after the current step.
+    """Turns SIGTERM, SIGHUP and Ctrl-C into a stop request that is honoured after the current step.
 
     Works while its ``with`` block runs. The second signal ends the process at once; the exit status is 130
     either way. Outside the main thread, where Python allows no handlers, nothing is changed. A signal that

@@ -21,7 +21,7 @@ from rich.table import Table
 from ddetr_mm.classes import find_names, some_of
 from ddetr_mm.datasets.coco_table import CocoTable
 from ddetr_mm.datasets.sources import read_coco_sources
-from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.errors import DataError, Problem, printable
 from ddetr_mm.evaluation.coco_eval import (
     COCO_LIMITS,
     METRIC_NAMES,
@@ -731,7 +731,7 @@ def _render(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = list(rows)
     for row in lines:
         # A class may be named "[bold]", which rich would read as markup.
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*(printable(cell).replace("[", r"\[") for cell in row))
     width = 10 + sum(
         3 + max(len(header), *(len(row[column]) for row in lines)) for column, header in enumerate(headers)
     )

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ddetr_mm.errors import Problem
+from ddetr_mm.errors import Problem, printable
 from ddetr_mm.files import write_text_whole
 
 FAULT, SUSPICION, NOTE = "fault", "suspicion", "note"
@@ -152,9 +152,9 @@ class Report:
         for section in self.sections[first:]:
             weights = {finding.weight for finding in section.findings}
             mark = next((mark for weight, mark in _MARKS.items() if weight in weights), _SOUND)
-            console.print(f"{mark} {escape(section.title)}", highlight=False)
+            console.print(f"{mark} {escape(printable(section.title))}", highlight=False)
             for line in section.lines:
-                console.print(f"    {escape(line)}", highlight=False, soft_wrap=True)
+                console.print(f"    {escape(printable(line))}", highlight=False, soft_wrap=True)
             for finding in section.findings:
                 text = escape(f"{finding.kind}: {finding.problem}")
                 console.print(f"  {_MARKS[finding.weight]} {text}", highlight=False, soft_wrap=True)
@@ -171,7 +171,7 @@ def overview(counts_by_split: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in counts_by_split:
         table.add_column(name, justify="right")
     for label, values in _overview_rows(list(counts_by_split.values())):
-        table.add_row(escape(label), *values)
+        table.add_row(escape(printable(label)), *values)
     return table
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ddetr_mm.convert.convert import ConvertOptions, convert_kitti
 from ddetr_mm.convert.problems import most_frequent
 from ddetr_mm.engine.progress import Progress
+from ddetr_mm.errors import printable
 from ddetr_mm.spec import ConvertSpec, load_spec
 from ddetr_mm.tasks.session import open_session
 
@@ -24,14 +25,15 @@ def run(arguments: Namespace) -> None:
             convert_options(loaded.spec), progress=progress.update, status=session.status.write
         )
     for line in report.warning_lines():
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {printable(line)}", file=sys.stderr)
     if report.problem_counts:
         print(f"warning: each one is listed in {report.warnings_path}", file=sys.stderr)
     if report.unknown_classes:
         by_number = most_frequent(report.unknown_classes)
         shown = ", ".join(f"{name} {count:,}" for name, count in by_number[:_SHOWN_CLASSES])
         more = ", ..." if len(by_number) > _SHOWN_CLASSES else ""
-        print(f"warning: lines of classes that the mapping lacks: {shown}{more}", file=sys.stderr)
+        text = f"lines of classes that the mapping lacks: {shown}{more}"
+        print(f"warning: {printable(text)}", file=sys.stderr)
     print(
         f"{report.num_images} images, {report.num_annotations} boxes, {len(report.shard_paths)} shards in "
         f"{report.results_dir} ({report.images_per_second:,.0f} images/s)"
@@ -40,11 +42,13 @@ def run(arguments: Namespace) -> None:
     counts = ", ".join(
         f"{number} {name} {boxes.get(name, 0):,}" for name, number in report.category_ids.items()
     )
-    print(f"boxes by class (id, name, count): {counts}")
+    print(f"boxes by class (id, name, count): {printable(counts)}")
     lines = report.dataset_section.splitlines()
     shown = lines[:_SHOWN_LINES] + (["  ..."] if len(lines) > _SHOWN_LINES else [])
     print(
-        f"next: put this section, which is {report.dataset_path}, into the spec for train:", *shown, sep="\n"
+        f"next: put this section, which is {report.dataset_path}, into the spec for train:",
+        *map(printable, shown),
+        sep="\n",
     )
 
 

@@ -29,7 +29,7 @@ from PIL import Image, ImageOps
 from ddetr_mm.classes import Columns, named_columns, read_class_map
 from ddetr_mm.datasets.images import read_image
 from ddetr_mm.engine.detections import draw_detections, name_of, palette
-from ddetr_mm.errors import DataError, Problem, StackError, WeightsError
+from ddetr_mm.errors import DataError, Problem, StackError, WeightsError, printable
 from ddetr_mm.models.backbones import fuse_norms
 from ddetr_mm.spec.load import LoadedSpec, load_spec_text
 from ddetr_mm.tasks.runner import (
@@ -549,4 +549,4 @@ def _key(key: str | None) -> Iterator[None]:
 def print_notes(detector: Detector) -> None:
     """Print a detector's notes on standard error."""
     for note in detector.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)

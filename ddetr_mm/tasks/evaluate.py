@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ddetr_mm.datasets.sources import SYSTEM_FILES, SkippedFile, find_images, list_images
 from ddetr_mm.engine.distributed import is_first_rank, process_group
-from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.errors import DataError, Problem, printable
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.outputs import is_ours, require_free
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec, load_spec, task_results_dir
@@ -129,7 +129,7 @@ def report_skipped(skipped: Sequence[SkippedFile], session: Session) -> None:
     session.status.write(message, data=dict(skipped=len(skipped), skipped_files=shown), verbosity="WARNING")
     print(f"note: {message}", file=sys.stderr)
     for entry in shown:
-        print(f"  - {entry['file']}: {entry['reason']}", file=sys.stderr)
+        print(f"  - {printable(entry['file'])}: {printable(entry['reason'])}", file=sys.stderr)
 
 
 @contextmanager

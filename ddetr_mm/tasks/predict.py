@@ -30,7 +30,7 @@ from ddetr_mm.engine.detections import (
     write_kitti_labels,
 )
 from ddetr_mm.engine.progress import Progress
-from ddetr_mm.errors import DataError, InputError, Problem
+from ddetr_mm.errors import DataError, InputError, Problem, printable
 from ddetr_mm.files import written_whole
 from ddetr_mm.outputs import (
     claim,
@@ -427,4 +427,4 @@ def _report(counts: _Counts, skipped: Sequence[SkippedFile], folder: Path, argum
     if skipped:
         print(f"note: {len(skipped)} files were skipped, listed in {PREDICTIONS_NAME}", file=sys.stderr)
         for one in skipped[:_SKIPPED_SHOWN]:
-            print(f"  - {one.path}: {one.reason}", file=sys.stderr)
+            print(f"  - {printable(one.path)}: {printable(one.reason)}", file=sys.stderr)

@@ -31,7 +31,7 @@ from ddetr_mm.datasets.sources import read_coco_sources
 from ddetr_mm.engine.detections import CLASSMAP_KEY
 from ddetr_mm.engine.distributed import is_first_rank, is_rank
 from ddetr_mm.engine.runner import QuietRunner
-from ddetr_mm.errors import DataError
+from ddetr_mm.errors import DataError, printable
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.models.backbones import fuse_norms
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec
@@ -135,7 +135,7 @@ def config_source(
     )
     if is_first_rank():
         for note in draft.notes:
-            print(f"warning: {note}", file=sys.stderr)
+            print(f"warning: {printable(note)}", file=sys.stderr)
     return spec_config_text(loaded, draft, subtask)
 
 
@@ -367,7 +367,7 @@ def set_graph_columns(model: Any, exported: ExportedInput, data: Columns, path: 
     """
     note = graph_columns_note(model, exported, data, path)
     if note and is_first_rank():
-        print(f"{path}: {note}", file=sys.stderr)
+        print(f"{printable(path)}: {printable(note)}", file=sys.stderr)
 
 
 def graph_columns_note(model: Any | None, exported: ExportedInput, data: Columns, path: str) -> str:

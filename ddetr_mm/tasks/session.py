@@ -21,7 +21,7 @@ from ddetr_mm.engine.distributed import (
     world_size,
 )
 from ddetr_mm.engine.status import FAILURE, StatusLog, failure_message
-from ddetr_mm.errors import DataError, InputError, Problem, RankFailure, RunError, WeightsError
+from ddetr_mm.errors import DataError, InputError, Problem, RankFailure, RunError, WeightsError, printable
 from ddetr_mm.files import write_text_whole
 from ddetr_mm.outputs import only_writer, protected_inputs, remove_leftovers, require_free, results_root
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, spec_to_yaml, task_results_dir
@@ -225,7 +225,7 @@ def _folder_failure_as_error(folder: Path) -> Iterator[None]:
 def print_notes(loaded: LoadedSpec) -> None:
     """Print the notes of a loaded spec: fields without effect, values adjusted."""
     for note in loaded.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 def run_on_ranks(arguments: Namespace, loaded: LoadedSpec, subtask: str) -> bool:

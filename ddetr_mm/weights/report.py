@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ddetr_mm.errors import printable
+
 Shape = tuple[int, ...]
 
 UNREAD = "a stage of the backbone that no feature level reads"
@@ -75,7 +77,7 @@ class LoadReport:
         lines += _counted("filled in", self.filled)
         lines += _counted("not needed", self.dropped)
         lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain data, for JSON."""
