@@ -32,7 +32,7 @@ def run(arguments: Namespace) -> None:
         with process_group():
             from ddetr_mm.engine.checkpoint import RESUME_KEY, Start, find_start
             from ddetr_mm.tasks.runner import build_runner
-            from ddetr_mm.weights.load import require_same_network
+            from ddetr_mm.weights.load import require_same_network, trained_epochs
 
             named = spec.train.resume_training_checkpoint_path
             weights = spec.train.pretrained_model_path or spec.model.pretrained_backbone_path
@@ -56,4 +56,24 @@ def run(arguments: Namespace) -> None:
             runner.logger.info(start.message)
             if path is not None:
                 require_same_network(path, runner.model, where=RESUME_KEY if named else "results_dir")
+                done, wanted = trained_epochs(path), spec.train.num_epochs
+                if done >= wanted:
+                    text = nothing_to_do(done, wanted)
+                    runner.logger.info(text)
+                    session.status.write(text)
             runner.train()
+
+
+def nothing_to_do(done: int, wanted: int) -> str:
+    """Say that a run is finished, and how to train on.
+
+    Args:
+        done: epochs that are trained.
+        wanted: ``train.num_epochs``.
+    """
+    trained = f"{done} of {wanted} epochs trained"
+    if done > wanted:
+        trained = f"{done} epochs trained, train.num_epochs is {wanted}"
+    return (
+        f"Nothing to do: {trained}; to train on, set train.num_epochs={2 * done}, or any number above {done}."
+    )

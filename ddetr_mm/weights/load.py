@@ -504,6 +504,15 @@ def require_resumable(path: str | Path, *, where: str) -> None:
         )
 
 
+def trained_epochs(path: str | Path) -> int:
+    """Return how many epochs a checkpoint to resume from has finished.
+
+    Args:
+        path: the checkpoint, see :func:`require_resumable`.
+    """
+    return int(read_raw(path).payload["meta"]["epoch"])
+
+
 def require_same_network(path: str | Path, model: nn.Module, *, where: str) -> None:
     """Check that a checkpoint to resume from holds exactly the run's network.
 

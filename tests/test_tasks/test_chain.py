@@ -98,6 +98,30 @@ def test_training_again_continues_from_the_latest_checkpoint(trained_project: Pr
     )
 
 
+@pytest.mark.parametrize(
+    ("epochs", "says"),
+    [
+        (2, "Nothing to do: 2 of 2 epochs trained; to train on, set train.num_epochs=4"),
+        (1, "Nothing to do: 2 epochs trained, train.num_epochs is 1; to train on, set train.num_epochs=4"),
+    ],
+)
+def test_a_finished_run_says_that_nothing_is_left(trained_project: Project, tmp_path: Path, epochs, says):
+    import shutil
+
+    folder = tmp_path / "train"
+    shutil.copytree(trained_project.results / "train", folder, symlinks=True)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")}
+    counts = (f"train.num_epochs={epochs}", "train.validation_interval=1")
+    done = trained_project.tiny("train", f"train.results_dir={folder}", *counts)
+    assert says in done.stdout + done.stderr and "Epoch(train)" not in done.stdout + done.stderr
+    lines = status_lines(folder / "status.json")
+    begun = "Starting Deformable DETR train."
+    started = max(index for index, line in enumerate(lines) if line["message"] == begun)
+    assert sum(says in line["message"] for line in lines[started:]) == 1
+    assert (lines[-1]["status"], lines[-1]["message"]) == ("SUCCESS", "Train finished successfully.")
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.pth")} == before
+
+
 def test_evaluate_leaves_results_and_predictions(trained_project: Project):
     trained_project.tiny("evaluate", f"evaluate.checkpoint={LATEST}")
     folder = trained_project.results / "evaluate"
