@@ -20,7 +20,15 @@ import torch
 from torch import nn
 
 from ddetr_mm.deploy.graph import ExportGraph
-from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, check_file, ort_forward, require, write_meta
+from ddetr_mm.deploy.onnx_file import (
+    LINEAR_HINT,
+    OUTPUT_NAMES,
+    check_file,
+    linear_sampling_note,
+    ort_forward,
+    require,
+    write_meta,
+)
 from ddetr_mm.deploy.parity import Forward, ParityReport, compare_batches, generated_images
 from ddetr_mm.deploy.plugin import (
     INPUT_RANKS,
@@ -148,6 +156,8 @@ def export_onnx(
     opset = usable_opset(options.opset, options.plugin)
     if opset != options.opset:
         log(f"opset {options.opset} has no GridSample: writing {opset}")
+    if not options.plugin and (note := linear_sampling_note(opset)):
+        log(f"warning: {note}; for an engine {LINEAR_HINT}")
     detector = detector.eval().float().cpu()
     height, width = options.input_size_hw
     with written_whole(Path(onnx_file)) as temporary:

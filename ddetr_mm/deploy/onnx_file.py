@@ -181,6 +181,48 @@ def read_meta(model: Any) -> dict[str, Any]:
     return {}
 
 
+# --- TensorRT and GridSample ---
+
+FIRST_LINEAR_OPSET = 20
+"""The opset that renamed GridSample's modes: TensorRT, up to 11.1, reads the new names as nearest."""
+
+LINEAR_HINT = "write it with export.opset_version 17 to 19, or with plugin nodes (export.on_cpu: false)"
+
+
+def linear_sampling_note(opset: int) -> str | None:
+    """Return what TensorRT does to a graph of standard operators in this opset; None where it is right."""
+    if opset < FIRST_LINEAR_OPSET:
+        return None
+    return (
+        f"in opset {opset} TensorRT takes GridSample's `linear` for `nearest` and predicts other boxes"
+        " (NVIDIA/TensorRT issue 4646)"
+    )
+
+
+def require_sampling_for_tensorrt(path: str | Path, *, where: str) -> None:
+    """Refuse a graph whose GridSample nodes TensorRT reads wrongly, see :data:`FIRST_LINEAR_OPSET`.
+
+    Args:
+        path: an ONNX file.
+        where: the spec key that named it, for messages.
+
+    Raises:
+        ExportError: it has such nodes.
+    """
+    model = require("onnx").load(str(path), load_external_data=False)
+    opset = max((entry.version for entry in model.opset_import if not entry.domain), default=0)
+    modes = {
+        attribute.s.decode()
+        for node in model.graph.node
+        if node.op_type == "GridSample"
+        for attribute in node.attribute
+        if attribute.name == "mode"
+    }
+    if modes & {"linear", "cubic"}:
+        problem = f"cannot become an engine: {linear_sampling_note(max(opset, FIRST_LINEAR_OPSET))}"
+        raise ExportError(Problem(problem, file=path, where=where, hint=LINEAR_HINT))
+
+
 # --- Running and checking ---
 
 

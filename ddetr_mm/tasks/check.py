@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ddetr_mm.preflight.inputs import Split
-    from ddetr_mm.preflight.report import Report, Section
+    from ddetr_mm.preflight.report import Finding, Report, Section
 
 
 def run(arguments: Namespace) -> None:
@@ -162,6 +162,7 @@ def _check_experiment(loaded: LoadedSpec, arguments: Namespace, console: Console
     if subtask == "train":
         values.findings += check_free_space(folder, named_files(spec, subtask))
         values.findings += check_frozen(spec)
+    values.findings += _sampling_findings(spec, subtask)
     report.add(values)
     splits, failures = read_splits(split_sources(spec, subtask), **_reading_options(loaded, subtask))
     for section in failures:
@@ -186,6 +187,26 @@ def _check_experiment(loaded: LoadedSpec, arguments: Namespace, console: Console
         console.print(f"- not done: {text}", highlight=False, soft_wrap=True, markup=False)
     DataError.collect(finding.problem for finding in report.failing)
     return path
+
+
+def _sampling_findings(spec: ExperimentSpec, subtask: str) -> list[Finding]:
+    """Whether TensorRT reads the graph that is written, or that an engine is built of."""
+    from ddetr_mm.deploy.onnx_file import LINEAR_HINT, linear_sampling_note, require_sampling_for_tensorrt
+    from ddetr_mm.preflight.report import Finding, note
+
+    if subtask == "export" and spec.export.on_cpu:
+        where, opset = "export.opset_version", spec.export.opset_version
+        text = linear_sampling_note(opset)
+        details = dict(where=where, value=opset, hint=f"for an engine {LINEAR_HINT}")
+        return [note("tensorrt-sampling", text, **details)] if text else []
+    graph = spec.gen_trt_engine.onnx_file
+    if subtask != "gen_trt_engine" or not graph or not Path(graph).is_file():
+        return []
+    try:
+        require_sampling_for_tensorrt(graph, where="gen_trt_engine.onnx_file")
+    except InputError as error:
+        return [Finding("tensorrt-sampling", problem) for problem in error.problems]
+    return []
 
 
 def _check_network(

@@ -51,12 +51,14 @@ def generate(loaded: LoadedSpec, session: Session) -> None:
 
     Raises:
         StackError: TensorRT is not installed.
+        ExportError: TensorRT would read the graph wrongly.
     """
-    from ddetr_mm.deploy.onnx_file import read_signature
+    from ddetr_mm.deploy.onnx_file import read_signature, require_sampling_for_tensorrt
     from ddetr_mm.deploy.tensorrt import require_tensorrt, trtexec_command
 
     spec, options = loaded.spec, loaded.spec.gen_trt_engine
     signature = read_signature(options.onnx_file, where="gen_trt_engine.onnx_file")
+    require_sampling_for_tensorrt(options.onnx_file, where="gen_trt_engine.onnx_file")
     settings = engine_settings(spec, signature)
     calibration = engine_calibration(spec, signature) if settings.precision == "int8" else None
     command = trtexec_command(

@@ -204,12 +204,14 @@ def writable_folder(path: str) -> Path:
 
 
 def require_opset(deploy_cfg: Any, path: str) -> None:
-    """Refuse an opset that the graph cannot be written in.
+    """Refuse an opset that the graph cannot be written in, or TensorRT cannot read.
 
     Raises:
-        ExportError: it is below 16 without plugin nodes (no GridSample), or above the exporter's largest.
+        ExportError: it is below 16 without plugin nodes (no GridSample), above the exporter's largest, or
+            TensorRT reads GridSample wrongly in it.
     """
     from ddetr_mm.deploy.onnx_export import MAX_OPSET, MIN_OPSET, MIN_PLUGIN_OPSET
+    from ddetr_mm.deploy.onnx_file import linear_sampling_note
 
     plugin = deploy_cfg.codebase_config.get("attention", "standard") != "standard"
     lowest, opset = MIN_PLUGIN_OPSET if plugin else MIN_OPSET, deploy_cfg.onnx_config.opset_version
@@ -223,6 +225,9 @@ def require_opset(deploy_cfg: Any, path: str) -> None:
                 allowed=f"{lowest} to {MAX_OPSET}",
             )
         )
+    if is_tensorrt(deploy_cfg) and not plugin and (note := linear_sampling_note(opset)):
+        where = "onnx_config.opset_version"
+        raise ExportError(Problem(note, file=path, where=where, value=opset, allowed="17 to 19"))
 
 
 def is_tensorrt(deploy_cfg: Any) -> bool:

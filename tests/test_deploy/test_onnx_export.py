@@ -18,7 +18,7 @@ from mmengine.registry import init_default_scope
 import ddetr_mm.register  # noqa: F401 - registers the detector
 from ddetr_mm.deploy import graph_attention, onnx_export
 from ddetr_mm.deploy.onnx_export import ExportOptions, usable_opset
-from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, read_signature
+from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, read_signature, require_sampling_for_tensorrt
 from ddetr_mm.deploy.parity import BatchParity, ParityReport, compare_outputs, generated_images
 from ddetr_mm.errors import ExportError
 from ddetr_mm.spec import load_spec
@@ -302,6 +302,24 @@ def test_opsets():
     assert [usable_opset(opset, plugin=True) for opset in (11, 12, 17)] == [11, 12, 17]
     with pytest.raises(ExportError, match="11 to 20"):
         usable_opset(10, plugin=True)
+
+
+@pytest.mark.parametrize(
+    ("opset", "plugin", "warned"), [(19, False, False), (20, False, True), (20, True, False)]
+)
+def test_graphs_that_tensorrt_reads_wrongly_are_marked(tmp_path, opset, plugin, warned):
+    lines = []
+    detector = with_random_weights(tiny_config(tmp_path, "[2]", overrides=SMALLEST))
+    options = dict(input_size_hw=(64, 64), opset=opset, plugin=plugin, batch_size=1)
+    export_onnx(detector, tmp_path / "m.onnx", lines.append, **options)
+    assert any("issue 4646" in line and "opset_version 17 to 19" in line for line in lines) is warned
+    if warned:
+        with pytest.raises(
+            ExportError, match=r"gen_trt_engine\.onnx_file: cannot become an engine: in opset 20"
+        ):
+            require_sampling_for_tensorrt(tmp_path / "m.onnx", where="gen_trt_engine.onnx_file")
+    else:
+        require_sampling_for_tensorrt(tmp_path / "m.onnx", where="gen_trt_engine.onnx_file")
 
 
 def test_differences_are_found():

@@ -245,6 +245,36 @@ def test_engines_refuse_wrong_files(exported: Project, capsys, tmp_path: Path):
     assert (tmp_path / "there.engine").read_bytes() == b"x" and not (tmp_path / "m.engine").exists()
 
 
+def test_an_opset_whose_sampling_tensorrt_reads_wrongly(exported: Project, capsys, tmp_path: Path):
+    """From opset 20 on GridSample's mode is called linear, which TensorRT takes for nearest."""
+    graph = tmp_path / "m.onnx"
+    words = (
+        f"export.checkpoint={CHECKPOINT}",
+        f"export.onnx_file={graph}",
+        f"export.results_dir={tmp_path}",
+        "export.opset_version=20",
+    )
+    status, said = command(exported, capsys, "export", *words)
+    assert status == 0 and "issue 4646" in said and "export.opset_version 17 to 19" in said
+    with inside(exported.folder):
+        assert main(["check", "--for", "export", "--quick", "-e", exported.spec, *words]) == 0
+        assert "issue 4646" in capsys.readouterr().out
+        assert main(["check", "--for", "export", "--quick", "-e", exported.spec, *words[:3]]) == 0
+        assert "4646" not in capsys.readouterr().out
+    engine = (
+        f"gen_trt_engine.onnx_file={graph}",
+        f"gen_trt_engine.trt_engine={tmp_path / 'm.engine'}",
+        f"gen_trt_engine.results_dir={tmp_path}",
+    )
+    status, said = command(exported, capsys, "gen_trt_engine", *engine)
+    assert (
+        status == 2 and "gen_trt_engine.onnx_file: cannot become an engine" in said and "trtexec" not in said
+    )
+    with inside(exported.folder):
+        assert main(["check", "--for", "gen_trt_engine", "-e", exported.spec, *engine]) == 2
+        assert "cannot become an engine" in capsys.readouterr().err
+
+
 def test_onnx_and_pytorch_have_the_same_ap(exported: Project, capsys, tmp_path: Path):
     # Four images a batch, six images: the last batch is incomplete and counts.
     words = [f"evaluate.checkpoint={ONNX}", f"evaluate.results_dir={tmp_path / 'onnx'}"]

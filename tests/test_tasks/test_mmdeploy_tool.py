@@ -15,16 +15,18 @@ import onnxruntime
 import pytest
 import torch
 from mmdet.registry import MODELS
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from PIL import Image
 
 import ddetr_mm.register  # noqa: F401 - registers the detector
+from ddetr_mm.errors import ExportError
 from ddetr_mm.spec import load_spec
 from ddetr_mm.tasks.runner import config_source
 
 pytest.importorskip("mmdeploy")
 
-from ddetr_mm.tasks.mmdeploy_tool import deploy_config, main, model_config
+from ddetr_mm.tasks.mmdeploy_tool import deploy_config, main, model_config, require_opset
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "deploy"
 OVERRIDES = (
@@ -256,6 +258,30 @@ def test_wrong_values_are_one_message(model_folder, tmp_path, capsys):
         told = capsys.readouterr().err
         assert all(word in told for word in words) and told.count("error:") == 1
     assert not list(tmp_path.glob("*.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "attention", "opset", "refused"),
+    [
+        ("tensorrt", "standard", 20, True),
+        ("tensorrt", "standard", 19, False),
+        ("tensorrt", "plugin", 20, False),
+        ("onnxruntime", "standard", 20, False),
+    ],
+)
+def test_an_opset_that_tensorrt_reads_wrongly(backend, attention, opset, refused):
+    config = Config(
+        dict(
+            backend_config=dict(type=backend),
+            codebase_config=dict(attention=attention),
+            onnx_config=dict(opset_version=opset),
+        )
+    )
+    if refused:
+        with pytest.raises(ExportError, match="d.py: onnx_config.opset_version: .*issue 4646.*17 to 19"):
+            require_opset(config, "d.py")
+    else:
+        require_opset(config, "d.py")
 
 
 def test_the_patches_are_undone():
