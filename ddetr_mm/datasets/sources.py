@@ -89,9 +89,11 @@ class CocoSource:
         """The annotation files, sorted by name.
 
         Raises:
-            DataError: the file does not exist, or nothing matches the pattern, or the folder holds no
-                ``.json`` file.
+            DataError: none is named, the file does not exist, or nothing matches the pattern, or the folder
+                holds no ``.json`` file.
         """
+        if not self.json_file.strip():  # as a path it would be the current folder
+            raise DataError(Problem("is not given", where="json_file", hint="name an annotation file"))
         if "://" in self.json_file:
             hint = "copy the file to this machine"
             raise DataError(Problem("annotation files are not fetched", self.json_file, hint=hint))

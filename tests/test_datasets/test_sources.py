@@ -202,3 +202,11 @@ def test_unreadable_file(tmp_path):
     path = write_json(tmp_path / "a.json", coco([image(1)], []))
     table = read_coco_sources([{"image_dir": tmp_path, "json_file": path}])
     assert table.image_ids.tolist() == [1]
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_no_annotation_file_is_not_the_current_folder(tmp_path, monkeypatch, blank):
+    write_json(tmp_path / "a.json", three_images())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="json_file: is not given"):
+        CocoSource("images", blank).files()
