@@ -259,11 +259,35 @@ def quiet_warnings_without_remedy() -> None:
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator")
 
 
+def let_interruptions_through() -> None:
+    """Let Ctrl-C and signals end ``Config.pretty_text``, whose bare ``except`` makes a SyntaxError of them."""
+    from mmengine.config import Config
+
+    original = Config.pretty_text.fget
+    if getattr(original, "lets_interruptions_through", False):
+        return
+
+    @functools.wraps(original)
+    def pretty_text(self: Any) -> str:
+        try:
+            text: str = original(self)
+        except SyntaxError as error:
+            interruption = error.__context__
+            if interruption is None or isinstance(interruption, Exception):
+                raise
+            raise interruption from None
+        return text
+
+    pretty_text.lets_interruptions_through = True  # type: ignore[attr-defined]
+    Config.pretty_text = property(pretty_text)
+
+
 PATCHES: dict[str, Callable[[], None]] = {
     "decoded image limit": limit_decoded_images,
     "mmengine checkpoint classes": allow_mmengine_checkpoint_classes,
     "configs of this package": find_our_configs,
     "loading step of pipelines": find_our_image_loader,
+    "interruptions while a config is written": let_interruptions_through,
     "frozen parameters in one line": quiet_frozen_parameter_warnings,
     "warnings without remedy": quiet_warnings_without_remedy,
 }

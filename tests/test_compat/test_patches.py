@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.optim import DefaultOptimWrapperConstructor, build_optim_wrapper
 
@@ -278,3 +279,20 @@ def test_other_attributes_are_refused(owner, name, tmp_path):
 def test_what_is_no_data_is_refused(value, tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         reload(value, tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "interruption", [KeyboardInterrupt("interrupted by SIGTERM"), SystemExit(3), ValueError("of yapf")]
+)
+def test_an_interruption_while_a_config_is_written_stays_one(interruption, monkeypatch):
+    """mmengine's bare ``except`` makes a SyntaxError of everything."""
+    patches.apply_patches(["interruptions while a config is written"] * 2)
+
+    def interrupted(*arguments, **options):
+        raise interruption
+
+    monkeypatch.setattr("mmengine.config.config.FormatCode", interrupted)
+    expected = SyntaxError if isinstance(interruption, Exception) else type(interruption)
+    with pytest.raises(expected) as caught:
+        _ = Config({"model": {"type": "A"}}).pretty_text
+    assert isinstance(interruption, Exception) or caught.value is interruption
