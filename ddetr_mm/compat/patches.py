@@ -260,7 +260,7 @@ def quiet_warnings_without_remedy() -> None:
 
 
 def let_interruptions_through() -> None:
-    """Let Ctrl-C and signals end ``Config.pretty_text``, whose bare ``except`` makes a SyntaxError of them."""
+    """Let Ctrl-C end ``Config.pretty_text``, whose bare ``except`` makes a SyntaxError of it."""
     from mmengine.config import Config
 
     original = Config.pretty_text.fget

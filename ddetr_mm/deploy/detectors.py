@@ -66,6 +66,8 @@ class ExportedDetector(BaseDetector):
                     allowed=str(signature.num_classes),
                 )
             )
+        self.path = signature.path
+        self.num_classes = num_classes
         self.input_size_hw = tuple(signature.input_size_hw)
         self.batch_size = signature.batch_size
         self.max_batch_size = signature.batch_size or signature.max_batch_size
@@ -95,7 +97,35 @@ class ExportedDetector(BaseDetector):
         step = self.max_batch_size or len(images)
         parts = [self.run_graph(self._filled(images[at : at + step])) for at in range(0, len(images), step)]
         logits, boxes = (np.concatenate(part)[: len(images)] for part in zip(*parts, strict=True))
+        self._check_outputs(logits, boxes, len(images))
         return logits, boxes
+
+    def _check_outputs(self, logits: np.ndarray, boxes: np.ndarray, count: int) -> None:
+        """Refuse outputs that are no detections.
+
+        Raises:
+            WeightsError: they have other shapes than a detector's, or hold NaN or infinity.
+        """
+        shapes = (logits.shape, boxes.shape)
+        fits = logits.ndim == 3 and boxes.shape == (*logits.shape[:2], 4) and len(logits) == count
+        columns = None if self.num_classes is None else logits.shape[-1]
+        if not fits or (columns is not None and columns != self.num_classes):
+            raise WeightsError(
+                Problem(
+                    "gives outputs of other shapes than it should",
+                    file=self.path,
+                    value=shapes,
+                    allowed=f"logits ({count}, queries, {self.num_classes or 'classes'}), boxes (…, 4)",
+                )
+            )
+        if not (np.isfinite(logits).all() and np.isfinite(boxes).all()):
+            raise WeightsError(
+                Problem(
+                    "gives NaN or infinite outputs",
+                    file=self.path,
+                    hint="export it again; of a half-precision graph use the float32 one",
+                )
+            )
 
     def _filled(self, images: np.ndarray) -> np.ndarray:
         missing = (self.batch_size or len(images)) - len(images)

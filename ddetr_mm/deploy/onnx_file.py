@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,7 @@ def read_signature(path: str | Path, *, where: str | None = None) -> GraphSignat
         known = _OTHER_KINDS.get(path.suffix.lower()) if path.is_file() else None
         what, hint = known or (f"cannot be read as ONNX: {error}", None)
         raise WeightsError(Problem(what, file=path, where=where, hint=hint)) from error
+    _refuse_excess(model, path, where)
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name: _sizes(value) for value in model.graph.input if value.name not in constants}
     outputs = {value.name: _sizes(value) for value in model.graph.output}
@@ -154,8 +156,53 @@ def read_signature(path: str | Path, *, where: str | None = None) -> GraphSignat
         )
     if image[2] is None or image[3] is None:
         raise WeightsError(Problem("has no fixed input height and width", file=path, where=where))
+    if image[2] * image[3] > MAX_INPUT_PIXELS:
+        raise WeightsError(
+            Problem(
+                "has an input that is too large",
+                file=path,
+                where=where,
+                value=f"{image[3]}x{image[2]} pixels",
+                allowed=f"at most {MAX_INPUT_PIXELS:,} pixels",
+            )
+        )
     logits = (*outputs["pred_logits"], None, None, None)
     return GraphSignature(path, (image[2], image[3]), image[0], logits[1], logits[2], read_meta(model))
+
+
+MAX_INPUT_PIXELS = 2**26
+MAX_CONSTANT_VALUES = 2**28
+_LOOPS = ("Loop", "Scan")
+
+
+def _refuse_excess(model: Any, path: Path, where: str | None) -> None:
+    """Refuse a graph that could run for ever or ask for any memory: no exporter of ours or TAO's writes such.
+
+    Raises:
+        WeightsError: it has loops, or constants made by their size alone that are too large.
+    """
+    from onnx import numpy_helper
+
+    shapes = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            for one in node.attribute:
+                if one.name == "value":
+                    shapes[node.output[0]] = one.t
+    for node in model.graph.node:
+        if node.op_type in _LOOPS:
+            what = f"has a {node.op_type}, which no exported Deformable DETR needs"
+            raise WeightsError(Problem(what, file=path, where=where, value=node.name))
+        if node.op_type not in ("ConstantOfShape", "Expand", "Tile"):
+            continue
+        tensor = shapes.get(node.input[-1])
+        if tensor is None or (tensor.dims and tensor.dims[0] > 64):
+            continue
+        sizes = [abs(int(size)) for size in numpy_helper.to_array(tensor).reshape(-1)]
+        if math.prod(sizes) > MAX_CONSTANT_VALUES:
+            what = f"asks for {math.prod(sizes):,} values by one {node.op_type}"
+            allowed = f"at most {MAX_CONSTANT_VALUES:,}"
+            raise WeightsError(Problem(what, file=path, where=where, allowed=allowed))
 
 
 def _sizes(value: Any) -> tuple[int | None, ...]:
@@ -175,7 +222,7 @@ def read_meta(model: Any) -> dict[str, Any]:
         if entry.key == META_KEY:
             try:
                 meta = json.loads(entry.value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return {}
             return meta if isinstance(meta, dict) else {}
     return {}

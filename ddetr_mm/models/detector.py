@@ -24,6 +24,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.models.deformable_attention import (
     DeformableAttention,
     SizesHW,
@@ -77,6 +78,23 @@ class HostScalars(Mapping[str, Tensor]):
 
 
 # --- Padding of the feature levels ---
+
+
+def refuse_non_finite_detections(sample: DetDataSample) -> None:
+    """Refuse detections of an image that are NaN or infinite.
+
+    Raises:
+        WeightsError: they are; names the image.
+    """
+    found = sample.pred_instances
+    if not (torch.isfinite(found.scores).all() and torch.isfinite(found.bboxes).all()):
+        raise WeightsError(
+            Problem(
+                "the network gives NaN or infinite detections",
+                file=sample.metainfo.get("img_path"),
+                hint="use an earlier checkpoint, or ddetr_mm.predict_precision: fp32",
+            )
+        )
 
 
 def level_padding(
@@ -216,6 +234,8 @@ class TAODeformableDETR(DeformableDETR):
         if predict_dtype not in (None, "float16", "bfloat16"):
             raise ValueError(f"predict_dtype must be float16, bfloat16 or None, not {predict_dtype!r}")
         self.predict_dtype = predict_dtype
+        # Set where predictions are results: a training run's validation goes on with a network that diverges.
+        self.requires_finite = False
         self.host_losses: HostScalars | None = None  # the last step's, for hooks
         self._compile_parts(compiled, compile_options or {})
 
@@ -318,11 +338,20 @@ class TAODeformableDETR(DeformableDETR):
     def predict(
         self, batch_inputs: Tensor, batch_data_samples: Sequence[DetDataSample], rescale: bool = True
     ) -> Sequence[DetDataSample]:
-        """Predict as mmdet does, under autocast with ``predict_dtype``; scores and boxes stay float32."""
+        """Predict as mmdet does, under autocast with ``predict_dtype``; scores and boxes stay float32.
+
+        Raises:
+            WeightsError: ``requires_finite`` is set, and an image's detections are NaN or infinite.
+        """
         if self.predict_dtype is None:
-            return super().predict(batch_inputs, batch_data_samples, rescale)
-        with torch.autocast(batch_inputs.device.type, dtype=getattr(torch, self.predict_dtype)):
-            return super().predict(batch_inputs, batch_data_samples, rescale)
+            samples = super().predict(batch_inputs, batch_data_samples, rescale)
+        else:
+            with torch.autocast(batch_inputs.device.type, dtype=getattr(torch, self.predict_dtype)):
+                samples = super().predict(batch_inputs, batch_data_samples, rescale)
+        if self.requires_finite:
+            for sample in samples:
+                refuse_non_finite_detections(sample)
+        return samples
 
     @record_function("encoder")
     def pre_transformer(

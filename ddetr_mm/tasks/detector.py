@@ -326,6 +326,7 @@ class Detector:
         report = fill_model(self.model, to_category_ids(checkpoint, columns), strict=True)
         self.notes += [note for note in report.notes if note not in self.notes]
         fuse_norms(self.model)
+        self.model.requires_finite = True
         self.model.eval()
         return config, names
 

@@ -432,6 +432,7 @@ def load_to_predict(
     """
     load_checkpoint(model, path, where=where, class_names=class_names, selection=selection)
     fuse_norms(unwrapped(model))
+    unwrapped(model).requires_finite = True
 
 
 def load_checkpoint(

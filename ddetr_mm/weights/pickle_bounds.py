@@ -222,10 +222,10 @@ def _dictionary(machine: _Machine, _argument: Any) -> None:
     machine.pairs(machine.stack[-1], items)
 
 
-_OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
+_OPERATIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "MARK": lambda machine, _: machine.stack.append(_MARK),
-    "POP": lambda machine, _: machine.stack.pop() and None,
-    "POP_MARK": lambda machine, _: machine.marked() and None,
+    "POP": lambda machine, _: machine.stack.pop(),
+    "POP_MARK": lambda machine, _: machine.marked(),
     "DUP": lambda machine, _: machine.stack.append(machine.stack[-1]),
     "EMPTY_TUPLE": _tuple(0),
     "TUPLE1": _tuple(1),
