@@ -25,6 +25,7 @@ custom_hooks = [
     dict(type="StatusHook"),
     dict(type="AlarmHook", pretrained=False),
     dict(type="NonFiniteHook", action="stop"),
+    dict(type="ValidationLossHook"),
     dict(type="CurvesHook"),
 ]
 

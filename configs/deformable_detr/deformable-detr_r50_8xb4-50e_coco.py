@@ -13,6 +13,7 @@ custom_hooks = [
     dict(type="StatusHook"),
     dict(type="AlarmHook", pretrained=True),
     dict(type="NonFiniteHook", action="stop"),
+    dict(type="ValidationLossHook"),
     dict(type="CurvesHook"),
     # torchvision's weights, read without running code from the file; fetch them once:
     #   curl -L -o pretrained/resnet50-0676ba61.pth https://download.pytorch.org/models/resnet50-0676ba61.pth

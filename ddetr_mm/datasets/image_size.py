@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import warnings
 from collections.abc import Iterator
@@ -93,8 +94,11 @@ def read_image_size(path: str, *, decode: bool = False) -> ImageSize:
 
 def _size_of_file(path: str) -> ImageSize:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        # Without waiting: a pipe would keep it here for ever.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UnreadableImage("is no regular file", hint="put the image there, or leave it out")
             size = _size_from_header(path, descriptor)
         finally:
             os.close(descriptor)
@@ -221,6 +225,8 @@ def _turned(width: int, height: int, orientation: int | None) -> ImageSize:
 
 
 def _decoded_size(path: str) -> ImageSize:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UnreadableImage("is no regular file", hint="put the image there, or leave it out")
     try:
         with _opened(path) as image:
             image.load()  # also turns a TIFF, whose orientation is gone afterwards

@@ -9,6 +9,8 @@ mmdet does.
 from __future__ import annotations
 
 import io
+import os
+import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from torch.nn import functional
 
 from ddetr_mm.compat.patches import size_refused
 from ddetr_mm.datasets.image_size import UnreadableImage
+from ddetr_mm.datasets.worker_state import reading
 from ddetr_mm.errors import DataError, Problem
 
 PixelArray = npt.NDArray[Any]
@@ -140,7 +143,9 @@ def read_image(
     path = fspath(path)
     hint = "put the file there, or leave the image out of the annotations"
     try:
-        content = fileio.get(path, backend_args=dict(backend_args) if backend_args else None)
+        content = read_content(path, dict(backend_args) if backend_args else None)
+    except UnreadableImage as error:
+        raise DataError(unreadable_problem(path, error)) from error
     except FileNotFoundError as error:
         raise DataError(Problem("image file does not exist", path, hint=hint)) from error
     except OSError as error:
@@ -150,6 +155,23 @@ def read_image(
         return decode_image(content, channel_order)
     except UnreadableImage as error:
         raise DataError(unreadable_problem(path, error)) from error
+
+
+def read_content(path: str, backend_args: dict[str, Any] | None = None) -> bytes:
+    """Return the bytes of a file.
+
+    Args:
+        path: the file, or a URL that mmengine's file backends know.
+        backend_args: of the file backend.
+
+    Raises:
+        UnreadableImage: it is a pipe, a device or a folder, which could be read from for ever.
+        OSError: it cannot be read.
+    """
+    if "://" not in path and not backend_args and not stat.S_ISREG(os.stat(path).st_mode):
+        raise UnreadableImage("is no regular file", hint="put the image there, or leave it out")
+    content: bytes = fileio.get(path, backend_args=backend_args)
+    return content
 
 
 def unreadable_problem(path: str | PathLike[str], error: UnreadableImage) -> Problem:
@@ -169,7 +191,8 @@ def image_errors_named(path: str, backend_args: Mapping[str, Any] | None = None)
         DataError: the file is missing, broken, or too large to be decoded.
     """
     try:
-        yield
+        with reading(path):
+            yield
     except (OSError, AssertionError, cv2.error):
         read_image(path, backend_args=backend_args)
         raise  # the image is sound: the error has another cause

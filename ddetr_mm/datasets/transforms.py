@@ -21,7 +21,6 @@ from mmcv.transforms.utils import cache_randomness
 from mmdet.datasets.transforms import PackDetInputs, Resize
 from mmdet.registry import TRANSFORMS
 from mmdet.structures.bbox import HorizontalBoxes
-from mmengine import fileio
 
 from ddetr_mm.datasets.geometry import (
     crop_boxes,
@@ -36,6 +35,7 @@ from ddetr_mm.datasets.images import (
     RESIZE_BACKENDS,
     decode_image,
     decode_jpeg_reduced_bgr,
+    read_content,
     split_planes,
     unreadable_problem,
 )
@@ -198,7 +198,7 @@ class TAOLoadImageFromFile(LoadImageFromFile):
         """Load; see the class."""
         if (self.color_type, self.imdecode_backend, self.file_client_args) == ("color", "cv2", None):
             try:
-                content = fileio.get(results["img_path"], backend_args=self.backend_args)
+                content = read_content(results["img_path"], self.backend_args)
                 reduction = self._reduction(results)
                 if reduction > 1:
                     reduced = decode_jpeg_reduced_bgr(content, reduction)

@@ -16,6 +16,9 @@ from torch import nn
 
 from ddetr_mm.engine.train_loop import end_data_workers
 
+DATA_TIMEOUT_S = 300
+"""Seconds after which a batch that does not come ends the run, where the config does not say ``timeout``."""
+
 # mmengine formats the config each time that its text is wanted, half a second each: four times when a Runner
 # starts, and once with every checkpoint.
 
@@ -101,6 +104,13 @@ class QuietRunner(Runner):
             if isinstance(handler, logging.FileHandler) and hasattr(handler.stream, "reconfigure"):
                 handler.stream.reconfigure(encoding="utf-8")
         return logger
+
+    @staticmethod
+    def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> Any:
+        """Build a loader as mmengine does, with a limit on the time that a batch of workers may take."""
+        if isinstance(dataloader, dict) and dataloader.get("num_workers"):
+            dataloader = {"timeout": DATA_TIMEOUT_S, **dataloader}
+        return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def train(self) -> Any:
         """Train as mmengine does, then end the data workers."""

@@ -261,3 +261,45 @@ def size_text(num_bytes: float) -> str:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+# --- Shared memory of data workers ---
+
+SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
+PREFETCHED = 2
+"""Batches that each worker holds ready, torch's default."""
+
+
+def shared_memory_free(folder: str = SHARED_MEMORY) -> int | None:
+    """Free bytes of the memory that data workers pass tensors through; None where the system has none."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def check_shared_memory(
+    workers: int, batch_size: int, largest_hw: tuple[int, int], free: int | None = None
+) -> list[Finding]:
+    """Whether the batches that workers hold ready fit into shared memory; Docker gives 64 MB by default.
+
+    Args:
+        workers: data workers of all ranks of this machine.
+        batch_size: images in a batch.
+        largest_hw: height and width of the largest image that a worker gives, pixels.
+        free: bytes; None: those of the system.
+    """
+    free = shared_memory_free() if free is None else free
+    need = workers * PREFETCHED * batch_size * 3 * largest_hw[0] * largest_hw[1]
+    if free is None or need <= free:
+        return []
+    return [
+        note(
+            "shared-memory-small",
+            f"{workers} data workers hold up to {size_text(need)} of images ready, and /dev/shm has "
+            f"{size_text(free)} free: a batch may never come",
+            where="dataset.workers",
+            hint="give the container more (`--shm-size=1g`), or lower dataset.workers (0: none)",
+        )
+    ]

@@ -92,6 +92,12 @@ class OwnSection(Section):
         doc="""What inference does with an image file that cannot be read. false: skip it, list it in
         skipped.json, count it in status.json; true: stop with an error.""",
     )
+    data_timeout_s: NonNegativeInt = spec_field(
+        300,
+        origin=OURS,
+        doc="""Seconds after which a batch that does not come from the data workers ends the run, with the
+        file that each of them reads; 0: never.""",
+    )
     quick_check: StrictBool = spec_field(
         True,
         origin=OURS,

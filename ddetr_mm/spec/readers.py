@@ -78,6 +78,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "ddetr_mm.strict_annotations": ("train", "evaluate"),
     "ddetr_mm.strict_images": ("inference",),
     "ddetr_mm.log_interval": RUN,
+    "ddetr_mm.data_timeout_s": RUN,
     "ddetr_mm.deterministic": RUN,
     "ddetr_mm.device": ALL,
     "ddetr_mm.attention": RUN,

@@ -77,8 +77,21 @@ def early_check(loaded: LoadedSpec, *, resumes: bool) -> None:
     folder = task_results_dir(spec, "train")
     findings = check_disk_writable(folder) + check_free_space(folder, named)
     DataError.collect(finding.problem for finding in findings)
-    for finding in () if resumes else check_frozen(spec):
+    for finding in [*shared_memory_findings(spec, "train"), *([] if resumes else check_frozen(spec))]:
         print(f"warning: {finding.kind}: {finding.problem}", file=sys.stderr)
+
+
+def shared_memory_findings(spec: ExperimentSpec, subtask: str) -> list[Finding]:
+    """Whether what data workers hold ready fits into shared memory, at the spec's largest size."""
+    from ddetr_mm.preflight.resources import check_shared_memory
+
+    task, augmentation = getattr(spec, subtask), spec.dataset.augmentation
+    own_batch = getattr(task, "batch_size", -1)
+    batch = own_batch if own_batch > 0 else spec.dataset.batch_size
+    train_short = augmentation.fixed_random_crop or max(augmentation.scales)
+    short = train_short if subtask == "train" else augmentation.test_random_resize
+    largest_hw = (short, max(short, augmentation.random_resize_max_size))
+    return check_shared_memory(spec.dataset.workers * max(task.num_gpus, 1), batch, largest_hw)
 
 
 def quick_check(loaded: LoadedSpec) -> None:
@@ -161,6 +174,9 @@ def _check_experiment(loaded: LoadedSpec, arguments: Namespace, console: Console
     values.findings += check_named_files(spec, subtask)
     if subtask == "train":
         values.findings += check_free_space(folder, named_files(spec, subtask))
+    if subtask in ("train", "evaluate", "inference"):
+        values.findings += shared_memory_findings(spec, subtask)
+    if subtask == "train":
         values.findings += check_frozen(spec)
     values.findings += _sampling_findings(spec, subtask)
     report.add(values)

@@ -72,6 +72,8 @@ def machine_error(error: BaseException) -> InputError | None:
         return RunError(Problem(f"{where} has too little memory: {text or 'MemoryError'}", hint=_LESS_MEMORY))
     if isinstance(error, RuntimeError) and "can't allocate memory" in text:
         return RunError(Problem("the machine has too little memory", value=text, hint=_LESS_MEMORY))
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader timed out"):
+        return RunError(_late_batch(text))
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return RunError(_killed_worker(text))
     if isinstance(error, ConnectionResetError):  # the other end of a worker's pipe has gone
@@ -88,6 +90,25 @@ _LESS_MEMORY = (
     "lower dataset.batch_size or the image sizes of dataset.augmentation, set "
     "train.activation_checkpoint=true, or use fewer workers: dataset.workers"
 )
+
+
+def _late_batch(text: str) -> Problem:
+    """The message for a batch that did not come in time; ``text`` is torch's, with the seconds."""
+    from ddetr_mm.datasets.worker_state import files_being_read
+    from ddetr_mm.preflight.resources import shared_memory_free, size_text
+
+    seconds = "".join(filter(str.isdigit, text)) or "?"
+    read = ", ".join(f"{path} (process {process})" for process, path in files_being_read().items())
+    free = shared_memory_free()
+    if read:
+        what = f"no batch came from a data worker within {seconds} s; being read: {read}"
+        hint = "look at these files and their disk; a longer limit: ddetr_mm.data_timeout_s"
+    else:
+        what = f"no batch came from a data worker within {seconds} s, and none of them reads a file"
+        hint = "give the container more shared memory (`--shm-size`), or set dataset.workers=0"
+        if free is not None:
+            hint += f"; {size_text(free)} of /dev/shm are free"
+    return Problem(what, where="dataset.workers", hint=hint)
 
 
 def _killed_worker(text: str) -> Problem:

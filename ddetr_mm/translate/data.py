@@ -42,6 +42,7 @@ LOADER_KEYS = (
     "dataset.batch_size",
     "dataset.workers",
     "dataset.pin_memory",
+    "ddetr_mm.data_timeout_s",
     "dataset.dataset_type",
     "dataset.train_sampler",
     "dataset.num_classes",
@@ -229,6 +230,10 @@ def one_step_of(spec: ExperimentSpec, dataset: dict[str, Any]) -> dict[str, Any]
     return dataset | dict(indices=spec.dataset.batch_size * ranks)
 
 
+DATA_TIMEOUT_S = 300
+"""The limit of :class:`ddetr_mm.engine.runner.QuietRunner` where a config says none."""
+
+
 def dataloader(
     spec: ExperimentSpec, dataset: dict[str, Any], *, train: bool, batch_size: int = -1
 ) -> dict[str, Any]:
@@ -253,6 +258,8 @@ def dataloader(
         drop_last=False,
         worker_init_fn=dict(type="signal_proof_worker_init"),
     )
+    if workers and spec.ddetr_mm.data_timeout_s != DATA_TIMEOUT_S:
+        loader["timeout"] = spec.ddetr_mm.data_timeout_s
     if train:
         loader["sampler"] = dict(train_sampler(spec), shuffle=True)
         loader["batch_sampler"] = dict(

@@ -283,6 +283,7 @@ def _add_inference(
             "inference.batch_size",
             "dataset.batch_size",
             "dataset.workers",
+            "ddetr_mm.data_timeout_s",
         ),
     )
     draft.add(

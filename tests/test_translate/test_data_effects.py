@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from PIL import Image
 from tiny_scene import SIZE_WH, Scene
 
+from ddetr_mm.engine.runner import QuietRunner
 from ddetr_mm.errors import DataError
 
 WHOLE_PICTURE = (
@@ -227,6 +228,12 @@ def test_workers_are_processes(tiny_config, workers: int):
     next(batches)
     assert len(set(multiprocessing.active_children()) - before) == workers
     del batches
+
+
+def test_the_limit_of_a_batch(tiny_config):
+    for text, workers, expected in (("300", 1, 300), ("7", 1, 7), ("0", 1, 0), ("7", 0, 0)):
+        config = tiny_config(f"ddetr_mm.data_timeout_s={text}", f"dataset.workers={workers}")
+        assert QuietRunner.build_dataloader(config.train_dataloader, seed=1).timeout == expected
 
 
 def test_pin_memory_is_handed_to_the_loader(tiny_config):
