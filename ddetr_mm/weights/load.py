@@ -8,7 +8,7 @@ is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from ddetr_mm.weights.safe_read import RawFile, read_raw, short_names
 Shapes = Mapping[str, tuple[int, ...]]
 
 _COUNTERS = (".num_batches_tracked", ".relative_position_index")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
 _COMPUTED = "a buffer that the model computes"
 _NECK_BIAS = re.compile(r"neck\..+\.conv\.bias")
 _CLASSIFIER = re.compile(r"(fc|head|classifier|last_linear)\..+")
@@ -193,10 +194,11 @@ def _refuse_other_detector(checkpoint: Checkpoint, network: nn.Module, target: M
     has_backbone = any(key.startswith("backbone.") for key in theirs)
     matrices = {key: shape for key, shape in theirs.items() if key.startswith("backbone.") and len(shape) > 1}
     shared = any(ours.get(key) == shape for key, shape in matrices.items())
-    if has_backbone and (not shared or _differ(backbone_kinds(theirs), backbone_kinds(ours))):
+    further = _further_modules(theirs, ours)
+    if has_backbone and (not shared or further or _differ(backbone_kinds(theirs), backbone_kinds(ours))):
         raise WeightsError(
             Problem(
-                f"holds another backbone than the model: {_both_backbones(theirs, ours)}",
+                f"holds another backbone than the model: {_both_backbones(theirs, ours, further)}",
                 file=checkpoint.path,
                 where="model.backbone",
                 hint="set model.backbone to the checkpoint's, or give a checkpoint of this backbone",
@@ -212,6 +214,23 @@ def _refuse_other_detector(checkpoint: Checkpoint, network: nn.Module, target: M
         raise WeightsError(Problem(what, file=checkpoint.path, hint=hint))
 
 
+_BLOCK = re.compile(r"(?:backbone\.)?(?:layer\d\.\d+|levels\.\d\.blocks\.\d+)\.")
+
+
+def _further_modules(theirs: Iterable[str], ours: Iterable[str]) -> list[str]:
+    """Return what blocks of a file's backbone have and the model's have not: attention, offsets …"""
+    own = set(ours)
+    blocks = {match[0] for key in own if (match := _BLOCK.match(key))}
+    return [
+        key
+        for key in theirs
+        if (match := _BLOCK.match(key))
+        and match[0] in blocks
+        and key not in own
+        and not key.endswith(_BUFFERS)
+    ]
+
+
 def _differ(theirs: tuple[str, ...], ours: tuple[str, ...]) -> bool:
     """Return whether two backbones, each of one of several kinds, cannot be of the same kind."""
     return "unknown" not in (*theirs, *ours) and not set(theirs) & set(ours)
@@ -223,8 +242,9 @@ def _last_stage(backbone: Any) -> int | None:
     return max(indices) if isinstance(indices, (list, tuple)) and indices else None
 
 
-def _both_backbones(theirs: Shapes, ours: Shapes) -> str:
-    return f"{describe_backbone(theirs)} in the file, {describe_backbone(ours)} in the model"
+def _both_backbones(theirs: Shapes, ours: Shapes, further: list[str] | None = None) -> str:
+    more = f" with further modules ({short_names(further, 2)})" if further else ""
+    return f"{describe_backbone(theirs)}{more} in the file, {describe_backbone(ours)} in the model"
 
 
 def _copy_by_name(
@@ -456,10 +476,11 @@ def _refuse_other_backbone(
     ours = {f"backbone.{key}": tuple(value.shape) for key, value in own.items()}
     # GCViTs that differ in their windows alone can be converted.
     kinds = [tuple(kind.removesuffix("_384") for kind in backbone_kinds(shapes)) for shapes in (theirs, ours)]
-    if _differ(*kinds) or fitting * 2 < len(ours):
+    further = _further_modules(theirs, ours)
+    if _differ(*kinds) or further or fitting * 2 < len(ours):
         raise WeightsError(
             Problem(
-                f"holds another backbone than the model: {_both_backbones(theirs, ours)}"
+                f"holds another backbone than the model: {_both_backbones(theirs, ours, further)}"
                 f" ({fitting} of {len(ours)} keys fit)",
                 file=report.source,
                 hint="give the weights of this backbone, or choose the file's backbone in the spec",
@@ -542,9 +563,6 @@ def require_same_network(path: str | Path, model: nn.Module, *, where: str) -> N
             f" {_START_WITH}",
         )
     )
-
-
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
 
 
 def leave_out_unread(content: dict[str, Any], model: nn.Module) -> int:

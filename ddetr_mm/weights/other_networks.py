@@ -42,7 +42,7 @@ _SIGNS: tuple[_Sign, ...] = (
     _Sign("RF-DETR", (r".*backbone\.0\.(?:encoder\.encoder|projector)\..+", _module("sampling_offsets"))),
     _Sign("RF-DETR", (_module("query_feat", "refpoint_embed"), r".*backbone.*register_tokens$")),
     _Sign("RF-DETR or LW-DETR", (_module("query_feat"), _DEFORMABLE)),
-    _Sign("D-FINE", (_module("lqe_layers", "pre_bbox_head", "dn_lqe_layers"),)),
+    _Sign("D-FINE or DEIM", (_module("lqe_layers", "pre_bbox_head", "dn_lqe_layers"),)),
     _Sign("OmDet-Turbo", (_module("task_encoder"), _module("encoder_vision_features"))),
     _Sign("RT-DETR", (_module("pan_blocks", "dec_score_head", "denoising_class_embed", "enc_score_head"),)),
     _Sign(
@@ -173,25 +173,39 @@ def refusal(
         network: the name of its network, see :func:`other_network`; None where it is not known.
     """
     shown = short_names(list(state_dict), 3)
-    backbone = usable_backbone(state_dict, keys)
-    if network is None and backbone is not None and _is_more_than_a_classifier(keys):
+    backbone = backbone_name(state_dict, keys)
+    usage = _usage(backbone)
+    if network is None and usage and _is_more_than_a_classifier(keys):
         network = "another network"
-    if network is None and backbone is not None:
-        return Problem(
-            f"holds a backbone ({backbone}), not a detector (its keys: {shown})",
-            file=path,
-            hint="name it as model.pretrained_backbone_path",
-        )
-    if network is None:
-        return Problem(
-            f"holds no Deformable DETR of any known format (its keys: {shown})",
-            file=path,
-            allowed="mmdet's, TAO's, the original authors' and Hugging Face's",
-        )
-    hint = "its backbone is none that a spec can name: train from a backbone of torchvision or timm"
+    if network is not None:
+        hint = f"its backbone ({backbone}) can be used: {usage}" if usage else _NO_BACKBONE
+        return Problem(f"holds {network}, not a Deformable DETR (its keys: {shown})", file=path, hint=hint)
+    if usage:
+        what = f"holds a backbone ({backbone}), not a detector (its keys: {shown})"
+        return Problem(what, file=path, hint=usage)
     if backbone is not None:
-        hint = f"its backbone ({backbone}) can be used: name the file as model.pretrained_backbone_path"
-    return Problem(f"holds {network}, not a Deformable DETR (its keys: {shown})", file=path, hint=hint)
+        what = f"holds a ResNet or GCViT of another kind, not a detector (its keys: {shown})"
+        return Problem(what, file=path, hint=_NO_BACKBONE)
+    return Problem(
+        f"holds no Deformable DETR of any known format (its keys: {shown})",
+        file=path,
+        allowed="mmdet's, TAO's, the original authors' and Hugging Face's",
+        hint=_NO_BACKBONE,
+    )
+
+
+_NO_BACKBONE = "it has no backbone that a spec can name: those are ResNet-18, 34, 50, 101, 152 and GCViT"
+
+
+def _usage(backbone: str | None) -> str | None:
+    """Return how a spec names a file with this backbone; None where it cannot."""
+    if backbone is None or backbone == "unknown":
+        return None
+    named = f"model.backbone: {backbone}"
+    if backbone.startswith("resnet_") and backbone != "resnet_50":
+        depth = backbone.removeprefix("resnet_")
+        named = f"ddetr_mm.backbone: {{type: ResNet, depth: {depth}, out_indices: [1, 2, 3]}}"
+    return f"name the file as model.pretrained_backbone_path, with {named}"
 
 
 def _is_more_than_a_classifier(keys: Mapping[str, str]) -> bool:
@@ -200,10 +214,27 @@ def _is_more_than_a_classifier(keys: Mapping[str, str]) -> bool:
     return len(keys) - len(inside) > _HEAD_KEYS and len(find_backbones(keys)) == 1
 
 
-def usable_backbone(state_dict: Mapping[str, Tensor], keys: Mapping[str, str]) -> str | None:
-    """Return the spec's name of the largest ResNet or GCViT in a dictionary, or None."""
+def _has_further_modules(found: Found, keys: Mapping[str, str]) -> bool:
+    """Return whether a backbone's blocks have modules that no ResNet or GCViT has (attention, offsets)."""
+    known = set(found.names.values())
+    bare = {keys[key][len(found.prefix) :] for key in known}
+    blocks = {match[0] for name in bare if (match := _BLOCK.match(name))}
+    return any(
+        (match := _BLOCK.match(name)) and match[0] in blocks and not name.endswith("relative_position_index")
+        for key, other in keys.items()
+        if key not in known and other.startswith(found.prefix)
+        for name in [other[len(found.prefix) :]]
+    )
+
+
+_BLOCK = re.compile(r"(?:.*\.)?(?:layers?|res|levels|stages|blocks)\.?\d+\.(?:blocks\.|layers\.)?\d+\.")
+
+
+def backbone_name(state_dict: Mapping[str, Tensor], keys: Mapping[str, str]) -> str | None:
+    """Return the kind of the largest ResNet or GCViT in a dictionary (``unknown`` too), None without one."""
     for found in find_backbones(keys):
+        if _has_further_modules(found, keys):
+            return "unknown"
         shapes = {f"backbone.{name}": tuple(state_dict[key].shape) for name, key in found.names.items()}
-        kind, _channels = backbone_kind(shapes)
-        return kind if kind != "unknown" else "a ResNet or GCViT of another size"
+        return backbone_kind(shapes)[0]
     return None

@@ -374,7 +374,7 @@ def test_storage_that_claims_more_than_the_file_is_refused(tmp_path):
         ({"state_dict": io.BytesIO(b"\x00\x01")}, "encrypted"),
         ({"a": torch.zeros(2, 2).to_sparse()}, "not supported"),
         ({"fc.weight": torch.zeros(2)}, "no Deformable DETR"),
-        ({"layer1.0.conv1.weight": torch.zeros(2)}, "pretrained_backbone_path"),
+        ({"layer1.0.conv1.weight": torch.zeros(2)}, "a ResNet or GCViT of another kind"),
     ],
 )
 def test_files_without_a_plain_state_dict(content, words, tmp_path):
