@@ -6,7 +6,6 @@ class maps are compared here and nowhere else. Pure Python.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.files import parse_json
 
 BACKGROUND, UNKNOWN = "background", "unknown"
 
@@ -211,7 +211,7 @@ def _columns_of_list(names: Sequence[str]) -> tuple[str | None, ...]:
 def _json_class_map(text: str, path: str | Path, where: str) -> tuple[str | None, ...]:
     allowed = "a list of names, {id: name}, {name: id}, or COCO's categories"
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise DataError(Problem(f"is not valid JSON: {error}", path, where, allowed=allowed)) from None
     if isinstance(content, Mapping) and isinstance(content.get("categories"), list):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import gc
+import json
 import os
 import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ddetr_mm.outputs import claim, require_free, temporary_beside
 
@@ -60,6 +62,21 @@ def write_text_whole(path: str | Path, text: str) -> Path:
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+# --- JSON of others ---
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or its values are nested too deep.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its values are nested too deep") from None
 
 
 # --- Output streams ---

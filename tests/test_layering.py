@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "errors": set(),
     "outputs": {"errors"},
     "files": {"errors", "outputs"},
-    "classes": {"errors"},
+    "classes": {"errors", "files"},
     "fonts": set(),
     "compat": {"errors", "files"},
     "__init__": {"compat"},

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.files import parse_json
 
 MANIFEST_NAME = ".ddetr_mm_convert.manifest"
 _STAGING_PREFIX = ".ddetr_mm_convert.tmp-"
@@ -207,7 +208,7 @@ class ResultFolder:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.path / MANIFEST_NAME
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = parse_json(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {"files": []}
         except ValueError:

@@ -186,7 +186,7 @@ def parse_coco_json(
     """
     content, repairs = _as_utf8(content, path)
     try:
-        document = msgspec.json.decode(content, type=_DocumentWithMasks if with_masks else _Document)
+        document = _decode(content, type=_DocumentWithMasks if with_masks else _Document)
         columns = _columns(document, path, with_masks)
     except msgspec.ValidationError:
         columns = _repaired_columns(content, path, with_masks)
@@ -195,6 +195,19 @@ def parse_coco_json(
     _check_finite(columns, path)
     repairs += [*columns.repairs, *_slashed(columns, path)]
     return replace(columns, repairs=repairs) if repairs else columns
+
+
+def _decode(content: Any, **options: Any) -> Any:
+    """``msgspec.json.decode``, for which values that are nested too deep are malformed JSON as well.
+
+    Raises:
+        msgspec.DecodeError: the content is not JSON, or too deep.
+        msgspec.ValidationError: it is not of the given type.
+    """
+    try:
+        return msgspec.json.decode(content, **options)
+    except RecursionError:
+        raise msgspec.DecodeError("JSON is malformed: values are nested too deep") from None
 
 
 # --- Bytes to UTF-8 ---
@@ -334,12 +347,12 @@ def _value_at(content: bytes | memoryview, where: str) -> Any:
     """The JSON value at a path such as ``annotations[3].bbox[1]``; None where there is none."""
     steps = [int(index) if index else name for name, index in re.findall(r"([A-Za-z_]+)|\[(\d+)\]", where)]
     try:
-        value: Any = msgspec.json.decode(content, type=_RawDocument)
+        value: Any = _decode(content, type=_RawDocument)
         value = getattr(value, str(steps[0]))
         for step in steps[1:]:
             value = value[step]
             if isinstance(value, msgspec.Raw):
-                value = msgspec.json.decode(value)
+                value = _decode(value)
     except (msgspec.DecodeError, AttributeError, LookupError, TypeError):
         return None  # the message is raised without it
     return value
@@ -431,7 +444,7 @@ def parse_categories(content: bytes | memoryview, path: Path) -> FileCategories:
         DataError: see :func:`parse_coco_json`.
     """
     try:
-        document = msgspec.json.decode(content, type=_CategoryDocument)
+        document = _decode(content, type=_CategoryDocument)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError):
         return FileCategories.of(parse_coco_json(content, path))
     annotated = frozenset(item.category_id for item in document.annotations or [])
@@ -673,7 +686,7 @@ def _repaired_columns(content: bytes | memoryview, path: Path, with_masks: bool)
         DataError: something in it has no meaning.
     """
     try:
-        loose = msgspec.json.decode(content, type=_LooseDocument)
+        loose = _decode(content, type=_LooseDocument)
     except msgspec.ValidationError as error:
         raise DataError(_validation_problem(content, path, str(error))) from None
     if loose.categories is None and loose.annotations:
@@ -761,6 +774,6 @@ def _slashed(columns: JsonColumns, path: Path) -> list[Repair]:
 def _box_of_segmentation(text: msgspec.Raw) -> tuple[float, float, float, float] | None:
     """The box around a ``segmentation`` in JSON; None where there is none."""
     try:
-        return box_around_segmentation(msgspec.json.decode(text)) if bytes(text) else None
+        return box_around_segmentation(_decode(text)) if bytes(text) else None
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None  # counted by the caller as an annotation without a box

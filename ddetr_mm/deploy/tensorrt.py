@@ -8,7 +8,6 @@ TensorRT; ``tensorrt`` is imported where it is used.
 from __future__ import annotations
 
 import fnmatch
-import json
 import random
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 from ddetr_mm.deploy.onnx_file import OUTPUT_NAMES, GraphSignature, Normalisation, load_batch
 from ddetr_mm.deploy.parity import Forward, ParityReport, compare_batches
 from ddetr_mm.errors import DataError, ExportError, Problem, StackError, WeightsError
-from ddetr_mm.files import written_whole
+from ddetr_mm.files import parse_json, written_whole
 
 # --- Settings of a build ---
 
@@ -363,7 +362,7 @@ def read_engine_meta(engine_file: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(Problem(f"cannot be read: {error}", file=path)) from error
     return meta if isinstance(meta, dict) else {}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 import os
 import re
@@ -27,7 +26,7 @@ from mmengine.hooks import Hook
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.hooks import learning_rates
 from ddetr_mm.evaluation.report import freed_figures, save_png
-from ddetr_mm.files import write_text_whole
+from ddetr_mm.files import parse_json, write_text_whole
 
 # --- Scalars of a run ---
 
@@ -108,7 +107,7 @@ class RunScalars:
 
 def _point(line: str, path: Path) -> Point:
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{path}: a line is not JSON: {error}") from None
     if not isinstance(values, dict):
