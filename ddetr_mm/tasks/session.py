@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -82,8 +84,21 @@ def machine_error(error: BaseException) -> InputError | None:
         what = f"cannot be read or written: {error.strerror}"
         if error.filename is None:
             return DataError(Problem(f"a file {what}", hint=_HINTS[error.errno]))
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what += free_space_text(str(error.filename))
         return DataError(Problem(what, file=str(error.filename), hint=_HINTS[error.errno]))
     return None
+
+
+def free_space_text(path: str) -> str:
+    """Return how much is free where a file was to be written, in brackets; empty where it cannot be found."""
+    from ddetr_mm.preflight.resources import existing_parent, size_text
+
+    try:
+        folder = existing_parent(Path(path).parent)
+        return f" ({size_text(shutil.disk_usage(folder).free)} free in {folder})"
+    except (OSError, StopIteration):
+        return ""
 
 
 _LESS_MEMORY = (
@@ -161,7 +176,23 @@ def open_session(loaded: LoadedSpec, subtask: str) -> Iterator[Session]:
         status = StatusLog.at(folder / "status.json")
         # Inside, so that they are in the status file too; the command reports those of that file itself.
         with status.task(subtask), machine_failures_as_errors(), encryption_key_of(loaded.spec):
+            stack.callback(close_log_files, folder)
             yield Session(folder, status)
+
+
+def close_log_files(folder: Path) -> None:
+    """Close the log files below a folder, which mmengine's loggers keep open until the process ends."""
+    logging_module = sys.modules.get("mmengine.logging")
+    if logging_module is None:
+        return
+    inside = os.path.realpath(folder) + os.sep
+    for logger in logging_module.MMLogger._instance_dict.values():
+        for handler in list(logger.handlers):
+            if isinstance(handler, logging.FileHandler) and os.path.realpath(handler.baseFilename).startswith(
+                inside
+            ):
+                logger.removeHandler(handler)
+                handler.close()
 
 
 RESULT_NAMES = {

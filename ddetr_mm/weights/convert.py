@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -381,9 +383,14 @@ def write_checkpoint(
                 raise WeightsError(Problem("is a folder", file=path, hint="give the name of a file"))
             with written_whole(path) as temporary:
                 torch.save(_container(format_name, tensors, meta, plain), temporary)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         # torch's own writer reports a full disk as a RuntimeError.
-        hint = "check that the disk has room and that you may write there"
+        wanted = sum(value.nbytes for value in tensors.values()) / 2**20
+        free = shutil.disk_usage(path.absolute().parent).free / 2**20
+        hint = (
+            f"it takes {wanted:,.1f} MiB, and {free:,.1f} MiB are free in {path.absolute().parent}; "
+            "check that you may write there"
+        )
         raise WeightsError(Problem(f"cannot be written: {error}", file=path, hint=hint)) from error
 
 

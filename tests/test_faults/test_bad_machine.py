@@ -91,6 +91,7 @@ LARGE = {
     "train": (("train", *SPEC), "model_epoch_000.pth"),
     "export": (("export", *SPEC, "export.checkpoint=random.pth", "export.onnx_file=x.onnx"), "x.onnx"),
     "weights": (("weights", "random.pth", "x.pth", "--to", "tao"), "x.pth"),
+    "weights safetensors": (("weights", "random.pth", "x.safetensors", "--to", "tao"), "x.safetensors"),
 }
 
 
@@ -212,3 +213,17 @@ def test_another_rank_that_is_no_number(project: Path, tmp_path: Path, monkeypat
     monkeypatch.setenv("RANK", "first")
     ended = run_here(project, "convert", "-e", "convert.yaml", f"results_dir={tmp_path / 'coco'}")
     assert_told(ended, "RANK", "first")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files in /proc")
+def test_open_files_do_not_grow_with_runs_in_one_process(own_project: Path):
+    code = (
+        "import gc, os, sys\nfrom ddetr_mm.cli import main\nfor run in range(4):\n"
+        "    assert main(['evaluate', '-e', 'spec.yaml', 'evaluate.checkpoint=random.pth']) == 0\n"
+        "    gc.collect()\n    print('open', len(os.listdir('/proc/self/fd')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=own_project, capture_output=True, text=True, timeout=280, check=True
+    )
+    counts = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("open ")]
+    assert len(counts) == 4 and counts[1] == counts[2] == counts[3], counts
