@@ -1,4 +1,4 @@
-"""Atomic writes, output in any encoding, the cores of a process, pauses of the garbage collector."""
+"""Atomic writes, file names with fields, output in any encoding, cores of a process, garbage collection."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import codecs
 import gc
 import json
 import os
+import re
 import stat
+import string
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,3 +170,51 @@ def garbage_collection_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+# --- Names with fields ---
+
+_FORMAT = re.compile(r"(0?\d{1,2})?(?P<precision>\.\d{1,2})?(?P<kind>[deEfFgG])?")
+_MAX_NAME_BYTES = 200
+
+
+def fill_name(pattern: str, values: Mapping[str, int | float], *, named: bool = False) -> str:
+    """Fill the fields of a file name that a user wrote: ``model_best_{epoch:03d}``.
+
+    A field is one of the given names with a number's format; attributes, items and conversions are refused.
+
+    Args:
+        pattern: the name with its fields in braces.
+        values: what each field may be, and its value.
+        named: write ``epoch=003`` for the field ``epoch``, not ``003``.
+
+    Returns:
+        A name without a folder.
+
+    Raises:
+        ValueError: the reason, to follow the name of the setting.
+    """
+    try:
+        parsed = list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise ValueError(f"cannot be read as a name with fields ({error})") from None
+    parts = []
+    for text, field, form, conversion in parsed:
+        parts.append(text)
+        if field is None:
+            continue
+        if field not in values or conversion:
+            raise ValueError(f"has the unknown field {{{field}}}")
+        found = _FORMAT.fullmatch(form or "")
+        whole = isinstance(values[field], int)
+        if found is None or (whole and (found["precision"] or found["kind"] not in (None, "d"))):
+            raise ValueError(f"has the unusable format {form!r} for {field}")
+        if not whole and found["kind"] == "d":
+            raise ValueError(f"has a format of integers, {form!r}, for {field}")
+        parts.append((f"{field}=" if named else "") + format(values[field], form or ""))
+    name = "".join(parts)
+    if not name or name.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", name):
+        raise ValueError("is no plain file name")
+    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
+        raise ValueError(f"is longer than {_MAX_NAME_BYTES} bytes")
+    return name

@@ -13,6 +13,7 @@ import ddetr_mm.engine.curves
 import ddetr_mm.engine.detections
 import ddetr_mm.engine.fsdp
 import ddetr_mm.engine.hooks
+import ddetr_mm.engine.model_selection
 import ddetr_mm.engine.non_finite
 import ddetr_mm.engine.optimization
 import ddetr_mm.engine.train_loop

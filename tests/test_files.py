@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from folders import visible
 
-from ddetr_mm.files import usable_cores, write_text_whole, written_whole
+from ddetr_mm.files import fill_name, usable_cores, write_text_whole, written_whole
 
 # --- Output in any encoding ---
 
@@ -114,3 +115,45 @@ def test_those_of_the_machine_where_a_system_has_no_affinity(monkeypatch: pytest
     assert usable_cores() == 7
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert usable_cores() == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named", "name"),
+    [
+        ("model_best_{epoch:03d}", False, "model_best_007"),
+        ("model_best_{epoch:03d}", True, "model_best_epoch=007"),
+        ("{step}-{val_mAP50:.3f}", False, "120-0.125"),
+        ("a{{b}}", False, "a{b}"),
+    ],
+)
+def test_fields_of_a_name_are_filled(pattern, named, name):
+    assert fill_name(pattern, {"epoch": 7, "step": 120, "val_mAP50": 0.125}, named=named) == name
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("{epoch.__class__}", "unknown field {epoch.__class__}"),
+        ("{epoch[0]}", "unknown field {epoch[0]}"),
+        ("{epoch!r}", "unknown field {epoch}"),
+        ("{}", "unknown field {}"),
+        ("{0}", "unknown field {0}"),
+        ("{loss}", "unknown field {loss}"),
+        ("{epoch:{step}}", "unusable format '{step}'"),
+        ("{epoch:999999999d}", "unusable format"),
+        ("{epoch:.3f}", "unusable format"),
+        ("{val_mAP50:d}", "format of integers"),
+        ("{val_mAP50:%}", "unusable format"),
+        ("{epoch", "cannot be read"),
+        ("../{epoch}", "no plain file name"),
+        ("/tmp/x", "no plain file name"),
+        ("a\\b", "no plain file name"),
+        ("a\nb", "no plain file name"),
+        (".hidden", "no plain file name"),
+        ("", "no plain file name"),
+        ("x" * 201, "longer than 200 bytes"),
+    ],
+)
+def test_names_that_cannot_be_filled(pattern, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        fill_name(pattern, {"epoch": 7, "step": 120, "val_mAP50": 0.125})

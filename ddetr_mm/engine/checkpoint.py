@@ -367,12 +367,12 @@ def full_disk_as_error(path: Path) -> Iterator[None]:
         ) from error
 
 
-def link_latest(checkpoint: Path) -> Path:
-    """Point ``dd_model_latest.pth`` at a checkpoint of the same folder, atomically.
+def link_latest(checkpoint: Path, name: str = LATEST_NAME) -> Path:
+    """Point ``dd_model_latest.pth``, or a link of another name, at a checkpoint of its folder, atomically.
 
     It is a relative symbolic link; where the file system has none, a hard link, or else a copy.
     """
-    link = checkpoint.with_name(LATEST_NAME)
+    link = checkpoint.with_name(name)
     with written_whole(link) as temporary:
         temporary.unlink(missing_ok=True)
         try:
@@ -428,7 +428,8 @@ class TAOCheckpointHook(Hook):
         out_dir: folder for the files; the runner's ``work_dir`` when None.
         extra_meta: saved as ``meta['ddetr_mm']``, with the network's settings that no shape shows
             (:data:`ddetr_mm.weights.scheme.FIELDS`); plain values only.
-        max_keep: keep at most so many of the checkpoints this run wrote; 0 keeps all.
+        max_keep: keep at most so many of the checkpoints this run wrote, those before a resume included; 0
+            keeps all.
         save_optimizer: include the optimizer's state (needed for resuming).
         save_param_scheduler: include the schedulers' state (needed for resuming).
     """
@@ -497,6 +498,9 @@ class TAOCheckpointHook(Hook):
             epochs = range(runner.epoch, runner.max_epochs)
             coming = [path for path, name in names.items() if name is not None and name.epoch in epochs]
             require_free([*coming, self.out_dir / LATEST_NAME])
+            if self.max_keep and getattr(runner, "_resume", False):
+                before = {path: name.epoch for path, name in names.items() if name is not None}
+                self._written = [path for path, epoch in before.items() if epoch < runner.epoch]
             runner.logger.info(f"Checkpoints will be saved to {self.out_dir}.")
 
     def before_train_epoch(self, runner: Any) -> None:
@@ -601,28 +605,50 @@ class TAOCheckpointHook(Hook):
         if self._rng_states:
             checkpoint["rng_states"] = self._rng_states
 
+    def save_best(self, runner: Any, path: Path, remark: Mapping[str, Any]) -> None:
+        """Save between two epochs under a name of the caller's, beside the checkpoints of every interval.
+
+        Args:
+            runner: the runner.
+            path: the file; every rank names the same.
+            remark: plain values, saved as ``meta['ddetr_mm']['best']``.
+
+        Raises:
+            InputError: the disk is full.
+        """
+        meta = {"epoch": runner.epoch, "iter": runner.iter, "batches_done": 0, "samples_done": 0}
+        self._write_whole(runner, path, meta, {"best": dict(remark)})
+
     def _save(self, runner: Any, name: CheckpointName, meta: dict[str, Any]) -> Path:
-        """Write one checkpoint; every rank calls it, the first one writes."""
+        """Write one checkpoint and point ``dd_model_latest.pth`` at it; every rank calls it."""
         path = Path(self.out_dir or runner.work_dir) / str(name)
-        meta["ddetr_mm"] = {**plain_values(network_scheme(unwrapped(runner.model))), **self.extra_meta}
+        self._write_whole(runner, path, meta)
+        if is_first_rank():
+            with full_disk_as_error(path):
+                link_latest(path)
+                write_text_whole(path.with_name("last_checkpoint"), str(path))
+            self._delete_oldest(path)
+        self._iter_of_last_save = meta["iter"]
+        self._step_is_due = False
+        return path
+
+    def _write_whole(
+        self, runner: Any, path: Path, meta: dict[str, Any], remarks: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write a file on the first rank; the others take part in what needs all of them."""
+        scheme = plain_values(network_scheme(unwrapped(runner.model)))
+        meta["ddetr_mm"] = {**scheme, **self.extra_meta, **(remarks or {})}
         # Between two epochs the state to restore is the one after the last step, whatever was drawn since.
         self._rng_states = all_gather_object(self._torch_rng_to_restore or capture_rng_state())
         try:
             if is_first_rank():
-                with full_disk_as_error(path):
-                    with checkpoint_written_whole(path) as temporary:
-                        self._write(runner, temporary, meta)
-                    link_latest(path)
-                    write_text_whole(path.with_name("last_checkpoint"), str(path))
-                self._delete_oldest(path)
+                with full_disk_as_error(path), checkpoint_written_whole(path) as temporary:
+                    self._write(runner, temporary, meta)
                 runner.logger.info(f"Saved checkpoint {path.name}.")
             else:
                 self._call_runner(runner, path, meta)
         finally:
             self._rng_states = []
-        self._iter_of_last_save = meta["iter"]
-        self._step_is_due = False
-        return path
 
     def _write(self, runner: Any, path: Path, meta: dict[str, Any]) -> None:
         """Write one file, encrypted if the process has a key."""

@@ -11,12 +11,17 @@ from functools import cache, partial
 from typing import Any
 
 from ddetr_mm.spec.fields import fields_of, get_field
-from ddetr_mm.spec.schema import ConvertSpec, DistributedTask, ExperimentSpec, WandbConfig
+from ddetr_mm.spec.schema import (
+    CheckpointerConfig,
+    ConvertSpec,
+    DistributedTask,
+    ExperimentSpec,
+    WandbConfig,
+)
 from ddetr_mm.spec.yaml_source import OVERRIDE, Branch
 
 _AUGMENTED = "the size comes from dataset.augmentation"
 _QUANTIZE = "there is no quantize subtask"
-_LATER = "it belongs to a later release of TAO (7.3)"
 _ENGINE_SIZE = "the engine's input is that of the ONNX file"
 
 NO_EFFECT: dict[str, str] = {
@@ -27,7 +32,6 @@ NO_EFFECT: dict[str, str] = {
     "train.optim.monitor_name": "no scheduler watches a value",
     "train.input_width": _AUGMENTED,
     "train.input_height": _AUGMENTED,
-    "train.checkpointer": _LATER,
     "gen_trt_engine.batch_size": "the ONNX file decides",
     "gen_trt_engine.input_channel": _ENGINE_SIZE,
     "gen_trt_engine.input_width": _ENGINE_SIZE,
@@ -124,6 +128,29 @@ CONDITIONS: tuple[Condition, ...] = (
             "resume_training_checkpoint_path",
         )
     ),
+    *(
+        Condition(
+            f"train.checkpointer.{name}",
+            lambda spec: not spec.train.checkpointer.enable_topk,
+            "train.checkpointer.enable_topk is false",
+        )
+        for name in fields_of(CheckpointerConfig)
+        if name != "enable_topk"
+    ),
+    Condition(
+        "ddetr_mm.keep_best",
+        lambda spec: spec.train.checkpointer.enable_topk,
+        "train.checkpointer.enable_topk is true",
+    ),
+    *(
+        Condition(
+            f"ddetr_mm.early_stopping.{name}",
+            lambda spec: spec.ddetr_mm.early_stopping.patience is None,
+            "ddetr_mm.early_stopping.patience is null",
+        )
+        for name in ("monitor", "mode", "min_delta")
+    ),
+    Condition("ddetr_mm.ema_momentum", lambda spec: not spec.ddetr_mm.ema, "ddetr_mm.ema is false"),
     Condition(
         "dataset.train_sampler",
         lambda spec: (

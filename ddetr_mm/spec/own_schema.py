@@ -6,7 +6,30 @@ from typing import Any, Literal
 
 from pydantic import StrictBool
 
-from ddetr_mm.spec.fields import OURS, NonNegativeInt, PositiveInt, Section, spec_field
+from ddetr_mm.spec.fields import OURS, NonNegativeInt, PositiveInt, Section, section, spec_field
+
+
+class EarlyStoppingConfig(Section):
+    """Ending training where a metric of validation no longer improves (mmengine's EarlyStoppingHook)."""
+
+    patience: PositiveInt | None = spec_field(
+        None,
+        origin=OURS,
+        doc="Validations without improvement after which training ends; null: it never ends early.",
+    )
+    monitor: str = spec_field(
+        "val_mAP50",
+        origin=OURS,
+        doc="""The metric, a name of status.json: val_mAP, val_mAP50, val_loss, its parts, train_loss.""",
+    )
+    mode: Literal["min", "max"] | None = spec_field(
+        None,
+        origin=OURS,
+        doc="Whether a small or a large value is better; null: min for losses, else max.",
+    )
+    min_delta: float = spec_field(
+        0.001, origin=OURS, gt=0.0, doc="The smallest change of the metric that counts as improvement."
+    )
 
 
 class OwnSection(Section):
@@ -109,6 +132,27 @@ class OwnSection(Section):
         origin=OURS,
         doc="""Compute the loss in the validations of training too, from the predictions made anyway: val_loss
         and its parts in status.json, TensorBoard and the curves, as TAO does. false: the metrics alone.""",
+    )
+    keep_best: StrictBool = spec_field(
+        True,
+        origin=OURS,
+        doc="""Keep the checkpoint with the best val_mAP50 as model_best_NNN.pth, with a link
+        dd_model_best.pth. train.checkpointer, with its enable_topk, chooses more closely.""",
+    )
+    early_stopping: EarlyStoppingConfig = section(EarlyStoppingConfig, origin=OURS)
+    ema: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="""Average the weights over the steps (mmengine's EMAHook). Validation is of the average, and
+        checkpoints carry both sets: see ddetr_mm.use_ema.""",
+    )
+    ema_momentum: float = spec_field(
+        0.0002,
+        origin=OURS,
+        gt=0.0,
+        lt=1.0,
+        doc="""Share of the new weights in the average at each step, with ddetr_mm.ema; it is larger in the
+        first few thousand steps.""",
     )
     log_interval: PositiveInt = spec_field(50, origin=OURS, doc="Steps between two lines of the log.")
     non_finite: Literal["stop", "skip"] = spec_field(

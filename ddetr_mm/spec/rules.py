@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ddetr_mm.files import fill_name
 from ddetr_mm.spec.fields import get_field
 from ddetr_mm.spec.readers import Reader
 from ddetr_mm.spec.schema import ConvertSpec, EvaluateConfig, ExperimentSpec, InferenceConfig, Spec, root_of
@@ -288,6 +289,63 @@ def some_validation(spec: ExperimentSpec) -> Iterator[Fault]:
         )
 
 
+METRICS = ("val_mAP", "val_mAP50")
+LOSSES = ("val_loss", "val_loss_cls", "val_loss_bbox", "val_loss_iou")
+"""What a validation writes into status.json."""
+
+
+def _metrics(spec: ExperimentSpec) -> tuple[str, ...]:
+    return (*METRICS, *(LOSSES if spec.ddetr_mm.validation_loss else ()), "train_loss")
+
+
+@rule(
+    "train.checkpointer.enable_topk",
+    "train.checkpointer.monitor",
+    "ddetr_mm.early_stopping.patience",
+    "ddetr_mm.early_stopping.monitor",
+    "ddetr_mm.validation_loss",
+)
+def monitored_metric_exists(spec: ExperimentSpec) -> Iterator[Fault]:
+    """The metric that chooses the best checkpoints or stops early is one of status.json."""
+    chosen, stopping = spec.train.checkpointer, spec.ddetr_mm.early_stopping
+    monitors = {}
+    if chosen.enable_topk and chosen.monitor:
+        monitors["train.checkpointer.monitor"] = chosen.monitor
+    if stopping.patience is not None:
+        monitors["ddetr_mm.early_stopping.monitor"] = stopping.monitor
+    known = _metrics(spec)
+    for path, monitor in monitors.items():
+        if monitor not in known:
+            hint = "set ddetr_mm.validation_loss=true" if monitor in LOSSES else None
+            yield Fault(path, "is no metric of this run", monitor, ", ".join(known), hint)
+
+
+@rule(
+    "train.checkpointer.enable_topk",
+    "train.checkpointer.filename",
+    "train.checkpointer.save_top_k",
+    "ddetr_mm.validation_loss",
+)
+def best_files_have_names(spec: ExperimentSpec) -> Iterator[Fault]:
+    """filename gives each of the best checkpoints a name of its own."""
+    chosen = spec.train.checkpointer
+    if not chosen.enable_topk:
+        return
+    path, pattern = "train.checkpointer.filename", chosen.filename
+    numbers = dict.fromkeys(_metrics(spec), 0.0)
+    fields = ", ".join(f"{{{name}}}" for name in ("epoch", "step", *numbers))
+    try:
+        names = [fill_name(pattern, {"epoch": one, "step": one, **numbers}) for one in (0, 1)]
+    except ValueError as error:
+        yield Fault(path, str(error), pattern, f"a name without a folder, with {fields}")
+        return
+    if names[0].startswith(("model_epoch_", "dd_model_")):
+        yield Fault(path, "is a name of the checkpoints of every interval", pattern, "any other name")
+    elif names[0] == names[1] and chosen.save_top_k > 1:
+        what = f"gives the {chosen.save_top_k} best checkpoints one name"
+        yield Fault(path, what, pattern, "a name with {epoch} or {step}")
+
+
 @rule("train.optim.lr_steps")
 def decay_steps_ascend(spec: ExperimentSpec) -> Iterator[Fault]:
     """lr_steps ascends without repeats."""
@@ -313,6 +371,13 @@ def _gpus_named_once(name: str) -> Check:
 
 for _name in ("train", "evaluate", "inference"):
     rule(f"{_name}.gpu_ids")(_gpus_named_once(_name))
+
+
+@rule("ddetr_mm.ema", "train.distributed_strategy")
+def averaged_weights_are_whole(spec: ExperimentSpec) -> Iterator[Fault]:
+    """ddetr_mm.ema needs train.distributed_strategy: ddp."""
+    if spec.ddetr_mm.ema and spec.train.distributed_strategy == "fsdp":
+        yield Fault("ddetr_mm.ema", "averages whole weights, which fsdp shards", True, hint="use ddp")
 
 
 @rule("model.precise_msda", "ddetr_mm.attention")

@@ -353,27 +353,39 @@ class OptimConfig(Section):
 
 
 class CheckpointerConfig(Section):
-    """Keeping the best checkpoints."""
+    """Keeping the best checkpoints by a metric of validation, with a link dd_model_best.pth to the best."""
 
     enable_topk: StrictBool = spec_field(False, origin=TAO_7_3, doc="Keep the best checkpoints by a metric.")
     replace_periodic: StrictBool = spec_field(
-        False, origin=TAO_7_3, doc="Keep only the best ones, not those of every interval."
+        False,
+        origin=TAO_7_3,
+        doc="""Keep the best ones and the newest, which a stopped run resumes from, not those of
+        every interval.""",
     )
-    monitor: str | None = spec_field(None, origin=TAO_7_3, doc="The metric that says which is best.")
+    monitor: str | None = spec_field(
+        None,
+        origin=TAO_7_3,
+        doc="""The metric that says which is best, a name of status.json: val_mAP, val_mAP50, val_loss,
+        val_loss_cls, val_loss_bbox, val_loss_iou, train_loss; null: val_mAP50.""",
+    )
     mode: Literal["min", "max"] | None = spec_field(
         None,
         origin=TAO_7_3,
-        doc="Whether a small (min) or a large (max) value of the metric is better.",
+        doc="""Whether a small (min) or a large (max) value of the metric is better; null: min for losses,
+        else max.""",
     )
     save_top_k: PositiveInt = spec_field(1, origin=TAO_7_3, doc="How many of the best checkpoints are kept.")
     filename: str = spec_field(
-        "model_best_{epoch:03d}", origin=TAO_7_3, doc="Name pattern of the best checkpoints."
+        "model_best_{epoch:03d}",
+        origin=TAO_7_3,
+        doc="""Name of the best checkpoints. {epoch} (from 0), {step} and metrics are filled in, each with
+        a number's format; a name without a folder.""",
     )
     dirpath: str | None = spec_field(
         None, origin=TAO_7_3, doc="Folder for the best checkpoints; null: the results folder."
     )
     auto_insert_metric_name: StrictBool = spec_field(
-        False, origin=TAO_7_3, doc="Add the metric's name to the file name."
+        False, origin=TAO_7_3, doc="Write the names of the fields into the file name: epoch=003."
     )
 
 

@@ -146,7 +146,11 @@ def train_loop(spec: ExperimentSpec) -> dict[str, Any]:
 
 # --- hooks, logging, seeds and environment ---
 
-CHECKPOINT_KEYS = ("train.checkpoint_interval", "train.checkpoint_interval_unit")
+CHECKPOINT_KEYS = (
+    "train.checkpoint_interval",
+    "train.checkpoint_interval_unit",
+    "train.checkpointer.replace_periodic",
+)
 SEED_KEYS = ("train.seed", "ddetr_mm.deterministic")
 HOOK_KEYS = (
     "train.cudnn.benchmark",
@@ -158,6 +162,20 @@ HOOK_KEYS = (
     "ddetr_mm.checkpoint_entry",
     "ddetr_mm.use_ema",
     "ddetr_mm.validation_loss",
+    "train.checkpointer.enable_topk",
+    "train.checkpointer.monitor",
+    "train.checkpointer.mode",
+    "train.checkpointer.save_top_k",
+    "train.checkpointer.filename",
+    "train.checkpointer.dirpath",
+    "train.checkpointer.auto_insert_metric_name",
+    "ddetr_mm.keep_best",
+    "ddetr_mm.early_stopping.patience",
+    "ddetr_mm.early_stopping.monitor",
+    "ddetr_mm.early_stopping.mode",
+    "ddetr_mm.early_stopping.min_delta",
+    "ddetr_mm.ema",
+    "ddetr_mm.ema_momentum",
 )
 WANDB_KEYS = tuple(
     f"wandb.{name}"
@@ -199,6 +217,8 @@ def default_hooks(spec: ExperimentSpec, *, train: bool, zero_padded_values: bool
                 **({"numbered_by_name": True} if spec.ddetr_mm.category_ids == "by_name" else {}),
             ),
         )
+        if spec.train.checkpointer.enable_topk and spec.train.checkpointer.replace_periodic:
+            hooks["checkpoint"]["max_keep"] = 1  # what a stopped run resumes from
     else:
         hooks["checkpoint"] = None
     return hooks
@@ -221,6 +241,7 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
         hooks.append(dict(type="ValidationLossHook"))
     if not spec.train.is_dry_run:
         hooks.append(dict(type="CurvesHook"))
+        hooks += selection_hooks(spec)
     if spec.train.verbose:
         hooks.append(dict(type="LearningRateHook"))
     if spec.ddetr_mm.accumulate_steps > 1:
@@ -250,6 +271,24 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
                 **weights_selection(spec),
             )
         )
+    return hooks
+
+
+def selection_hooks(spec: ExperimentSpec) -> list[dict[str, Any]]:
+    """Averaged weights, early stopping and the best checkpoints."""
+    hooks: list[dict[str, Any]] = []
+    own, chosen = spec.ddetr_mm, spec.train.checkpointer
+    if own.ema:
+        hooks.append(dict(type="AveragedWeightsHook", momentum=own.ema_momentum))
+    if own.early_stopping.patience is not None:
+        hooks.append(dict(type="ResumableEarlyStoppingHook", **own.early_stopping.model_dump()))
+    if chosen.enable_topk:
+        options = chosen.model_dump(exclude={"enable_topk", "replace_periodic"})
+        options["monitor"] = chosen.monitor or "val_mAP50"
+        options["dirpath"] = chosen.dirpath or None
+        hooks.append(dict(type="BestCheckpointHook", **options))
+    elif own.keep_best:
+        hooks.append(dict(type="BestCheckpointHook"))
     return hooks
 
 

@@ -13,7 +13,6 @@ VALUES = {
     "model.clip_max_norm": "0.5",
     "dataset.quant_calibration_data_sources": "{image_dir: a, json_file: b}",
     "train.optim.monitor_name": "train_loss",
-    "train.checkpointer": "{save_top_k: 2}",
     "quantize": "{backend: modelopt.onnx}",
 }
 
@@ -65,6 +64,13 @@ def test_tables_name_fields_that_exist():
         ("train: {optim: {lr_scheduler: StepLR, lr_steps: [3]}}", "lr_scheduler is StepLR"),
         ("train: {optim: {lr_step_size: 3}}", "lr_scheduler is MultiStep"),
         ("train: {optim: {lr_backbone: 3e-5}}\nmodel: {train_backbone: false}", "train_backbone is false"),
+        ("train: {checkpointer: {save_top_k: 2}}", "train.checkpointer.enable_topk is false"),
+        (
+            "train: {checkpointer: {enable_topk: true}}\nddetr_mm: {keep_best: false}",
+            "train.checkpointer.enable_topk is true",
+        ),
+        ("ddetr_mm: {early_stopping: {min_delta: 0.5}}", "early_stopping.patience is null"),
+        ("ddetr_mm: {ema_momentum: 0.5}", "ddetr_mm.ema is false"),
         ("dataset: {train_sampler: uniform_sampler}", "dataset_type is not default"),
         ("dataset: {augmentation: {fixed_random_crop: 64, train_random_crop_max: 700}}", "fixed_random_crop"),
         (

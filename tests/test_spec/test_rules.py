@@ -137,6 +137,59 @@ CASES = [
         "train: {optim: {lr_steps: [5, 3, 3]}}",
         "write [3, 5]",
     ),
+    *(
+        ("monitored_metric_exists", None, kept, broken, words)
+        for kept, broken, words in (
+            (
+                "train: {checkpointer: {enable_topk: true, monitor: val_loss_cls}}",
+                "train: {checkpointer: {enable_topk: true, monitor: mAP50}}",
+                "train.checkpointer.monitor, line 1: is no metric of this run",
+            ),
+            (
+                "ddetr_mm: {early_stopping: {monitor: mAP50}}",
+                "ddetr_mm: {early_stopping: {patience: 2, monitor: mAP50}}",
+                "allowed: val_mAP, val_mAP50, val_loss, val_loss_cls, val_loss_bbox, val_loss_iou",
+            ),
+            (
+                "ddetr_mm: {early_stopping: {patience: 2, monitor: val_loss}}",
+                "ddetr_mm: {validation_loss: false, early_stopping: {patience: 2, monitor: val_loss}}",
+                "ddetr_mm.validation_loss=true",
+            ),
+        )
+    ),
+    *(
+        (
+            "best_files_have_names",
+            None,
+            f"train: {{checkpointer: {{enable_topk: {given}, save_top_k: 2, filename: '{kept}'}}}}",
+            f"train: {{checkpointer: {{enable_topk: true, save_top_k: 2, filename: '{broken}'}}}}",
+            words,
+        )
+        for given, kept, broken, words in (
+            (
+                "true",
+                "a_{epoch:03d}_{val_mAP50:.3f}",
+                "a_{epoch.__class__}",
+                "unknown field {epoch.__class__}",
+            ),
+            ("true", "{step}", "{acc}", "unknown field {acc}"),
+            ("true", "best of {epoch}", "../{epoch}", "is no plain file name"),
+            ("false", "best", "best", "gives the 2 best checkpoints one name"),
+            (
+                "true",
+                "model_{epoch}",
+                "model_epoch_{epoch:03d}",
+                "a name of the checkpoints of every interval",
+            ),
+        )
+    ),
+    (
+        "averaged_weights_are_whole",
+        None,
+        "ddetr_mm: {ema: true}",
+        "ddetr_mm: {ema: true}\ntrain: {distributed_strategy: fsdp}",
+        "ddetr_mm.ema, line 1: averages whole weights",
+    ),
     ("gpus_named_once", None, "train: {gpu_ids: [3, 1]}", "train: {gpu_ids: [1, 1]}", "train.gpu_ids"),
     (
         "gpus_named_once",

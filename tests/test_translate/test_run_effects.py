@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import types
 from argparse import Namespace
 from collections.abc import Callable
@@ -296,6 +297,76 @@ def test_checkpoints_by_step_and_resuming_from_a_named_one(train, tmp_path: Path
     assert any(line["message"] == f"Resuming training from checkpoint: {named}" for line in lines)
     assert checkpoints(resumed) == ["model_epoch_001.pth"]
     assert torch.load(resumed / "model_epoch_001.pth", weights_only=True)["meta"]["iter"] == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        ([], {}),
+        (["ddetr_mm.keep_best=false"], None),
+        (["train.is_dry_run=true"], None),
+        (
+            ["train.checkpointer={enable_topk: true, save_top_k: 3, monitor: val_loss, mode: max}"],
+            {
+                "monitor": "val_loss",
+                "mode": "max",
+                "save_top_k": 3,
+                "filename": "model_best_{epoch:03d}",
+                "dirpath": None,
+                "auto_insert_metric_name": False,
+            },
+        ),
+    ],
+)
+def test_the_best_checkpoint_is_chosen_by(tiny_config, overrides: list[str], options: dict | None):
+    hooks = [hook for hook in tiny_config(*overrides).custom_hooks if hook["type"] == "BestCheckpointHook"]
+    assert hooks == ([] if options is None else [{"type": "BestCheckpointHook", **options}])
+
+
+def test_early_stopping_is_asked_for(tiny_config):
+    def options(*overrides: str) -> list[dict[str, Any]]:
+        hooks = tiny_config(*overrides).custom_hooks
+        return [hook for hook in hooks if hook["type"] == "ResumableEarlyStoppingHook"]
+
+    assert options() == []
+    expected = dict(
+        type="ResumableEarlyStoppingHook", patience=2, monitor="val_loss", mode="max", min_delta=1.5
+    )
+    section = "{patience: 2, monitor: val_loss, mode: max, min_delta: 1.5}"
+    assert options(f"ddetr_mm.early_stopping={section}") == [expected]
+
+
+def test_best_checkpoints_and_averaged_weights(train, tmp_path: Path):
+    from ddetr_mm.weights.entries import Selection
+    from ddetr_mm.weights.load import load_for_model
+
+    section = (
+        "{enable_topk: true, monitor: train_loss, mode: min, save_top_k: 2, replace_periodic: true, "
+        f"filename: 'good_{{step}}', dirpath: {tmp_path / 'best'}, auto_insert_metric_name: true}}"
+    )
+    folder = train(
+        "train.num_epochs=3",
+        f"train.checkpointer={section}",
+        "ddetr_mm.ema=true",
+        "ddetr_mm.ema_momentum=0.5",
+        "train.optim.lr=0.001",
+    )
+    assert checkpoints(folder) == ["model_epoch_002.pth"]
+    kept = list((tmp_path / "best").glob("good_*.pth"))
+    assert len(kept) == 2 and all(re.fullmatch(r"good_step=(4|8|12)\.pth", path.name) for path in kept)
+    values = {path: torch.load(path, weights_only=True)["meta"]["ddetr_mm"]["best"]["value"] for path in kept}
+    lines = [json.loads(line) for line in (folder / "status.json").read_text().splitlines()]
+    losses = [line["kpi"]["train_loss"] for line in lines if line["message"].startswith("Train metrics")]
+    assert sorted(values.values()) == pytest.approx(sorted(losses)[:2])
+    best = (tmp_path / "best" / "dd_model_best.pth").resolve()
+    assert values[best] == min(values.values())
+
+    file = torch.load(best, weights_only=True)
+    model = MODELS.build(Config.fromfile(folder / "config.py").model)
+    for use_ema, part, prefix in (("auto", "state_dict", ""), (False, "ema_state_dict", "module.")):
+        load_for_model(model, best, selection=Selection(None, use_ema))
+        torch.testing.assert_close(model.state_dict()[WATCHED], file[part][prefix + WATCHED], rtol=0, atol=0)
+    assert not torch.equal(file["state_dict"][WATCHED], file["ema_state_dict"]["module." + WATCHED])
 
 
 def losses_by_hand(folder: Path, checkpoint: Path) -> dict[str, float]:
