@@ -416,7 +416,9 @@ def _read_npz(path: Path, size: int) -> dict[str, Tensor] | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             for key in arrays.files:
-                tensors[key] = torch.from_numpy(np.ascontiguousarray(arrays[key]))
+                array = arrays[key]
+                native = array.astype(array.dtype.newbyteorder("="), copy=False)
+                tensors[key] = torch.from_numpy(np.ascontiguousarray(native))
     except ValueError as error:
         if "allow_pickle" in str(error) or "Object arrays" in str(error):
             _refuse(path, "holds Python objects, not arrays", "save one array a name with numpy.savez", error)

@@ -15,13 +15,17 @@ import zipfile
 from collections import OrderedDict, defaultdict, deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torchvision
+from mmdet.registry import MODELS
 from safetensors.torch import save_file
 from weights_builders import small_canonical, write_mmdet
 
 from ddetr_mm.errors import WeightsError
 from ddetr_mm.weights import convert_checkpoint, load_backbone, read_checkpoint
+from ddetr_mm.weights.formats import OFFICIAL, from_canonical
 from ddetr_mm.weights.safe_read import read_raw
 
 OMEGACONF = Path(__file__).parents[1] / "assets" / "omegaconf_2.4.ckpt"
@@ -415,3 +419,206 @@ def test_getattr_of_anything_but_a_history_is_refused(tmp_path):
         torch.save({"state_dict": small_canonical(), "meta": content}, path)
         with pytest.raises(WeightsError, match="never runs code"):
             read_checkpoint(path)
+
+
+# --- NumPy's arrays ---
+
+
+def arrays_of(tensors, dtype=None):
+    return {key: value.numpy().astype(dtype) if dtype else value.numpy() for key, value in tensors.items()}
+
+
+def official_weights():
+    canonical = small_canonical(counters=False)
+    return from_canonical(canonical, OFFICIAL, with_box_refine=True, two_stage=False)[0]
+
+
+def assert_is_small(checkpoint):
+    expected = small_canonical(counters=False)
+    assert set(checkpoint.state_dict) == set(expected)
+    assert all(torch.equal(checkpoint.state_dict[key], value) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_an_npz_archive_is_read(save, prefix, tmp_path):
+    save(tmp_path / "x.npz", **{prefix + key: value for key, value in arrays_of(official_weights()).items()})
+    checkpoint = read_checkpoint(tmp_path / "x.npz")
+    assert_is_small(checkpoint)
+    assert checkpoint.format == ("tao" if prefix else "official")
+    report = convert_checkpoint(tmp_path / "x.npz", tmp_path / "x.pth", "mmdet")
+    assert report.complete
+    assert_is_small(read_checkpoint(tmp_path / "x.pth"))
+
+
+def test_arrays_in_a_torch_file_are_read(tmp_path):
+    torch.save({"model": arrays_of(official_weights()), "epoch": 3}, tmp_path / "x.pth")
+    checkpoint = read_checkpoint(tmp_path / "x.pth")
+    assert_is_small(checkpoint)
+    assert checkpoint.format == "official" and checkpoint.meta.epoch == 3
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_detectron2s_pickle_of_arrays_is_read(protocol, tmp_path):
+    content = {"model": arrays_of(official_weights()), "__author__": "x", "matching_heuristics": True}
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    assert_is_small(read_checkpoint(tmp_path / "x.pkl"))
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f4", "<f8", "<f2"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_any_byte_order_and_layout(dtype, order, tmp_path):
+    arrays = {
+        key: np.asarray(value, dtype, order=order) for key, value in arrays_of(official_weights()).items()
+    }
+    for name, write in (
+        ("x.pkl", lambda path: path.write_bytes(pickle.dumps(arrays))),
+        ("x.npz", lambda path: np.savez(path, **arrays)),
+        ("x.pth", lambda path: torch.save(arrays, path)),
+    ):
+        write(tmp_path / name)
+        found = read_checkpoint(tmp_path / name).state_dict
+        for key, value in small_canonical(counters=False).items():
+            assert torch.allclose(found[key].float(), value, atol=1e-2 if "2" in dtype else 1e-6), (name, key)
+        assert found["level_embed"].dtype == torch.from_numpy(np.zeros(1, dtype[1:])).dtype
+
+
+def detectron2_name(key):
+    """Detectron2's name of one of torchvision's keys."""
+    if key.startswith(("conv1", "bn1")):
+        return key.replace("conv1", "stem.conv1").replace("bn1", "stem.conv1.norm")
+    stage, rest = int(key[5]), key[7:]
+    block, part = rest.split(".", 1)
+    part = part.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+    for number in "123":
+        part = part.replace(f"bn{number}", f"conv{number}.norm")
+    return f"res{stage + 1}.{block}.{part}"
+
+
+def test_detectron2s_resnet_is_a_backbone(tmp_path):
+    model = torchvision.models.resnet18()
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith("fc")}
+    named = {
+        detectron2_name(key): value.numpy() for key, value in weights.items() if "num_batches" not in key
+    }
+    content = {
+        "model": {**named, "stem.fc.weight": np.zeros((2, 2), np.float32)},
+        "__author__": "torchvision",
+    }
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(content))
+    backbone = MODELS.build(dict(type="ResNet", depth=18))
+    report = load_backbone(backbone, tmp_path / "R-18.pkl")
+    assert report.missing == [] and report.source_format == "a backbone with Detectron2's names"
+    for key, value in backbone.state_dict().items():
+        assert "num_batches" in key or torch.equal(value, weights[key]), key
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"a": np.array([{}], dtype=object)}, "holds Python objects, not arrays"),
+        ({"a": np.array(["x"])}, "holds arrays of no numbers"),
+    ],
+)
+def test_archives_of_anything_but_numbers_are_refused(arrays, words, tmp_path):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(WeightsError, match=words):
+        read_checkpoint(tmp_path / "x.npz")
+
+
+# --- Kinds of files that are not read, each by its own name ---
+
+
+def other_kinds(folder: Path) -> dict[str, tuple[Path, str]]:
+    """A file or folder of every kind → the words by which it is refused."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+    torch.jit.trace(model, torch.zeros(1, 2)).save(str(folder / "traced.pt"))
+    torch.jit.script(model).save(str(folder / "scripted.pth"))
+    torch.save(model, folder / "whole.pth")
+    torch.save({"model": model, "epoch": 1}, folder / "inside.pth")
+    torch.save(model, folder / "old.pth", _use_new_zipfile_serialization=False)
+    torch.export.save(torch.export.export(model, (torch.zeros(1, 2),)), folder / "program.pt2")
+    opaque = bytes(range(7, 250)) * 9
+    torch.save({"state_dict_encrypted": True, "state_dict": opaque}, folder / "encrypted.pth")
+    for name in ("keras.hdf5", "tlt_resnet.h5", "old_network.tlt", "renamed.pth"):
+        (folder / name).write_bytes(b"\x89HDF\r\n\x1a\n" + opaque)
+    for name in (
+        "x.tlt",
+        "x.etlt",
+        "x.onnx",
+        "x.engine",
+        "x.plan",
+        "x.trt",
+        "x.pdparams",
+        "x.pb",
+        "x.tflite",
+    ):
+        (folder / name).write_bytes(opaque)
+    (folder / "x.msgpack").write_bytes(opaque)
+    (folder / "__0_0.distcp").write_bytes(opaque)
+    np.save(folder / "one.npy", np.zeros(3))
+    (folder / "keras.keras").write_bytes(zipped({"model.weights.h5": b"1", "config.json": b"{}"}))
+    for name, inside in (("dcp", ".metadata"), ("zero", "zero_to_fp32.py"), ("tf", "saved_model.pb")):
+        (folder / name).mkdir()
+        (folder / name / inside).write_bytes(b"1")
+    words = {
+        "traced.pt": "is a TorchScript program, not a file of weights; save the state_dict",
+        "scripted.pth": "is a TorchScript program, not a file of weights",
+        "whole.pth": "is a whole pickled model, not its weights: it asks to build torch.nn.modules.container",
+        "inside.pth": "is a whole pickled model, not its weights",
+        "old.pth": "is a whole pickled model, not its weights",
+        "program.pt2": "is a program of torch.export, not a file of weights",
+        "encrypted.pth": "is encrypted by TAO's own, closed scheme and cannot be read here",
+        "keras.hdf5": "is an HDF5 file (Keras, or a network of TAO's TensorFlow branch)",
+        "tlt_resnet.h5": "is an HDF5 file",
+        "old_network.tlt": "is an HDF5 file",
+        "renamed.pth": "is an HDF5 file",
+        "x.tlt": "is a .tlt file: it is encrypted by TAO's own, closed scheme",
+        "x.etlt": "is an .etlt file, an export for TensorRT that is encrypted",
+        "x.onnx": "is an ONNX model, not a file of weights; evaluate.checkpoint",
+        "x.engine": "is a TensorRT engine, not a file of weights; evaluate.trt_engine",
+        "x.plan": "is a TensorRT engine",
+        "x.trt": "is a TensorRT engine",
+        "x.pdparams": "is PaddlePaddle's",
+        "x.pb": "is a TensorFlow graph",
+        "x.tflite": "is a TensorFlow Lite model",
+        "x.msgpack": "is a Flax checkpoint",
+        "__0_0.distcp": "is a part of a distributed checkpoint",
+        "one.npy": "is a NumPy array, not a file of weights",
+        "keras.keras": "is a Keras archive",
+        "dcp": "is a distributed checkpoint of torch",
+        "zero": "is a checkpoint of DeepSpeed",
+        "tf": "is a model saved by TensorFlow",
+    }
+    return {name: (folder / name, text) for name, text in words.items()}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """The files of :func:`other_kinds`; nobody may change them."""
+    return other_kinds(tmp_path_factory.mktemp("kinds"))
+
+
+KINDS = [
+    *("traced.pt", "scripted.pth", "whole.pth", "inside.pth", "old.pth", "program.pt2", "encrypted.pth"),
+    *("keras.hdf5", "tlt_resnet.h5", "old_network.tlt", "renamed.pth", "x.tlt", "x.etlt", "x.onnx"),
+    *("x.engine", "x.plan", "x.trt", "x.pdparams", "x.pb", "x.tflite", "x.msgpack", "__0_0.distcp"),
+    *("one.npy", "keras.keras", "dcp", "zero", "tf"),
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_other_kinds_of_files_are_named(name, kinds, tmp_path):
+    path, words = kinds[name]
+    for read in (read_checkpoint, lambda one: load_backbone(torch.nn.Linear(1, 1), one)):
+        with pytest.raises(WeightsError) as caught:
+            read(path)
+        (problem,) = caught.value.problems
+        assert words in str(problem) and str(problem.file) == str(path) and problem.hint
+    with pytest.raises(WeightsError):
+        convert_checkpoint(path, tmp_path / "y.pth", "tao")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_list_of_kinds_is_whole(kinds):
+    assert sorted(kinds) == sorted(KINDS)
