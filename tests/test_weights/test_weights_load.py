@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -414,6 +415,84 @@ def test_any_other_mmdet_backbone_by_name(tmp_path):
         torch.equal(value, model.backbone.state_dict()[key])
         for key, value in other.backbone.state_dict().items()
     )
+
+
+# --- ResNets of other layouts, below any prefix ---
+
+
+def detectron2_name(key):
+    """Detectron2's name of one of torchvision's keys."""
+    if key.startswith(("conv1", "bn1")):
+        return key.replace("conv1", "stem.conv1").replace("bn1", "stem.conv1.norm")
+    block, part = key[7:].split(".", 1)
+    part = part.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+    for number in "123":
+        part = part.replace(f"bn{number}", f"conv{number}.norm")
+    return f"res{int(key[5]) + 1}.{block}.{part}"
+
+
+def sequential_name(key):
+    """The name of one of torchvision's keys in an nn.Sequential of its children."""
+    first, _, rest = key.partition(".")
+    number = {"conv1": 0, "bn1": 1}.get(first)
+    return f"{int(first[5]) + 3 if number is None else number}.{rest}"
+
+
+LAYOUTS = {"torchvision": str, "detectron2": detectron2_name, "sequential": sequential_name}
+WRAPPINGS = [
+    "",
+    "module.",
+    "backbone.",
+    "backbone.body.",
+    "module.encoder_q.",
+    "model.backbone.conv_encoder.model.",
+    "_orig_mod.net.",
+    "student.backbone.",
+    "state.encoder.module.",
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("prefix", WRAPPINGS)
+def test_a_resnet_is_found_below_any_prefix(layout, prefix, tmp_path):
+    weights = {key: value for key, value in _resnet_18().items() if not key.startswith("fc.")}
+    named = {prefix + LAYOUTS[layout](key): value for key, value in weights.items()}
+    content = {"epoch": 3, "model": {**named, "queue": torch.ones(4), f"{prefix}fc.weight": torch.ones(4)}}
+    path = save(tmp_path / "x.pth", content)
+    for stages in ((0, 1, 2, 3), (1,)):
+        config = dict(type="ResNet", depth=18, out_indices=stages)
+        backbone = MODELS.build(without_unread_stages(config))
+        report = load_backbone(backbone, path)
+        assert (report.missing, report.reshaped) == ([], {}) and {*report.unexpected} <= {"queue"}
+        assert all(torch.equal(value, weights[key]) for key, value in backbone.state_dict().items())
+        unread = {key for key, why in report.dropped.items() if why == UNREAD}
+        behind = [key for key in weights if stages == (1,) and key.startswith(("layer3.", "layer4."))]
+        assert unread == {prefix + LAYOUTS[layout](key) for key in behind}
+
+
+@functools.cache
+def _resnet_18():
+    return randomised(without_init(torchvision.models.resnet18)).state_dict()
+
+
+@pytest.mark.parametrize("head", [False, True])
+@pytest.mark.parametrize("prefix", ["", "model.backbone.conv_encoder.", "module."])
+def test_transformers_resnet_gives_its_features(head, prefix, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic"
+    )
+    kind = transformers.ResNetForImageClassification if head else transformers.ResNetModel
+    model = randomised(kind(config))
+    path = save(tmp_path / "x.pth", {prefix + key: value for key, value in model.state_dict().items()})
+    backbone = mmdet_resnet(18)
+    backbone.eval()
+    report = load_backbone(backbone, path)
+    assert report.missing == [] and report.source_format == "a backbone with Hugging Face's names"
+    images = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = (model.resnet if head else model)(images).last_hidden_state
+        assert torch.allclose(backbone(images)[-1], expected, atol=1e-4, rtol=1e-4)
 
 
 # --- Resuming ---
