@@ -16,6 +16,7 @@ import ddetr_mm.engine.hooks
 import ddetr_mm.engine.model_selection
 import ddetr_mm.engine.non_finite
 import ddetr_mm.engine.optimization
+import ddetr_mm.engine.resume_state
 import ddetr_mm.engine.train_loop
 import ddetr_mm.engine.wandb
 import ddetr_mm.evaluation.metric

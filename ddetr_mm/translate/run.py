@@ -233,6 +233,7 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
     hooks.append(dict(type="CudnnHook", benchmark=cudnn.benchmark, deterministic=cudnn.deterministic))
     pretrained = bool(spec.model.pretrained_backbone_path or spec.train.pretrained_model_path)
     hooks += [
+        dict(type="ResumeHook"),
         dict(type="StatusHook"),
         dict(type="AlarmHook", pretrained=pretrained),
         dict(type="NonFiniteHook", action=spec.ddetr_mm.non_finite),

@@ -492,9 +492,10 @@ def _refuse_other_backbone(
 # A run resumes with weights, optimizer and schedules exactly as saved: nothing can be left out or converted.
 
 _NEEDED = ("state_dict", "optimizer", "meta")
-_COUNTS = ("epoch", "iter")
+_COUNTS = {"epoch": 10**7, "iter": 10**12}
+"""Counters of a checkpoint, and the most that each may be."""
 _LIGHTNING = "optimizer_states"
-_START_WITH = "start a new run from its weights with train.pretrained_model_path"
+START_WITH = "start a new run from its weights with train.pretrained_model_path"
 
 
 def require_resumable(path: str | Path, *, where: str) -> None:
@@ -511,7 +512,19 @@ def require_resumable(path: str | Path, *, where: str) -> None:
     found = content if isinstance(content, Mapping) else {}
     missing = [name for name in _NEEDED if not isinstance(found.get(name), Mapping)]
     if not missing:
-        missing = [f"meta.{name}" for name in _COUNTS if not isinstance(found["meta"].get(name), int)]
+        missing = [f"meta.{name}" for name in _COUNTS if not _is_count(found["meta"].get(name))]
+    if not missing:
+        for name, most in _COUNTS.items():
+            if not 0 <= found["meta"][name] <= most:
+                raise WeightsError(
+                    Problem(
+                        f"cannot be resumed: meta.{name} is {found['meta'][name]}",
+                        file=path,
+                        where=where,
+                        allowed=f"0 to {most}",
+                        hint=START_WITH,
+                    )
+                )
     if missing:
         tao = " (it is TAO's, with schedules of PyTorch Lightning)" if _LIGHTNING in found else ""
         raise WeightsError(
@@ -520,9 +533,13 @@ def require_resumable(path: str | Path, *, where: str) -> None:
                 file=path,
                 where=where,
                 allowed="a checkpoint written by `ddetr-mm train`",
-                hint=_START_WITH,
+                hint=START_WITH,
             )
         )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def trained_epochs(path: str | Path) -> int:
@@ -560,7 +577,7 @@ def require_same_network(path: str | Path, model: nn.Module, *, where: str) -> N
             file=raw.path,
             where=where,
             hint=f"resume with the spec that the run was started with ({key}), give an empty results_dir, or"
-            f" {_START_WITH}",
+            f" {START_WITH}",
         )
     )
 
@@ -601,7 +618,7 @@ def leave_out_unread(content: dict[str, Any], model: nn.Module) -> int:
             Problem(
                 f"cannot be resumed: it holds {UNREAD}, which is no longer built, and its optimizer has not"
                 " a group for each parameter",
-                hint=_START_WITH,
+                hint=START_WITH,
             )
         )
     for key in unread:
