@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -298,6 +299,16 @@ class SerializedCocoDataset(BaseDetDataset):
         if not self._fully_initialized:
             self.full_init()
         return self.table.num_images if self._rows is None else len(self._rows)
+
+    def image_digest(self) -> str:
+        """Digest of the images' ids and file names as the annotations have them, in the order of samples."""
+        length = len(self)
+        digest = hashlib.sha256()
+        for idx in range(length):
+            row = self._row(idx)
+            digest.update(f"{self.table.original_id(row)}\0".encode("utf-8", "surrogatepass"))
+            digest.update(self.table.file_name(row).encode("utf-8", "surrogateescape") + b"\0")
+        return digest.hexdigest()[:32]
 
     def get_data_info(self, idx: int) -> dict[str, Any]:
         """The annotations of sample ``idx``, built anew from the columns; see the class.

@@ -84,7 +84,8 @@ def _scaler_class(use_fsdp: bool) -> Any:
 # effective batch = samples a step and rank x ranks x accumulated steps
 
 RULES = ("linear", "sqrt")
-_META_KEY = "learning_rate_factor"
+LEARNING_RATE_FACTOR = "learning_rate_factor"
+"""Entry of a checkpoint's ``meta``: the factor that its rates contain."""
 
 
 @HOOKS.register_module()
@@ -149,11 +150,11 @@ class ScaledLearningRateHook(Hook):
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Save the factor that the saved rates contain."""
-        checkpoint["meta"][_META_KEY] = self.factor
+        checkpoint["meta"][LEARNING_RATE_FACTOR] = self.factor
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Rescale saved rates to this run's effective batch."""
-        change = self.factor / checkpoint["meta"].get(_META_KEY, 1.0)
+        change = self.factor / checkpoint["meta"].get(LEARNING_RATE_FACTOR, 1.0)
         if change == 1.0:
             return
         scale_groups(checkpoint.get("optimizer", {}).get("param_groups", ()), change)

@@ -19,6 +19,17 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
+from ddetr_mm.engine.resume_changes import (
+    CHOICES,
+    FROM_CHECKPOINT,
+    FROM_SPEC,
+    IMAGES_KEY,
+    changed_settings,
+    keep_checkpoints_settings,
+    refuse_other_images,
+    take_specs_settings,
+    training_images,
+)
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.weights.entries import is_odd
 from ddetr_mm.weights.load import START_WITH, leave_out_unread, unwrapped
@@ -209,7 +220,7 @@ def check_optimizer(
     """
     state = _require_mapping(state, "optimizer")
     names = parameter_names(optimizer, model)
-    layout = _check_layout(meta.get(OPTIMIZER_KEY), optimizer, names)
+    layout = _check_layout(meta.get(OPTIMIZER_KEY), optimizer, names, model)
     _check_groups(state.get("param_groups"), optimizer, state.get("base_param_settings"))
     entries = _require_mapping(state.get("state"), "optimizer.state")
     parameters = _parameters(optimizer)
@@ -237,8 +248,8 @@ def check_optimizer(
 _FREEZE_HINT = f"resume with the train.freeze of the checkpoint, or {START_WITH}"
 
 
-def _check_layout(layout: Any, optimizer: Any, names: list[str]) -> Mapping[str, Any]:
-    """Check the type of the optimizer and which parameters are trained; earlier versions did not save them."""
+def _check_layout(layout: Any, optimizer: Any, names: list[str], model: nn.Module) -> Mapping[str, Any]:
+    """Check the optimizer's type and which parameters are trained; earlier versions did not save them."""
     if layout is None:
         return {}
     where = f"meta.{OPTIMIZER_KEY}"
@@ -250,22 +261,21 @@ def _check_layout(layout: Any, optimizer: Any, names: list[str]) -> Mapping[str,
     kind = type(optimizer).__name__
     if layout.get("type") != kind:
         _refuse_other_optimizer(str(layout.get("type")), kind)
-    kept = [name for name in layout["parameters"] if name in set(names)]  # others: stages no longer built
-    if kept != names:
-        _refuse(f"{where}.parameters", "are not the network's parameters in the optimizer's order")
-    trained = {name for name, one in zip(names, _parameters(optimizer), strict=True) if one.requires_grad}
-    frozen = sorted(set(layout["trained"]) & set(names) - trained)
-    thawed = sorted(trained - set(layout["trained"]))
+    network = dict(unwrapped(model).named_parameters())
+    trained = {name for name in names if name not in network or network[name].requires_grad}
+    saved = {name for name in layout["trained"] if name in network}  # others: stages no longer built
     for changed, what in (
-        (frozen, "trained in the checkpoint and frozen in this run"),
-        (thawed, "frozen in the checkpoint and trained in this run"),
+        (sorted(saved - trained), "trained in the checkpoint and frozen in this run"),
+        (sorted(trained - saved), "frozen in the checkpoint and trained in this run"),
     ):
         if changed:
             more = f" and {len(changed) - 1} other parameters" if len(changed) > 1 else ""
             _refuse("train.freeze", f"{changed[0]}{more}: {what}", _FREEZE_HINT)
+    if [name for name in layout["parameters"] if name in network] != names:
+        _refuse(f"{where}.parameters", "are not the network's parameters in the optimizer's order")
     if not set(layout["with_state"]) <= set(layout["parameters"]):
         _refuse(f"{where}.with_state", "names no parameter")
-    return {**layout, "with_state": [name for name in layout["with_state"] if name in set(names)]}
+    return {**layout, "with_state": [name for name in layout["with_state"] if name in network]}
 
 
 def _refuse_other_optimizer(theirs: str, ours: str) -> NoReturn:
@@ -284,7 +294,8 @@ def _check_groups(groups: Any, optimizer: torch.optim.Optimizer, base: Any) -> N
             if key in groups[0] and key not in ours[0]:
                 _refuse_other_optimizer(kinds, type(optimizer).__name__)
     if len(groups) != len(ours):
-        _refuse("optimizer.param_groups", f"has {len(groups)} groups, this run's optimizer {len(ours)}")
+        what = f"has {len(groups)} groups, this run's optimizer {len(ours)}"
+        _refuse("optimizer.param_groups", what, _FREEZE_HINT)
     for index, (theirs, mine) in enumerate(zip(groups, ours, strict=True)):
         where = f"optimizer.param_groups[{index}]"
         theirs = _require_mapping(theirs, where)
@@ -588,22 +599,42 @@ def check_state(checkpoint: Mapping[str, Any], runner: Any) -> None:
 class ResumeHook(Hook):
     """Checks a checkpoint before a run resumes from it, see :func:`check_state`; first of all hooks.
 
-    It saves what the check needs to know, as ``meta["optimizer_layout"]``.
+    Where optimizer or schedule have other settings than in the checkpoint, the log has a line for each. It
+    saves what it compares, as ``meta["optimizer_layout"]`` and ``meta["training_images"]``.
+
+    Args:
+        optimizer: whose settings hold, ``"from_checkpoint"`` or ``"from_spec"``.
+
+    Raises:
+        ValueError: another value.
     """
 
     priority = "HIGHEST"
 
+    def __init__(self, optimizer: str = FROM_CHECKPOINT) -> None:
+        if optimizer not in CHOICES:
+            raise ValueError(f"optimizer must be one of {', '.join(CHOICES)}, not {optimizer!r}")
+        self.optimizer = optimizer
+        self._images: dict[str, Any] | None = None
+
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Add the optimizer's type and parameters."""
+        """Add the optimizer's type and parameters, and which images were trained on."""
         optimizer = getattr(runner.optim_wrapper, "optimizer", None)
         if optimizer is not None and "optimizer" in checkpoint:
             checkpoint["meta"][OPTIMIZER_KEY] = optimizer_layout(optimizer, runner.model)
+        if (images := self._training_images(runner)) is not None:
+            checkpoint["meta"][IMAGES_KEY] = images
+
+    def _training_images(self, runner: Any) -> dict[str, Any] | None:
+        if self._images is None:
+            self._images = training_images(runner.train_dataloader.dataset)
+        return self._images
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Refuse a state that is broken or of another run.
 
         Raises:
-            WeightsError: see :func:`check_state`.
+            WeightsError: see :func:`check_state`, or the training images are others.
         """
         if not getattr(runner, "_resume", False):
             return
@@ -613,6 +644,8 @@ class ResumeHook(Hook):
         if all(isinstance(checkpoint.get(name), dict) for name in ("state_dict", "optimizer")):
             self._leave_out_unread(runner, checkpoint)
         check_state(checkpoint, runner)
+        file = getattr(runner, "_load_from", None)
+        refuse_other_images(checkpoint["meta"], self._training_images(runner), file)
         self._take_over(runner, checkpoint)
 
     def _leave_out_unread(self, runner: Any, checkpoint: dict[str, Any]) -> None:
@@ -624,10 +657,17 @@ class ResumeHook(Hook):
             runner.logger.info(f"{left_out} tensors of the checkpoint are left out: {UNREAD}")
 
     def _take_over(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Let this run decide how a step is computed, and whether losses are scaled."""
+        """Let the choice decide about settings, and this run how steps are computed and losses scaled."""
         optimizer = getattr(runner.optim_wrapper, "optimizer", None)
         if optimizer is None:
             return
+        if not isinstance(runner.param_schedulers, Mapping):
+            for change in changed_settings(checkpoint, runner, parameter_names(optimizer, runner.model)):
+                runner.logger.warning(change.line(self.optimizer))
+            if self.optimizer == FROM_SPEC:
+                take_specs_settings(checkpoint, runner)
+            else:
+                keep_checkpoints_settings(checkpoint, runner)
         state = checkpoint["optimizer"]
         for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=True):
             theirs.update({flag: ours[flag] for flag in _GROUP_FLAGS if flag in ours})

@@ -223,6 +223,13 @@ class OwnSection(Section):
         doc="""Record a profile of the first ten training steps with torch.profiler: profile.json, which
         chrome://tracing and Perfetto open, and a table in the log.""",
     )
+    resume_optimizer: Literal["from_checkpoint", "from_spec"] = spec_field(
+        "from_checkpoint",
+        origin=OURS,
+        doc="""Whose learning rates, schedule, weight decay and momentum a resumed run has where the spec was
+        changed. from_checkpoint: those it was started with, as in TAO; from_spec: the spec's, at the resumed
+        epoch. The log has a line for each that differs.""",
+    )
     export_fp16: StrictBool = spec_field(
         False,
         origin=OURS,

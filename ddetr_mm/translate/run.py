@@ -176,6 +176,7 @@ HOOK_KEYS = (
     "ddetr_mm.early_stopping.min_delta",
     "ddetr_mm.ema",
     "ddetr_mm.ema_momentum",
+    "ddetr_mm.resume_optimizer",
 )
 WANDB_KEYS = tuple(
     f"wandb.{name}"
@@ -233,7 +234,7 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
     hooks.append(dict(type="CudnnHook", benchmark=cudnn.benchmark, deterministic=cudnn.deterministic))
     pretrained = bool(spec.model.pretrained_backbone_path or spec.train.pretrained_model_path)
     hooks += [
-        dict(type="ResumeHook"),
+        dict(type="ResumeHook", optimizer=spec.ddetr_mm.resume_optimizer),
         dict(type="StatusHook"),
         dict(type="AlarmHook", pretrained=pretrained),
         dict(type="NonFiniteHook", action=spec.ddetr_mm.non_finite),

@@ -328,6 +328,23 @@ def test_subsets(root):
     assert [info["img_id"] for info in dataset.load_data_list()] == [4]
 
 
+def test_digest_of_the_images(tmp_path):
+    def digest(names: list[str], **options) -> str:
+        images = [image(number) | {"file_name": name} for number, name in enumerate(names, start=1)]
+        write_json(tmp_path / "a.json", coco(images, [box(1, 1, [1, 1, 5, 5], 1)]))
+        return build(tmp_path, **options).image_digest()
+
+    first = digest(["a.jpg", "b.jpg", "c.jpg"])
+    assert len(first) == 32 and digest(["a.jpg", "b.jpg", "c.jpg"]) == first
+    others = [["a.jpg", "b.jpg"], ["b.jpg", "a.jpg", "c.jpg"], ["a.jpg", "b.jpg", "d.jpg"]]
+    found = {
+        first,
+        *(digest(names) for names in others),
+        digest(["a.jpg", "b.jpg", "c.jpg"], indices=[0, 2, 1]),
+    }
+    assert len(found) == 5
+
+
 def test_metainfo_is_a_copy(root):
     dataset = build(root)
     dataset.metainfo["classes"] = ()

@@ -257,6 +257,20 @@ def train(scene: Scene, tmp_path: Path) -> Callable[..., Path]:
     return go
 
 
+@pytest.mark.parametrize(
+    ("choice", "rate"), [("from_checkpoint", 0.0002), ("from_spec", 0.0004)], ids=lambda value: str(value)
+)
+def test_the_settings_of_a_resumed_optimizer(train, choice: str, rate: float):
+    more = ("train.optim.lr=0.0004", f"ddetr_mm.resume_optimizer={choice}", "train.num_epochs=2")
+    train("train.num_epochs=1", "train.optim.lr=0.0002")
+    folder = train(*more)
+    saved = torch.load(folder / "model_epoch_001.pth", weights_only=True)
+    rates = [group["lr"] for group in saved["optimizer"]["param_groups"]]
+    assert max(rates) == rate and saved["meta"]["training_images"]["number"] > 0
+    logs = "".join(path.read_text() for path in folder.rglob("*.log"))
+    assert "Resuming with another train.optim.lr: 0.0002 in the checkpoint, 0.0004 in the spec" in logs
+
+
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("model_epoch_*.pth"))
 
