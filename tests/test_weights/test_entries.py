@@ -76,6 +76,37 @@ def test_the_dictionary_of_tensors_is_found_at_any_depth(place, format_name, tmp
     assert checkpoint.entry == ".".join(place) and checkpoint.notes == []
 
 
+PREFIXES = [
+    "net.",
+    "detector.",
+    "model.detr.",
+    "student.",
+    "module.",
+    "_orig_mod.",
+    "model._orig_mod.",
+    "module.detector.module.",
+    "_forward_module.",
+    "_fsdp_wrapped_module.net.",
+    "lightning_module.model.model.",
+    "0.1.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("format_name", ["mmdet", "tao", "official", "hf"])
+def test_the_prefix_is_where_most_expected_names_are(prefix, format_name, tmp_path):
+    """Among keys of other modules, in Lightning's container and alone."""
+    content = {prefix + key: value for key, value in weights(format_name).items()}
+    content |= {"criterion.empty_weight": torch.ones(3), "metric.total": torch.ones(1)}
+    for wrapped in ({"state_dict": content, "pytorch-lightning_version": "2.0.0"}, content):
+        checkpoint = read_checkpoint(write(tmp_path, wrapped))
+        # Below model. and model.model. the original's names are those of TAO.
+        is_taos = prefix in ("model._orig_mod.", "lightning_module.model.model.")
+        usual = "tao" if format_name == "official" and is_taos else format_name
+        assert checkpoint.format == usual and seed_of(checkpoint) == 0
+        assert checkpoint.trace.unexpected == ["criterion.empty_weight", "metric.total"]
+
+
 def test_values_that_are_no_tensors_are_passed_over(tmp_path):
     content = {**weights(), "epoch": 3, "loss": None, "name": "run", "transformer.mask": None, "list": [1, 2]}
     checkpoint = read_checkpoint(write(tmp_path, {"model": content}))
