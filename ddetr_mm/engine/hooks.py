@@ -252,8 +252,8 @@ class StatusHook(Hook):
         self._write_metrics(runner, "Test metrics generated.", "test", metrics)
 
     def after_train(self, runner: Any) -> None:
-        """Write that the loop has ended."""
-        self._log(runner).write("Training loop complete.")
+        """Write that the loop has ended, or why it ended before its last epoch."""
+        self._log(runner).write(getattr(runner.train_loop, "out_of_time", None) or "Training loop complete.")
 
     def _log(self, runner: Any) -> StatusLog:
         return StatusLog.at(self.path or Path(runner.work_dir) / "status.json")

@@ -139,6 +139,68 @@ def _end_worker(number: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 
+# --- Time limit ---
+
+_clock = time.monotonic
+_LOADED_AT = _clock()
+_LARGEST_MARGIN_S = 60.0
+_MARGIN = 0.02
+
+
+class OutOfTimeError(Exception):
+    """The run ends since its time limit is near; it has written a checkpoint."""
+
+
+class TimeLimit:
+    """Says when a run must end so that its last checkpoint is written within a number of hours.
+
+    Hours count from the start of the process. Kept free are twice the longest step, twice the longest
+    checkpoint so far, and 2 % of the limit, at most a minute.
+
+    Args:
+        hours: the limit; None for none.
+    """
+
+    def __init__(self, hours: float | None) -> None:
+        self.hours = hours
+        self.last_step_s = 0.0
+        self.validation_s: float | None = None
+        self._longest_step_s = 0.0
+        self._longest_checkpoint_s = 0.0
+        self._mark = 0.0
+
+    def mark(self) -> None:
+        """Start the clock of a step, a checkpoint or a validation."""
+        self._mark = _clock()
+
+    def step_done(self) -> None:
+        """Count a step since the mark, and start the next one's clock."""
+        self.last_step_s = _clock() - self._mark
+        self._longest_step_s = max(self._longest_step_s, self.last_step_s)
+        self.mark()
+
+    def checkpoint_done(self) -> None:
+        """Count what came since the mark as a checkpoint."""
+        self._longest_checkpoint_s = max(self._longest_checkpoint_s, _clock() - self._mark)
+
+    def validation_done(self) -> None:
+        """Count a validation since the mark."""
+        self.validation_s = max(self.validation_s or 0.0, _clock() - self._mark)
+
+    def is_near(self, ahead_s: float = 0.0) -> bool:
+        """Whether there is no time for one more step.
+
+        Args:
+            ahead_s: seconds of other work that would come first.
+        """
+        if self.hours is None:
+            return False
+        limit_s = self.hours * 3600
+        margin_s = min(_MARGIN * limit_s, _LARGEST_MARGIN_S)
+        reserve_s = 2 * self._longest_step_s + 2 * self._longest_checkpoint_s + margin_s
+        return _clock() - _LOADED_AT + ahead_s + reserve_s > limit_s
+
+
 # --- Data workers ---
 
 LONGEST_FOLDER = 70
@@ -226,17 +288,23 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     and
       raises :class:`StoppedBySignalError`, on all ranks after the same step.
     - Runs a validation that a killed run had not finished.
+    - Before ``max_hours`` are over, writes a checkpoint and ends as a run does that is finished.
 
-    Arguments are those of ``EpochBasedTrainLoop``.
+    Args:
+        *args, **kwargs: those of ``EpochBasedTrainLoop``.
+        max_hours: see :class:`TimeLimit`; None for no limit.
 
     Attributes:
         samples_done: samples of the current epoch that all ranks together have trained on; the current
             step's are counted as soon as the model is updated.
+        out_of_time: why the run ended before its last epoch, and how to continue; None where it did not.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, max_hours: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.samples_done = 0
+        self.out_of_time: str | None = None
+        self._limit = TimeLimit(max_hours)
         self._stop = StopSignals()
 
     @property
@@ -276,6 +344,9 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         with self._stop:
             try:
                 self._run()
+            except OutOfTimeError:
+                self.runner.logger.info(self.out_of_time)
+                self.runner.call_hook("after_train")
             except BaseException:
                 end_data_workers(self.runner)
                 raise
@@ -289,8 +360,11 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             self.run_epoch()
             self._decide_current_val_interval()
             if self._validation_due():
+                self._stop_if_time_is_over(ahead_s=self._validation_s())
                 self._validate()
             self._stop_if_asked()
+            if self._epoch < self._max_epochs and not self.stop_training:
+                self._stop_if_time_is_over()
         self.runner.call_hook("after_train")
 
     def run_epoch(self) -> None:
@@ -299,6 +373,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         bound_history(self.runner.message_hub, len(self.dataloader))
         self.runner.model.train()
         first = 0
+        self._limit.mark()
         if self.elastic is not None:
             self.elastic.sampler.seed = self.runner.seed  # a resumed run keeps its first seed
             self.elastic.sampler.set_epoch(self._epoch)
@@ -306,9 +381,13 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             first = len(self.elastic) - self.elastic.steps_left(self.samples_done)
         for batch_idx, data_batch in enumerate(self.dataloader, start=first):
             self.run_iter(batch_idx, data_batch)
+            self._limit.step_done()
             if batch_idx + 1 < len(self.dataloader):
                 self._stop_if_asked(batches_done=batch_idx + 1)
+                self._stop_if_time_is_over(batches_done=batch_idx + 1)
+        self._limit.mark()
         self.runner.call_hook("after_train_epoch")
+        self._limit.checkpoint_done()
         self._epoch += 1
         self.samples_done = 0
 
@@ -351,13 +430,21 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
 
     def _validate(self) -> None:
         """Validate; a signal stops a single process at once, several ranks after the validation."""
+        self._limit.mark()
         try:
             with self._stop.at_once() if get_world_size() == 1 else nullcontext():
                 self.runner.val_loop.run()
         except StoppedBySignalError:
             self._save_and_stop()
+        self._limit.validation_done()
         if is_first_rank():
             write_text_whole(self._marker(), f"{self._iter}\n")
+
+    def _validation_s(self) -> float:
+        """Seconds that a validation is expected to take: as before, else as training steps of its batches."""
+        if self._limit.validation_s is not None:
+            return self._limit.validation_s
+        return self._limit.last_step_s * len(self.runner.val_dataloader)
 
     def _marker(self) -> Path:
         return Path(self.runner.work_dir) / VALIDATED_NAME
@@ -377,9 +464,28 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         if asked:
             self._save_and_stop(batches_done)
 
-    def _save_and_stop(self, batches_done: int = 0) -> NoReturn:
+    def _stop_if_time_is_over(self, batches_done: int = 0, ahead_s: float = 0.0) -> None:
+        """Save and raise where any rank has no time left; every rank calls it after the same steps."""
+        if self._limit.hours is None or (batches_done and not is_updated(self.runner.optim_wrapper)):
+            return
+        near = torch.tensor(float(self._limit.is_near(ahead_s)))
+        all_reduce(near, "max")
+        if not near:
+            return
+        path = self._save_now(batches_done)
+        where = f"; the same command continues from {path}" if path else ""
+        self.out_of_time = (
+            f"Stopped before ddetr_mm.max_hours={self._limit.hours:g} are over: {self._epoch} of "
+            f"{self._max_epochs} epochs trained, {self._iter} steps{where}."
+        )
+        raise OutOfTimeError
+
+    def _save_now(self, batches_done: int) -> Path | None:
         hook = next((hook for hook in self.runner.hooks if isinstance(hook, TAOCheckpointHook)), None)
-        path = None if hook is None else hook.save_now(self.runner, batches_done)
+        return None if hook is None else hook.save_now(self.runner, batches_done)
+
+    def _save_and_stop(self, batches_done: int = 0) -> NoReturn:
+        path = self._save_now(batches_done)
         self.runner.visualizer.close()  # writes what TensorBoard's file still lacks
         where = f"; the same command resumes from {path}" if path else ""
         raise StoppedBySignalError(f"stopped by {self._stop.reason} after {self._iter} steps{where}")

@@ -140,6 +140,13 @@ class OwnSection(Section):
         dd_model_best.pth. train.checkpointer, with its enable_topk, chooses more closely.""",
     )
     early_stopping: EarlyStoppingConfig = section(EarlyStoppingConfig, origin=OURS)
+    max_hours: float | None = spec_field(
+        None,
+        origin=OURS,
+        gt=0.0,
+        doc="""Hours after which a scheduler would end the process. Training ends before, with a checkpoint
+        and exit status 0, and the same command continues it. null: no limit.""",
+    )
     ema: StrictBool = spec_field(
         False,
         origin=OURS,

@@ -137,11 +137,14 @@ def train_loop(spec: ExperimentSpec) -> dict[str, Any]:
     A dry run has one epoch of one step and validates.
     """
     dry = spec.train.is_dry_run
-    return dict(
+    loop: dict[str, Any] = dict(
         type="ResumableTrainLoop",
         max_epochs=1 if dry else spec.train.num_epochs,
         val_interval=1 if dry else spec.train.validation_interval,
     )
+    if spec.ddetr_mm.max_hours is not None and not dry:
+        loop["max_hours"] = spec.ddetr_mm.max_hours
+    return loop
 
 
 # --- hooks, logging, seeds and environment ---

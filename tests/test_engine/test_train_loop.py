@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 import ddetr_mm.engine.train_loop as stop_signals
 from ddetr_mm.engine import train_loop
 from ddetr_mm.engine.checkpoint import TAOCheckpointHook, find_latest_checkpoint, list_checkpoints
+from ddetr_mm.engine.hooks import StatusHook
 from ddetr_mm.engine.train_loop import (
     LEAST_KEPT,
     LONGEST_FOLDER,
@@ -206,6 +207,69 @@ def test_a_signal_in_validation_saves_and_the_next_run_catches_up(make_runner, t
     assert_same_end(end_of(tmp_path / "a"), end_of(tmp_path / "b"))
     make_runner(hooks, tmp_path / "b", resume=True, **resumed(tmp_path, options)).train()
     assert validated == [1, 2, 3]
+
+
+class Clock(Hook):
+    """The time of :mod:`train_loop`: each step, checkpoint or validation takes some seconds."""
+
+    priority = "LOWEST"
+
+    def __init__(self, monkeypatch, step_s=0, checkpoint_s=0, validation_s=0):
+        self.now = 0.0
+        self.step_s, self.checkpoint_s, self.validation_s = step_s, checkpoint_s, validation_s
+        monkeypatch.setattr(train_loop, "_LOADED_AT", 0.0)
+        monkeypatch.setattr(train_loop, "_clock", lambda: self.now)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.now += self.step_s
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        self.now += self.checkpoint_s
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.now += self.validation_s
+
+
+@pytest.mark.parametrize(
+    ("costs", "max_hours", "name"),
+    [
+        # 4 steps, 2 kept free and a minute are 61 minutes.
+        ({"step_s": 600}, 1.0, "model_epoch_000_step_00004.pth"),
+        # 5 end the epoch; there is no time for its validation.
+        ({"step_s": 600}, 1.1, "model_epoch_000.pth"),
+        # An epoch of 50 s and a checkpoint of 400 s; 2 of these are kept free, which are known after it.
+        ({"step_s": 10, "checkpoint_s": 400}, 0.35, "model_epoch_000.pth"),
+        # A validation takes 1000 s: the first is expected to take 2 steps' time, the second as the first.
+        ({"step_s": 10, "validation_s": 1000}, 0.5, "model_epoch_001.pth"),
+        ({"step_s": 10}, 1.0, None),
+    ],
+)
+def test_a_run_ends_before_its_time_limit(make_runner, tmp_path, monkeypatch, costs, max_hours, name):
+    straight, seen, logged = {}, {}, []
+    options = {"elastic": True, "validate": True, "epochs": 3}
+    make_runner([TAOCheckpointHook(), Seen(straight)], tmp_path / "a", **options).train()
+    loop = {"type": "ResumableTrainLoop", "max_epochs": 3, "max_hours": max_hours}
+    with monkeypatch.context() as patch:
+        clock = Clock(patch, **costs)
+        hooks = [TAOCheckpointHook(), StatusHook(), Seen(seen), clock]
+        runner = make_runner(hooks, tmp_path / "b", **options, train_cfg=loop)
+        runner.logger.info = logged.append
+        runner.train()
+        assert clock.now < 3600 * max_hours
+    status = (tmp_path / "b" / "status.json").read_text()
+    if name is None:
+        assert runner.train_loop.out_of_time is None and "Training loop complete." in status
+    else:
+        path = (tmp_path / "b" / name).resolve()
+        assert find_latest_checkpoint(tmp_path / "b") == path
+        text = f"Stopped before ddetr_mm.max_hours={max_hours:g} are over"
+        assert text in status and runner.train_loop.out_of_time in logged
+        assert runner.train_loop.out_of_time.startswith(text)
+        assert str(name) in runner.train_loop.out_of_time
+        options = resumed(tmp_path, options)
+        make_runner([TAOCheckpointHook(), Seen(seen)], tmp_path / "b", resume=True, **options).train()
+    assert seen == straight
+    assert_same_end(end_of(tmp_path / "a"), end_of(tmp_path / "b"))
 
 
 def test_other_samplers_begin_the_epoch_anew_and_say_so(make_runner, tmp_path, caplog):

@@ -350,6 +350,18 @@ def test_early_stopping_is_asked_for(tiny_config):
     assert options(f"ddetr_mm.early_stopping={section}") == [expected]
 
 
+def test_a_time_limit_ends_a_run_in_good_order(train, tiny_config):
+    assert "max_hours" not in tiny_config().train_cfg
+    assert tiny_config("ddetr_mm.max_hours=2.5").train_cfg["max_hours"] == 2.5
+    folder = train("train.num_epochs=2", "ddetr_mm.max_hours=1e-9")
+    assert checkpoints(folder) == ["model_epoch_000_step_00001.pth"]
+    messages = [json.loads(line)["message"] for line in (folder / "status.json").read_text().splitlines()]
+    assert messages[-2].startswith("Stopped before ddetr_mm.max_hours=1e-09 are over: 0 of 2 epochs trained")
+    assert messages[-1] == "Train finished successfully."
+    train("train.num_epochs=2")
+    assert {"model_epoch_000.pth", "model_epoch_001.pth"} < set(checkpoints(folder))
+
+
 def test_best_checkpoints_and_averaged_weights(train, tmp_path: Path):
     from ddetr_mm.weights.entries import Selection
     from ddetr_mm.weights.load import load_for_model
