@@ -153,17 +153,27 @@ def _is_finite(value: Tensor) -> bool:
 # --- Weights ---
 
 
-def check_weights(state: Any, model: nn.Module) -> None:
-    """Check a checkpoint's weights against the network: names, shapes, types, form and finiteness."""
-    weights = _require_mapping(state, "state_dict")
+def check_weights(state: Any, model: nn.Module, entry: str = "state_dict") -> None:
+    """Check a checkpoint's weights against the network: names, shapes, types, form and finiteness.
+
+    Args:
+        state: what ``entry`` of the checkpoint holds.
+        model: the run's network, possibly wrapped for parallel training.
+        entry: its name; ``ema_state_dict`` has the number of averaged steps, too.
+    """
+    weights = dict(_require_mapping(state, entry))
+    if entry != "state_dict" and "steps" in weights:
+        steps = require_dense(weights.pop("steps"), f"{entry}, steps")
+        if steps.numel() != 1 or not 0 <= steps.item() <= _MOST_STEPS:
+            _refuse(f"{entry}, steps", "is not the number of averaged steps")
     ours = unwrapped(model).state_dict()
     found = {key.removeprefix("module."): value for key, value in weights.items() if isinstance(key, str)}
     if len(found) != len(weights):
-        _refuse("state_dict", "has keys that are no texts, or the same name twice")
+        _refuse(entry, "has keys that are no texts, or the same name twice")
     for name, value in ours.items():
         if not isinstance(value, Tensor):
             continue
-        where = f"state_dict, {name}"
+        where = f"{entry}, {name}"
         if name not in found:
             _refuse(where, "is missing")
         theirs = require_dense(found[name], where)
@@ -171,7 +181,7 @@ def check_weights(state: Any, model: nn.Module) -> None:
         if not _is_finite(theirs):
             _refuse(where, "has values that are NaN or infinite", "resume from an earlier checkpoint")
     if unknown := sorted(found.keys() - ours.keys()):
-        _refuse(f"state_dict, {unknown[0]}", "is not in the network")
+        _refuse(f"{entry}, {unknown[0]}", "is not in the network")
 
 
 def _require_same(theirs: Tensor, ours: Tensor, where: str) -> None:
@@ -575,6 +585,8 @@ def check_state(checkpoint: Mapping[str, Any], runner: Any) -> None:
         check_message_hub(checkpoint.get("message_hub"))
         check_rng_states(checkpoint.get("rng_states"))
         check_weights(checkpoint.get("state_dict"), runner.model)
+        if checkpoint.get("ema_state_dict") is not None:
+            check_weights(checkpoint["ema_state_dict"], runner.model, "ema_state_dict")
         optimizer = getattr(runner.optim_wrapper, "optimizer", None)
         if optimizer is not None:
             check_optimizer(checkpoint.get("optimizer"), optimizer, runner.model, meta)

@@ -187,6 +187,11 @@ STATES: dict[str, tuple[Break, str]] = {
     "nan weights": (weight(lambda t: t / 0 * 0), "state_dict, linear.weight has values that are NaN"),
     "a weight missing": (no_weight, "state_dict, linear.weight is missing"),
     "a weight too many": (at("state_dict", lambda s: {**s, "x": torch.ones(1)}), "state_dict, x is not in"),
+    "averages": (
+        at("ema_state_dict", {"steps": torch.tensor(3), "module.linear.weight": torch.ones(4)}),
+        "ema_state_dict, linear.weight has shape [4]",
+    ),
+    "steps of averages": (at("ema_state_dict", {"steps": torch.tensor(-3)}), "ema_state_dict, steps is not"),
     "layout": (at(f"meta.{OPTIMIZER_KEY}.trained", 5), "trained is a int, not a list"),
 }
 
