@@ -26,8 +26,9 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
 from ddetr_mm.datasets.samplers import ElasticBatchSampler
-from ddetr_mm.engine.checkpoint import TAOCheckpointHook, is_updated
+from ddetr_mm.engine.checkpoint import TAOCheckpointHook, find_latest_checkpoint, is_updated
 from ddetr_mm.engine.distributed import is_first_rank, is_launched_by_us
+from ddetr_mm.errors import TrainingError, printable, shorten
 from ddetr_mm.files import write_text_whole
 
 # --- Stop requests ---
@@ -277,6 +278,18 @@ VALIDATED_NAME = "last_validation"
 """File in the runner's ``work_dir`` with the number of steps that the last finished validation came after."""
 
 
+def is_finite_state(runner: Any) -> bool:
+    """Whether all weights and all of the optimizer's state are finite."""
+    optimizer = getattr(runner.optim_wrapper, "optimizer", None)
+    states = [] if optimizer is None else optimizer.state.values()
+    tensors = [*runner.model.state_dict().values(), *(value for state in states for value in state.values())]
+    return all(
+        bool(torch.isfinite(value).all())
+        for value in tensors
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    )
+
+
 @LOOPS.register_module()
 class ResumableTrainLoop(EpochBasedTrainLoop):
     """mmengine's ``EpochBasedTrainLoop`` with exact resuming and stopping.
@@ -285,9 +298,10 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
       seeks to the position, which counts samples of all ranks, so that the number of ranks and the batch size
       may change; with any other sampler the epoch restarts.
     - On SIGTERM or Ctrl-C finishes the step, writes a checkpoint if the runner has a ``TAOCheckpointHook``
-    and
-      raises :class:`StoppedBySignalError`, on all ranks after the same step.
+      and raises :class:`StoppedBySignalError`, on all ranks after the same step.
     - Runs a validation that a killed run had not finished.
+    - Where an exception ends a run of one process, writes a checkpoint, unless the weights were just being
+      changed, or are not finite.
     - Before ``max_hours`` are over, writes a checkpoint and ends as a run does that is finished.
 
     Args:
@@ -306,6 +320,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self.out_of_time: str | None = None
         self._limit = TimeLimit(max_hours)
         self._stop = StopSignals()
+        self._batches_done: int | None = None  # of the epoch; None where the state is between two others
+        self._is_counted = True  # whether _iter has the last of them
 
     @property
     def elastic(self) -> ElasticBatchSampler | None:
@@ -347,13 +363,18 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             except OutOfTimeError:
                 self.runner.logger.info(self.out_of_time)
                 self.runner.call_hook("after_train")
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, Exception) and not isinstance(error, TrainingError):
+                    self._save_after(error)
                 end_data_workers(self.runner)
                 raise
         return self.runner.model
 
     def _run(self) -> None:
         self.runner.call_hook("before_train")
+        optimizer = getattr(self.runner.optim_wrapper, "optimizer", None)
+        if optimizer is not None:
+            optimizer.register_step_pre_hook(self._weights_change)
         if self._missed_validation():
             self._validate()
         while self._epoch < self._max_epochs and not self.stop_training:
@@ -379,6 +400,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             self.elastic.sampler.set_epoch(self._epoch)
             self.elastic.sampler.seek(self.samples_done)
             first = len(self.elastic) - self.elastic.steps_left(self.samples_done)
+        self._batches_done = first
         for batch_idx, data_batch in enumerate(self.dataloader, start=first):
             self.run_iter(batch_idx, data_batch)
             self._limit.step_done()
@@ -386,10 +408,12 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
                 self._stop_if_asked(batches_done=batch_idx + 1)
                 self._stop_if_time_is_over(batches_done=batch_idx + 1)
         self._limit.mark()
+        self._batches_done = None
         self.runner.call_hook("after_train_epoch")
         self._limit.checkpoint_done()
         self._epoch += 1
         self.samples_done = 0
+        self._batches_done = 0
 
     def run_iter(self, idx: int, data_batch: Any) -> None:
         """Train one step.
@@ -402,8 +426,40 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         outputs = self.runner.model.train_step(data_batch, optim_wrapper=self.runner.optim_wrapper)
         if self.elastic is not None:
             self.samples_done = self.elastic.samples_after(self.samples_done, 1)
+        self._batches_done, self._is_counted = idx + 1, False
         self.runner.call_hook("after_train_iter", batch_idx=idx, data_batch=data_batch, outputs=outputs)
         self._iter += 1
+        self._is_counted = True
+
+    # --- errors ---
+
+    def _weights_change(self, *_: Any) -> None:
+        """Mark the state as unsound until the step is done; the optimizer calls it before its step."""
+        self._batches_done = None
+
+    def _save_after(self, error: Exception) -> None:
+        """Save the state that an error leaves, where it is sound, and say where; the error goes its way.
+
+        A single process alone: the other ranks would be waited for.
+        """
+        log = self.runner.logger.error
+        what = f"Training ends by an error ({type(error).__name__}: {printable(shorten(str(error)))})"
+        hook = next((hook for hook in self.runner.hooks if isinstance(hook, TAOCheckpointHook)), None)
+        if hook is None or get_world_size() > 1:
+            return
+        done = self._batches_done
+        if done is None or not is_updated(self.runner.optim_wrapper) or not is_finite_state(self.runner):
+            last = find_latest_checkpoint(hook.out_dir or self.runner.work_dir)
+            log(f"{what}; its state cannot be saved; the newest checkpoint is {last or 'missing'}.")
+            return
+        try:
+            path = hook.save_now(self.runner, done) if self._is_counted else hook.save_step(self.runner, done)
+        except Exception as second:  # the first one is what the user needs to see
+            log(f"{what}; its state could not be saved: {printable(shorten(str(second)))}.")
+            return
+        if path is not None:
+            steps = self._iter + (not self._is_counted)
+            log(f"{what}. Its state after {steps} steps is in {path}, which the same command resumes from.")
 
     # --- validation ---
 

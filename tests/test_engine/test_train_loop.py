@@ -55,8 +55,8 @@ class Seen(Hook):
             signal.raise_signal(self.number)
 
 
-class Killed(Exception):
-    pass
+class Killed(BaseException):
+    """As SIGKILL: nothing is done about it."""
 
 
 def end_of(folder: Path) -> dict:
@@ -460,3 +460,77 @@ def test_checkpoints_of_a_long_run_hold_no_more(make_runner, tmp_path: Path, mon
     ]
     assert kept[-1] == kept[-2] == kept[-3]
     assert kept[-1]["train/loss"] == 2 * steps and kept[-1]["train/lr"] == max(2, steps)
+
+
+# --- a checkpoint where an error ends the run ---
+
+
+class Failing(Hook):
+    """Raises at a point of the fourth step (the second of epoch 2)."""
+
+    def __init__(self, point: str) -> None:
+        self.point = point
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 4 and self.point != "after":
+            if self.point == "before":
+                raise RuntimeError("broken\nhere")
+            if self.point == "nan":
+                runner.model.linear.weight.data[0, 0] = float("nan")
+                raise RuntimeError("broken")
+            if self.point == "step":
+                runner.optim_wrapper.optimizer.register_step_pre_hook(self.fail)
+
+    def fail(self, *_):
+        raise RuntimeError("broken")
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 4 and self.point == "after":
+            raise RuntimeError("broken")
+
+    def before_val(self, runner):
+        if self.point == "validation":
+            raise RuntimeError("broken")
+
+
+def fail_at(make_runner, folder: Path, point: str, caplog, **options) -> str:
+    runner = make_runner(
+        [TAOCheckpointHook(interval=5), Failing(point)], folder, batches=3, elastic=True, **options
+    )
+    runner.logger.addHandler(caplog.handler)
+    with pytest.raises(RuntimeError, match="broken"):
+        runner.train()
+    (line,) = [one.getMessage() for one in caplog.records if "Training ends by an error" in one.getMessage()]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("point", "steps", "batches", "epoch"),
+    [("before", 4, 1, 1), ("after", 5, 2, 1), ("validation", 3, 0, 1)],
+)
+def test_an_error_leaves_a_checkpoint_that_resumes(
+    point: str, steps: int, batches: int, epoch: int, make_runner, tmp_path, caplog
+):
+    line = fail_at(make_runner, tmp_path / "train", point, caplog, validate=point == "validation")
+    path = find_latest_checkpoint(tmp_path / "train")
+    shown = "broken\\nhere" if point == "before" else "broken"
+    assert line.endswith(
+        f". Its state after {steps} steps is in {path}, which the same command resumes from."
+    )
+    assert line.startswith(f"Training ends by an error (RuntimeError: '{shown}'). Its state")
+    meta = torch.load(path, weights_only=True)["meta"]
+    assert (meta["iter"], meta["batches_done"], meta["epoch"]) == (steps, batches, epoch)
+    options = {"batches": 3, "elastic": True, "load_from": str(path), "resume": True}
+    runner = make_runner([TAOCheckpointHook()], tmp_path / "train", **options)
+    runner.train()
+    whole = make_runner([TAOCheckpointHook()], tmp_path / "whole", batches=3, elastic=True)
+    whole.train()
+    assert (runner.iter, runner.epoch) == (6, 2)
+    assert torch.equal(runner.model.linear.weight, whole.model.linear.weight)
+
+
+@pytest.mark.parametrize("point", ["nan", "step"])
+def test_a_state_that_is_not_sound_is_not_saved(point: str, make_runner, tmp_path, caplog):
+    line = fail_at(make_runner, tmp_path / "train", point, caplog)
+    assert line.endswith("; its state cannot be saved; the newest checkpoint is missing.")
+    assert not list_checkpoints(tmp_path / "train")
