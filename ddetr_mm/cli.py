@@ -66,7 +66,7 @@ COMMANDS = (
     Command("check", "prove spec and data before a long run", "ddetr_mm.tasks.check"),
     Command(
         "weights",
-        "read and write checkpoints of four formats",
+        "describe a checkpoint, or write it in another of four formats",
         "ddetr_mm.tasks.inspect",
         takes_spec=False,
         function="run_weights",
@@ -180,12 +180,19 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     _add_replace_argument(parser)
 
 
+_WEIGHTS_EXAMPLES = """examples:
+  ddetr-mm weights model.pth                          describe it: origin, network as a spec, classes, uses
+  ddetr-mm weights model.pth for_tao.pth --to tao     convert it
+"""
+
+
 def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _WEIGHTS_EXAMPLES
     parser.add_argument("source", metavar="SRC", help="checkpoint file, or a Hugging Face model folder")
-    parser.add_argument("destination", metavar="DST", help="file to write; a folder for --to hf")
-    parser.add_argument(
-        "--to", required=True, choices=("mmdet", "tao", "official", "hf"), help="format to write"
-    )
+    text = "file to write; a folder for --to hf; without it SRC is described"
+    parser.add_argument("destination", metavar="DST", nargs="?", help=text)
+    parser.add_argument("--to", choices=("mmdet", "tao", "official", "hf"), help="format to write")
     _add_spec_argument(parser, "the spec the checkpoint belongs to")
     parser.add_argument(
         "--entry", metavar="PATH", help="which set of weights, as in the spec field ddetr_mm.checkpoint_entry"

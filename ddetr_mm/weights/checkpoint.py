@@ -176,6 +176,18 @@ def channel_values(values: Any) -> tuple[float, ...] | None:
     return numbers if all(math.isfinite(number) for number in numbers) else None
 
 
+def named_backbone(checkpoint: Checkpoint) -> str:
+    """Return the backbone's kind.
+
+    Without its last stages it may be of several (:func:`backbone_kinds`): then the spec of the weights
+    decides, where the file has it.
+    """
+    kinds = backbone_kinds({key: tuple(value.shape) for key, value in checkpoint.state_dict.items()})
+    said = (checkpoint.meta.spec or {}).get("model")
+    named = said.get("backbone") if isinstance(said, Mapping) else None
+    return named if named in kinds else kinds[0]
+
+
 # --- Architecture from names and shapes ---
 
 _BOTTLENECKS: dict[tuple[int, ...], str] = {

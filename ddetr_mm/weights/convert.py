@@ -33,11 +33,11 @@ from ddetr_mm.weights.checkpoint import (
     Architecture,
     Checkpoint,
     CheckpointMeta,
-    backbone_kinds,
     is_unread,
     last_read_stage,
     meta_from_dict,
     missing_keys,
+    named_backbone,
 )
 from ddetr_mm.weights.class_columns import column_ids
 from ddetr_mm.weights.describe import DEFAULT_SIZES, settings_of_meta
@@ -264,7 +264,7 @@ def _fit_backbone(
         dropped: receives the keys that are left out.
     """
     last = last_read_stage({key: tuple(value.shape) for key, value in canonical.items()})
-    variant = VARIANTS.get(checkpoint_variant(checkpoint))
+    variant = VARIANTS.get(named_backbone(checkpoint).removeprefix("gc_vit_"))
     if variant is None:
         for key in [key for key in canonical if is_unread(key, last)]:
             del canonical[key]
@@ -276,18 +276,6 @@ def _fit_backbone(
         canonical[f"backbone.{key}"] = value.to(dtype) if value.is_floating_point() else value
         is_index = not value.is_floating_point()
         filled[f"backbone.{key}"] = "computed" if is_index else "initial values of a stage that is not read"
-
-
-def checkpoint_variant(checkpoint: Checkpoint) -> str:
-    """Return the key of :data:`VARIANTS` of a GCViT, empty for another backbone.
-
-    A GCViT without its last stages may be of several sizes: then the spec of the weights says which.
-    """
-    kinds = backbone_kinds({key: tuple(value.shape) for key, value in checkpoint.state_dict.items()})
-    said = (checkpoint.meta.spec or {}).get("model")
-    named = said.get("backbone") if isinstance(said, Mapping) else None
-    kind = named if named in kinds else kinds[0]
-    return kind.removeprefix("gc_vit_") if kind.startswith("gc_vit_") else ""
 
 
 def _difference_notes(checkpoint: Checkpoint, to: str) -> list[str]:

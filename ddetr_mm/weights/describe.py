@@ -12,7 +12,7 @@ from typing import Any
 
 from ddetr_mm.classes import Columns, named_columns
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.weights.checkpoint import Architecture, Checkpoint, CheckpointMeta
+from ddetr_mm.weights.checkpoint import Architecture, Checkpoint, CheckpointMeta, named_backbone
 from ddetr_mm.weights.class_columns import (
     NUM_COLUMNS,
     coco_column_names,
@@ -191,8 +191,9 @@ def describe(checkpoint: Checkpoint) -> Description:
     settings = settings_of_meta(meta)
     model: dict[str, Any] = {}
     own: dict[str, Any] = {"zero_padded_values": meta.zero_padded_values}
-    if found.backbone.startswith(_SPEC_BACKBONES):
-        model["backbone"] = found.backbone
+    backbone = named_backbone(checkpoint)
+    if backbone.startswith(_SPEC_BACKBONES):
+        model["backbone"] = backbone
         if meta.dilation:
             model["dilation"] = True
     else:

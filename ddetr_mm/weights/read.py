@@ -466,7 +466,7 @@ def _interpret(
     format_name = found.table.name
     notes: list[str] = []
     hints = {name: value for name, value in _hints(raw, found).items() if value is not None}
-    own = _own_meta(raw, found)
+    own = own_metadata(raw)
     refine = hints.get("with_box_refine")
     if isinstance(own.get("with_box_refine"), bool):
         refine = own["with_box_refine"]
@@ -528,10 +528,15 @@ def _count(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
-def _own_meta(raw: RawFile, found: FoundWeights) -> Mapping[str, Any]:
-    """Return the metadata of a file written by this package."""
-    candidates: list[Any] = [found.extras.get(META_KEY), raw.config.get(META_KEY)]
-    meta = found.extras.get("meta")
+def own_metadata(raw: RawFile) -> Mapping[str, Any]:
+    """Return the metadata of a file written by this package, as it is in the file; empty for others.
+
+    Raises:
+        WeightsError: it is damaged.
+    """
+    content = raw.payload if isinstance(raw.payload, Mapping) else {}
+    candidates: list[Any] = [content.get(META_KEY), raw.config.get(META_KEY)]
+    meta = content.get("meta")
     if isinstance(meta, Mapping):
         candidates.append(meta.get(META_KEY))
     text = raw.metadata.get(META_KEY)

@@ -30,7 +30,7 @@ from ddetr_mm.weights import (
     load_for_model,
     read_checkpoint,
 )
-from ddetr_mm.weights.convert import checkpoint_variant
+from ddetr_mm.weights.checkpoint import named_backbone
 from ddetr_mm.weights.formats import OFFICIAL, TAO, KeyTrace, from_canonical
 from ddetr_mm.weights.gcvit import VARIANTS, relative_position_index, stage_shapes
 from ddetr_mm.weights.report import UNREAD
@@ -369,6 +369,6 @@ def test_a_gcvit_without_its_last_stages_is_of_the_spec_s_size(variant, tmp_path
     meta = CheckpointMeta("mmdet", False, "contiguous", spec={"model": {"backbone": f"gc_vit_{variant}"}})
     state_dict = {f"backbone.{key}": torch.empty(shape, device="meta") for key, shape in shapes.items()}
     checkpoint = Checkpoint(state_dict, "mmdet", meta, infer_architecture({}), tmp_path, KeyTrace())
-    assert checkpoint_variant(checkpoint) == variant
+    assert named_backbone(checkpoint) == f"gc_vit_{variant}"
     nameless = dataclasses.replace(checkpoint, meta=dataclasses.replace(meta, spec=None))
-    assert checkpoint_variant(nameless) == ("xtiny" if variant == "tiny" else variant)
+    assert named_backbone(nameless) == f"gc_vit_{'xtiny' if variant == 'tiny' else variant}"
