@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
+import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +14,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
 from mmdet.registry import MODELS
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from PIL import Image
 
 import ddetr_mm.register  # noqa: F401 - registers the detector
 from ddetr_mm.cli import build_parser, main
@@ -393,3 +398,102 @@ def test_force_is_an_argument_of_both_commands():
     for name in ("export", "gen_trt_engine"):
         parsed = build_parser().parse_args([name, "-e", "x.yaml", "--force"])
         assert parsed.force
+
+
+# --- tools/onnx_predict.py ---
+
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "onnx_predict.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("onnx_predict", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sorted_rows(rows: list[tuple[str, float, list[float]]]) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Names, scores (K,) and boxes_xyxy (K, 4), by name and then box."""
+    rows = sorted(rows, key=lambda row: (row[0], row[2]))
+    return [row[0] for row in rows], np.array([row[1] for row in rows]), np.array([row[2] for row in rows])
+
+
+@pytest.mark.parametrize("batch", [-1, 2])
+@pytest.mark.parametrize("scale", [1, 3], ids=["as_is", "shrunk"])
+def test_the_script_predicts_as_inference_does(exported: Project, capsys, tmp_path: Path, batch, scale):
+    """Its own folder of pictures with sharp pixels, where the ways to shrink differ."""
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(4)
+    for number in range(3):
+        picture = cv2.resize(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8), (120 * scale, 90 * scale))
+        cv2.imwrite(str(tmp_path / "pictures" / f"{number}.png"), picture)
+    graph = tmp_path / "m.onnx"
+    mean, std = "[0.5,0.4,0.3]", "[0.2,0.25,0.3]"
+    words = [f"dataset.augmentation.input_mean={mean}", f"dataset.augmentation.input_std={std}"]
+    words += ["model.num_select=9"]
+    export = (f"export.checkpoint={CHECKPOINT}", f"export.onnx_file={graph}", f"export.batch_size={batch}")
+    assert command(exported, capsys, "export", *words, *export)[0] == 0
+    words += [f"inference.checkpoint={graph}", f"inference.results_dir={tmp_path / 'out'}"]
+    words += [f"dataset.infer_data_sources.image_dir=[{tmp_path / 'pictures'}]"]
+    words += ["inference.conf_threshold=0.5"]
+    assert command(exported, capsys, "inference", *words)[0] == 0
+    labels = next((tmp_path / "out").rglob("labels"))
+    for number in range(3):
+        lines = [line.split() for line in (labels / f"{number}.txt").read_text().splitlines()]
+        expected = [(line[0], float(line[-1]), [float(value) for value in line[4:8]]) for line in lines]
+        image = tmp_path / "pictures" / f"{number}.png"
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), str(graph), str(image), "--conf", "0.5"],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        printed = [line.split("\t") for line in done.stdout.splitlines()]
+        found = [(row[0], float(row[1]), [float(value) for value in row[2:]]) for row in printed]
+        assert [row[1] for row in found] == sorted((row[1] for row in found), reverse=True)
+        assert len(found) == 9
+        names, scores, boxes = sorted_rows(found)
+        expected_names, expected_scores, expected_boxes = sorted_rows(expected)
+        assert names == expected_names
+        np.testing.assert_allclose(scores, expected_scores, atol=0.01)
+        np.testing.assert_allclose(boxes, expected_boxes, atol=1)
+
+
+@pytest.mark.parametrize("size_hw", [(64, 96), (90, 60), (45, 60), (200, 301), (1, 1)])
+def test_the_scripts_resize_is_opencvs(size_hw):
+    image = np.random.default_rng(2).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    expected = cv2.resize(image, size_hw[::-1], interpolation=cv2.INTER_LINEAR)
+    differences = np.abs(load_script().resize(image, size_hw).astype(int) - expected)
+    assert differences.max() <= 1 and differences.mean() < 0.005
+
+
+def test_the_script_reads_labels_beside_a_file_without_metadata(exported: Project, tmp_path: Path):
+    model = onnx.load(str(exported.folder / ONNX))
+    del model.metadata_props[:]
+    onnx.save(model, str(tmp_path / "bare.onnx"))
+    image = exported.folder / "images" / "0.png"
+    script = load_script()
+    expected = script.predict(exported.folder / ONNX, image, 0.3)[
+        :12
+    ]  # ImageNet's values and 12 in its metadata
+    unnamed = script.predict(tmp_path / "bare.onnx", image, 0.3)
+    (tmp_path / "labels.txt").write_text("\n".join(NAMES))
+    named = script.predict(tmp_path / "bare.onnx", image, 0.3)
+    assert len(expected) == 12 and named[:12] == expected
+    assert [row[0] for row in unnamed] == [f"class {NAMES.index(row[0])}" for row in named]
+
+
+def test_the_script_turns_pictures_upright_and_refuses_deep_ones(tmp_path: Path):
+    pixels = np.random.default_rng(3).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    picture.save(tmp_path / "turned.png", exif=exif)
+    script = load_script()
+    np.testing.assert_array_equal(script.read_image(tmp_path / "turned.png"), np.rot90(pixels, -1))
+    cv2.imwrite(str(tmp_path / "deep.png"), np.full((4, 4), 40000, np.uint16))
+    with pytest.raises(ValueError, match=r"deep.png: has more than 8 bits"):
+        script.read_image(tmp_path / "deep.png")
+
+
+def test_the_script_imports_only_what_its_page_names():
+    imported = re.findall(r"^(?:import|from) (\w+)", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(imported) - sys.stdlib_module_names == {"numpy", "onnxruntime", "PIL"}
