@@ -74,8 +74,10 @@ def test_train_leaves_checkpoints_log_config_and_curves(trained_project: Project
 
 def test_the_checkpoint_knows_its_classes_and_loads_safely(trained_project: Project):
     from ddetr_mm.weights import inspect_checkpoint
+    from ddetr_mm.weights.scheme import FIELDS
 
     info = inspect_checkpoint(trained_project.folder / LATEST)
+    assert info.stated == frozenset(FIELDS)  # heads, dilation, normalisation …
     assert info.meta.class_names[1:] == ("triangle", "star", "rectangle", "circle")
     assert info.meta.zero_padded_values is False and info.meta.label_mode == "category_id"
 
