@@ -23,6 +23,9 @@ def labels_text(class_names: Sequence[str]) -> str:
     return "".join(f"{name.strip() or 'unknown'}\n" for name in class_names)
 
 
+WORKSPACE_MIB = 1024
+
+
 def config_text(
     onnx_name: str, input_size_hw: tuple[int, int], num_classes: int, normalisation: Normalisation
 ) -> str:
@@ -81,8 +84,8 @@ property:
   output-tensor-meta: 1
   # The function of custom-lib-path that parses this detector's outputs.
   parse-bbox-func-name: NvDsInferParseCustomDDETRTAO
-  # Memory for building the engine, in MiB.
-  workspace-size: 1048576
+  # Memory for building the engine, in MiB (TAO writes 1048576, which would be 1 TiB).
+  workspace-size: {WORKSPACE_MIB}
 """
 
 

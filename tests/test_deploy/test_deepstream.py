@@ -69,7 +69,7 @@ def test_the_files_hold_the_contract_and_the_values_of_the_spec(tmp_path):
         "output-blob-names": "pred_logits;pred_boxes",
         "output-tensor-meta": 1,
         "parse-bbox-func-name": "NvDsInferParseCustomDDETRTAO",
-        "workspace-size": 1048576,
+        "workspace-size": 1024,  # MiB in nvinfer: 1 GiB
     }
     assert (tmp_path / LABELS_NAME).read_text() == "background\nperson\nunknown\ndog\n"
     other = written_config(tmp_path, Normalisation((127.5,) * 3, (51.0,) * 3))
