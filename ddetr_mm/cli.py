@@ -107,6 +107,95 @@ CONFIG_SUBTASKS = ("train", "evaluate", "inference", "export")
 SPEC_SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine")
 
 
+_EPILOGS = {
+    "convert": """needs: input_source, data_root, image_dir_name, label_dir_name, results_dir
+results: results_dir: COCO shards, stats.txt, warnings.json, dataset.yaml
+
+examples:
+  ddetr-mm convert -e convert.yaml
+  ddetr-mm convert -e convert.yaml input_source=sequences.txt data_root=/data results_dir=/data/coco
+""",
+    "train": """needs: dataset.train_data_sources, dataset.val_data_sources
+results: results_dir/train: checkpoints (dd_model_latest.pth), status.json, curves.html, config.py
+
+examples:
+  ddetr-mm train -e spec.yaml
+  ddetr-mm train -e spec.yaml train.num_epochs=20 train.optim.lr=1e-4 results_dir=results/second
+""",
+    "evaluate": """needs: evaluate.checkpoint, dataset.test_data_sources
+results: results_dir/evaluate: results.json, predictions.json, report.html
+
+examples:
+  ddetr-mm evaluate -e spec.yaml evaluate.checkpoint=results/train/dd_model_latest.pth
+  ddetr-mm evaluate -e spec.yaml evaluate.checkpoint=model.onnx results_dir=results/onnx
+""",
+    "inference": """needs: inference.checkpoint, dataset.infer_data_sources
+results: results_dir/inference: labels/ (KITTI), images_annotated/, skipped.json
+
+examples:
+  ddetr-mm inference -e spec.yaml inference.checkpoint=model.pth
+  ddetr-mm inference -e spec.yaml inference.checkpoint=model.pth inference.conf_threshold=0.3
+""",
+    "predict": """results: DIR: predictions.json, images_annotated/, videos_annotated/, labels/
+
+examples:
+  ddetr-mm predict model.pth image.jpg
+  ddetr-mm predict model.onnx photos/ clip.mp4 --conf 0.3 --classes person --out found
+""",
+    "export": """needs: export.checkpoint, export.onnx_file
+results: the ONNX file, <name>.parity.json beside it; results_dir/export: status.json
+
+examples:
+  ddetr-mm export -e spec.yaml export.checkpoint=model.pth export.onnx_file=model.onnx
+  ddetr-mm export -e spec.yaml export.checkpoint=model.pth export.onnx_file=model.onnx --force
+""",
+    "gen_trt_engine": """needs: gen_trt_engine.onnx_file (and trt_engine to keep the engine)
+results: the engine; results_dir/gen_trt_engine: status.json, the parity report
+
+examples:
+  ddetr-mm gen_trt_engine -e spec.yaml gen_trt_engine.onnx_file=m.onnx gen_trt_engine.trt_engine=m.engine
+  ddetr-mm gen_trt_engine -e spec.yaml gen_trt_engine.onnx_file=m.onnx gen_trt_engine.tensorrt.data_type=FP16
+""",
+    "translate": """results: CONFIG, for mmengine.Config.fromfile, mmdet's tools and init_detector
+
+examples:
+  ddetr-mm translate -e spec.yaml -o config.py
+  ddetr-mm translate -e spec.yaml -o test.py --for evaluate evaluate.checkpoint=model.pth
+""",
+    "check": """results: the report on the terminal, check.json in the subtask's results folder
+
+examples:
+  ddetr-mm check -e spec.yaml
+  ddetr-mm check -e spec.yaml --for evaluate --full evaluate.checkpoint=model.pth
+""",
+    "weights": """results: on the terminal without DST; else DST and <name>.report.json: where every key went
+
+examples:
+  ddetr-mm weights model.pth
+  ddetr-mm weights model.pth mmdet.pth --to mmdet
+""",
+    "reproduce": """results: on the terminal: the first module whose output is not finite
+
+examples:
+  ddetr-mm reproduce results/train/non_finite_step_120.pth
+  ddetr-mm reproduce batch.pth --config results/train/config.py -e spec.yaml
+""",
+    "install-ops": """results: mmcv with its compiled ops in this environment, in place of mmcv-lite
+
+examples:
+  ddetr-mm install-ops
+  ddetr-mm install-ops --jobs 4
+""",
+    "spec": """results: on the terminal
+
+examples:
+  ddetr-mm spec train > spec.yaml
+  ddetr-mm spec convert
+""",
+}
+"""What ``-h`` of each command says below its arguments."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The argument parser with all subcommands."""
     parser = argparse.ArgumentParser(
@@ -121,6 +210,8 @@ def build_parser() -> argparse.ArgumentParser:
             command.name,
             help=command.summary,
             description=command.summary[:1].upper() + command.summary[1:] + ".",
+            epilog=_EPILOGS[command.name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if command.takes_spec:
             _add_spec_arguments(sub)
@@ -205,15 +296,7 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     _add_replace_argument(parser)
 
 
-_PREDICT_EXAMPLES = """examples:
-  ddetr-mm predict model.pth image.jpg
-  ddetr-mm predict model.onnx photos/ clip.mp4 --conf 0.3 --classes person --out found
-"""
-
-
 def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _PREDICT_EXAMPLES
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="checkpoint of any format, ONNX file or TensorRT engine")
     add(

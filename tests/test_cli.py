@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import signal
 
 import pytest
 
 import ddetr_mm.tasks.inspect
-from ddetr_mm.cli import INTERRUPTED, build_parser, main
+from ddetr_mm.cli import COMMANDS, INTERRUPTED, build_parser, main
 from ddetr_mm.errors import SpecError, TrainingError
+from ddetr_mm.spec.rules import REQUIREMENTS
 
 
 def test_signals_interrupt_every_command(monkeypatch, capsys, ctrl_c):
@@ -109,3 +111,17 @@ def test_a_contradicting_environment_is_one_message(monkeypatch, capsys, tmp_pat
         "error: train.num_nodes: contradicts WORLD_SIZE=2 in the environment (got 4);"
         " set train.num_nodes=2, or unset WORLD_SIZE\n"
     )
+
+
+@pytest.mark.parametrize("command", [one.name for one in COMMANDS])
+def test_help_has_examples_that_parse_and_says_where_results_go(command, capsys):
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([command, "-h"])
+    text = capsys.readouterr().out
+    examples = [line.strip() for line in text.splitlines() if line.startswith(f"  ddetr-mm {command}")]
+    assert len(examples) == 2 and "\nresults: " in text
+    for line in examples:
+        build_parser().parse_args(shlex.split(line.partition(" > ")[0])[1:])
+    for one in REQUIREMENTS:
+        if one.subtask == command and one.only_with is None:
+            assert one.path in text, f"-h of {command} does not name {one.path}"
