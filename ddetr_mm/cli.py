@@ -271,15 +271,7 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     _add_replace_argument(parser)
 
 
-_WEIGHTS_EXAMPLES = """examples:
-  ddetr-mm weights model.pth                          describe it: origin, network as a spec, classes, uses
-  ddetr-mm weights model.pth for_tao.pth --to tao     convert it
-"""
-
-
 def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _WEIGHTS_EXAMPLES
     parser.add_argument("source", metavar="SRC", help="checkpoint file, or a Hugging Face model folder")
     text = "file to write; a folder for --to hf; without it SRC is described"
     parser.add_argument("destination", metavar="DST", nargs="?", help=text)
