@@ -92,7 +92,9 @@ def draw_detections(
 ) -> Image.Image:
     """Draw boxes with class and score on a copy of an image; better ones over worse ones.
 
-    Names are drawn in a font that has their letters, see :func:`ddetr_mm.fonts.label_font`.
+    Labels lie over all boxes, never over one another nor outside the picture, see :func:`place_labels`; one
+    for which there is no room is left out. Names are drawn in a font that has their letters, see
+    :func:`ddetr_mm.fonts.label_font`.
 
     Args:
         image: RGB, (h, w, 3) uint8 when an array.
@@ -106,6 +108,7 @@ def draw_detections(
     drawn = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB").copy()
     canvas = ImageDraw.Draw(drawn)
     size = max(10, round(min(drawn.size) / 40))
+    labels: list[_Label] = []
     for row in np.argsort(np.asarray(scores), kind="stable"):
         name, box = names[row], np.asarray(boxes_xyxy[row], dtype=float)
         if name not in colors or not np.isfinite(box).all():
@@ -113,11 +116,71 @@ def draw_detections(
         x1, y1, x2, y2 = box
         corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
         canvas.rectangle(corners, outline=colors[name], width=outline_width)
-        if not show_labels:
-            continue
         font, shown = label_font(name, size)
-        _draw_tag(canvas, drawn.size, corners, f"{shown} {scores[row]:.2f}", colors[name], font)
+        labels.append(_Label(f"{shown} {scores[row]:.2f}", corners, colors[name], font))
+    if show_labels:
+        labels.reverse()  # the best ones choose first
+        extents = [canvas.textbbox((0, 0), label.text, font=label.font) for label in labels]
+        sizes_wh = [(right - left + 4, bottom - top + 4) for left, top, right, bottom in extents]
+        places = place_labels(drawn.size, [label.corners for label in labels], sizes_wh)
+        for label, extent, place in zip(labels, extents, places, strict=True):
+            if place is not None:
+                _draw_label(canvas, label, extent, place)
     return drawn
+
+
+Rectangle = tuple[float, float, float, float]
+"""x1, y1, x2, y2 in pixels."""
+
+
+@dataclass(frozen=True)
+class _Label:
+    text: str
+    corners: Rectangle
+    color: Color
+    font: Font
+
+
+_LABEL_ROWS = 3
+"""How many heights of a label it may be away from its box."""
+
+
+def place_labels(
+    size_wh: tuple[int, int], boxes_xyxy: Sequence[Rectangle], sizes_wh: Sequence[tuple[float, float]]
+) -> list[Rectangle | None]:
+    """Find a place for the label of every box: above it, inside its top, below it, or a little further away.
+
+    Args:
+        size_wh: of the picture, pixels.
+        boxes_xyxy: the boxes, those that choose first in front.
+        sizes_wh: width and height of each label.
+
+    Returns:
+        A rectangle inside the picture for each label, none over another; None where there is no room.
+    """
+    placed: list[Rectangle | None] = []
+    for (x1, y1, x2, y2), (width, height) in zip(boxes_xyxy, sizes_wh, strict=True):
+        rows = [y1 - height, y1, y2, y2 - height]
+        rows += [y1 - height * step for step in range(2, _LABEL_ROWS + 2)]
+        rows += [y2 + height * step for step in range(1, _LABEL_ROWS + 1)]
+        limit_x, limit_y = size_wh[0] - 1 - width, size_wh[1] - 1 - height
+        place: Rectangle | None = None
+        for row in rows if min(limit_x, limit_y) >= 0 else ():
+            for column in (x1, x2 - width):
+                x, y = min(max(column, 0), limit_x), min(max(row, 0), limit_y)
+                candidate = (x, y, x + width, y + height)
+                if not any(other is not None and _overlap(candidate, other) for other in placed):
+                    place = candidate
+                    break
+            if place is not None:
+                break
+        placed.append(place)
+    return placed
+
+
+def _overlap(first: Rectangle, second: Rectangle) -> bool:
+    """Return whether two rectangles share a pixel; their last pixels are drawn too."""
+    return first[0] <= second[2] and second[0] <= first[2] and first[1] <= second[3] and second[1] <= first[3]
 
 
 def save_image(path: str | os.PathLike[str], image: Image.Image) -> Path:
@@ -135,23 +198,15 @@ def save_image(path: str | os.PathLike[str], image: Image.Image) -> Path:
     return path
 
 
-def _draw_tag(
-    canvas: ImageDraw.ImageDraw,
-    size_wh: tuple[int, int],
-    corners: tuple[float, float, float, float],
-    text: str,
-    color: Color,
-    font: Font,
+def _draw_label(
+    canvas: ImageDraw.ImageDraw, label: _Label, extent: tuple[float, float, float, float], place: Rectangle
 ) -> None:
-    """Draw the label above a box, or inside its top where there is no room; never outside the picture."""
-    left, top, right, bottom = canvas.textbbox((0, 0), text, font=font)
-    width, height = right - left + 4, bottom - top + 4
-    x = min(max(corners[0], 0), max(size_wh[0] - width, 0))
-    y = corners[1] - height if corners[1] >= height else max(corners[1], 0)
-    y = min(y, max(size_wh[1] - height, 0))
-    canvas.rectangle((x, y, x + width, y + height), fill=color)
+    """Draw a label's text on its colour, black or white by the colour's brightness."""
+    color = label.color
+    canvas.rectangle(place, fill=color)
     dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
-    canvas.text((x + 2 - left, y + 2 - top), text, fill=(0, 0, 0) if dark else (255, 255, 255), font=font)
+    corner = (place[0] + 2 - extent[0], place[1] + 2 - extent[1])
+    canvas.text(corner, label.text, fill=(0, 0, 0) if dark else (255, 255, 255), font=label.font)
 
 
 # --- Names of result files ---

@@ -15,6 +15,7 @@ from ddetr_mm.engine.detections import (
     name_of,
     palette,
     parse_color_map,
+    place_labels,
     result_names,
     save_image,
     write_kitti_labels,
@@ -254,3 +255,29 @@ def test_saved_pictures_open_again(tmp_path, ending):
 def test_unknown_endings_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"a\.xyz"):
         save_image(tmp_path / "a.xyz", Image.new("RGB", (8, 9)))
+
+
+# --- Labels ---
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_labels_never_overlap_nor_leave_the_picture(seed):
+    random = np.random.default_rng(seed)
+    corners = random.uniform(-20, 220, (40, 2, 2))
+    boxes = [(*map(float, pair.min(0)), *map(float, pair.max(0))) for pair in corners]
+    sizes_wh = [(float(random.integers(10, 60)), 12.0) for _ in boxes]
+    placed = [place for place in place_labels((200, 150), boxes, sizes_wh) if place is not None]
+    assert len(placed) > 15
+    for index, (x1, y1, x2, y2) in enumerate(placed):
+        assert 0 <= x1 < x2 <= 199 and 0 <= y1 < y2 <= 149
+        for other in placed[:index]:
+            assert x1 > other[2] or x2 < other[0] or y1 > other[3] or y2 < other[1]
+
+
+def test_a_label_is_above_its_box_where_there_is_room():
+    box = (50.0, 60.0, 90.0, 100.0)
+    assert place_labels((200, 150), [box], [(30.0, 12.0)]) == [(50.0, 48.0, 80.0, 60.0)]
+    assert place_labels((200, 150), [(50.0, 3.0, 90.0, 100.0)], [(30.0, 12.0)])[0][1] == 0.0
+    first, second = place_labels((200, 150), [box, box], [(30.0, 12.0)] * 2)
+    assert first != second and second is not None
+    assert place_labels((20, 10), [box], [(30.0, 12.0)]) == [None]  # no room in the whole picture
