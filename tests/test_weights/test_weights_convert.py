@@ -372,3 +372,17 @@ def test_a_gcvit_without_its_last_stages_is_of_the_spec_s_size(variant, tmp_path
     assert named_backbone(checkpoint) == f"gc_vit_{variant}"
     nameless = dataclasses.replace(checkpoint, meta=dataclasses.replace(meta, spec=None))
     assert named_backbone(nameless) == f"gc_vit_{'xtiny' if variant == 'tiny' else variant}"
+
+
+@pytest.mark.parametrize("levels", [[1, 2], [0, 2, 4], [1, 2, 3, 4]], ids=str)
+def test_a_written_folder_has_transformers_keys(levels, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    stages = tuple(level for level in levels if level < 4)
+    whole = dict(type="ResNet", depth=18, out_indices=stages)
+    channels = [64 * 2**stage for stage in stages]
+    model = detector(backbone=whole, in_channels=channels, num_levels=len(levels))
+    convert_checkpoint(write_mmdet(tmp_path / "x.pth", model.state_dict()), tmp_path / "hf", "hf")
+    _model, found = transformers.DeformableDetrForObjectDetection.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert not found["missing_keys"] and not found["unexpected_keys"] and not found["mismatched_keys"]
