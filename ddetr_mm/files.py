@@ -21,7 +21,7 @@ from ddetr_mm.outputs import claim, require_free, temporary_beside
 
 
 @contextmanager
-def written_whole(path: str | Path, *, owned: bool = True) -> Iterator[Path]:
+def written_whole(path: str | Path, *, owned: bool = True, locked: bool = True) -> Iterator[Path]:
     """Give a temporary path beside ``path``, and rename it to ``path`` when the block succeeds.
 
     The folder is made if missing. When the block raises, the temporary file is removed and an earlier file
@@ -31,6 +31,7 @@ def written_whole(path: str | Path, *, owned: bool = True) -> Iterator[Path]:
     Args:
         path: the final name.
         owned: ask :mod:`ddetr_mm.outputs`; False for files of a cache, whose names are digests.
+        locked: False for writers that lock their file themselves, such as HDF5.
 
     Yields:
         The path to write to, an empty file in the same folder and with the same suffix (some writers choose
@@ -43,7 +44,7 @@ def written_whole(path: str | Path, *, owned: bool = True) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if owned:
         require_free([path])
-    with temporary_beside(path) as temporary:
+    with temporary_beside(path, locked=locked) as temporary:
         try:
             mode = stat.S_IMODE(temporary.stat().st_mode)
             yield temporary

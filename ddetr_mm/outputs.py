@@ -237,11 +237,12 @@ def _append(folder: str, name: str, removed: bool = False) -> None:
 
 
 @contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
+def temporary_beside(path: Path, *, locked: bool = True) -> Iterator[Path]:
     """Give an empty, locked temporary file in the folder of ``path``; what is left of it is removed.
 
     Args:
         path: the file that it will become. Its name may have the greatest length that is allowed.
+        locked: False for writers that lock their file themselves, such as HDF5.
 
     Yields:
         A path with the same suffix.
@@ -250,7 +251,8 @@ def temporary_beside(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".ddetr_mm-{secrets.token_hex(8)}.tmp{suffix}")
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        _lock(descriptor)
+        if locked:
+            _lock(descriptor)
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)

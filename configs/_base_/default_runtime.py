@@ -22,11 +22,13 @@ default_hooks = dict(
 custom_hooks = [
     dict(type="ProgressHook"),
     dict(type="CudnnHook", benchmark=False, deterministic=True),
+    dict(type="ResumeHook", optimizer="from_checkpoint"),
     dict(type="StatusHook"),
     dict(type="AlarmHook", pretrained=False),
     dict(type="NonFiniteHook", action="stop"),
     dict(type="ValidationLossHook"),
     dict(type="CurvesHook"),
+    dict(type="BestCheckpointHook"),
 ]
 
 visualizer = dict(

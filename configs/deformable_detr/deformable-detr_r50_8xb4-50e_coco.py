@@ -10,11 +10,13 @@ _base_ = [
 custom_hooks = [
     dict(type="ProgressHook"),
     dict(type="CudnnHook", benchmark=False, deterministic=True),
+    dict(type="ResumeHook", optimizer="from_checkpoint"),
     dict(type="StatusHook"),
     dict(type="AlarmHook", pretrained=True),
     dict(type="NonFiniteHook", action="stop"),
     dict(type="ValidationLossHook"),
     dict(type="CurvesHook"),
+    dict(type="BestCheckpointHook"),
     # torchvision's weights, read without running code from the file; fetch them once:
     #   curl -L -o pretrained/resnet50-0676ba61.pth https://download.pytorch.org/models/resnet50-0676ba61.pth
     dict(type="PretrainedWeightsHook", backbone_path="pretrained/resnet50-0676ba61.pth", model_path=None),

@@ -420,7 +420,7 @@ def write_calibration_data(
     if importlib.util.find_spec("h5py") is None:
         raise StackError(Problem("mmdeploy keeps calibration images in HDF5", hint="pip install h5py"))
     images = images_config(model_cfg, dataset_cfg, checkpoint, deploy_cfg.onnx_config.input_shape)
-    with written_whole(folder / name) as temporary:
+    with written_whole(folder / name, locked=False) as temporary:  # HDF5 locks it itself
         create_calib_input_data(
             str(temporary),
             deploy_cfg,

@@ -171,7 +171,7 @@ def test_messages_do_not_name_the_place(tmp_path):
 def test_missing_file_and_folder(tmp_path):
     with pytest.raises(UnreadableImage, match="No such file"):
         read_image_size(str(tmp_path / "nowhere.jpg"))
-    with pytest.raises(UnreadableImage, match="directory"):
+    with pytest.raises(UnreadableImage, match="no regular file"):
         read_image_size(str(tmp_path))
 
 

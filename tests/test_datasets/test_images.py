@@ -165,7 +165,7 @@ def test_read_image_names_the_file(tmp_path):
     for name, reason in {
         "none.png": "does not exist",
         "bad.png": "cannot be decoded",
-        "folder.png": "cannot be read",
+        "folder.png": "is no regular file",
         "huge.png": "has 60000 x 60000 pixels",
     }.items():
         with pytest.raises(DataError, match=rf"{name}: image file {reason}"):

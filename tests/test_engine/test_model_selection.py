@@ -41,8 +41,8 @@ class ValueOfEpoch(BaseMetric):
         return {"bbox_mAP_50": VALUES[self.runner.epoch - 1], "bbox_mAP": 0.0}
 
 
-class Killed(Exception):
-    pass
+class Killed(BaseException):
+    """Not an Exception, after which a run would save."""
 
 
 class KillAt(Hook):

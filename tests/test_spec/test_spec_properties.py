@@ -50,14 +50,17 @@ def scalars(one: SchemaField) -> st.SearchStrategy[Any]:
     if one.options:
         return st.sampled_from(one.options)
     if one.pattern:
-        return st.from_regex(rf"\A(?:{one.pattern})\Z").filter(lambda text: "${" not in text)
+        return st.from_regex(rf"\A(?:{one.pattern})\Z").filter(
+            lambda text: "${" not in text and "\0" not in text
+        )
     if one.base is bool:
         return st.booleans()
     if one.base is int:
         return st.integers(int(one.ge or 0), 10**6 if one.le is None else int(one.le))
     if one.base is float:
         low = one.ge if one.ge is not None else one.gt if one.gt is not None else -1e6
-        return st.floats(low, one.le or 1e6, exclude_min=one.gt is not None)
+        high = one.le if one.le is not None else one.lt if one.lt is not None else 1e6
+        return st.floats(low, high, exclude_min=one.gt is not None, exclude_max=one.lt is not None)
     return WORDS
 
 
