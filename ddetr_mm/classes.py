@@ -56,6 +56,17 @@ def named_columns(names: Columns, category_ids: Sequence[int | None] | None = No
     return tuple(None if name is None or is_filler(name) else name for name in names)
 
 
+def filled_columns(names: Columns, size: int | None = None) -> tuple[str, ...]:
+    """Return a name for every column: ``background`` for column 0 without one, ``unknown`` for others.
+
+    Args:
+        names: from column 0.
+        size: how many columns there are; None: as many as names.
+    """
+    padded = (*names, *(None,) * ((size or 0) - len(names)))
+    return tuple(name or (UNKNOWN if column else BACKGROUND) for column, name in enumerate(padded))
+
+
 def find_names(names: Columns, among: Columns) -> list[int | None]:
     """Return the position of each name among others; None where it is not there.
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from ddetr_mm import __version__
 from ddetr_mm.compat.versions import raise_deferred
 from ddetr_mm.errors import InputError, RankFailure
-from ddetr_mm.files import allow_any_text
+from ddetr_mm.files import END_SIGNALS, allow_any_text
 from ddetr_mm.outputs import protected_inputs
 
 
@@ -277,6 +277,11 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("destination", metavar="DST", nargs="?", help=text)
     parser.add_argument("--to", choices=("mmdet", "tao", "official", "hf"), help="format to write")
     _add_spec_argument(parser, "the spec the checkpoint belongs to")
+    _add_selection_arguments(parser)
+    _add_replace_argument(parser)
+
+
+def _add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--entry", metavar="PATH", help="which set of weights, as in the spec field ddetr_mm.checkpoint_entry"
     )
@@ -285,7 +290,6 @@ def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "true", "false"),
         help="averaged weights, as in the spec field ddetr_mm.use_ema (default: auto)",
     )
-    _add_replace_argument(parser)
 
 
 def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
@@ -326,14 +330,7 @@ def _add_predict_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="for a file that names no classes: a text file, a name a line; coco; or numbers",
     )
-    add(
-        "--entry", metavar="PATH", help="which set of weights, as in the spec field ddetr_mm.checkpoint_entry"
-    )
-    add(
-        "--ema",
-        choices=("auto", "true", "false"),
-        help="averaged weights, as in the spec field ddetr_mm.use_ema (default: auto)",
-    )
+    _add_selection_arguments(parser)
     add("--key-file", metavar="FILE", help="file with the key of an encrypted checkpoint")
     _add_replace_argument(parser)
 
@@ -470,7 +467,7 @@ def signals_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt(f"interrupted by {signal.Signals(number).name}")
 
     before = {}
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+    for number in END_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             before.setdefault(number, signal.signal(number, interrupt))
     try:

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import signal
 import stat
 import string
 import sys
@@ -54,7 +55,7 @@ def written_whole(path: str | Path, *, owned: bool = True, locked: bool = True) 
                 claim(path)
             os.replace(temporary, path)
         except OSError as error:
-            # write() does not know the name, for example on a full disk; nobody knows the temporary one.
+            # write() does not know the name, for example on a full disk; users know the final one.
             if error.filename in (None, str(temporary)):
                 error.filename = str(path)
             raise
@@ -135,6 +136,9 @@ def allow_any_text() -> None:
 
 
 # --- Processes ---
+
+END_SIGNALS = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+"""Signals that ask a process to end; Windows has no SIGHUP."""
 
 
 def python_module(module: str, *arguments: str) -> list[str]:

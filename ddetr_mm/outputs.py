@@ -155,6 +155,13 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
     return _wrote(folder, name)
 
 
+def remove_ours(path: str | os.PathLike[str]) -> None:
+    """Remove a file if it is there and a run of ours wrote it."""
+    if is_ours(path):
+        Path(path).unlink(missing_ok=True)
+        disown(path)
+
+
 def disown(path: str | os.PathLike[str]) -> None:
     """Forget that we wrote a file, which has been removed or handed over."""
     folder, name = _list_of(path)
@@ -262,7 +269,7 @@ def temporary_beside(path: Path, *, locked: bool = True) -> Iterator[Path]:
 def remove_leftovers(folder: Path) -> list[str]:
     """Remove temporary files of runs that were killed; returns their names.
 
-    Only regular files of this user with a name as :func:`temporary_beside` gives it, that nobody writes.
+    Only regular files of this user with a name as :func:`temporary_beside` gives it, that no process writes.
     """
     removed = []
     try:

@@ -249,14 +249,24 @@ def deform_conv_backward_parameters(
     grad_weight.copy_(gradient * scale)
 
 
-def _deform_conv(input: Tensor, offset: Tensor, weight: Tensor, geometry: dict[str, int]) -> Tensor:
-    """torchvision's op with mmcv's names of stride, padding and dilation."""
-    stride, padding, dilation = (
-        (geometry[f"{name}H"], geometry[f"{name}W"]) for name in ("d", "pad", "dilation")
-    )
-    return _torchvision_ops().deform_conv2d(
-        input, offset, weight, stride=stride, padding=padding, dilation=dilation
-    )
+def _deform_conv(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    geometry: dict[str, int],
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """torchvision's op with mmcv's names of stride, padding and dilation: other names with a mask."""
+    plain = {"stride": ("dH", "dW"), "padding": ("padH", "padW"), "dilation": ("dilationH", "dilationW")}
+    modulated = {
+        "stride": ("stride_h", "stride_w"),
+        "padding": ("pad_h", "pad_w"),
+        "dilation": ("dilation_h", "dilation_w"),
+    }
+    names = plain if mask is None else modulated
+    pairs = {name: (geometry[height], geometry[width]) for name, (height, width) in names.items()}
+    return _torchvision_ops().deform_conv2d(input, offset, weight, bias, mask=mask, **pairs)
 
 
 def modulated_deform_conv_forward(
@@ -286,7 +296,7 @@ def modulated_deform_conv_forward(
         with_bias: whether there is a bias.
         geometry: ``stride_h``, ``stride_w``, ``pad_h``, ``pad_w``, ``dilation_h``, ``dilation_w``.
     """
-    output.copy_(_modulated_deform_conv(input, offset, mask, weight, bias if with_bias else None, geometry))
+    output.copy_(_deform_conv(input, offset, weight, geometry, bias if with_bias else None, mask))
 
 
 def modulated_deform_conv_backward(
@@ -313,24 +323,10 @@ def modulated_deform_conv_backward(
         tensors = (input, offset, mask, weight, *((bias,) if with_bias else ()))
         inputs = [tensor.detach().requires_grad_() for tensor in tensors]
         image, shift, factor, kernel = inputs[:4]
-        result = _modulated_deform_conv(
-            image, shift, factor, kernel, inputs[4] if with_bias else None, geometry
-        )
+        result = _deform_conv(image, shift, kernel, geometry, inputs[4] if with_bias else None, factor)
         gradients = torch.autograd.grad(result, inputs, grad_output)
     for destination, gradient in zip(destinations, gradients, strict=True):
         destination.copy_(gradient)
-
-
-def _modulated_deform_conv(
-    input: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, int]
-) -> Tensor:
-    """torchvision's op with mmcv's names of stride, padding and dilation."""
-    stride, padding, dilation = (
-        (geometry[f"{name}_h"], geometry[f"{name}_w"]) for name in ("stride", "pad", "dilation")
-    )
-    return _torchvision_ops().deform_conv2d(
-        input, offset, weight, bias, stride=stride, padding=padding, dilation=dilation, mask=mask
-    )
 
 
 def ms_deform_attn_forward(

@@ -2,7 +2,7 @@
 
 The table lies in memory that forked workers share with the main process. A worker writes its process number
 and the file before it reads it, and empties its place afterwards. Workers that are spawned have tables of
-their own, which nobody reads.
+their own, which the main process does not see.
 """
 
 from __future__ import annotations

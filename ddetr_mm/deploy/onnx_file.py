@@ -15,6 +15,7 @@ import numpy as np
 
 from ddetr_mm.datasets.images import read_image, resize_plain
 from ddetr_mm.errors import ExportError, Problem, StackError, WeightsError
+from ddetr_mm.files import parse_json
 
 # --- Images as graph inputs ---
 
@@ -221,8 +222,8 @@ def read_meta(model: Any) -> dict[str, Any]:
     for entry in model.metadata_props:
         if entry.key == META_KEY:
             try:
-                meta = json.loads(entry.value)
-            except (ValueError, RecursionError):
+                meta = parse_json(entry.value)
+            except ValueError:
                 return {}
             return meta if isinstance(meta, dict) else {}
     return {}

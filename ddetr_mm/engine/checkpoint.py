@@ -31,7 +31,7 @@ from ddetr_mm.classes import BY_NAME_HINT, compare_columns, list_columns, named_
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.errors import InputError, Problem, WeightsError
 from ddetr_mm.files import write_text_whole, written_whole
-from ddetr_mm.outputs import disown, is_ours, remove_leftovers, require_free
+from ddetr_mm.outputs import remove_leftovers, remove_ours, require_free
 from ddetr_mm.weights.encryption import (
     encrypt_file,
     encryption_key,
@@ -672,10 +672,7 @@ class TAOCheckpointHook(Hook):
     def _delete_oldest(self, path: Path) -> None:
         self._written = [known for known in self._written if known != path] + [path]
         while self.max_keep > 0 and len(self._written) > self.max_keep:
-            oldest = self._written.pop(0)
-            if is_ours(oldest):
-                oldest.unlink(missing_ok=True)
-                disown(oldest)
+            remove_ours(self._written.pop(0))
 
     def _restore_later(self, state: RngState) -> None:
         self._host_rng_to_restore = state

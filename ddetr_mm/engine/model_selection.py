@@ -29,8 +29,8 @@ from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.hooks import tao_figures
 from ddetr_mm.engine.status import StatusLog
 from ddetr_mm.errors import InputError, Problem
-from ddetr_mm.files import fill_name, write_text_whole
-from ddetr_mm.outputs import disown, is_ours, require_free
+from ddetr_mm.files import fill_name, parse_json, write_text_whole
+from ddetr_mm.outputs import remove_ours, require_free
 
 BEST_NAME = "dd_model_best.pth"
 """Link beside the best checkpoints that points at the best of them."""
@@ -150,7 +150,7 @@ class ValidationStateHook(Hook):
 def _read_states(path: Path) -> dict[str, Any]:
     """The content of :data:`STATE_NAME`; empty where there is none, or it is not ours to understand."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -280,9 +280,7 @@ class BestCheckpointHook(ValidationStateHook):
             return
         link_latest(folder / self.best[0]["file"], BEST_NAME)
         for one in dropped:
-            if is_ours(folder / one["file"]):
-                (folder / one["file"]).unlink(missing_ok=True)
-                disown(folder / one["file"])
+            remove_ours(folder / one["file"])
         place = self.best.index(entry) + 1
         which = "the best" if place == 1 else f"number {place} of the best"
         text = f"Saved {folder / name}: {which} so far by {self.monitor}, {value:.4g}."

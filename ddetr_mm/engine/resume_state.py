@@ -31,16 +31,14 @@ from ddetr_mm.engine.resume_changes import (
     training_images,
 )
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.weights.entries import is_odd
-from ddetr_mm.weights.load import START_WITH, leave_out_unread, unwrapped
+from ddetr_mm.weights.entries import is_finite, is_odd
+from ddetr_mm.weights.load import MOST_EPOCHS, MOST_STEPS, START_WITH, leave_out_unread, unwrapped
 from ddetr_mm.weights.report import UNREAD
 
 OPTIMIZER_KEY = "optimizer_layout"
 """Entry of a checkpoint's ``meta``: type of the optimizer, names of its parameters, which are trained, and
 which have a state."""
 
-_MOST_EPOCHS = 10**7
-_MOST_STEPS = 10**12
 _GROUP_FLAGS = ("foreach", "fused", "capturable", "differentiable")
 """How a step is computed: this run's values hold."""
 _ADAM = ("Adam", "AdamW")
@@ -146,10 +144,6 @@ def _has_own_places(value: Tensor) -> bool:
     return True
 
 
-def _is_finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or bool(torch.isfinite(value).all())
-
-
 # --- Weights ---
 
 
@@ -164,7 +158,7 @@ def check_weights(state: Any, model: nn.Module, entry: str = "state_dict") -> No
     weights = dict(_require_mapping(state, entry))
     if entry != "state_dict" and "steps" in weights:
         steps = require_dense(weights.pop("steps"), f"{entry}, steps")
-        if steps.numel() != 1 or not 0 <= steps.item() <= _MOST_STEPS:
+        if steps.numel() != 1 or not 0 <= steps.item() <= MOST_STEPS:
             _refuse(f"{entry}, steps", "is not the number of averaged steps")
     ours = unwrapped(model).state_dict()
     found = {key.removeprefix("module."): value for key, value in weights.items() if isinstance(key, str)}
@@ -178,7 +172,7 @@ def check_weights(state: Any, model: nn.Module, entry: str = "state_dict") -> No
             _refuse(where, "is missing")
         theirs = require_dense(found[name], where)
         _require_same(theirs, value, where)
-        if not _is_finite(theirs):
+        if not is_finite(theirs):
             _refuse(where, "has values that are NaN or infinite", "resume from an earlier checkpoint")
     if unknown := sorted(found.keys() - ours.keys()):
         _refuse(f"{entry}, {unknown[0]}", "is not in the network")
@@ -374,7 +368,7 @@ def _check_entries(
             tensor = require_dense(value, place)
             if kind in (*_ADAM, "SGD"):
                 _require_same(tensor, parameter, place)
-            if not _is_finite(tensor):
+            if not is_finite(tensor):
                 _refuse(place, "has values that are NaN or infinite", "resume from an earlier checkpoint")
             if entry in _SQUARES and bool((tensor < 0).any()):
                 _refuse(place, "has values below 0, which averages of squares cannot have")
@@ -404,8 +398,8 @@ def check_scaler(state: Any) -> None:
     _require_number(scaler["scale"], "optimizer.loss_scaler.scale", 2.0**-126, 2.0**127)
     _require_number(scaler["growth_factor"], "optimizer.loss_scaler.growth_factor", 1.0, 2.0**32)
     _require_number(scaler["backoff_factor"], "optimizer.loss_scaler.backoff_factor", 2.0**-32, 1.0)
-    _require_int(scaler["growth_interval"], "optimizer.loss_scaler.growth_interval", 1, _MOST_STEPS)
-    _require_int(scaler["_growth_tracker"], "optimizer.loss_scaler._growth_tracker", 0, _MOST_STEPS)
+    _require_int(scaler["growth_interval"], "optimizer.loss_scaler.growth_interval", 1, MOST_STEPS)
+    _require_int(scaler["_growth_tracker"], "optimizer.loss_scaler._growth_tracker", 0, MOST_STEPS)
 
 
 # --- Schedules ---
@@ -427,7 +421,7 @@ def check_schedulers(states: Any, schedulers: Sequence[Any], steps: int) -> None
     for index, (state, scheduler) in enumerate(zip(states, schedulers, strict=True)):
         where = f"param_schedulers[{index}]"
         theirs, ours = _require_mapping(state, where), scheduler.state_dict()
-        shapes = {"milestones", "step_size"}  # what tells MultiStepLR from StepLR
+        shapes = {"milestones", "step_size"}  # MultiStepLR has the one, StepLR the other
         for key, mine in ours.items():
             if key in theirs:
                 _check_scheduled(theirs[key], mine, f"{where}.{key}", steps)
@@ -446,10 +440,10 @@ def _check_scheduled(value: Any, ours: Any, where: str, steps: int) -> None:
         _require_int(value, where, 0, steps)
     elif name == "milestones":
         for step, times in _require_mapping(value, where).items():
-            _require_int(step, where, 0, _MOST_STEPS)
-            _require_int(times, where, 1, _MOST_EPOCHS)
+            _require_int(step, where, 0, MOST_STEPS)
+            _require_int(times, where, 1, MOST_EPOCHS)
     elif name == "step_size":
-        _require_int(value, where, 1, _MOST_STEPS)
+        _require_int(value, where, 1, MOST_STEPS)
     elif isinstance(ours, bool) or ours is None or isinstance(ours, str):
         if type(value) is not type(ours):
             _refuse(where, f"is {_kind(value)}, not {_kind(ours)}")
@@ -462,7 +456,7 @@ def _check_scheduled(value: Any, ours: Any, where: str, steps: int) -> None:
         for number in values:
             _require_number(number, where, 0.0)
     elif isinstance(ours, int):
-        _require_int(value, where, -_MOST_STEPS, _MOST_STEPS)
+        _require_int(value, where, -MOST_STEPS, MOST_STEPS)
     elif isinstance(ours, float):
         _require_number(value, where, 0.0)
 
@@ -473,12 +467,12 @@ def _check_scheduled(value: Any, ours: Any, where: str, steps: int) -> None:
 def check_counters(meta: Any) -> None:
     """Check the counters of a checkpoint's ``meta``, and what mmengine reads of it on resuming."""
     meta = _require_mapping(meta, "meta")
-    _require_int(meta.get("epoch"), "meta.epoch", 0, _MOST_EPOCHS)
-    _require_int(meta.get("iter"), "meta.iter", 0, _MOST_STEPS)
+    _require_int(meta.get("epoch"), "meta.epoch", 0, MOST_EPOCHS)
+    _require_int(meta.get("iter"), "meta.iter", 0, MOST_STEPS)
     if meta["epoch"] > meta["iter"]:
         _refuse("meta.epoch", f"is {meta['epoch']}, more than the steps done (meta.iter {meta['iter']})")
     for name in ("batches_done", "samples_done"):
-        _require_int(meta.get(name, 0), f"meta.{name}", 0, _MOST_STEPS)
+        _require_int(meta.get(name, 0), f"meta.{name}", 0, MOST_STEPS)
     if meta.get("seed") is not None:
         _require_int(meta["seed"], "meta.seed", 0, 2**32 - 1)
     if "learning_rate_factor" in meta:
@@ -513,7 +507,7 @@ def check_message_hub(state: Any) -> None:
             _refuse(f"{where}.values", f"is {_form(values)} of shape {list(values.shape)}")
         if counts.shape != values.shape or counts.is_floating_point() or counts.dtype is torch.bool:
             _refuse(f"{where}.counts", f"is {_form(counts)} of shape {list(counts.shape)}")
-        _require_int(buffer.get("max_length"), f"{where}.max_length", 1, _MOST_STEPS)
+        _require_int(buffer.get("max_length"), f"{where}.max_length", 1, MOST_STEPS)
 
 
 def check_rng_states(states: Any) -> None:

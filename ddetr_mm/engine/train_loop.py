@@ -29,11 +29,12 @@ from ddetr_mm.datasets.samplers import ElasticBatchSampler
 from ddetr_mm.engine.checkpoint import TAOCheckpointHook, find_latest_checkpoint, is_updated
 from ddetr_mm.engine.distributed import is_first_rank, is_launched_by_us
 from ddetr_mm.errors import TrainingError, printable, shorten
-from ddetr_mm.files import write_text_whole
+from ddetr_mm.files import END_SIGNALS, write_text_whole
+from ddetr_mm.weights.entries import is_finite
 
 # --- Stop requests ---
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+SIGNALS = (signal.SIGINT, *END_SIGNALS)
 WORKER_GRACE_S = 5
 PASSED_ON_WITHIN_S = 5.0
 
@@ -283,11 +284,7 @@ def is_finite_state(runner: Any) -> bool:
     optimizer = getattr(runner.optim_wrapper, "optimizer", None)
     states = [] if optimizer is None else optimizer.state.values()
     tensors = [*runner.model.state_dict().values(), *(value for state in states for value in state.values())]
-    return all(
-        bool(torch.isfinite(value).all())
-        for value in tensors
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    )
+    return all(is_finite(value) for value in tensors if isinstance(value, torch.Tensor))
 
 
 @LOOPS.register_module()

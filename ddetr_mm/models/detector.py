@@ -234,7 +234,7 @@ class TAODeformableDETR(DeformableDETR):
         if predict_dtype not in (None, "float16", "bfloat16"):
             raise ValueError(f"predict_dtype must be float16, bfloat16 or None, not {predict_dtype!r}")
         self.predict_dtype = predict_dtype
-        # Set where predictions are results: a training run's validation goes on with a network that diverges.
+        # Set where predictions are results: validation does not end a training run that has diverged.
         self.requires_finite = False
         self.host_losses: HostScalars | None = None  # the last step's, for hooks
         self._compile_parts(compiled, compile_options or {})

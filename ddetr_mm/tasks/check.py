@@ -173,11 +173,9 @@ def _check_experiment(loaded: LoadedSpec, arguments: Namespace, console: Console
     values.findings += check_disk_writable(folder)
     values.findings += check_named_files(spec, subtask)
     if subtask == "train":
-        values.findings += check_free_space(folder, named_files(spec, subtask))
+        values.findings += check_free_space(folder, named_files(spec, subtask)) + check_frozen(spec)
     if subtask in ("train", "evaluate", "inference"):
         values.findings += shared_memory_findings(spec, subtask)
-    if subtask == "train":
-        values.findings += check_frozen(spec)
     values.findings += _sampling_findings(spec, subtask)
     report.add(values)
     splits, failures = read_splits(split_sources(spec, subtask), **_reading_options(loaded, subtask))

@@ -333,9 +333,9 @@ class Detector:
     def _exported(self, class_names: Any) -> tuple[Config, Columns]:
         """The config of an exported graph, with the names of its class columns."""
         exported = exported_input(str(self.path), where="predict")
-        if exported is None:
+        if exported is None or exported.signature is None:
             raise WeightsError(Problem("is no exported graph", file=self.path))
-        meta = _graph_meta(exported)
+        meta = exported.signature
         columns = meta.num_classes
         names: Columns | None = exported.class_names
         if not any(name is not None for name in named_columns(names or ())):
@@ -495,17 +495,6 @@ def _nameless(path: Path, columns: int | None) -> WeightsError:
             "`numbers`",
         )
     )
-
-
-def _graph_meta(exported: ExportedInput) -> Any:
-    file = exported.translated.model.get("onnx_file")
-    if file is not None:
-        from ddetr_mm.deploy.onnx_file import read_signature
-
-        return read_signature(file)
-    from ddetr_mm.deploy.tensorrt import read_engine_signature
-
-    return read_engine_signature(exported.translated.model["engine_file"])
 
 
 def _loaded(spec: Mapping[str, Any], path: Path) -> LoadedSpec:

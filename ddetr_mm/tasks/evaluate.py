@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddetr_mm.datasets.sources import SYSTEM_FILES, SkippedFile, find_images, list_images
+from ddetr_mm.datasets.sources import SYSTEM_FILES, SkippedFile, find_images
 from ddetr_mm.engine.distributed import is_first_rank, process_group
 from ddetr_mm.errors import DataError, Problem, printable
 from ddetr_mm.files import write_text_whole
-from ddetr_mm.outputs import is_ours, require_free
+from ddetr_mm.outputs import remove_ours, require_free
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec, load_spec, task_results_dir
 from ddetr_mm.tasks.session import Session, open_session, require_checkpoint, require_gpus, run_on_ranks
 
@@ -49,12 +49,12 @@ def run_inference(arguments: Namespace) -> None:
         return
     with predicting_session(loaded, "inference") as session:
         source = loaded.spec.dataset.infer_data_sources
-        left_out = find_images(source.image_dir)[1] if source is not None else []
+        images, left_out = find_images(source.image_dir) if source is not None else ([], [])
         if loaded.spec.ddetr_mm.strict_images:
             refuse_left_out(left_out)
         with process_group():
             if source is not None and is_first_rank():
-                require_free_results(loaded.spec, list_images(source.image_dir))
+                require_free_results(loaded.spec, images)
             runner = predicting_runner(loaded, "inference", session)
             counts = runner.test()
             if is_first_rank():
@@ -118,8 +118,7 @@ def refuse_left_out(left_out: Sequence[SkippedFile]) -> None:
 def report_skipped(skipped: Sequence[SkippedFile], session: Session) -> None:
     """Write what was skipped to :data:`SKIPPED_NAME` and ``status.json``, and say so; no file without any."""
     path = session.folder / SKIPPED_NAME
-    if is_ours(path):  # of an earlier run
-        path.unlink(missing_ok=True)
+    remove_ours(path)  # of an earlier run
     if not skipped:
         return
     entries = [dict(file=str(one.path), reason=one.reason) for one in skipped]

@@ -74,13 +74,14 @@ def run_weights(arguments: Namespace) -> None:
     """
     from ddetr_mm.weights import Selection, convert_checkpoint
     from ddetr_mm.weights.convert import HF_FILES
+    from ddetr_mm.weights.entries import EMA_OPTION
 
     loaded = spec = None
     if arguments.experiment_spec:  # what describes a network, as export reads it
         loaded = load_spec(arguments.experiment_spec, (), "export", require_mandatory=False)
         spec = loaded.spec
     own = spec.ddetr_mm if spec is not None else OwnSection()
-    use_ema = {"auto": "auto", "true": True, "false": False}.get(arguments.ema, own.use_ema)
+    use_ema = EMA_OPTION.get(arguments.ema, own.use_ema)
     selection = Selection(arguments.entry or own.checkpoint_entry, use_ema)
     if arguments.destination is None and arguments.to is None:
         with encryption_key_of(spec):

@@ -260,7 +260,7 @@ def fitted_checkpoint(
     from mmengine.config import Config
 
     import ddetr_mm.register  # noqa: F401 - before mmdet
-    from ddetr_mm.classes import BACKGROUND, UNKNOWN
+    from ddetr_mm.classes import filled_columns
     from ddetr_mm.tasks.runner import load_checkpoint, register_scope
     from ddetr_mm.weights import Selection, inspect_checkpoint
     from ddetr_mm.weights.convert import write_checkpoint
@@ -276,7 +276,7 @@ def fitted_checkpoint(
         label_mode="category_id",
         background_column=0,
         num_classes=len(classes),
-        class_names=tuple(name or (UNKNOWN if column else BACKGROUND) for column, name in enumerate(classes)),
+        class_names=filled_columns(classes),
         category_ids=tuple(None if name is None else column for column, name in enumerate(classes)),
         neck_bias=True,
     )

@@ -41,6 +41,7 @@ from ddetr_mm.outputs import (
     results_root,
 )
 from ddetr_mm.tasks.detector import Detector, Result, as_rgb, print_notes
+from ddetr_mm.weights.entries import EMA_OPTION
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts")
 PREDICTIONS_NAME = "predictions.json"
@@ -285,7 +286,6 @@ def detector_of(arguments: Namespace) -> Detector:
             key = Path(arguments.key_file).read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(Problem(f"the key cannot be read: {error}", where="--key-file")) from None
-    use_ema: bool | str = {"true": True, "false": False}.get(arguments.ema or "auto", "auto")
     return Detector(
         arguments.checkpoint,
         device=arguments.device,
@@ -296,7 +296,7 @@ def detector_of(arguments: Namespace) -> Detector:
         precision=arguments.precision,
         size=tuple(arguments.size) if arguments.size else None,
         entry=arguments.entry,
-        use_ema=use_ema,
+        use_ema=EMA_OPTION.get(arguments.ema, "auto"),
         encryption_key=key,
     )
 

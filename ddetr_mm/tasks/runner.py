@@ -20,14 +20,15 @@ with without_language_models():
     import ddetr_mm.register  # noqa: F401 - puts our components into the registries
 
 from ddetr_mm.classes import (
-    BACKGROUND,
     UNKNOWN,
     Columns,
+    filled_columns,
     named_columns,
     read_class_map,
     require_same_names,
 )
 from ddetr_mm.datasets.sources import read_coco_sources
+from ddetr_mm.deploy.onnx_file import GraphSignature, read_signature
 from ddetr_mm.engine.detections import CLASSMAP_KEY
 from ddetr_mm.engine.distributed import is_first_rank, is_rank
 from ddetr_mm.engine.runner import QuietRunner
@@ -65,10 +66,11 @@ def look_up_channels(backbone_cfg: dict[str, Any]) -> list[int]:
 
 @dataclass(frozen=True)
 class ExportedInput:
-    """An exported graph that replaces the network, and its class names."""
+    """An exported graph that replaces the network, its class names, and all that its file says."""
 
     translated: ExportedModel
     class_names: Sequence[str] | None
+    signature: GraphSignature | None = None
 
 
 def exported_input(
@@ -92,14 +94,14 @@ def exported_input(
 
         engine = read_engine_signature(trt_engine, where=f"{where}.trt_engine")
         model = dict(type="TensorrtDetector", engine_file=str(trt_engine))
-        return ExportedInput(ExportedModel(model, engine.input_size_hw[::-1]), engine.class_names)
+        return ExportedInput(ExportedModel(model, engine.input_size_hw[::-1]), engine.class_names, engine)
     if not onnx_file or Path(onnx_file).suffix != ".onnx":
         return None
-    from ddetr_mm.deploy.onnx_file import read_signature
-
     signature = read_signature(onnx_file, where=f"{where}.checkpoint")
     model = dict(type="OnnxDetector", onnx_file=str(onnx_file))
-    return ExportedInput(ExportedModel(model, signature.input_size_hw[::-1]), signature.class_names)
+    return ExportedInput(
+        ExportedModel(model, signature.input_size_hw[::-1]), signature.class_names, signature
+    )
 
 
 def config_source(
@@ -216,10 +218,7 @@ def predicted_names(loaded: LoadedSpec, subtask: str, known: Sequence[str] | Non
             )
         else:
             print(f"note: the checkpoint names no classes; the names come from {origin}", file=sys.stderr)
-    if names is None:
-        return None
-    filled = (*names, *(None,) * (num_columns - len(names)))
-    return tuple(name or (UNKNOWN if column else BACKGROUND) for column, name in enumerate(filled))
+    return None if names is None else filled_columns(names, num_columns)
 
 
 def names_for_file(loaded: LoadedSpec, path: str | Path, selection: Selection) -> tuple[str, ...] | None:

@@ -9,6 +9,7 @@ from ddetr_mm.classes import Columns, number_names
 from ddetr_mm.datasets.sources import class_names_of_files
 from ddetr_mm.errors import DataError
 from ddetr_mm.spec import ExperimentSpec
+from ddetr_mm.spec.own_schema import OwnSection
 from ddetr_mm.spec.schema import DataSource
 from ddetr_mm.translate.write import Reference
 
@@ -230,7 +231,7 @@ def one_step_of(spec: ExperimentSpec, dataset: dict[str, Any]) -> dict[str, Any]
     return dataset | dict(indices=spec.dataset.batch_size * ranks)
 
 
-DATA_TIMEOUT_S = 300
+DATA_TIMEOUT_S = OwnSection().data_timeout_s
 """The limit of :class:`ddetr_mm.engine.runner.QuietRunner` where a config says none."""
 
 

@@ -21,6 +21,7 @@ from ddetr_mm.classes import (
     UNKNOWN,
     Columns,
     compare_columns,
+    filled_columns,
     is_filler,
     named_columns,
     some_of,
@@ -111,7 +112,7 @@ def coco_column_names() -> tuple[str, ...]:
     words = _BY_CATEGORY_ID.split()
     pairs = zip(words[::2], words[1::2], strict=True)
     names = {int(number): name.replace("_", " ") for number, name in pairs}
-    return tuple(names.get(column, "unknown" if column else "background") for column in range(NUM_COLUMNS))
+    return filled_columns([names.get(column) for column in range(NUM_COLUMNS)])
 
 
 # --- Matching columns by name ---

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ddetr_mm.classes import Columns, named_columns
+from ddetr_mm.classes import Columns, filled_columns, named_columns
 from ddetr_mm.errors import Problem, WeightsError
 from ddetr_mm.weights.checkpoint import Architecture, Checkpoint, CheckpointMeta, named_backbone
 from ddetr_mm.weights.class_columns import (
@@ -247,8 +247,7 @@ def with_class_names(checkpoint: Checkpoint, listed: Columns) -> Checkpoint:
                 hint="name the classes that it was trained on, in the order of their ids",
             )
         )
-    filled = [*listed, *(None,) * (columns - len(listed))]
-    full = tuple(name or ("unknown" if column else "background") for column, name in enumerate(filled))
+    full = filled_columns(listed, columns)
     changed = replace(meta, class_names=full, label_mode="category_id", background_column=0)
     return replace(checkpoint, meta=changed)
 

@@ -23,6 +23,9 @@ from ddetr_mm.weights.safe_read import RawFile, refuse_encrypted, short_names
 
 UseEma: TypeAlias = Literal["auto"] | bool
 
+EMA_OPTION: dict[str, UseEma] = {"auto": "auto", "true": True, "false": False}
+"""What the choices of the option ``--ema`` mean."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -154,6 +157,15 @@ def check_storage(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def is_odd(value: Tensor) -> bool:
     """Return whether :func:`check_storage` refuses a tensor."""
     return _fault(value) is not None
+
+
+def is_finite(value: Tensor) -> bool:
+    """Return whether no value of a dense tensor is NaN or infinite; whole numbers never are."""
+    if not value.is_floating_point() or value.numel() == 0:
+        return True
+    # Minimum and maximum are NaN if any value is; unlike isfinite() this allocates nothing of the tensor's
+    # size.
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(value))
 
 
 _CLAIMS = "claims more than it holds"

@@ -492,7 +492,9 @@ def _refuse_other_backbone(
 # A run resumes with weights, optimizer and schedules exactly as saved: nothing can be left out or converted.
 
 _NEEDED = ("state_dict", "optimizer", "meta")
-_COUNTS = {"epoch": 10**7, "iter": 10**12}
+MOST_EPOCHS = 10**7
+MOST_STEPS = 10**12
+_COUNTS = {"epoch": MOST_EPOCHS, "iter": MOST_STEPS}
 """Counters of a checkpoint, and the most that each may be."""
 _LIGHTNING = "optimizer_states"
 START_WITH = "start a new run from its weights with train.pretrained_model_path"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ddetr_mm.errors import Problem, WeightsError
+from ddetr_mm.files import parse_json
 from ddetr_mm.weights import formats, layouts
 from ddetr_mm.weights.checkpoint import (
     META_KEY,
@@ -46,6 +46,7 @@ from ddetr_mm.weights.entries import (
     Selection,
     check_storage,
     choose,
+    is_finite,
     is_odd,
     tensor_entries,
 )
@@ -376,7 +377,7 @@ def refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         WeightsError: names their keys.
     """
-    broken = [key for key, value in tensors.items() if value.is_floating_point() and not _is_finite(value)]
+    broken = [key for key, value in tensors.items() if not is_finite(value)]
     if broken:
         raise WeightsError(
             Problem(
@@ -416,14 +417,6 @@ def refuse_odd(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 hint="save the weights again, or use another checkpoint",
             )
         )
-
-
-def _is_finite(value: Tensor) -> bool:
-    if value.numel() == 0:
-        return True
-    # Minimum and maximum are NaN if any value is; unlike isfinite() this allocates nothing of the tensor's
-    # size.
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(value))
 
 
 def _name_as_in_file(trace: KeyTrace, found: FoundWeights) -> None:
@@ -542,8 +535,8 @@ def own_metadata(raw: RawFile) -> Mapping[str, Any]:
     text = raw.metadata.get(META_KEY)
     if text:
         try:
-            candidates.append(json.loads(text))
-        except (ValueError, RecursionError) as error:
+            candidates.append(parse_json(text))
+        except ValueError as error:
             raise WeightsError(Problem(f"has damaged metadata: {error}", file=raw.path)) from error
     return next((dict(found_meta) for found_meta in candidates if isinstance(found_meta, Mapping)), {})
 

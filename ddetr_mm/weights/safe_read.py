@@ -10,7 +10,6 @@ Every defect of a file becomes a :class:`~ddetr_mm.errors.WeightsError`.
 
 from __future__ import annotations
 
-import json
 import pickle
 import struct
 import warnings
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ddetr_mm.errors import Problem, WeightsError
+from ddetr_mm.files import parse_json
 from ddetr_mm.weights.encryption import is_encrypted, plain_file
 from ddetr_mm.weights.pickle_bounds import OutOfBounds, check_pickle
 from ddetr_mm.weights.pickle_names import PlainUnpickler, SafeGlobal, names_in_pickle, sort_names
@@ -571,8 +571,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_JSON_BYTES:
         _refuse(path, "is too large for a JSON description", "do not trust this folder")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         _refuse(path, f"is not JSON: {error}", "save the model again with save_pretrained", error)
     if not isinstance(content, dict):
         _refuse(path, "is not a JSON object", "save the model again with save_pretrained")

@@ -166,6 +166,7 @@ def test_a_data_worker_that_is_killed(own_project: Path):
             "dataset.workers=1",
             "train.num_epochs=100",
             "train.checkpoint_interval=100",
+            fork=False,
         )
     finally:
         stop.set()
@@ -184,7 +185,7 @@ def test_a_data_worker_that_is_killed(own_project: Path):
 
 
 def grandchildren(pid: int) -> list[int]:
-    """Forks whose parent's parent is ``pid``: the data workers of a command in a fork.
+    """Forks whose parent's parent is ``pid``: the data workers of a command.
 
     Programs that a command starts, such as the compiler that mmengine asks for its version, are others.
     """

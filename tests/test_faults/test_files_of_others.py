@@ -62,7 +62,7 @@ def test_with_force_it_is_replaced(name, own_project):
     path = own_project / file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("mine")
-    ended = run_here(own_project, *command, "--force")
+    ended = run_here(own_project, *command, "--force", fork=command[0] != "train")
     assert ended.status == 0, ended.message
     assert path.read_text() != "mine"
 
@@ -126,7 +126,7 @@ def test_a_rerun_into_our_own_results_needs_nothing(own_project):
         IN_THE_WAY["weights"][0],
     ):
         for _ in range(2):
-            ended = run_here(own_project, *command)
+            ended = run_here(own_project, *command, fork=command[0] != "train")
             assert ended.status == 0, ended.message
 
 
@@ -147,7 +147,7 @@ def test_foreign_temporary_files_stay(own_project):
         (folder / name).write_text("mine")
     leftover = folder / ".ddetr_mm-00112233445566aa.tmp.png"
     leftover.write_text("half a picture of a killed run")
-    assert run_here(own_project, "train", *SPEC).status == 0
+    assert run_here(own_project, "train", *SPEC, fork=False).status == 0
     assert all((folder / name).read_text() == "mine" for name in names) and not leftover.exists()
 
 
