@@ -128,9 +128,9 @@ def run_here(folder: Path, *arguments: str, timeout: float = 300.0, fork: bool =
     A fork has everything loaded already, where a new process needs seconds, and keeps what a command leaves
     in memory (loggers, registries, environment) from the next one. It cannot use CUDA where this process
     has used it: then a new process does it. So it does with ``fork=False``: whatever has threads in this
-    process, such as a writer of TensorBoard's events, has none in a fork, which may wait for them; and autograd
-    refuses a backward pass in a fork of a process that had one, so whatever trains to its end needs a process
-    of its own.
+    process, such as a writer of TensorBoard's events, has none in a fork, which may wait for them; and
+    autograd, once it has threads in this process, refuses a backward pass in a fork. So whatever trains to
+    its end needs a new process.
     """
     before, records = contents(folder), status_files(folder)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
