@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 ONE_THREAD := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
 
-.PHONY: help env demo test ops test-ops bench docs lint lock clean
+.PHONY: help env demo test test-slow ops test-ops bench docs lint lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / && $$1 != "help" { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ demo: env  ## the main job on generated data: KITTI labels to an annotated pictu
 
 test: env  ## the default test suite
 	$(ONE_THREAD) $(VENV)/bin/python $(PYTEST) $(ARGS)
+
+test-slow: env  ## the long tests: kills at random moments, searches for damaged files, full disks, long runs
+	$(ONE_THREAD) $(VENV)/bin/python $(PYTEST) -m slow $(ARGS)
 
 ops:  ## a second environment with full mmcv and its compiled ops
 	@$(CREATE) --env $(OPS_VENV)

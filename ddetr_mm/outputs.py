@@ -44,6 +44,7 @@ class _Known:
         active: whether a command runs.
         owned: folder → size of its list when it was read, and the names on it.
         roots: results folders whose list has the files of their folders too.
+        cleaned: folders without leftovers of killed runs.
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,7 @@ class _Known:
         self.active = False
         self.owned: dict[str, tuple[int, set[str]]] = {}
         self.roots: tuple[str, ...] = ()
+        self.cleaned: set[Path] = set()
 
 
 _known = _Known()
@@ -247,6 +249,8 @@ def _append(folder: str, name: str, removed: bool = False) -> None:
 def temporary_beside(path: Path, *, locked: bool = True) -> Iterator[Path]:
     """Give an empty, locked temporary file in the folder of ``path``; what is left of it is removed.
 
+    So are temporary files of killed runs, when a command writes to the folder for the first time.
+
     Args:
         path: the file that it will become. Its name may have the greatest length that is allowed.
         locked: False for writers that lock their file themselves, such as HDF5.
@@ -256,6 +260,9 @@ def temporary_beside(path: Path, *, locked: bool = True) -> Iterator[Path]:
     """
     suffix = path.suffix if len(os.fsencode(path.suffix)) <= _MAX_SUFFIX_BYTES else ""
     temporary = path.with_name(f".ddetr_mm-{secrets.token_hex(8)}.tmp{suffix}")
+    if _known.active and path.parent not in _known.cleaned:
+        remove_leftovers(path.parent)
+        _known.cleaned.add(path.parent)
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         if locked:
@@ -269,7 +276,8 @@ def temporary_beside(path: Path, *, locked: bool = True) -> Iterator[Path]:
 def remove_leftovers(folder: Path) -> list[str]:
     """Remove temporary files of runs that were killed; returns their names.
 
-    Only regular files of this user with a name as :func:`temporary_beside` gives it, that no process writes.
+    Only regular files of this user with a name as :func:`temporary_beside` gives it, that no process writes:
+    where the file system has no locks, which would show it, all stay.
     """
     removed = []
     try:
@@ -297,15 +305,13 @@ def remove_leftovers(folder: Path) -> list[str]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock a file until it is closed; returns False where another process has it."""
+    """Lock a file until it is closed; returns False where another process has it or there are no locks."""
     try:
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (ImportError, OSError):  # another process has it, or there are none on this (file) system
         return False
-    except (ImportError, OSError):  # not on this system, or not on this file system
-        return True
     return True
 
 

@@ -135,12 +135,19 @@ def test_only_what_nobody_writes_is_left_over(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / ".ddetr_mm-00000000000000aa.tmp").symlink_to("a.txt")
     (tmp_path / ".ddetr_mm-00000000000000bb.tmp").mkdir()
-    (tmp_path / ".ddetr_mm-00000000000000cc.tmp.png").touch()
     with written_whole(tmp_path / "b.txt") as living:
         living.write_text("x")
+        (tmp_path / ".ddetr_mm-00000000000000cc.tmp.png").touch()
         assert remove_leftovers(tmp_path) == [".ddetr_mm-00000000000000cc.tmp.png"]
         assert living.exists()
     assert (tmp_path / "b.txt").read_text() == "x" and {*kept} <= {*visible(tmp_path)}
+
+
+def test_the_first_write_to_a_folder_removes_what_killed_runs_left(tmp_path):
+    leftover = tmp_path / ".ddetr_mm-00000000000000cc.tmp.onnx"
+    leftover.touch()
+    write_text_whole(tmp_path / "a.txt", "x")
+    assert visible(tmp_path) == ["a.txt"] and not leftover.exists()
 
 
 HOLD = """
