@@ -119,6 +119,7 @@ def cells(info: FieldInfo, effects: dict[str, Effect]) -> tuple[str, str, str, s
     values = [f"`{default}`", info.type]
     values += [info.bounds] if info.bounds else []
     values += [", ".join(map(str, info.options))] if info.options else []
+    values += [f"searched by AutoML: {info.searched}"] if info.searched else []
     reason = reason_without_effect(info.path)
     if reason is not None:
         return f"`{info.path}`", "; ".join(values), f"no effect: {reason}", "none", link(REPORTED)

@@ -150,7 +150,7 @@ _MARGIN = 0.02
 
 
 class OutOfTimeError(Exception):
-    """The run ends since its time limit is near; it has written a checkpoint."""
+    """The run ends before its last epoch, as the spec asks for; it has written a checkpoint."""
 
 
 class TimeLimit:
@@ -299,11 +299,13 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     - Runs a validation that a killed run had not finished.
     - Where an exception ends a run of one process, writes a checkpoint, unless the weights were just being
       changed, or are not finite.
-    - Before ``max_hours`` are over, writes a checkpoint and ends as a run does that is finished.
+    - Before ``max_hours`` are over, and after ``stop_after_epoch`` epochs, writes a checkpoint and ends as a
+      run does that is finished.
 
     Args:
         *args, **kwargs: those of ``EpochBasedTrainLoop``.
         max_hours: see :class:`TimeLimit`; None for no limit.
+        stop_after_epoch: number of epochs after which this run ends, validated; None for all.
 
     Attributes:
         samples_done: samples of the current epoch that all ranks together have trained on; the current
@@ -311,8 +313,11 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         out_of_time: why the run ended before its last epoch, and how to continue; None where it did not.
     """
 
-    def __init__(self, *args: Any, max_hours: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, max_hours: float | None = None, stop_after_epoch: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.stop_after_epoch = stop_after_epoch
         self.samples_done = 0
         self.out_of_time: str | None = None
         self._limit = TimeLimit(max_hours)
@@ -374,6 +379,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             optimizer.register_step_pre_hook(self._weights_change)
         if self._missed_validation():
             self._validate()
+        self._stop_where_asked_for()
         while self._epoch < self._max_epochs and not self.stop_training:
             self.run_epoch()
             self._decide_current_val_interval()
@@ -381,6 +387,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
                 self._stop_if_time_is_over(ahead_s=self._validation_s())
                 self._validate()
             self._stop_if_asked()
+            self._stop_where_asked_for()
             if self._epoch < self._max_epochs and not self.stop_training:
                 self._stop_if_time_is_over()
         self.runner.call_hook("after_train")
@@ -465,7 +472,10 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         return (
             self.runner.val_loop is not None
             and self._epoch >= self.val_begin
-            and (self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs)
+            and (
+                self._epoch % self.val_interval == 0
+                or self._epoch in (self._max_epochs, self.stop_after_epoch)
+            )
         )
 
     def _missed_validation(self) -> bool:
@@ -530,6 +540,19 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self.out_of_time = (
             f"Stopped before ddetr_mm.max_hours={self._limit.hours:g} are over: {self._epoch} of "
             f"{self._max_epochs} epochs trained, {self._iter} steps{where}."
+        )
+        raise OutOfTimeError
+
+    def _stop_where_asked_for(self) -> None:
+        """Save and raise after the epoch that ``stop_after_epoch`` names, where more are to come."""
+        last = self.stop_after_epoch
+        if last is None or not last <= self._epoch < self._max_epochs or self.stop_training:
+            return
+        path = self._save_now(0)
+        where = f" ({path})" if path else ""
+        self.out_of_time = (
+            f"Stopped by ddetr_mm.stop_after_epoch={last}: {self._epoch} of {self._max_epochs} epochs trained, "
+            f"{self._iter} steps; to continue{where}, raise it or set it to null."
         )
         raise OutOfTimeError
 

@@ -35,6 +35,7 @@ class FieldInfo:
         doc: meaning, unit, sentinel.
         origin: the release that has the field, or ``"ours"``.
         kind: shape of the field.
+        searched: what AutoML tries of it, in words; empty: it leaves the field as it is.
     """
 
     path: str
@@ -45,6 +46,7 @@ class FieldInfo:
     doc: str
     origin: str
     kind: Kind
+    searched: str = ""
 
 
 def _iter(cls: type[Section], prefix: str) -> Iterator[FieldInfo]:
@@ -60,6 +62,7 @@ def _iter(cls: type[Section], prefix: str) -> Iterator[FieldInfo]:
                 doc=one.doc,
                 origin=one.origin,
                 kind=one.kind,
+                searched=one.searched.words() if one.searched is not None else "",
             )
         if one.kind is Kind.SECTION:
             yield from _iter(one.base, path + ".")
@@ -137,6 +140,8 @@ def describe(one: SchemaField, path: str, root: type[Section]) -> str:
         parts.append("One of: " + ", ".join(map(str, one.options)) + ".")
     if one.form:
         parts.append(f"Form: {one.form}.")
+    if one.searched is not None:
+        parts.append(f"AutoML searches it: {one.searched.words()}.")
     needed = requirements_of(path, root)
     if needed:
         parts.append("Mandatory for " + ", ".join(map(_needed, needed)) + ".")

@@ -43,6 +43,41 @@ NonNegativeInt = Annotated[Int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
+class Searched:
+    """The values of a field that AutoML tries by default, as TAO's schema marks them.
+
+    Attributes:
+        low: the smallest; with ``open_low`` the bound that values stay above.
+        high: the largest; infinite where there is none.
+        open_low: whether ``low`` itself is left out.
+        start: the smallest value that is drawn where ``open_low``.
+        log: whether values are drawn evenly over the orders of magnitude.
+        at_most: a field whose value this one must not exceed.
+        more_than: a field whose value this one must exceed.
+        is_neutral: the field cannot change what a run learns, and is not searched unless it is asked for.
+    """
+
+    low: float
+    high: float
+    open_low: bool = False
+    start: float = 0.0
+    log: bool = False
+    at_most: str | None = None
+    more_than: str | None = None
+    is_neutral: bool = False
+
+    def words(self) -> str:
+        """The values in words, for comments and tables."""
+        parts = [f"{'more than' if self.open_low else 'at least'} {self.low:g}"]
+        parts += [f"at most {self.high:g}"] if self.high != float("inf") else []
+        parts += [f"at most {self.at_most}"] if self.at_most else []
+        parts += [f"more than {self.more_than}"] if self.more_than else []
+        parts += ["in log space"] if self.log else []
+        parts += ["only where asked for: it cannot change the result"] if self.is_neutral else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
 class Form:
     """What a pattern means, in words; comes after the pattern in an annotation."""
 
@@ -65,6 +100,7 @@ def spec_field(
     single: bool = False,
     secret: bool = False,
     filled: bool = False,
+    searched: Searched | None = None,
     **bounds: Any,
 ) -> Any:
     """Declare a field of a section.
@@ -78,6 +114,7 @@ def spec_field(
         single: one item is accepted where a list of them is expected.
         secret: the value never appears in messages or written files.
         filled: an empty list counts as not given.
+        searched: what AutoML tries by default; None: it leaves the field as it is.
         **bounds: ``ge``, ``gt``, ``le`` or ``lt``, as in pydantic.
 
     Returns:
@@ -86,6 +123,8 @@ def spec_field(
     extra: dict[str, Any] = dict(
         origin=origin, alias=alias, placeholder=placeholder, single=single, secret=secret, filled=filled
     )
+    if searched is not None:
+        extra["searched"] = searched
     return Field(
         default,
         description=" ".join(doc.split()),
@@ -143,6 +182,7 @@ class SchemaField:
         single: one item is accepted where a list of them is expected.
         secret: the value never appears in messages or written files.
         filled: an empty list counts as not given.
+        searched: what AutoML tries by default.
     """
 
     name: str
@@ -164,6 +204,7 @@ class SchemaField:
     single: bool = False
     secret: bool = False
     filled: bool = False
+    searched: Searched | None = None
 
     @property
     def is_plain_section(self) -> bool:

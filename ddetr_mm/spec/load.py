@@ -46,12 +46,14 @@ from ddetr_mm.spec.interpolation import (
 from ddetr_mm.spec.notes import agree_on_gpus, drop_overruled_gpus, notes_of_doubt, notes_without_effect
 from ddetr_mm.spec.overrides import apply_overrides
 from ddetr_mm.spec.readers import Reader, reader_of
-from ddetr_mm.spec.releases import newer_default, suggest_key
+from ddetr_mm.spec.releases import OPTIONS_OF_TAO, newer_default, suggest_key
 from ddetr_mm.spec.rules import drop_blank_sources, incomplete_sources, missing_fields, violations
 from ddetr_mm.spec.schema import SUBTASKS, ConvertSpec, ExperimentSpec, Spec, root_of
 from ddetr_mm.spec.yaml_source import Branch, Leaf, Listing, Tree, parse_yaml, read_text
 
-SECRET = ("encryption_key",)
+SECRETS = (("encryption_key",), ("ddetr_mm", "automl", "storage"))
+"""Values that are never shown."""
+
 MAX_PROBLEMS = 100
 MAX_HINTS = 50
 
@@ -228,7 +230,7 @@ class _Report:
         if self.has_problem(name):
             return
         self.faulty.add(name)
-        if name == "encryption_key":
+        if tuple(name.split(".")) in SECRETS:
             more.pop("value", None)
         place = f"{name}, {where}" if where else self._place(name)
         problem = Problem(what, file=self.file, where=place, **more)
@@ -538,11 +540,12 @@ def _resolve(
         keys = keys_of(path)
         try:
             result = resolver.value(keys)
-            if SECRET in {used[:1] for used in resolver.uses[keys] - {keys}}:
-                raise Unresolvable("refers to encryption_key, which would show it")
+            for secret in SECRETS:
+                if secret in resolver.uses[keys] - {keys}:
+                    raise Unresolvable(f"refers to {'.'.join(secret)}, which would show it")
         except Unresolvable as error:
-            secret = keys[:1] == SECRET  # its text may be part of the key
-            what = "holds ${…} that cannot be resolved" if secret else str(error)
+            is_secret = keys in SECRETS  # its text may be part of the secret
+            what = "holds ${…} that cannot be resolved" if is_secret else str(error)
             report.add(path, what, value=resolver.raw_value(keys), allowed=FORMS)
             _remove(values, path, root)
             continue
@@ -666,6 +669,7 @@ def _report_value(
     elif kind == "literal_error" and isinstance(value, (str, int, float)):
         close = nearest(str(value), one.options or ()) if len(report.problems) < MAX_HINTS else None
         hint = f"did you mean {close}?" if close else None
+        hint = OPTIONS_OF_TAO.get(dotted(path), {}).get(str(value).lower(), hint)
         report.add(path, "is not an option", value=value, allowed=one.options, hint=hint)
     elif referred:
         allowed = one.value_words() if isinstance(path[-1], int) else one.words()

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import StrictBool
 
-from ddetr_mm.spec.fields import OURS, NonNegativeInt, PositiveInt, Section, section, spec_field
+from ddetr_mm.spec.fields import OURS, Int, NonNegativeInt, PositiveInt, Section, section, spec_field
 
 
 class EarlyStoppingConfig(Section):
@@ -29,6 +29,102 @@ class EarlyStoppingConfig(Section):
     )
     min_delta: float = spec_field(
         0.001, origin=OURS, gt=0.0, doc="The smallest change of the metric that counts as improvement."
+    )
+
+
+class AutomlParameter(Section):
+    """A field that AutoML searches besides TAO's sixteen, searches otherwise, or leaves as it is."""
+
+    field: str = spec_field(
+        "", origin=OURS, doc="Dotted path of a field that train reads and that has a single value."
+    )
+    search: StrictBool = spec_field(
+        True, origin=OURS, doc="Whether the field is searched; false: it stays as the spec has it."
+    )
+    range: list[float] | None = spec_field(
+        None,
+        origin=OURS,
+        filled=True,
+        doc="""Smallest and largest value, within the field's bounds. null: the field's own for AutoML, or its
+        bounds.""",
+    )
+    choices: list[str] | None = spec_field(
+        None,
+        origin=OURS,
+        filled=True,
+        doc="The only values that are tried, in place of a range. null: all options of a field that has some.",
+    )
+    log: StrictBool | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Whether values are drawn evenly over the orders of magnitude. null: as for the field otherwise,
+        that is true for learning rates and weight decay.""",
+    )
+
+
+class AutomlConfig(Section):
+    """The search for better values of a spec's fields by ``ddetr-mm automl``."""
+
+    algorithm: Literal["bayesian", "hyperband", "bohb", "asha", "random", "grid"] = spec_field(
+        "bayesian",
+        origin=OURS,
+        doc="""How values are chosen. bayesian: by the trials so far (TPE); hyperband: at random, and trials
+        that fall behind end early (Hyperband); bohb: both; asha: as hyperband, with successive halving alone;
+        random: at random; grid: all combinations of choices.""",
+    )
+    max_trials: PositiveInt = spec_field(20, origin=OURS, doc="Number of trials, failed ones included.")
+    max_epochs: PositiveInt = spec_field(
+        27, origin=OURS, doc="Epochs of a trial; takes the place of train.num_epochs."
+    )
+    reduction_factor: Int = spec_field(
+        3,
+        origin=OURS,
+        ge=2,
+        doc="""With hyperband, bohb and asha: trials are compared after 1 epoch, and each time that their number
+        of epochs has grown by this factor; about one in as many goes on.""",
+    )
+    metric: str = spec_field(
+        "val_mAP50",
+        origin=OURS,
+        doc="""What is optimized, a name of status.json: val_mAP, val_mAP50, val_loss, its parts, train_loss. A
+        trial counts with its best validation.""",
+    )
+    direction: Literal["maximize", "minimize"] | None = spec_field(
+        None,
+        origin=OURS,
+        doc="Whether a large or a small value is better; null: minimize for losses, else maximize.",
+    )
+    timeout_hours: float | None = spec_field(
+        None,
+        origin=OURS,
+        gt=0.0,
+        doc="""Hours after which the command ends. Running trials stop with a checkpoint, and the same command
+        continues them. null: no limit.""",
+    )
+    concurrent: PositiveInt = spec_field(
+        1,
+        origin=OURS,
+        doc="""Trials that run at once on this machine. The GPUs of train.gpu_ids are divided among them.""",
+    )
+    keep_checkpoints: StrictBool = spec_field(
+        False,
+        origin=OURS,
+        doc="Keep the checkpoints of all trials; false: those of the best one alone.",
+    )
+    storage: str | None = spec_field(
+        None,
+        origin=OURS,
+        secret=True,
+        doc="""Where the study is kept: an Optuna storage URL, such as postgresql+psycopg://user@host/name, which
+        several machines may share. null: study.db in results_dir/automl. A password in it is never written.""",
+    )
+    default_parameters: StrictBool = spec_field(
+        True,
+        origin=OURS,
+        doc="Search the fields that TAO marks for AutoML; false: those listed in parameters alone.",
+    )
+    parameters: list[AutomlParameter] = spec_field(
+        [], origin=OURS, doc="Fields to search besides, to search otherwise, or to leave as they are."
     )
 
 
@@ -147,6 +243,13 @@ class OwnSection(Section):
         doc="""Hours after which a scheduler would end the process. Training ends before, with a checkpoint
         and exit status 0, and the same command continues it. null: no limit.""",
     )
+    stop_after_epoch: PositiveInt | None = spec_field(
+        None,
+        origin=OURS,
+        doc="""Number of epochs after which training ends, validated and with a checkpoint, though
+        train.num_epochs is larger; the same command with a larger number, or null, continues it. The schedule
+        is that of all epochs.""",
+    )
     ema: StrictBool = spec_field(
         False,
         origin=OURS,
@@ -237,6 +340,7 @@ class OwnSection(Section):
         changed. from_checkpoint: those it was started with, as in TAO; from_spec: the spec's, at the resumed
         epoch. The log has a line for each that differs.""",
     )
+    automl: AutomlConfig = section(AutomlConfig, origin=OURS)
     export_fp16: StrictBool = spec_field(
         False,
         origin=OURS,

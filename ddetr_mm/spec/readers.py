@@ -20,6 +20,9 @@ RUN = (*TRAIN, *PREDICT)
 NETWORK = (*RUN, "export")
 ALL = (*NETWORK, "gen_trt_engine")
 
+AUTOML = ("automl",)
+"""Starts training runs, so that it reads what train reads, too."""
+
 ENGINE_SUFFIXES = (".engine", ".trt", ".plan")
 EXPORTED_SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
 """Endings of exported graphs, which evaluate and inference take in a checkpoint's place."""
@@ -86,6 +89,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "ddetr_mm.compile_mode": RUN,
     "ddetr_mm.predict_precision": RUN,
     "ddetr_mm.export_fp16": ("export",),
+    "ddetr_mm.automl": AUTOML,
 }
 """Dotted path of a field or section of an experiment → the subtasks that read it; of several rows for a
 field the one with the longest path counts. :data:`~ddetr_mm.spec.notes.NO_EFFECT` lists what none reads."""
@@ -138,7 +142,7 @@ def readers_of(path: str) -> tuple[str, ...]:
     """
     found: set[str] = set(_row(path))
     found.update(*(READ_BY[one] for one in READ_BY if one.startswith(f"{path}.")))
-    return tuple(subtask for subtask in ALL if subtask in found)
+    return tuple(subtask for subtask in (*ALL, *AUTOML) if subtask in found)
 
 
 def _row(path: str) -> tuple[str, ...]:
@@ -176,7 +180,8 @@ class Reader:
             return True
         if self.exported and _is_of_network(_ITEM.sub("", path)):
             return False
-        return self.subtask in readers_of(path)
+        readers = readers_of(path)
+        return self.subtask in readers or (self.subtask in AUTOML and TRAIN[0] in readers)
 
 
 def reader_of(spec: object, subtask: str | None, *, must_be_given: bool = False) -> Reader:

@@ -140,6 +140,20 @@ NEWER: dict[str, Any] = {
 """Key of a newer TAO, or of another of its networks → its default, at which it changes nothing."""
 
 
+_ASKS_A_MODEL = "it asks a language model in TAO; the nearest here is bayesian"
+
+OPTIONS_OF_TAO: dict[str, dict[str, str]] = {
+    "ddetr_mm.automl.algorithm": {
+        "bfbo": "the nearest is bayesian",
+        "dehb": "the nearest is bohb",
+        "hyperband_es": "the nearest is hyperband",
+        "pbt": "the nearest is asha",
+        **dict.fromkeys(("llm", "hybrid", "autoresearch"), _ASKS_A_MODEL),
+    },
+}
+"""Field → options that TAO's has besides, in lower case, and the hint for each."""
+
+
 def newer_default(root: type[Section], path: str, tree: Tree) -> bool:
     """Whether a key is one of a newer TAO, and a spec gives its default.
 

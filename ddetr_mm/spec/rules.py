@@ -561,6 +561,8 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     Requirement("convert", "label_dir_name"),
     Requirement("train", "dataset.train_data_sources", hint=_SOURCES),
     Requirement("train", "dataset.val_data_sources", hint=_SOURCES),
+    Requirement("automl", "dataset.train_data_sources", hint=_SOURCES),
+    Requirement("automl", "dataset.val_data_sources", hint=_SOURCES),
     Requirement("evaluate", "evaluate.checkpoint", unless="evaluate.trt_engine"),
     Requirement("evaluate", "dataset.test_data_sources", hint=_ONE_SOURCE),
     Requirement("inference", "inference.checkpoint", unless="inference.trt_engine"),

@@ -19,6 +19,7 @@ from ddetr_mm.spec.fields import (
     Int,
     NonNegativeInt,
     PositiveInt,
+    Searched,
     Section,
     section,
     spec_field,
@@ -40,6 +41,7 @@ LayerPrecision = Annotated[
     Field(pattern=r"^(?i:.+:(fp32|fp16|int8))$"),
     Form("layer:precision, as in name:fp32 or *:fp16"),
 ]
+_INFINITE = float("inf")
 QuantizeDevice = Annotated[
     str, Field(pattern=r"^(cuda|cpu|trt|cuda:[0-9]+)$"), Form("cuda, cpu, trt or cuda:N")
 ]
@@ -97,7 +99,9 @@ class ModelConfig(Section):
     dld_model_dir_path: str | None = spec_field(None, doc="Folder of a model store internal to NVIDIA.")
     backbone: Backbone = spec_field("resnet_50", doc="The feature extractor.")
     num_queries: PositiveInt = spec_field(
-        300, doc="Number of object queries: the most boxes one image can yield per class column."
+        300,
+        searched=Searched(100, 900),
+        doc="Number of object queries: the most boxes one image can yield per class column.",
     )
     num_feature_levels: Int = spec_field(
         4, ge=1, le=5, doc="Number of feature maps; must equal the length of return_interm_indices."
@@ -116,6 +120,7 @@ class ModelConfig(Section):
     )
     num_select: PositiveInt = spec_field(
         100,
+        searched=Searched(1, 1000, at_most="model.num_queries"),
         doc="""Number of predictions kept per image: the best of num_queries x num_classes scores, so at
         most that product.""",
     )
@@ -139,8 +144,8 @@ class ModelConfig(Section):
         doc="""Width of the transformer; a multiple of 32 (group normalisation in 32 groups) and of
         nheads.""",
     )
-    enc_layers: PositiveInt = spec_field(6, doc="Number of encoder layers.")
-    dec_layers: PositiveInt = spec_field(6, doc="Number of decoder layers.")
+    enc_layers: PositiveInt = spec_field(6, searched=Searched(1, 12), doc="Number of encoder layers.")
+    dec_layers: PositiveInt = spec_field(6, searched=Searched(1, 12), doc="Number of decoder layers.")
     dim_feedforward: PositiveInt = spec_field(
         1024, doc="Width of the feed-forward networks in the transformer."
     )
@@ -231,12 +236,18 @@ class AugmentationConfig(Section):
         doc="Lengths of the short side drawn from before the random crop.",
     )
     horizontal_flip_prob: float = spec_field(
-        0.5, ge=0.0, le=1.0, doc="Probability of mirroring a training image."
+        0.5, ge=0.0, le=1.0, searched=Searched(0.0, 1.0), doc="Probability of mirroring a training image."
     )
     train_random_crop_min: PositiveInt = spec_field(
-        384, doc="Smallest side of the random crop, at most train_random_crop_max."
+        384,
+        searched=Searched(32, _INFINITE),
+        doc="Smallest side of the random crop, at most train_random_crop_max.",
     )
-    train_random_crop_max: PositiveInt = spec_field(600, doc="Largest side of the random crop.")
+    train_random_crop_max: PositiveInt = spec_field(
+        600,
+        searched=Searched(32, 1333, more_than="dataset.augmentation.train_random_crop_min"),
+        doc="Largest side of the random crop.",
+    )
     random_resize_max_size: PositiveInt = spec_field(
         1333, doc="Longest side an image may have after resizing, in training and testing."
     )
@@ -285,10 +296,14 @@ class DatasetConfig(Section):
         None, doc="The data for calibrating a quantized model."
     )
     batch_size: PositiveInt = spec_field(
-        4, doc="Images per GPU and step, in training, validation, evaluation and inference."
+        4,
+        searched=Searched(1, _INFINITE),
+        doc="Images per GPU and step, in training, validation, evaluation and inference.",
     )
     workers: NonNegativeInt = spec_field(
-        8, doc="Processes per GPU that load images; 0: the main process loads them itself."
+        8,
+        searched=Searched(1, _INFINITE, is_neutral=True),
+        doc="Processes per GPU that load images; 0: the main process loads them itself.",
     )
     pin_memory: StrictBool = spec_field(True, doc="Copy batches to page-locked memory before the GPU.")
     dataset_type: Literal["serialized", "default"] = spec_field(
@@ -329,18 +344,32 @@ class OptimConfig(Section):
         too.""",
     )
     lr: float = spec_field(
-        2e-4, gt=0.0, doc="Initial learning rate of everything outside the two groups below."
+        2e-4,
+        gt=0.0,
+        searched=Searched(0.0, 0.01, open_low=True, start=1e-6, log=True),
+        doc="Initial learning rate of everything outside the two groups below.",
     )
     lr_backbone: float = spec_field(
-        2e-5, ge=0.0, doc="Initial learning rate of the backbone; 0 leaves its weights as they are."
+        2e-5,
+        ge=0.0,
+        searched=Searched(0.0, 0.001, open_low=True, start=1e-7, log=True),
+        doc="Initial learning rate of the backbone; 0 leaves its weights as they are.",
     )
     lr_linear_proj_mult: float = spec_field(
         0.1,
         ge=0.0,
+        searched=Searched(0.0, 1.0, open_low=True, start=1e-3, log=True),
         doc="""Factor on lr for reference points and sampling offsets; 0 leaves them as they are.""",
     )
-    momentum: float = spec_field(0.9, ge=0.0, doc="Momentum of SGD.")
-    weight_decay: float = spec_field(1e-4, ge=0.0, doc="Weight decay; 0: none.")
+    momentum: float = spec_field(
+        0.9, ge=0.0, searched=Searched(0.0, 1.0, open_low=True, start=0.01), doc="Momentum of SGD."
+    )
+    weight_decay: float = spec_field(
+        1e-4,
+        ge=0.0,
+        searched=Searched(0.0, 0.1, open_low=True, start=1e-6, log=True),
+        doc="Weight decay; 0: none.",
+    )
     lr_scheduler: Literal["MultiStep", "StepLR"] = spec_field(
         "MultiStep",
         doc="When the rates decay. MultiStep: at lr_steps; StepLR: every lr_step_size epochs.",
@@ -348,8 +377,15 @@ class OptimConfig(Section):
     lr_steps: list[PositiveInt] = spec_field(
         [40], doc="Epochs, ascending, at which MultiStep multiplies the rates by lr_decay."
     )
-    lr_step_size: PositiveInt = spec_field(40, doc="Number of epochs between two decays of StepLR.")
-    lr_decay: float = spec_field(0.1, gt=0.0, doc="Factor by which the learning rates are multiplied.")
+    lr_step_size: PositiveInt = spec_field(
+        40, searched=Searched(1, 10000), doc="Number of epochs between two decays of StepLR."
+    )
+    lr_decay: float = spec_field(
+        0.1,
+        gt=0.0,
+        searched=Searched(0.0, 1.0, open_low=True, start=0.01),
+        doc="Factor by which the learning rates are multiplied.",
+    )
 
 
 class CheckpointerConfig(Section):

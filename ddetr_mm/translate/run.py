@@ -144,6 +144,8 @@ def train_loop(spec: ExperimentSpec) -> dict[str, Any]:
     )
     if spec.ddetr_mm.max_hours is not None and not dry:
         loop["max_hours"] = spec.ddetr_mm.max_hours
+    if spec.ddetr_mm.stop_after_epoch is not None and not dry:
+        loop["stop_after_epoch"] = spec.ddetr_mm.stop_after_epoch
     return loop
 
 

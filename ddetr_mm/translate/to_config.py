@@ -199,7 +199,10 @@ def _add_train(
     draft.add(
         "train_cfg",
         run.train_loop(spec),
-        ("train.num_epochs", "train.validation_interval", "train.is_dry_run", "ddetr_mm.max_hours"),
+        (
+            *("train.num_epochs", "train.validation_interval", "train.is_dry_run"),
+            *("ddetr_mm.max_hours", "ddetr_mm.stop_after_epoch"),
+        ),
     )
     draft.add("val_cfg", dict(type="ValLoop"))
     draft.add("test_cfg", dict(type="TestLoop"))

@@ -272,6 +272,34 @@ def test_a_run_ends_before_its_time_limit(make_runner, tmp_path, monkeypatch, co
     assert_same_end(end_of(tmp_path / "a"), end_of(tmp_path / "b"))
 
 
+@pytest.mark.parametrize("val_interval", [1, 3])
+def test_a_run_stops_after_the_epoch_that_is_asked_for(make_runner, tmp_path, val_interval):
+    straight, seen, logged = {}, {}, []
+    options = {"elastic": True, "validate": True, "epochs": 3}
+    whole = {"type": "ResumableTrainLoop", "max_epochs": 3, "val_interval": val_interval}
+    hooks = [TAOCheckpointHook(), Seen(straight)]
+    make_runner(hooks, tmp_path / "a", **{**options, "train_cfg": whole}).train()
+    for stop in (1, 2):
+        # The second start resumes; a third with the same number would have nothing to do.
+        again = resumed(tmp_path, options) | {"resume": True} if stop == 2 else options
+        loop = {**whole, "stop_after_epoch": stop}
+        hooks = [TAOCheckpointHook(), StatusHook(), Seen(seen)]
+        runner = make_runner(hooks, tmp_path / "b", **{**again, "train_cfg": loop})
+        runner.logger.info = logged.append
+        runner.train()
+        assert runner.epoch == stop and runner.val_evaluator.metrics[0].calls == 1
+        path = (tmp_path / "b" / f"model_epoch_00{stop - 1}.pth").resolve()
+        assert find_latest_checkpoint(tmp_path / "b") == path
+        text = f"Stopped by ddetr_mm.stop_after_epoch={stop}: {stop} of 3 epochs trained"
+        assert text in (tmp_path / "b" / "status.json").read_text()
+        assert runner.train_loop.out_of_time.startswith(text) and runner.train_loop.out_of_time in logged
+    options = resumed(tmp_path, options)
+    hooks = [TAOCheckpointHook(), Seen(seen)]
+    make_runner(hooks, tmp_path / "b", resume=True, **{**options, "train_cfg": whole}).train()
+    assert seen == straight  # no step is repeated, with the rates that it has in one run
+    assert_same_end(end_of(tmp_path / "a"), end_of(tmp_path / "b"))
+
+
 def test_other_samplers_begin_the_epoch_anew_and_say_so(make_runner, tmp_path, caplog):
     loop = {"type": "ResumableTrainLoop", "max_epochs": 1}
     with pytest.raises(Killed):

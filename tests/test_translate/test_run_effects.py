@@ -362,6 +362,20 @@ def test_a_time_limit_ends_a_run_in_good_order(train, tiny_config):
     assert {"model_epoch_000.pth", "model_epoch_001.pth"} < set(checkpoints(folder))
 
 
+def test_a_run_stops_after_an_epoch_with_the_schedule_of_all(train, tiny_config):
+    assert "stop_after_epoch" not in tiny_config().train_cfg
+    cut, whole = tiny_config("ddetr_mm.stop_after_epoch=1"), tiny_config()
+    assert cut.train_cfg == {**whole.train_cfg, "stop_after_epoch": 1}
+    assert cut.param_scheduler == whole.param_scheduler
+    folder = train("train.num_epochs=2", "ddetr_mm.stop_after_epoch=1")
+    assert checkpoints(folder) == ["model_epoch_000.pth"]
+    messages = [json.loads(line)["message"] for line in (folder / "status.json").read_text().splitlines()]
+    assert messages[-2].startswith("Stopped by ddetr_mm.stop_after_epoch=1: 1 of 2 epochs trained")
+    assert messages[-1] == "Train finished successfully."
+    train("train.num_epochs=2")
+    assert checkpoints(folder) == ["model_epoch_000.pth", "model_epoch_001.pth"]
+
+
 def test_best_checkpoints_and_averaged_weights(train, tmp_path: Path):
     from ddetr_mm.weights.entries import Selection
     from ddetr_mm.weights.load import load_for_model
