@@ -1,4 +1,4 @@
-"""Atomic writes, file names with fields, output in any encoding, cores of a process, garbage collection."""
+"""Atomic writes, disk space, JSON, output in any encoding, processes, names with fields."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import string
@@ -66,6 +67,38 @@ def write_text_whole(path: str | Path, text: str) -> Path:
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+# --- Disk space ---
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above (or at) ``path`` that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes for a reader, e.g. ``"1.4 GiB"``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def free_space_text(path: str | Path, wanted: int | None = None) -> str:
+    """Return how much is free where a file was to be written, in brackets; empty where it cannot be found.
+
+    Args:
+        path: the file.
+        wanted: bytes that it takes, where that is known.
+    """
+    try:
+        folder = existing_parent(Path(path).parent)
+        free = size_text(shutil.disk_usage(folder).free)
+    except (OSError, StopIteration):
+        return ""
+    return f" ({'' if wanted is None else f'{size_text(wanted)} wanted, '}{free} free in {folder})"
 
 
 # --- JSON of others ---

@@ -16,6 +16,7 @@ from ddetr_mm.spec.rules import REQUIREMENTS
 
 def test_signals_interrupt_every_command(monkeypatch, capsys, ctrl_c):
     before = signal.getsignal(signal.SIGTERM)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     for number, said in (
         (signal.SIGTERM, "interrupted by SIGTERM"),
         (signal.SIGHUP, "interrupted by SIGHUP"),
@@ -26,6 +27,7 @@ def test_signals_interrupt_every_command(monkeypatch, capsys, ctrl_c):
         assert main(["spec", "train"]) == INTERRUPTED == 130
         assert said in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def test_a_signal_that_is_ignored_stays_so(monkeypatch, capsys):

@@ -689,6 +689,8 @@ def _repaired_columns(content: bytes | memoryview, path: Path, with_masks: bool)
         loose = _decode(content, type=_LooseDocument)
     except msgspec.ValidationError as error:
         raise DataError(_validation_problem(content, path, str(error))) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # behind the value of a wrong type
+        raise DataError(_syntax_problem(content, path, str(error))) from None
     if loose.categories is None and loose.annotations:
         what = "is not a COCO annotation file: object missing required field 'categories'"
         raise DataError(Problem(what, path, hint="give a COCO JSON object"))

@@ -232,7 +232,7 @@ def _decoded_size(path: str) -> ImageSize:
             image.load()  # also turns a TIFF, whose orientation is gone afterwards
             size = _turned(image.width, image.height, image.getexif().get(_EXIF_ORIENTATION))
     except Exception as error:  # Pillow's plugins raise many kinds on damaged files
-        reason = str(error).replace(repr(path), "file").replace(path, "file") or type(error).__name__
+        reason = str(error).replace(f" {path!r}", "").replace(path, "file") or type(error).__name__
         truncated = any(
             word in reason.lower() for word in ("truncated", "too small", "premature", "end of file")
         )

@@ -12,7 +12,7 @@ import random
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 from ddetr_mm.classes import BY_NAME_HINT, compare_columns, list_columns, named_columns, some_of
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.errors import InputError, Problem, WeightsError
-from ddetr_mm.files import write_text_whole, written_whole
+from ddetr_mm.files import free_space_text, write_text_whole, written_whole
 from ddetr_mm.outputs import remove_leftovers, remove_ours, require_free
 from ddetr_mm.weights.encryption import (
     encrypt_file,
@@ -345,8 +345,12 @@ def checkpoint_written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def full_disk_as_error(path: Path) -> Iterator[None]:
+def full_disk_as_error(path: Path, num_bytes: Callable[[], int] | None = None) -> Iterator[None]:
     """Turn a full disk while ``path`` is written into one message that names the last good checkpoint.
+
+    Args:
+        path: the checkpoint.
+        num_bytes: counts the bytes that it takes.
 
     Raises:
         InputError: the disk or the user's quota is full.
@@ -360,7 +364,8 @@ def full_disk_as_error(path: Path) -> Iterator[None]:
         kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise InputError(
             Problem(
-                "no space left on the disk to write the checkpoint",
+                "no space left on the disk to write the checkpoint"
+                + free_space_text(path, num_bytes() if num_bytes is not None else None),
                 file=path,
                 hint=f"free some space and start the same command again; {kept}",
             )
@@ -642,13 +647,24 @@ class TAOCheckpointHook(Hook):
         self._rng_states = all_gather_object(self._torch_rng_to_restore or capture_rng_state())
         try:
             if is_first_rank():
-                with full_disk_as_error(path), checkpoint_written_whole(path) as temporary:
+                with (
+                    full_disk_as_error(path, lambda: self._num_bytes(runner)),
+                    checkpoint_written_whole(path) as temporary,
+                ):
                     self._write(runner, temporary, meta)
                 runner.logger.info(f"Saved checkpoint {path.name}.")
             else:
                 self._call_runner(runner, path, meta)
         finally:
             self._rng_states = []
+
+    def _num_bytes(self, runner: Any) -> int:
+        """Return the bytes of the tensors of one file, of this rank where the ranks share them."""
+        tensors = [*runner.model.parameters(), *runner.model.buffers()]
+        if self.save_optimizer:
+            states = runner.optim_wrapper.optimizer.state.values()
+            tensors += [value for state in states for value in state.values() if torch.is_tensor(value)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def _write(self, runner: Any, path: Path, meta: dict[str, Any]) -> None:
         """Write one file, encrypted if the process has a key."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ddetr_mm.files import existing_parent, size_text
 from ddetr_mm.preflight.report import Finding, Section, fault, note
 
 GIB = 1 << 30
@@ -70,11 +71,6 @@ class MemoryNeed:
     def at(self, batch_size: int) -> int:
         """Bytes in all with another batch size."""
         return self.size.fixed + self.per_image * batch_size
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above (or at) ``path`` that exists."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
 
 
 def num_checkpoints(num_epochs: int, interval: int, unit: str, steps_an_epoch: int) -> int:
@@ -252,15 +248,6 @@ def _meminfo_available() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):  # no Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def size_text(num_bytes: float) -> str:
-    """Bytes for a reader, e.g. ``"1.4 GiB"``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
 
 
 # --- Shared memory of data workers ---

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from ddetr_mm.engine.distributed import (
 )
 from ddetr_mm.engine.status import FAILURE, StatusLog, failure_message
 from ddetr_mm.errors import DataError, InputError, Problem, RankFailure, RunError, WeightsError, printable
-from ddetr_mm.files import write_text_whole
+from ddetr_mm.files import free_space_text, size_text, write_text_whole
 from ddetr_mm.outputs import only_writer, protected_inputs, remove_leftovers, require_free, results_root
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, LoadedSpec, spec_to_yaml, task_results_dir
 
@@ -90,17 +89,6 @@ def machine_error(error: BaseException) -> InputError | None:
     return None
 
 
-def free_space_text(path: str) -> str:
-    """Return how much is free where a file was to be written, in brackets; empty where it cannot be found."""
-    from ddetr_mm.preflight.resources import existing_parent, size_text
-
-    try:
-        folder = existing_parent(Path(path).parent)
-        return f" ({size_text(shutil.disk_usage(folder).free)} free in {folder})"
-    except (OSError, StopIteration):
-        return ""
-
-
 _LESS_MEMORY = (
     "lower dataset.batch_size or the image sizes of dataset.augmentation, set "
     "train.activation_checkpoint=true, or use fewer workers: dataset.workers"
@@ -110,7 +98,7 @@ _LESS_MEMORY = (
 def _late_batch(text: str) -> Problem:
     """The message for a batch that did not come in time; ``text`` is torch's, with the seconds."""
     from ddetr_mm.datasets.worker_state import files_being_read
-    from ddetr_mm.preflight.resources import shared_memory_free, size_text
+    from ddetr_mm.preflight.resources import shared_memory_free
 
     seconds = "".join(filter(str.isdigit, text)) or "?"
     read = ", ".join(f"{path} (process {process})" for process, path in files_being_read().items())

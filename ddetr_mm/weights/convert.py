@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from torch import Tensor
 
 import ddetr_mm
 from ddetr_mm.errors import Problem, WeightsError
-from ddetr_mm.files import write_text_whole, written_whole
+from ddetr_mm.files import free_space_text, write_text_whole, written_whole
 from ddetr_mm.weights.checkpoint import (
     FORMATS,
     META_KEY,
@@ -373,13 +372,9 @@ def write_checkpoint(
                 torch.save(_container(format_name, tensors, meta, plain), temporary)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch's own writer reports a full disk as a RuntimeError.
-        wanted = sum(value.nbytes for value in tensors.values()) / 2**20
-        free = shutil.disk_usage(path.absolute().parent).free / 2**20
-        hint = (
-            f"it takes {wanted:,.1f} MiB, and {free:,.1f} MiB are free in {path.absolute().parent}; "
-            "check that you may write there"
-        )
-        raise WeightsError(Problem(f"cannot be written: {error}", file=path, hint=hint)) from error
+        space = free_space_text(path.absolute(), sum(value.nbytes for value in tensors.values()))
+        hint = "free some space, or check that you may write there"
+        raise WeightsError(Problem(f"cannot be written: {error}{space}", file=path, hint=hint)) from error
 
 
 def _container(

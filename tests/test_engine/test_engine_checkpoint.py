@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -487,12 +488,13 @@ def test_full_disk_names_the_last_good_checkpoint(tmp_path):
     wanted = tmp_path / "model_epoch_001.pth"
     with (
         pytest.raises(InputError) as caught,
-        full_disk_as_error(wanted),
+        full_disk_as_error(wanted, lambda: 3 << 20),
         checkpoint_written_whole(wanted) as path,
     ):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert str(wanted) in str(caught.value)
+    assert re.search(rf"3\.0 MiB wanted, [0-9.]+ \w+ free in {tmp_path}", str(caught.value))
     assert f"last good checkpoint is {good.resolve()}" in str(caught.value)
     assert visible(tmp_path) == [LATEST_NAME, good.name]
 

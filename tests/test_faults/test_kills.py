@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: no half file under a final name, and the same command again gives the whole result."""
+"""SIGKILL at any moment: no half file under a final name; the same command again gives the whole result."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COMMANDS = {
 OF_A_MOMENT = re.compile(
     r"events\.out|/\d{8}_\d{6}/|status\.json$|\.ddetr_mm_|parity\.json$|\.html$|\.safetensors$"
 )
-"""Files that hold times or names of processes, or entries in any order: whole, but of other bytes each time."""
+"""Files that hold times or processes, or entries in any order: whole, but of other bytes each time."""
 
 
 def is_png(path: Path) -> None:

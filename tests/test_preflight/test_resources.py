@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ddetr_mm.files import size_text
 from ddetr_mm.preflight.annotations import largest_padded_hw
 from ddetr_mm.preflight.resources import (
     GIB,
@@ -14,7 +15,6 @@ from ddetr_mm.preflight.resources import (
     check_disk,
     check_memory,
     num_checkpoints,
-    size_text,
 )
 from ddetr_mm.spec.schema import AugmentationConfig
 
