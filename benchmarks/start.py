@@ -35,7 +35,7 @@ RECORD = Path(__file__).parent / "records" / "start"
 SPEC = ROOT / "configs" / "specs" / "shapes_resnet18.yaml"
 NUM_FILES, NUM_CLASSES, SIZE_HW = 64, 4, (120, 160)
 SETTINGS = ("ddetr_mm.log_interval=1", "dataset.workers=1")
-FIRST_STEP = "Epoch(train)"
+FIRST_STEP = "training: "
 
 
 def write_data(folder: Path, num_images: int) -> None:

@@ -7,6 +7,7 @@ fsdp.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from ddetr_mm.classes import named_columns
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.fsdp import whole_model
 from ddetr_mm.engine.progress import Progress
+from ddetr_mm.engine.runner import progress_replaces_lines
 from ddetr_mm.engine.status import RUNNING, STARTED, StatusLog
+from ddetr_mm.files import size_text
 from ddetr_mm.weights import Selection, load_backbone, load_for_model
 from ddetr_mm.weights.entries import DEFAULT, UseEma
 from ddetr_mm.weights.load import unwrapped
@@ -393,7 +396,8 @@ def _head_of(runner: Any) -> Any:
 class ProgressHook(Hook):
     """Shows how far training, validation and testing are, with the time left.
 
-    mmengine's log lines come every so many steps, which on a slow machine is minutes; this shows by time.
+    mmengine's log lines come every so many steps, which on a slow machine is minutes; this shows by time,
+    of training from the first step on: the loss, AP of the last validation, the learning rate and the memory.
     """
 
     priority = "VERY_LOW"
@@ -401,10 +405,14 @@ class ProgressHook(Hook):
     def __init__(self) -> None:
         self._train: Progress | None = None
         self._eval: Progress | None = None
+        self._last_ap: float | None = None
 
     def before_train(self, runner: Any) -> None:
         """Start counting steps, from the one that a resumed run begins with."""
         self._train = self._start(runner, "training", runner.max_iters, "steps", done=runner.iter)
+        self._train.facts = lambda: training_facts(runner, self._last_ap)
+        self._train.show_next()
+        progress_replaces_lines(runner.logger)
         if runner.val_loop is not None:
             self._train.pauses_left = validations_left(runner)
 
@@ -437,6 +445,9 @@ class ProgressHook(Hook):
         """Stop."""
         self._eval = self._stop(self._eval)
         if self._train is not None:
+            self._last_ap = next(
+                (value for key, value in (metrics or {}).items() if key.endswith("bbox_mAP")), self._last_ap
+            )
             self._train.resume()
 
     def before_test_epoch(self, runner: Any) -> None:
@@ -463,6 +474,35 @@ class ProgressHook(Hook):
     def _stop(self, progress: Progress | None) -> None:
         if progress is not None:
             progress.__exit__(None, None, None)
+
+
+def training_facts(runner: Any, last_ap: float | None = None) -> str:
+    """Return what a progress line says of the training: ``loss 3.21, AP 0.412, lr 2e-04, 3.1 GiB``.
+
+    The memory is the most that this process had on the GPU, or of the machine's where it trains on a CPU.
+    """
+    scalars = runner.message_hub.log_scalars
+    facts = []
+    if "train/loss" in scalars:
+        facts.append(f"loss {scalars['train/loss'].current():.4g}")
+    if last_ap is not None and last_ap >= 0:  # -1: there was nothing to find
+        facts.append(f"AP {last_ap:.3f}")
+    groups = runner.optim_wrapper.optimizer.param_groups
+    facts.append(f"lr {max(group['lr'] for group in groups):.3g}")
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else most_memory_of_process()
+    if memory is not None:
+        facts.append(size_text(memory))
+    return ", ".join(facts)
+
+
+def most_memory_of_process() -> int | None:
+    """Return the most bytes of memory that this process had; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def validations_left(runner: Any) -> int:

@@ -7,11 +7,12 @@ are respected. Of a distributed run only the first rank shows anything.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TextIO, TypeVar
@@ -27,6 +28,9 @@ Item = TypeVar("Item")
 
 LINE_INTERVAL_S = 5.0
 """Seconds between two plain lines."""
+
+FACTS_INTERVAL_S = 0.5
+"""Seconds between two readings of :attr:`Progress.facts` for a bar: a loss on a GPU has to be waited for."""
 
 RATE_WINDOW_S = 120.0
 """The rate is that of the steps of this many seconds: long enough to be steady though images differ in size,
@@ -44,6 +48,7 @@ class Progress:
         done: steps that an earlier start has done.
 
     Attributes:
+        facts: gives more to show, such as the loss; asked only when something is printed.
         pauses_left: how many pauses (see :meth:`pause`) are still to come, for the time left.
     """
 
@@ -59,6 +64,7 @@ class Progress:
         self.total = total
         self.unit = unit
         self.done = done
+        self.facts: Callable[[], str] | None = None
         self.pauses_left = 0
         self._stream = stream or sys.stderr
         self._shown = is_first_rank()
@@ -73,6 +79,7 @@ class Progress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(unit),
+            TextColumn("{task.fields[facts]}"),
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left {task.fields[left]}"),
@@ -85,7 +92,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._last_line = time.monotonic()
         self._task = self._bar.add_task(
-            self.description, total=self.total, completed=self.done, rate="", left=""
+            self.description, total=self.total, completed=self.done, facts="", rate="", left=""
         )
         self._bar.start()
         return self
@@ -111,9 +118,16 @@ class Progress:
         self._bar.update(self._task, completed=done, total=self.total)
         now = time.monotonic()
         if self._live:
+            if self.facts is not None and now - self._last_line >= FACTS_INTERVAL_S:
+                self._bar.update(self._task, facts=self.facts())
+                self._last_line = now
             self._bar.update(self._task, rate=self._rate_text(), left=self._left_text())
         elif self._shown and now - self._last_line >= LINE_INTERVAL_S:
             self._print_line(now)
+
+    def show_next(self) -> None:
+        """Print the line, or the bar's facts, of the next update whatever time it comes at."""
+        self._last_line = -math.inf
 
     def advance(self, steps: int = 1) -> None:
         """Report that so many more steps are done."""
@@ -147,6 +161,8 @@ class Progress:
         rate = self._bar.tasks[0].speed
         if not rate:
             return ""
+        if rate < 1:
+            return f"{1 / rate:,.3g} s/{self.unit.removesuffix('s') or 'step'}"
         return f"{rate:,.3g}/s" if rate < 1000 else f"{rate:,.0f}/s"
 
     def _left_text(self) -> str:
@@ -166,6 +182,9 @@ class Progress:
         text += f" {self.unit}".rstrip()
         if self.total:
             text += f" ({self.done / self.total:.0%})"
+        facts = self.facts() if self.facts is not None else ""
+        if facts:
+            text += f", {facts}"
         left = self._left_text()
         if left:
             text += f", {self._rate_text()}, {left} left"

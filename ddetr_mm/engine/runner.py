@@ -65,12 +65,32 @@ _FILE_ONLY = re.compile(
 )
 
 
+_LINE_OF_STEPS = re.compile(r"(Epoch|Iter)\(train\) ")
+
+
 class ConsoleFilter(logging.Filter):
-    """Drops messages that belong in the log file only; errors always pass."""
+    """Drops messages that belong in the log file only; errors always pass.
+
+    Attributes:
+        has_progress: whether a progress line shows the training: mmengine's lines of it are dropped, too.
+    """
+
+    has_progress = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is shown."""
-        return record.levelno >= logging.ERROR or not _FILE_ONLY.match(record.getMessage())
+        if record.levelno >= logging.ERROR:
+            return True
+        message = record.getMessage()
+        return not (_FILE_ONLY.match(message) or (self.has_progress and _LINE_OF_STEPS.match(message)))
+
+
+def progress_replaces_lines(logger: logging.Logger) -> None:
+    """Drop mmengine's lines of training steps from a quiet console, where a progress line has the same."""
+    for handler in logger.handlers:
+        for known in handler.filters:
+            if isinstance(known, ConsoleFilter):
+                known.has_progress = True
 
 
 def quiet_console(logger: logging.Logger) -> None:

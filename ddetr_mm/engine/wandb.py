@@ -44,6 +44,7 @@ class WandbBackend(WandbVisBackend):
         sync_tensorboard: take the scalars from the TensorBoard events instead of logging them a second time.
             The backend must then be listed before ``TensorboardVisBackend``.
         save_code: upload the source code of the main script.
+        announce: log the reason where nothing can be reported.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class WandbBackend(WandbVisBackend):
         reinit: bool = False,
         sync_tensorboard: bool = False,
         save_code: bool = False,
+        announce: bool = True,
     ) -> None:
+        self.announce = announce
         self.init_arguments: dict[str, Any] = dict(
             project=project or None,
             entity=entity or None,
@@ -91,7 +94,7 @@ class WandbBackend(WandbVisBackend):
                 super()._init_env()
             except wandb.Error as error:
                 reason = f"the run could not be opened: {error}"
-        if reason is not None:
+        if reason is not None and self.announce:
             message = f"Weights & Biases: nothing is reported, because {reason}."
             print_log(message, "current", logging.INFO)
 

@@ -334,6 +334,7 @@ def wandb_backend(spec: ExperimentSpec) -> dict[str, Any]:
     settings = spec.wandb
     return dict(
         type="WandbBackend",
+        announce=bool(settings.model_fields_set),  # TAO's default asks for reports, most users never did
         project=settings.project,
         entity=settings.entity or None,
         group=settings.group or None,

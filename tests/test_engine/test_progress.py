@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from mmengine.logging import HistoryBuffer
 
 import ddetr_mm.engine.progress as progress_module
 import ddetr_mm.register  # noqa: F401
@@ -156,6 +157,10 @@ def runner() -> types.SimpleNamespace:
         val_loop=None,
         val_dataloader=[0] * 3,
         test_dataloader=[0] * 2,
+        message_hub=types.SimpleNamespace(log_scalars={"train/loss": HistoryBuffer([2.53125], [1])}),
+        optim_wrapper=types.SimpleNamespace(
+            optimizer=types.SimpleNamespace(param_groups=[{"lr": 2e-5}, {"lr": 2e-4}])
+        ),
     )
 
 
@@ -173,6 +178,29 @@ def test_training_lines_come_by_time(runner, capsys, monkeypatch):
     assert lines[0].startswith("training: 1/4 steps (25%)")
     assert lines[-1].startswith("training: 4/4 steps (100%)")
     assert not any(line.startswith("validating") for line in lines)
+
+
+def test_the_first_step_has_its_line_at_once(runner, capsys):
+    hook = ProgressHook()
+    hook.before_train(runner)
+    hook.after_train_iter(runner, 0)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(r"training: 1/4 steps \(25%\), loss 2\.531, lr 0\.0002, [0-9.]+ [MG]iB", line)
+    hook.before_val_epoch(runner)
+    hook.after_val_epoch(runner, {"coco/bbox_mAP": 0.41249, "coco/bbox_mAP_50": 0.7})
+    runner.iter = 3
+    hook.after_train_iter(runner, 3)
+    hook.after_train(runner)
+    assert ", loss 2.531, AP 0.412, lr" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_slow_steps_are_seconds_a_step(clock):
+    stream = io.StringIO()
+    with Progress("training", total=10, unit="steps", stream=stream) as progress:
+        for _ in range(3):
+            clock.now += 12.5
+            progress.advance()
+    assert "training: 3/10 steps (30%), 12.5 s/step, 0:01:28 left" in stream.getvalue().splitlines()
 
 
 def test_testing_and_validating_alone(runner, capsys):

@@ -9,6 +9,7 @@ import pytest
 from mmengine.config import Config
 from yapf.yapflib import yapf_api
 
+from ddetr_mm.engine.hooks import ProgressHook
 from ddetr_mm.engine.runner import ConsoleFilter, FormattedOnceConfig, QuietRunner, quiet_console
 
 # ---  ---
@@ -28,6 +29,17 @@ def test_console_is_short_and_the_file_complete(tmp_path, capsys):
         assert wall in logged
     assert "Epoch(train)" in shown
     assert len(shown.splitlines()) < 10 < len(logged.splitlines())
+
+
+def test_a_progress_line_replaces_mmengines(tmp_path, capsys):
+    from tiny_runs import build_runner
+
+    options = {"runner_class": QuietRunner, "log_level": "INFO"}
+    build_runner(tmp_path / "train", [ProgressHook()], epochs=2, **options).train()
+    shown = capsys.readouterr()
+    assert "Epoch(train)" not in shown.out and "training: " in shown.err and ", loss " in shown.err
+    (log_file,) = (tmp_path / "train").rglob("*.log")
+    assert "Epoch(train) [2]" in log_file.read_text()
 
 
 def test_the_log_file_takes_any_letter(tmp_path, monkeypatch):

@@ -151,6 +151,14 @@ def test_a_run_continues_without_it_and_one_line_says_so(
     assert package is None or package.calls == []
 
 
+def test_nothing_is_said_where_nobody_asked_for_it(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(wandb, "PACKAGE", "a_package_that_does_not_exist")
+    lines: list[str] = []
+    monkeypatch.setattr(wandb, "print_log", lambda text, *_: lines.append(text))
+    use(WandbBackend(str(tmp_path), **SETTINGS, announce=False))
+    assert lines == []
+
+
 def test_a_login_is_found_in_the_netrc_file(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert not has_login("https://api.wandb.example")

@@ -245,7 +245,7 @@ def wait_for_step(process: subprocess.Popen[str]) -> None:
     seen = []
     for line in process.stdout:
         seen.append(line)
-        if "Epoch(train)" in line:
+        if line.startswith("training: "):
             return
     raise AssertionError("".join(seen))
 

@@ -551,7 +551,8 @@ def test_wandb_is_asked_for_by_its_section(tiny_config):
         save_code=True,
     )
     settings = backends(*(f"wandb.{name}={json.dumps(value)}" for name, value in fields.items()))[0]
-    assert dict(settings) == dict(type="WandbBackend", **fields)
+    assert dict(settings) == dict(type="WandbBackend", announce=True, **fields)
+    assert backends()[0].announce is False  # TAO's default is on: most users never asked for it
 
 
 def test_quick_check_looks_over_the_annotations_first(scene: Scene, tmp_path: Path):
