@@ -58,6 +58,11 @@ COMMANDS = (
         "ddetr_mm.tasks.gen_trt_engine",
     ),
     Command(
+        "automl",
+        "search for better values of the spec's fields: many training runs, one study",
+        "ddetr_mm.tasks.automl",
+    ),
+    Command(
         "translate",
         "the spec as a stand-alone mmengine config",
         "ddetr_mm.tasks.inspect",
@@ -104,7 +109,7 @@ LAUNCHED_VARIABLE = (
 )
 
 CONFIG_SUBTASKS = ("train", "evaluate", "inference", "export")
-SPEC_SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine")
+SPEC_SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine", "automl")
 
 
 _EPILOGS = {
@@ -155,6 +160,13 @@ results: the engine; results_dir/gen_trt_engine: status.json, the parity report
 examples:
   ddetr-mm gen_trt_engine -e spec.yaml gen_trt_engine.onnx_file=m.onnx gen_trt_engine.trt_engine=m.engine
   ddetr-mm gen_trt_engine -e spec.yaml gen_trt_engine.onnx_file=m.onnx gen_trt_engine.tensorrt.data_type=FP16
+""",
+    "automl": """needs: what train needs; ddetr_mm.automl says what is searched, and how
+results: results_dir/automl: best_spec.yaml, best.pth, automl.html, trial_NNN/ (spec.yaml, train/)
+
+examples:
+  ddetr-mm automl -e spec.yaml
+  ddetr-mm automl -e spec.yaml ddetr_mm.automl.algorithm=bohb ddetr_mm.automl.max_trials=40
 """,
     "translate": """results: CONFIG, for mmengine.Config.fromfile, mmdet's tools and init_detector
 
@@ -377,6 +389,7 @@ _OWN_ARGUMENTS = {
     "inference": _add_replace_argument,
     "export": _add_force_argument,
     "gen_trt_engine": _add_force_argument,
+    "automl": _add_replace_argument,
     "translate": _add_translate_arguments,
     "check": _add_check_arguments,
     "predict": _add_predict_arguments,

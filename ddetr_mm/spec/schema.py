@@ -740,7 +740,7 @@ class ConvertSpec(Section):
 
 Spec = ExperimentSpec | ConvertSpec
 
-SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine")
+SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine", "automl")
 
 
 def root_of(subtask: str | None) -> type[ExperimentSpec] | type[ConvertSpec]:
