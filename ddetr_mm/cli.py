@@ -58,6 +58,11 @@ COMMANDS = (
         "ddetr_mm.tasks.gen_trt_engine",
     ),
     Command(
+        "quantize",
+        "an INT8 or FP8 model from a checkpoint or ONNX file, compared with it on the validation data",
+        "ddetr_mm.tasks.quantize",
+    ),
+    Command(
         "automl",
         "search for better values of the spec's fields: many training runs, one study",
         "ddetr_mm.tasks.automl",
@@ -109,7 +114,10 @@ LAUNCHED_VARIABLE = (
 )
 
 CONFIG_SUBTASKS = ("train", "evaluate", "inference", "export")
-SPEC_SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine", "automl")
+SPEC_SUBTASKS = (
+    *("convert", "train", "evaluate", "inference", "export", "gen_trt_engine", "quantize"),
+    "automl",
+)
 
 
 _EPILOGS = {
@@ -166,6 +174,14 @@ results: results_dir/automl: best_spec.yaml, best.pth, automl.html, trial_NNN/ (
 
 examples:
   ddetr-mm automl -e spec.yaml
+""",
+    "quantize": """needs: quantize.model_path, quantize.layers (onnxruntime: not), for static_ptq
+  dataset.quant_calibration_data_sources
+results: results_dir/quantize: the quantized model, parity.json, report.html
+
+examples:
+  ddetr-mm quantize -e spec.yaml quantize.model_path=model.pth
+  ddetr-mm quantize -e spec.yaml quantize.backend=onnxruntime quantize.mode=static_ptq
   ddetr-mm automl -e spec.yaml ddetr_mm.automl.algorithm=bohb ddetr_mm.automl.max_trials=40
 """,
     "translate": """results: CONFIG, for mmengine.Config.fromfile, mmdet's tools and init_detector
@@ -414,6 +430,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with signals_interrupt():
             return _run(arguments)
+    "quantize": _add_replace_argument,
     except KeyboardInterrupt as interruption:
         if os.environ.get("RANK", "0") == "0":  # one of several processes reports it
             print(str(interruption) or "interrupted", file=sys.stderr)
