@@ -266,7 +266,6 @@ def notes_of_doubt(spec: ExperimentSpec | ConvertSpec, given: Mapping[str, str])
         yield f"train.optim.lr_steps {late} are never reached: train.num_epochs is {epochs}"
 
 
-GPU_SECTIONS = ("train", "evaluate", "inference")
 def _notes_of_layers(spec: ExperimentSpec) -> Iterator[str]:
     """One line for every setting of a quantized layer that changes nothing."""
     weights_alone = spec.quantize.backend in (None, "torchao")
@@ -282,8 +281,8 @@ def _notes_of_layers(spec: ExperimentSpec) -> Iterator[str]:
             if name == "activations" and weights_alone and tensor.dtype not in ("", "native"):
                 yield f"{path} has no effect because torchao quantizes weights alone"
 
-GPU_SECTIONS = ("train", "evaluate", "inference")
 
+GPU_SECTIONS = ("train", "evaluate", "inference")
 _PAIR = ("num_gpus", "gpu_ids")
 
 
