@@ -169,12 +169,6 @@ examples:
   ddetr-mm gen_trt_engine -e spec.yaml gen_trt_engine.onnx_file=m.onnx gen_trt_engine.trt_engine=m.engine
   ddetr-mm gen_trt_engine -e spec.yaml gen_trt_engine.onnx_file=m.onnx gen_trt_engine.tensorrt.data_type=FP16
 """,
-    "automl": """needs: what train needs; ddetr_mm.automl says what is searched, and how
-results: results_dir/automl: best_spec.yaml, best.pth, automl.html, trial_NNN/ (spec.yaml, train/)
-
-examples:
-  ddetr-mm automl -e spec.yaml
-""",
     "quantize": """needs: quantize.model_path, quantize.layers (onnxruntime: not), for static_ptq
   dataset.quant_calibration_data_sources
 results: results_dir/quantize: the quantized model, parity.json, report.html
@@ -182,6 +176,12 @@ results: results_dir/quantize: the quantized model, parity.json, report.html
 examples:
   ddetr-mm quantize -e spec.yaml quantize.model_path=model.pth
   ddetr-mm quantize -e spec.yaml quantize.backend=onnxruntime quantize.mode=static_ptq
+""",
+    "automl": """needs: what train needs; ddetr_mm.automl says what is searched, and how
+results: results_dir/automl: best_spec.yaml, best.pth, automl.html, trial_NNN/ (spec.yaml, train/)
+
+examples:
+  ddetr-mm automl -e spec.yaml
   ddetr-mm automl -e spec.yaml ddetr_mm.automl.algorithm=bohb ddetr_mm.automl.max_trials=40
 """,
     "translate": """results: CONFIG, for mmengine.Config.fromfile, mmdet's tools and init_detector
@@ -405,6 +405,7 @@ _OWN_ARGUMENTS = {
     "inference": _add_replace_argument,
     "export": _add_force_argument,
     "gen_trt_engine": _add_force_argument,
+    "quantize": _add_replace_argument,
     "automl": _add_replace_argument,
     "translate": _add_translate_arguments,
     "check": _add_check_arguments,
@@ -430,7 +431,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with signals_interrupt():
             return _run(arguments)
-    "quantize": _add_replace_argument,
     except KeyboardInterrupt as interruption:
         if os.environ.get("RANK", "0") == "0":  # one of several processes reports it
             print(str(interruption) or "interrupted", file=sys.stderr)
