@@ -73,6 +73,12 @@ COMMANDS = (
         "ddetr_mm.tasks.inspect",
         function="run_translate",
     ),
+    Command(
+        "compare",
+        "runs side by side: differing spec fields, curves, AP by class",
+        "ddetr_mm.tasks.compare",
+        takes_spec=False,
+    ),
     Command("check", "prove spec and data before a long run", "ddetr_mm.tasks.check"),
     Command(
         "weights",
@@ -106,7 +112,7 @@ COMMANDS = (
 INTERRUPTED = 130
 """Exit status after Ctrl-C and SIGTERM."""
 
-WITHOUT_STACK = ("install-ops", "spec")
+WITHOUT_STACK = ("compare", "install-ops", "spec")
 """Commands that work where mmcv or mmdet is missing or does not fit."""
 
 LAUNCHED_VARIABLE = (
@@ -189,6 +195,13 @@ examples:
 examples:
   ddetr-mm translate -e spec.yaml -o config.py
   ddetr-mm translate -e spec.yaml -o test.py --for evaluate evaluate.checkpoint=model.pth
+""",
+    "compare": """RUN: a results folder of train or evaluate, or the folder above both
+results: tables on the terminal, FILE (one HTML file)
+
+examples:
+  ddetr-mm compare results/first results/second
+  ddetr-mm compare results/first/train results/second/train -o both.html
 """,
     "check": """results: the report on the terminal, check.json in the subtask's results folder
 
@@ -295,6 +308,18 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="KIND",
         help="accept a suspicion, by the name it is reported under; may be given several times",
+    )
+    _add_replace_argument(parser)
+
+
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="results folders, at least two")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="compare.html",
+        metavar="FILE",
+        help="the page to write (default: compare.html)",
     )
     _add_replace_argument(parser)
 
@@ -409,6 +434,7 @@ _OWN_ARGUMENTS = {
     "automl": _add_replace_argument,
     "translate": _add_translate_arguments,
     "check": _add_check_arguments,
+    "compare": _add_compare_arguments,
     "predict": _add_predict_arguments,
     "weights": _add_weights_arguments,
     "reproduce": _add_reproduce_arguments,

@@ -221,6 +221,7 @@ class Chart:
         step: width of the bars of a histogram, whose ``x`` are their centres; 0: lines.
         x_range, y_range: limits of the axes; None: by the values.
         marks: vertical lines: place and name, which the legend shows.
+        colors: number of each series' colour; empty: in order.
     """
 
     title: str
@@ -232,6 +233,7 @@ class Chart:
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     marks: Sequence[tuple[float, str]] = field(default=())
+    colors: Sequence[int] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -321,9 +323,10 @@ def chart(given: Chart) -> Html:
         "marks": [x for x, _ in given.marks],
         "series": [[_short(series.x), _short(series.y)] for series in given.series],
     }
+    kinds = [_series_class(place) for place in given.colors or range(len(given.series))]
     lines = [
-        f'<path class="{_series_class(place)}" d="{_path(series, axes, given.step)}"/>'
-        for place, series in enumerate(given.series)
+        f'<path class="{kind}" d="{_path(series, axes, given.step)}"/>'
+        for kind, series in zip(kinds, given.series, strict=True)
     ]
     lines += [f'<path class="mark" d="M{axes.place(x, axes.y[0])[0]} 0V{SIDE}"/>' for x, _ in given.marks]
     x_ticks = ticks(*axes.x, MOST_X_TICKS)
@@ -341,8 +344,8 @@ def chart(given: Chart) -> Html:
         for place, value in zip(y_places, y_ticks, strict=True)
     )
     entries = "".join(
-        f'<li><span class="key {_series_class(place)}"></span>{text(series.name)}<output></output></li>'
-        for place, series in enumerate(given.series)
+        f'<li><span class="key {kind}"></span>{text(series.name)}<output></output></li>'
+        for kind, series in zip(kinds, given.series, strict=True)
     )
     entries += "".join(f'<li><span class="key mark"></span>{text(name)}</li>' for _, name in given.marks)
     scale = ", logarithmic" if given.log else ""

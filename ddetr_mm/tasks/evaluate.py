@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ddetr_mm.datasets.sources import SYSTEM_FILES, SkippedFile, find_images
 from ddetr_mm.engine.distributed import is_first_rank, process_group
 from ddetr_mm.errors import DataError, Problem, printable
-from ddetr_mm.files import write_text_whole
+from ddetr_mm.files import size_text, write_text_whole
 from ddetr_mm.outputs import remove_ours, require_free
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec, load_spec, task_results_dir
 from ddetr_mm.tasks.session import Session, open_session, require_checkpoint, require_gpus, run_on_ranks
@@ -159,8 +159,6 @@ def predict(loaded: LoadedSpec, subtask: str, session: Session) -> dict[str, flo
 
 def report_facts(loaded: LoadedSpec, runner: QuietRunner) -> dict[str, str]:
     """What ``report.html`` says of an evaluation: name → value."""
-    from ddetr_mm.preflight.resources import size_text
-
     spec, model = loaded.spec, runner.model
     given, sources = spec.evaluate, spec.dataset.test_data_sources
     weights = str(given.trt_engine or given.checkpoint)
