@@ -58,10 +58,26 @@ COMMANDS = (
         "ddetr_mm.tasks.gen_trt_engine",
     ),
     Command(
+        "quantize",
+        "an INT8 or FP8 model from a checkpoint or ONNX file, compared with it on the validation data",
+        "ddetr_mm.tasks.quantize",
+    ),
+    Command(
+        "automl",
+        "search for better values of the spec's fields: many training runs, one study",
+        "ddetr_mm.tasks.automl",
+    ),
+    Command(
         "translate",
         "the spec as a stand-alone mmengine config",
         "ddetr_mm.tasks.inspect",
         function="run_translate",
+    ),
+    Command(
+        "compare",
+        "runs side by side: differing spec fields, curves, AP by class",
+        "ddetr_mm.tasks.compare",
+        takes_spec=False,
     ),
     Command("check", "prove spec and data before a long run", "ddetr_mm.tasks.check"),
     Command(
@@ -96,7 +112,7 @@ COMMANDS = (
 INTERRUPTED = 130
 """Exit status after Ctrl-C and SIGTERM."""
 
-WITHOUT_STACK = ("install-ops", "spec")
+WITHOUT_STACK = ("compare", "install-ops", "spec")
 """Commands that work where mmcv or mmdet is missing or does not fit."""
 
 LAUNCHED_VARIABLE = (
@@ -104,7 +120,10 @@ LAUNCHED_VARIABLE = (
 )
 
 CONFIG_SUBTASKS = ("train", "evaluate", "inference", "export")
-SPEC_SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine")
+SPEC_SUBTASKS = (
+    *("convert", "train", "evaluate", "inference", "export", "gen_trt_engine", "quantize"),
+    "automl",
+)
 
 
 _EPILOGS = {
@@ -156,11 +175,33 @@ examples:
   ddetr-mm gen_trt_engine -e spec.yaml gen_trt_engine.onnx_file=m.onnx gen_trt_engine.trt_engine=m.engine
   ddetr-mm gen_trt_engine -e spec.yaml gen_trt_engine.onnx_file=m.onnx gen_trt_engine.tensorrt.data_type=FP16
 """,
+    "quantize": """needs: quantize.model_path, quantize.layers (onnxruntime: not), for static_ptq
+  dataset.quant_calibration_data_sources
+results: results_dir/quantize: the quantized model, parity.json, report.html
+
+examples:
+  ddetr-mm quantize -e spec.yaml quantize.model_path=model.pth
+  ddetr-mm quantize -e spec.yaml quantize.backend=onnxruntime quantize.mode=static_ptq
+""",
+    "automl": """needs: what train needs; ddetr_mm.automl says what is searched, and how
+results: results_dir/automl: best_spec.yaml, best.pth, automl.html, trial_NNN/ (spec.yaml, train/)
+
+examples:
+  ddetr-mm automl -e spec.yaml
+  ddetr-mm automl -e spec.yaml ddetr_mm.automl.algorithm=bohb ddetr_mm.automl.max_trials=40
+""",
     "translate": """results: CONFIG, for mmengine.Config.fromfile, mmdet's tools and init_detector
 
 examples:
   ddetr-mm translate -e spec.yaml -o config.py
   ddetr-mm translate -e spec.yaml -o test.py --for evaluate evaluate.checkpoint=model.pth
+""",
+    "compare": """RUN: a results folder of train or evaluate, or the folder above both
+results: tables on the terminal, FILE (one HTML file)
+
+examples:
+  ddetr-mm compare results/first results/second
+  ddetr-mm compare results/first/train results/second/train -o both.html
 """,
     "check": """results: the report on the terminal, check.json in the subtask's results folder
 
@@ -271,6 +312,18 @@ def _add_check_arguments(parser: argparse.ArgumentParser) -> None:
     _add_replace_argument(parser)
 
 
+def _add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="results folders, at least two")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="compare.html",
+        metavar="FILE",
+        help="the page to write (default: compare.html)",
+    )
+    _add_replace_argument(parser)
+
+
 def _add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="checkpoint file, or a Hugging Face model folder")
     text = "file to write; a folder for --to hf; without it SRC is described"
@@ -377,8 +430,11 @@ _OWN_ARGUMENTS = {
     "inference": _add_replace_argument,
     "export": _add_force_argument,
     "gen_trt_engine": _add_force_argument,
+    "quantize": _add_replace_argument,
+    "automl": _add_replace_argument,
     "translate": _add_translate_arguments,
     "check": _add_check_arguments,
+    "compare": _add_compare_arguments,
     "predict": _add_predict_arguments,
     "weights": _add_weights_arguments,
     "reproduce": _add_reproduce_arguments,

@@ -69,6 +69,12 @@ def write_text_whole(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
+# --- Secrets ---
+
+SECRETS = frozenset({"encryption_key", "api_key", "password", "token"})
+"""Names of fields whose values no report shows."""
+
+
 # --- Disk space ---
 
 

@@ -146,6 +146,20 @@ OPTIONS: tuple[Difference, ...] = (
     Difference("model.loss_types", ABSENT, ABSENT, "labels, boxes", "the losses there are"),
     Difference("train.precision", "fp32, fp16", "fp16, fp32", "fp32, fp16, bf16", "bf16 is ours"),
     Difference(
+        "quantize.backend",
+        ABSENT,
+        "modelopt.pytorch, torchao, modelopt.onnx",
+        "modelopt.pytorch, torchao, modelopt.onnx, onnxruntime",
+        "onnxruntime is ours",
+    ),
+    Difference(
+        "quantize.algorithm",
+        ABSENT,
+        "minmax, max, entropy, awq_clip, awq_lite, awq_full, rtn_dq",
+        "minmax, max, entropy, awq_clip, awq_lite, awq_full, rtn_dq, percentile",
+        "percentile is ours, of onnxruntime",
+    ),
+    Difference(
         "quantize.device", ABSENT, "^(cuda|cpu|trt|cuda:[0-9]+)$", "cuda, cpu, trt or cuda:N", "a pattern"
     ),
     Difference(

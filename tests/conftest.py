@@ -70,3 +70,12 @@ def living_figures():
     gc.disable()
     yield lambda: sum(isinstance(thing, Figure) for thing in gc.get_objects())
     gc.enable()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """Headless Chromium for HTML pages; skips where there is none."""
+    from browser import open_browser
+
+    with open_browser(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened

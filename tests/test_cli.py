@@ -76,6 +76,7 @@ TAKE_A_SPEC = [
     "inference",
     "export",
     "gen_trt_engine",
+    "quantize",
     "translate",
     "check",
     "weights",

@@ -7,13 +7,13 @@ folders of a run that was resumed; :class:`CurvesHook` draws while training runs
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.hooks import learning_rates
 from ddetr_mm.evaluation.report import freed_figures, save_png
 from ddetr_mm.files import parse_json, write_text_whole
+from ddetr_mm.html_page import CHART_HELP, Chart, Html, chart, heading, page, paragraph, tiles
+from ddetr_mm.html_page import Series as ChartSeries
 
 # --- Scalars of a run ---
 
@@ -265,95 +267,100 @@ def _limit_to_precision(axes: Axes, series: Series) -> None:
 
 PAGE_NAME = "curves.html"
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 1040px;
-       margin: 24px auto; padding: 0 16px }
-h1 { font-size: 23px; margin-bottom: 4px } h2 { font-size: 18px; margin: 26px 0 6px }
-img { max-width: 100% } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: 2px 14px 2px 0; text-align: left; border-bottom: 1px solid #e8e8e8 }
-.alarm { background: #fdecea; border-left: 4px solid #c62828; padding: 6px 12px; margin: 6px 0 }
-.quiet { color: #666 }
-"""
-_TITLES = {"curve_loss.png": "Loss", "curve_lr.png": "Learning rates", "curve_ap.png": "Average precision"}
+BEST_NAMES = ("AP", "AP50")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a training run is.
+
+    Attributes:
+        name: of the run.
+        progress: e.g. ``"epoch 3 of 50, step 1,200 of 20,000"``.
+        seconds_left: None where unknown, and when training has ended.
+        finished: whether training has ended.
+        alarms: sentences about what looks wrong.
+    """
+
+    name: str
+    progress: str = ""
+    seconds_left: float | None = None
+    finished: bool = False
+    alarms: Sequence[str] = ()
 
 
 def write_curve_page(
-    path: Path,
-    scalars: RunScalars,
-    pictures: Sequence[Path],
-    *,
-    alarms: Sequence[str] = (),
-    refresh_s: int | None = None,
-    progress: str = "",
+    path: Path, scalars: RunScalars, state: RunState, *, refresh_s: int | None = None
 ) -> Path:
-    """Write the page: alarms, the last values, and the pictures; it needs no other file.
+    """Write the page of a run: alarms, the best results, the time left, and the curves.
 
     Args:
         path: the HTML file.
-        scalars: the run's scalars; the last ones are shown as numbers.
-        pictures: PNG files to embed.
-        alarms: sentences about what looks wrong.
-        refresh_s: the browser reloads the page after so many seconds; None when training has ended.
-        progress: how far training is, e.g. ``"epoch 3 of 50"``.
+        scalars: the run's scalars.
+        state: how far the run is.
+        refresh_s: the page reloads after so many seconds; None when training has ended.
     """
-    again = f'<meta http-equiv="refresh" content="{refresh_s}">\n' if refresh_s else ""
-    state = "training" if refresh_s else "finished"
+    word = "finished" if state.finished else "training"
     parts = [
-        f"<h1>Training curves</h1>\n<p class='quiet'>{html.escape(progress)} · {state}</p>",
-        *(f'<p class="alarm">{html.escape(sentence)}</p>' for sentence in alarms),
-        *_last_values(scalars),
+        heading(state.name, 1),
+        paragraph(f"{word} · {state.progress}" if state.progress else word, "quiet"),
+        *(paragraph(sentence, "alarm") for sentence in state.alarms),
+        *_best_tiles(scalars, state),
     ]
-    for picture in pictures:
-        data = base64.b64encode(picture.read_bytes()).decode("ascii")
-        title = html.escape(_TITLES.get(picture.name, picture.stem))
-        parts.append(f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/png;base64,{data}">')
-    return write_text_whole(
-        path,
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n{again}'
-        f"<title>Training curves</title>\n<style>{_STYLE}</style></head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n",
+    charts = (
+        ("Loss", "optimizer steps", loss_series(scalars), True),
+        ("Average precision", "epochs", ap_series(scalars), False),
+        ("Learning rates", "optimizer steps", rate_series(scalars), True),
     )
+    shown = [entry for entry in charts if entry[2]]
+    for title, x_label, series, may_be_log in shown:
+        drawn = Chart(
+            title,
+            x_label,
+            title.lower(),
+            [ChartSeries(name, x.tolist(), y.tolist()) for name, (x, y) in series.items()],
+            log=may_be_log and _spans_decades(series),
+        )
+        parts += [heading(title), chart(drawn)]
+    parts.append(paragraph(CHART_HELP if shown else "No values have been logged yet.", "quiet"))
+    return write_text_whole(path, page(f"{state.name}: training curves", parts, refresh_s=refresh_s))
 
 
-def _last_values(scalars: RunScalars) -> list[str]:
-    """The last point of training and of validation, as a table."""
-    rows: list[tuple[str, Any]] = []
-    if scalars.train:
-        last = scalars.train[-1]
-        rows += [("steps", last.get("step")), ("epoch", last.get("epoch"))]
-        rows += [(name, value) for name, value in last.items() if _is_last_layer_loss(name)]
-        rows += [
-            (f"learning rate, {name.removeprefix(RATE_PREFIX)}", value)
-            for name, value in last.items()
-            if name.startswith(RATE_PREFIX)
-        ]
-    if scalars.val:
-        last = scalars.val[-1]
-        # An average over nothing is -1 in COCO.
-        metrics = {
-            name: value
-            for name, value in last.items()
-            if name != VALIDATED_STEP and ("/" in name or name.startswith(VALIDATION_LOSS))
-        }
-        shown = {name: "–" if value == -1 else value for name, value in metrics.items()}
-        rows += [(f"{name} (epoch {last.get('step')})", value) for name, value in shown.items()]
-    if not rows:
-        return []
-    lines = "\n".join(
-        f"<tr><td>{html.escape(name)}</td><td>{_number(value)}</td></tr>" for name, value in rows
-    )
-    return [f"<h2>Now</h2>\n<table>\n{lines}\n</table>"]
+def _best_tiles(scalars: RunScalars, state: RunState) -> list[Html]:
+    """The best results with their epochs, the last loss, and the time left."""
+    values: dict[str, str] = {}
+    notes: dict[str, str] = {}
+    precision = ap_series(scalars)
+    for name in BEST_NAMES:
+        if name in precision:
+            x, y = precision[name]
+            best = int(np.nanargmax(y))
+            values[f"best {name}"] = f"{y[best]:.3f}"
+            notes[f"best {name}"] = f"epoch {x[best]:g}"
+    losses = [point["loss"] for point in scalars.train if "loss" in point]
+    if losses:
+        values["loss"] = "not finite" if losses[-1] is None else f"{losses[-1]:.4g}"
+        notes["loss"] = f"step {_step(scalars.train[-1]):,g}"
+    if state.seconds_left is not None:
+        values["time left"] = duration_text(state.seconds_left)
+    return [tiles(values, notes)] if values else []
 
 
-def _number(value: float | str | None) -> str:
-    if value is None:
-        return "not finite"
-    if isinstance(value, str):
-        return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+def duration_text(seconds: float) -> str:
+    """A duration for a reader, to two units: ``2 d 3 h``, ``1 h 20 min``, ``45 s``."""
+    whole = timedelta(seconds=round(seconds))
+    hours, rest = divmod(whole.seconds, 3600)
+    minutes, left = divmod(rest, 60)
+    units = [(whole.days, "d"), (hours, "h"), (minutes, "min"), (left, "s")]
+    first = next((place for place, (count, _) in enumerate(units) if count), len(units) - 1)
+    shown = [f"{count} {unit}" for count, unit in units[first : first + 2] if count]
+    return " ".join(shown) or "0 s"
+
+
+def run_name(folder: str | os.PathLike[str]) -> str:
+    """The name of a run: its results folder without the folder of the subtask."""
+    whole = Path(folder).resolve()
+    return whole.parent.name if whole.name == "train" and whole.parent.name else whole.name
 
 
 # --- The hook ---
@@ -381,11 +388,13 @@ class CurvesHook(Hook):
         self.out_dir = out_dir
         self._scalars: RunScalars | None = None
         self._drawn_at = float("-inf")
+        self._begun_at, self._begun_step = 0.0, 0
         self._group_rates: list[float] = []
         self._rates: dict[str, float] = {}
 
     def before_train(self, runner: Any) -> None:
         """Note where this start begins, so that readers of the scalars drop lost points."""
+        self._begun_at, self._begun_step = time.monotonic(), runner.iter
         if not is_first_rank():
             return
         backend = runner.visualizer.get_backend("LocalVisBackend")
@@ -428,13 +437,22 @@ class CurvesHook(Hook):
             return
         self._scalars.update()
         folder = Path(self.out_dir or runner.work_dir)
-        write_curve_page(
-            folder / PAGE_NAME,
-            self._scalars,
-            draw_curves(self._scalars, folder),
-            alarms=runner.message_hub.runtime_info.get("alarms", []),
-            refresh_s=None if finished else max(round(self.redraw_s), 5),
+        draw_curves(self._scalars, folder)
+        state = RunState(
+            name=run_name(runner.work_dir),
             progress=f"epoch {runner.epoch} of {runner.max_epochs}, step {runner.iter} of {runner.max_iters}",
+            seconds_left=None if finished else self._seconds_left(runner),
+            finished=finished,
+            alarms=runner.message_hub.runtime_info.get("alarms", []),
         )
+        refresh_s = None if finished else max(round(self.redraw_s), 5)
+        write_curve_page(folder / PAGE_NAME, self._scalars, state, refresh_s=refresh_s)
         # Measured from the end, so that drawing can never take most of the time.
         self._drawn_at = time.monotonic()
+
+    def _seconds_left(self, runner: Any) -> float | None:
+        """Time to the last step at the speed of this start so far, validations included."""
+        done = runner.iter - self._begun_step
+        if done <= 0:
+            return None
+        return (time.monotonic() - self._begun_at) / done * max(runner.max_iters - runner.iter, 0)

@@ -359,6 +359,31 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True, name="end-with-launcher").start()
 
 
+STUDY_VARIABLE = "DDETR_MM_STUDY_PID"
+"""Process id of the study that started this training run as a trial."""
+
+_GRACE_S = 300.0
+
+
+def end_with_study() -> None:
+    """Stop this run, with a checkpoint, when the study that started it is gone; others are left alone.
+
+    Without this, trials of a killed study would train on, unseen by the next start.
+    """
+    study = os.environ.get(STUDY_VARIABLE)
+    if not study or LAUNCHED_VARIABLE in os.environ:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(study):
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_GRACE_S)  # for a step and a checkpoint
+        os._exit(_LAUNCHER_GONE_STATUS)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-study").start()
+
+
 def decided_by_first_rank(value: Any) -> Any:
     """The first rank's value, on every rank: for what could differ by the moment it is looked up.
 

@@ -248,7 +248,7 @@ class StatusHook(Hook):
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Write the validation metrics."""
-        self._write_metrics(runner, "Eval metrics generated.", "val", metrics)
+        self._write_metrics(runner, "Eval metrics generated.", "val", metrics, class_precisions(runner))
 
     def after_test_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Write the test metrics."""
@@ -278,13 +278,27 @@ class StatusHook(Hook):
         self._log(runner).write("Training loop in progress", data=data)
 
     def _write_metrics(
-        self, runner: Any, message: str, prefix: str, metrics: Mapping[str, float] | None
+        self,
+        runner: Any,
+        message: str,
+        prefix: str,
+        metrics: Mapping[str, float] | None,
+        precisions: Mapping[str, float] | None = None,
     ) -> None:
         kpi: dict[str, Any] = {}
         for name, value in tao_figures(prefix, metrics or {}).items():
             kpi[name] = value if "loss" in name else str(value)
         if kpi:
-            self._log(runner).write(message, kpi=kpi)
+            self._log(runner).write(message, kpi=kpi, categorical={"AP": precisions} if precisions else None)
+
+
+def class_precisions(runner: Any) -> dict[str, float]:
+    """AP of every class with ground truth at the last validation, where the metric knows it."""
+    for metric in getattr(runner.val_evaluator, "metrics", ()):
+        result = getattr(metric, "result", None)
+        if result is not None:
+            return {entry.name: round(entry.AP, 6) for entry in result.per_class if entry.AP >= 0}
+    return {}
 
 
 def tao_figures(prefix: str, metrics: Mapping[str, float]) -> dict[str, float]:

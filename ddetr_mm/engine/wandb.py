@@ -20,8 +20,9 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.visualization.vis_backend import WandbVisBackend, force_init_env
 
+from ddetr_mm.files import SECRETS
+
 PACKAGE = "wandb"
-SECRETS = frozenset({"encryption_key", "api_key", "password", "token"})
 
 
 @VISBACKENDS.register_module()

@@ -13,7 +13,7 @@ import numpy as np
 from mmdet.registry import METRICS
 from mmengine.dist import broadcast_object_list, gather_object, is_main_process
 from mmengine.evaluator import BaseMetric
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -161,7 +161,7 @@ class FastCocoMetric(BaseMetric):
 
     Metrics are reported as ``coco/bbox_mAP``, ``coco/bbox_mAP_50`` … (:data:`MMDET_NAMES`), unrounded.
     After :meth:`evaluate` the first rank has the full result in :attr:`result` and that of each source in
-    :attr:`source_results`.
+    :attr:`source_results`. What :attr:`report_facts` says of the run (name → value) heads ``report.html``.
 
     The ground truth comes from ``sources`` or ``ann_file``, or with neither from ``instances`` in the data
     samples, as with ``CocoMetric``. All its images are scored, also those without a sample.
@@ -268,11 +268,14 @@ class FastCocoMetric(BaseMetric):
         self.backend = backend
         self.result: CocoResult | None = None
         self.source_results: dict[str, CocoResult] = {}
+        self.report_facts: dict[str, str] = {}
+        self._batch_size = 1
         self._table: CocoTable | None = None
         self._missing_classes: list[str] = []
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
         """Keep the detections of one batch above the threshold, as arrays."""
+        self._batch_size = max(self._batch_size, len(data_samples))
         for sample in data_samples:
             predicted = sample["pred_instances"]
             scores = predicted["scores"].detach().cpu().float().numpy()
@@ -360,7 +363,16 @@ class FastCocoMetric(BaseMetric):
             from ddetr_mm.evaluation.report import write_report
 
             paths = {one.image_id: one.image_path for one in results if one.image_path}
-            page = write_report(self.results_dir, self.result, self.source_results, truth, detections, paths)
+            page = write_report(
+                self.results_dir,
+                self.result,
+                self.source_results,
+                truth,
+                detections,
+                paths,
+                facts=self.report_facts,
+                seconds_an_image=seconds_an_image(self._batch_size),
+            )
             logger.info(f"Evaluation report: {page}")
         return {**proposals, **self._box_metrics(self.result)}
 
@@ -531,6 +543,18 @@ class FastCocoMetric(BaseMetric):
             logger.info("\n" + class_table(result))
         if self.source_results:
             logger.info("\n" + source_table(self.source_results))
+
+
+def seconds_an_image(batch_size: int) -> float | None:
+    """Seconds of the running test loop for an image on one device, data included; None where unknown.
+
+    The first batch, which warms up, is left out where there are others.
+    """
+    times = MessageHub.get_current_instance().log_scalars.get("test/time")
+    if times is None or not len(times.data[0]):
+        return None
+    seconds = times.data[0]
+    return float(np.mean(seconds[1:] if len(seconds) > 1 else seconds)) / batch_size
 
 
 def _check_mmdet_arguments(

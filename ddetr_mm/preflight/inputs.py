@@ -171,6 +171,7 @@ def named_files(spec: ExperimentSpec, subtask: str) -> dict[str, str]:
     keys = {
         "train": ("pretrained_model_path", "resume_training_checkpoint_path"),
         "gen_trt_engine": ("onnx_file",),
+        "quantize": ("model_path",),
     }.get(subtask, ("checkpoint",))
     paths = {f"{subtask}.{key}": getattr(getattr(spec, subtask), key) for key in keys}
     if subtask == "train" and not spec.train.pretrained_model_path:

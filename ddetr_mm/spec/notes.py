@@ -21,14 +21,12 @@ from ddetr_mm.spec.schema import (
 from ddetr_mm.spec.yaml_source import OVERRIDE, Branch
 
 _AUGMENTED = "the size comes from dataset.augmentation"
-_QUANTIZE = "there is no quantize subtask"
 _ENGINE_SIZE = "the engine's input is that of the ONNX file"
 
 NO_EFFECT: dict[str, str] = {
     "model_name": "nothing is named after it",
     "model.dld_model_dir_path": "it points into a model store inside NVIDIA",
     "model.clip_max_norm": "gradients are clipped by train.clip_grad_norm",
-    "dataset.quant_calibration_data_sources": _QUANTIZE,
     "train.optim.monitor_name": "no scheduler watches a value",
     "train.input_width": _AUGMENTED,
     "train.input_height": _AUGMENTED,
@@ -37,7 +35,6 @@ NO_EFFECT: dict[str, str] = {
     "gen_trt_engine.input_width": _ENGINE_SIZE,
     "gen_trt_engine.input_height": _ENGINE_SIZE,
     "gen_trt_engine.opset_version": "the opset is chosen at export: export.opset_version",
-    "quantize": _QUANTIZE,
 }
 """Dotted path of a field or a whole section → why it has no effect."""
 
@@ -78,6 +75,7 @@ def _predicts_with_graph(name: str, spec: ExperimentSpec) -> bool:
 
 _AUG = "dataset.augmentation."
 _CAL = "gen_trt_engine.tensorrt.calibration"
+_WEIGHTS_ALONE = "torchao quantizes weights alone, without images"
 _JITTER = "fixed_random_crop replaces the resize and crop of training"
 
 CONDITIONS: tuple[Condition, ...] = (
@@ -190,6 +188,15 @@ CONDITIONS: tuple[Condition, ...] = (
         "gen_trt_engine.tensorrt.data_type is not INT8",
     ),
     Condition(
+        "quantize.algorithm",
+        lambda spec: spec.quantize.backend in (None, "torchao"),
+        "torchao takes the ranges of weights from the weights",
+    ),
+    *(
+        Condition(path, lambda spec: spec.quantize.backend in (None, "torchao"), _WEIGHTS_ALONE)
+        for path in ("dataset.quant_calibration_data_sources", "ddetr_mm.quantize_images")
+    ),
+    Condition(
         "val_split", lambda spec: spec.partition_mode is None, "partition_mode is null", root=ConvertSpec
     ),
 )
@@ -240,6 +247,7 @@ def notes_of_doubt(spec: ExperimentSpec | ConvertSpec, given: Mapping[str, str])
         threshold = getattr(spec, name).conf_threshold
         if threshold > 1:
             yield f"{name}.conf_threshold {threshold:g} removes every prediction: scores lie between 0 and 1"
+    yield from _notes_of_layers(spec)
     longest, largest = spec.dataset.augmentation.random_resize_max_size, max(spec.dataset.augmentation.scales)
     if longest < largest:
         yield (
@@ -256,6 +264,22 @@ def notes_of_doubt(spec: ExperimentSpec | ConvertSpec, given: Mapping[str, str])
         and _changed(spec, "train.optim.lr_steps", given)
     ):
         yield f"train.optim.lr_steps {late} are never reached: train.num_epochs is {epochs}"
+
+
+def _notes_of_layers(spec: ExperimentSpec) -> Iterator[str]:
+    """One line for every setting of a quantized layer that changes nothing."""
+    weights_alone = spec.quantize.backend in (None, "torchao")
+    for index, layer in enumerate(spec.quantize.layers or ()):
+        for name in ("weights", "activations"):
+            tensor, path = getattr(layer, name), f"quantize.layers[{index}].{name}"
+            if tensor is None:
+                continue
+            for key in ("observer_or_fake_quant", "observer_or_fake_quant_kwargs"):
+                if getattr(tensor, key):
+                    reason = "quantize.algorithm chooses how ranges are found"
+                    yield f"{path}.{key} has no effect because {reason}"
+            if name == "activations" and weights_alone and tensor.dtype not in ("", "native"):
+                yield f"{path} has no effect because torchao quantizes weights alone"
 
 
 GPU_SECTIONS = ("train", "evaluate", "inference")

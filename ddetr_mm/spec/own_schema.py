@@ -346,6 +346,19 @@ class OwnSection(Section):
         origin=OURS,
         doc="Also write the exported graph in half precision, as <name>.fp16.onnx with its parity report.",
     )
+    quantize_images: PositiveInt = spec_field(
+        128,
+        origin=OURS,
+        doc="""Most images of dataset.quant_calibration_data_sources that quantize finds ranges with, evenly
+        spread over the file.""",
+    )
+    quantize_max_ap_drop: float = spec_field(
+        1.0,
+        origin=OURS,
+        ge=0.0,
+        doc="""Largest loss of AP, in points of 100, of a quantized model on the validation data. A file that
+        loses more is kept as <name>.rejected, and quantize fails.""",
+    )
 
 
 class OwnConvertSection(Section):

@@ -17,7 +17,8 @@ from ddetr_mm.spec.notes import NO_EFFECT
 TRAIN = ("train",)
 PREDICT = ("evaluate", "inference")
 RUN = (*TRAIN, *PREDICT)
-NETWORK = (*RUN, "export")
+LOADS = (*RUN, "quantize")
+NETWORK = (*RUN, "export", "quantize")
 ALL = (*NETWORK, "gen_trt_engine")
 
 AUTOML = ("automl",)
@@ -49,54 +50,66 @@ READ_BY: dict[str, tuple[str, ...]] = {
         ),
         TRAIN,
     ),
-    "dataset": RUN,
+    "dataset": LOADS,
     "dataset.train_sampler": TRAIN,
     "dataset.train_data_sources": TRAIN,
     "dataset.val_data_sources": TRAIN,
     "dataset.test_data_sources": ("evaluate",),
     "dataset.infer_data_sources": ("inference",),
-    "dataset.dataset_type": ("train", "evaluate"),
-    "dataset.eval_class_ids": ("train", "evaluate"),
+    "dataset.quant_calibration_data_sources": ("quantize",),
+    "dataset.dataset_type": ("train", "evaluate", "quantize"),
+    "dataset.eval_class_ids": ("train", "evaluate", "quantize"),
     "dataset.num_classes": NETWORK,
     "dataset.augmentation": TRAIN,
     "dataset.augmentation.input_mean": ALL,
     "dataset.augmentation.input_std": ALL,
-    "dataset.augmentation.test_random_resize": RUN,
-    "dataset.augmentation.random_resize_max_size": RUN,
-    "dataset.augmentation.fixed_padding": RUN,
-    "dataset.augmentation.pad_size_divisor": RUN,
+    "dataset.augmentation.test_random_resize": LOADS,
+    "dataset.augmentation.random_resize_max_size": LOADS,
+    "dataset.augmentation.fixed_padding": LOADS,
+    "dataset.augmentation.pad_size_divisor": LOADS,
     "train": TRAIN,
     "evaluate": ("evaluate",),
     "inference": ("inference",),
     "export": ("export",),
+    **dict.fromkeys(
+        ("export.input_width", "export.input_height", "export.opset_version", "export.batch_size"),
+        ("export", "quantize"),
+    ),
+    **dict.fromkeys(
+        ("evaluate.input_width", "evaluate.input_height", "evaluate.batch_size", "evaluate.conf_threshold"),
+        ("evaluate", "quantize"),
+    ),
+    "quantize": ("quantize",),
     "gen_trt_engine": ("gen_trt_engine",),
     "ddetr_mm": TRAIN,
     "ddetr_mm.backbone": NETWORK,
     "ddetr_mm.zero_padded_values": NETWORK,
     "ddetr_mm.checkpoint_entry": NETWORK,
     "ddetr_mm.use_ema": NETWORK,
-    "ddetr_mm.resize": RUN,
+    "ddetr_mm.resize": LOADS,
     "ddetr_mm.category_ids": NETWORK,
-    "ddetr_mm.merge_categories": ("train", "evaluate"),
-    "ddetr_mm.strict_annotations": ("train", "evaluate"),
+    "ddetr_mm.merge_categories": ("train", "evaluate", "quantize"),
+    "ddetr_mm.strict_annotations": ("train", "evaluate", "quantize"),
     "ddetr_mm.strict_images": ("inference",),
-    "ddetr_mm.log_interval": RUN,
-    "ddetr_mm.data_timeout_s": RUN,
-    "ddetr_mm.deterministic": RUN,
+    "ddetr_mm.log_interval": LOADS,
+    "ddetr_mm.data_timeout_s": LOADS,
+    "ddetr_mm.deterministic": LOADS,
     "ddetr_mm.device": ALL,
-    "ddetr_mm.attention": RUN,
+    "ddetr_mm.attention": LOADS,
     "ddetr_mm.compile": RUN,
     "ddetr_mm.compile_mode": RUN,
     "ddetr_mm.predict_precision": RUN,
     "ddetr_mm.export_fp16": ("export",),
     "ddetr_mm.automl": AUTOML,
+    "ddetr_mm.quantize_images": ("quantize",),
+    "ddetr_mm.quantize_max_ap_drop": ("quantize",),
 }
 """Dotted path of a field or section of an experiment → the subtasks that read it; of several rows for a
 field the one with the longest path counts. :data:`~ddetr_mm.spec.notes.NO_EFFECT` lists what none reads."""
 
 USED_IF_GIVEN: dict[str, tuple[str, ...]] = {
-    "dataset.val_data_sources": ("inference", "export", "gen_trt_engine"),
-    "dataset.train_data_sources": ("inference", "export"),
+    "dataset.val_data_sources": ("inference", "export", "quantize", "gen_trt_engine"),
+    "dataset.train_data_sources": ("inference", "export", "quantize"),
 }
 """What a subtask uses where it is there and can be read, and can do without: names of the classes, and
 images to compare an exported graph on."""
@@ -193,6 +206,9 @@ def reader_of(spec: object, subtask: str | None, *, must_be_given: bool = False)
         must_be_given: whether a checkpoint or engine that is missing is reported anyway. Whether a network is
             wanted shows when it is given, so that until then nothing is wrong with the network.
     """
+    if subtask == "quantize":
+        path = getattr(getattr(spec, subtask, None), "model_path", None)
+        return Reader(subtask, exported=bool(path and is_exported(path)))
     settings = getattr(spec, subtask, None) if subtask in PREDICT else None
     engine, checkpoint = getattr(settings, "trt_engine", None), getattr(settings, "checkpoint", None)
     if settings is not None and must_be_given and not engine and not checkpoint:

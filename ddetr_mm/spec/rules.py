@@ -462,6 +462,180 @@ def batches_ascend(spec: ExperimentSpec) -> Iterator[Fault]:
         )
 
 
+# Quantization
+
+
+@dataclass(frozen=True)
+class QuantizeBackend:
+    """What a backend of quantize takes.
+
+    Attributes:
+        mode: its only mode.
+        algorithms: those it knows, its own choice first; empty where it reads none.
+        dtypes: number formats beside native.
+        kwargs: keys of ``quantize.backend_kwargs``.
+        writes_onnx: whether it writes a Q/DQ graph, which has one number format.
+    """
+
+    mode: str
+    algorithms: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    kwargs: tuple[str, ...] = ()
+    writes_onnx: bool = False
+
+
+INT4_ALGORITHMS = ("awq_clip", "awq_lite", "awq_full", "rtn_dq")
+_INT8_OR_E4M3 = ("int8", "fp8_e4m3fn")
+QUANTIZE_BACKENDS = {
+    "torchao": QuantizeBackend("weight_only_ptq", (), (*_INT8_OR_E4M3, "fp8_e5m2")),
+    "modelopt.pytorch": QuantizeBackend("static_ptq", ("max", "minmax", "entropy"), _INT8_OR_E4M3),
+    "modelopt.onnx": QuantizeBackend(
+        "static_ptq",
+        ("max", "entropy", *INT4_ALGORITHMS),
+        _INT8_OR_E4M3,
+        ("quantize_mode", "high_precision_dtype", "block_size"),
+        writes_onnx=True,
+    ),
+    "onnxruntime": QuantizeBackend(
+        "static_ptq",
+        ("minmax", "entropy", "percentile"),
+        ("int8",),
+        ("sensitivity", "sensitivity_images", "percentile", "per_channel", "symmetric", "reduce_range"),
+        writes_onnx=True,
+    ),
+}
+
+
+def quantize_backend(spec: ExperimentSpec) -> tuple[str, QuantizeBackend]:
+    """The backend that a spec names, torchao where it names none."""
+    name = spec.quantize.backend or "torchao"
+    return name, QUANTIZE_BACKENDS[name]
+
+
+_Q = "quantize."
+
+
+@rule(_Q + "backend", _Q + "mode", _Q + "algorithm", _Q + "backend_kwargs")
+def quantize_backend_has_mode(spec: ExperimentSpec) -> Iterator[Fault]:
+    """The backend of quantize has its mode, its algorithm and its backend_kwargs."""
+    name, backend = quantize_backend(spec)
+    mode, algorithm = spec.quantize.mode, spec.quantize.algorithm
+    kwargs = spec.quantize.backend_kwargs or {}
+    if mode not in (None, backend.mode):
+        hint = f"set quantize.mode={backend.mode}"
+        yield Fault(_Q + "mode", f"is not a mode of {name}", mode, backend.mode, hint)
+    if backend.algorithms and algorithm not in (None, *backend.algorithms):
+        allowed = ", ".join(backend.algorithms)
+        yield Fault(_Q + "algorithm", f"is not an algorithm of {name}", algorithm, allowed)
+    elif name == "modelopt.onnx" and algorithm is not None:
+        is_int4 = kwargs.get("quantize_mode") == "int4"
+        if is_int4 is not (algorithm in INT4_ALGORITHMS):
+            what = "needs" if not is_int4 else "does not go with"
+            allowed = ", ".join(INT4_ALGORITHMS if is_int4 else ("max", "entropy"))
+            yield Fault(
+                _Q + "algorithm", f"{what} backend_kwargs {{quantize_mode: int4}}", algorithm, allowed
+            )
+    for key in kwargs:
+        if key not in backend.kwargs:
+            allowed = ", ".join(backend.kwargs) or "none"
+            yield Fault(f"{_Q}backend_kwargs.{key}", f"is not an argument of {name}", kwargs[key], allowed)
+
+
+_KWARG_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "quantize_mode": (lambda value: value in ("int8", "fp8", "int4"), "int8, fp8, int4"),
+    "high_precision_dtype": (lambda value: value in ("fp32", "fp16", "bf16"), "fp32, fp16, bf16"),
+    "percentile": (
+        lambda value: isinstance(value, (int, float)) and 50 < value <= 100,
+        "a number above 50, up to 100",
+    ),
+    **dict.fromkeys(
+        ("block_size", "sensitivity_images"),
+        (lambda value: isinstance(value, int) and not isinstance(value, bool) and value > 0, "at least 1"),
+    ),
+    **dict.fromkeys(
+        ("sensitivity", "per_channel", "symmetric", "reduce_range"),
+        (lambda value: isinstance(value, bool), "true or false"),
+    ),
+}
+"""Argument of a backend → whether a value is taken, and which are, in words."""
+
+
+@rule(_Q + "backend_kwargs")
+def quantize_arguments_have_values(spec: ExperimentSpec) -> Iterator[Fault]:
+    """Each of quantize.backend_kwargs has a value that the backend takes."""
+    for key, value in (spec.quantize.backend_kwargs or {}).items():
+        taken, words = _KWARG_VALUES.get(key, (lambda _: True, ""))
+        if not taken(value):
+            yield Fault(f"{_Q}backend_kwargs.{key}", "cannot be used", value, words)
+
+
+@rule(_Q + "backend", _Q + "layers", _Q + "algorithm")
+def quantized_layers_have_formats(spec: ExperimentSpec) -> Iterator[Fault]:
+    """Every entry of quantize.layers has a pattern, and number formats that the backend has."""
+    name, backend = quantize_backend(spec)
+    allowed = ", ".join((*backend.dtypes, "native"))
+    used: dict[str, str] = {}
+    for index, layer in enumerate(spec.quantize.layers or ()):
+        path = f"{_Q}layers[{index}]"
+        if not layer.module_name:
+            yield Fault(f"{path}.module_name", "is not given", hint="name layers, or '*' for all")
+        for part in ("weights", "activations"):
+            tensor = getattr(layer, part)
+            if tensor is None:
+                continue
+            if tensor.dtype not in ("", "native", *backend.dtypes):
+                yield Fault(f"{path}.{part}.dtype", f"is not a format of {name}", tensor.dtype, allowed)
+            elif tensor.dtype not in ("", "native"):
+                used[f"{path}.{part}.dtype"] = tensor.dtype
+            if tensor.quant_axis not in ((None, 0) if part == "weights" else (None,)):
+                words = "null or 0" if part == "weights" else "null"
+                yield Fault(f"{path}.{part}.quant_axis", "cannot be used", tensor.quant_axis, words)
+        dtypes = [getattr(one, "dtype", None) or "native" for one in (layer.weights, layer.activations)]
+        if backend.writes_onnx and layer.activations is not None and dtypes[0] != dtypes[1]:
+            what = "is another format than that of the weights, which a Q/DQ graph does not have"
+            yield Fault(f"{path}.activations.dtype", what, dtypes[1], dtypes[0])
+    if spec.quantize.algorithm == "entropy" and name == "modelopt.pytorch":
+        for path, dtype in used.items():
+            if dtype != "int8" and ".activations" in path:
+                yield Fault(path, "has no entropy calibration", dtype, "int8", "set quantize.algorithm=max")
+    if backend.writes_onnx and len(set(used.values())) > 1:
+        place = next(iter(used))
+        yield Fault(place, f"is not the only format, and {name} writes one", sorted(set(used.values())))
+
+
+@rule(_Q + "backend", _Q + "model_path")
+def quantize_takes_the_file(spec: ExperimentSpec) -> Iterator[Fault]:
+    """modelopt.onnx takes an ONNX file, torchao and modelopt.pytorch a checkpoint, onnxruntime either."""
+    name, backend = quantize_backend(spec)
+    path = spec.quantize.model_path
+    if not path:
+        return
+    suffix = Path(path).suffix.lower()
+    is_onnx = suffix == ".onnx"
+    hint = "name the checkpoint" if is_onnx else "export the checkpoint first: ddetr-mm export"
+    if suffix in (".engine", ".trt", ".plan") or (is_onnx and not backend.writes_onnx):
+        hint = "name the checkpoint, or the .onnx file with backend onnxruntime or modelopt.onnx"
+        yield Fault(_Q + "model_path", f"cannot be quantized by {name}", path, "a checkpoint", hint)
+    elif name == "modelopt.onnx" and not is_onnx:
+        yield Fault(_Q + "model_path", f"cannot be quantized by {name}", path, "an .onnx file", hint)
+
+
+def _missing_to_quantize(spec: ExperimentSpec) -> Iterator[Fault]:
+    """A fault where nothing would be quantized, or static_ptq has no images to find ranges with."""
+    name, backend = quantize_backend(spec)
+    is_int4 = (spec.quantize.backend_kwargs or {}).get("quantize_mode") == "int4"
+    tensors = [one for layer in spec.quantize.layers or () for one in (layer.weights, layer.activations)]
+    is_used = any(one is not None and one.dtype not in ("", "native") for one in tensors)
+    if not is_used and name != "onnxruntime" and not is_int4:
+        hint = "add an entry such as {module_name: '*', weights: {dtype: int8}}"
+        yield Fault(_Q + "layers", f"names no format, and {name} quantizes nothing without", hint=hint)
+    is_needed = backend.mode == "static_ptq" and spec.quantize.algorithm != "rtn_dq"
+    if is_needed and spec.dataset.quant_calibration_data_sources is None:
+        hint = "give image_dir and json_file of some hundred images, for example of the training data"
+        path = "dataset.quant_calibration_data_sources"
+        yield Fault(path, f"is needed for {name} and not given", hint=hint)
+
+
 # Conversion
 
 
@@ -569,6 +743,7 @@ REQUIREMENTS: tuple[Requirement, ...] = (
     Requirement("inference", "dataset.infer_data_sources", hint=_IMAGES),
     Requirement("export", "export.checkpoint"),
     Requirement("export", "export.onnx_file"),
+    Requirement("quantize", "quantize.model_path"),
     Requirement("gen_trt_engine", "gen_trt_engine.onnx_file"),
     Requirement("gen_trt_engine", _CALIBRATION + "cal_image_dir", only_with=_INT8),
     Requirement("gen_trt_engine", _CALIBRATION + "cal_cache_file", only_with=_INT8),
@@ -593,6 +768,8 @@ def missing_fields(spec: Spec, subtask: str) -> Iterator[Fault]:
         if one.unless is not None:
             hint += f" (or {one.unless})"
         yield Fault(one.path, f"is needed for {subtask} and not given", hint=hint)
+    if isinstance(spec, ExperimentSpec) and subtask == "quantize":
+        yield from _missing_to_quantize(spec)
     if isinstance(spec, ExperimentSpec) and not results_dir_setting(spec, subtask):
         yield Fault(
             "results_dir",
@@ -606,13 +783,14 @@ _PARTS = {
     "val_data_sources": ("image_dir", "json_file"),
     "test_data_sources": ("image_dir", "json_file"),
     "infer_data_sources": ("image_dir",),
+    "quant_calibration_data_sources": ("image_dir", "json_file"),
 }
 """A source of ``dataset`` → the parts that it needs."""
 
 
 def drop_blank_sources(spec: ExperimentSpec) -> None:
     """Set sources to null of which nothing is given, as templates write them for the user to fill in."""
-    for name in (*_PARTS, "quant_calibration_data_sources"):
+    for name in _PARTS:
         value = getattr(spec.dataset, name)
         items = value if isinstance(value, list) else [value] if value is not None else []
         if not any(_is_set(getattr(item, part)) for item in items for part in type(item).model_fields):

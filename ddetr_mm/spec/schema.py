@@ -293,7 +293,7 @@ class DatasetConfig(Section):
     )
     infer_data_sources: InferSource | None = spec_field(None, doc="The images for inference.")
     quant_calibration_data_sources: DataSource | None = spec_field(
-        None, doc="The data for calibrating a quantized model."
+        None, doc="The images that quantize finds ranges with, unless mode is weight_only_ptq."
     )
     batch_size: PositiveInt = spec_field(
         4,
@@ -630,53 +630,88 @@ class GenTrtEngineConfig(Section):
 
 
 class TensorQuantizationConfig(Section):
-    """How one kind of tensor is quantized."""
+    """How the weights, or the inputs, of a layer are quantized."""
 
-    dtype: str = spec_field("", doc="Number format, for example int8.")
-    observer_or_fake_quant: str = spec_field("", doc="Name of the observer that finds the range.")
+    dtype: str = spec_field(
+        "",
+        doc="""Number format: int8, fp8_e4m3fn, fp8_e5m2, or native, which leaves them as they are; empty:
+        native. Which a backend takes is on the page Quantize.""",
+    )
+    observer_or_fake_quant: str = spec_field(
+        "", doc="Name of an observer; quantize.algorithm chooses how ranges are found."
+    )
     quant_axis: Int | None = spec_field(
-        None, doc="Axis that gets a scale of its own per index; null: one scale for the tensor."
+        None,
+        doc="""Axis of the weights with a scale of its own per index: 0, the output channels. null: 0 for
+        int8, one scale for all of fp8 weights (torchao: always 0). Inputs have one scale: null.""",
     )
     observer_or_fake_quant_kwargs: dict[str, Any] | None = spec_field({}, doc="Arguments of the observer.")
 
 
 class LayerQuantizationConfig(Section):
-    """How the layers of one name are quantized."""
+    """How the layers that a pattern names are quantized."""
 
-    module_name: str = spec_field("", doc="Name, or pattern of names, of the layers.")
-    weights: TensorQuantizationConfig | None = spec_field(None, doc="Their weights; null: not.")
-    activations: TensorQuantizationConfig | None = spec_field(None, doc="Their activations; null: not.")
+    module_name: str = spec_field(
+        "",
+        doc="""Pattern (*, ?, [abc]; case matters) for the qualified name of a layer, here or in TAO, or its
+        class (Linear, Conv2d); of an ONNX file, the node's name or operator. The first entry that fits
+        decides.""",
+    )
+    weights: TensorQuantizationConfig | None = spec_field(None, doc="Their weights; null: not quantized.")
+    activations: TensorQuantizationConfig | None = spec_field(
+        None, doc="Their inputs; null: not quantized. A Q/DQ graph quantizes them with the weights."
+    )
 
 
 class QuantizeConfig(Section):
-    """Quantization after training; no subtask reads it yet."""
+    """A quantized model from a checkpoint or an ONNX file, compared with it on the validation data."""
 
-    backend: Literal["modelopt.pytorch", "torchao", "modelopt.onnx"] | None = spec_field(
+    backend: Literal["modelopt.pytorch", "torchao", "modelopt.onnx", "onnxruntime"] | None = spec_field(
         "torchao",
-        doc="Library that quantizes.",
+        doc="""What quantizes. torchao and modelopt.pytorch write a .pth, modelopt.onnx and onnxruntime a
+        Q/DQ ONNX file; onnxruntime is ours. null: torchao.""",
     )
     mode: Literal["static_ptq", "weight_only_ptq"] | None = spec_field(
-        "weight_only_ptq", doc="What is quantized."
+        "weight_only_ptq",
+        doc="""How much is quantized. static_ptq: weights and inputs, with ranges from calibration images;
+        weight_only_ptq: weights alone, torchao's only mode. null: the backend's mode.""",
     )
-    algorithm: Literal["minmax", "max", "entropy", "awq_clip", "awq_lite", "awq_full", "rtn_dq"] | None = (
-        spec_field(
-            "minmax",
-            doc="How ranges are found.",
-        )
+    algorithm: (
+        Literal["minmax", "max", "entropy", "awq_clip", "awq_lite", "awq_full", "rtn_dq", "percentile"] | None
+    ) = spec_field(
+        "minmax",
+        doc="""How ranges are found. modelopt.pytorch: minmax, max, entropy; modelopt.onnx: max, entropy, and
+        with backend_kwargs {quantize_mode: int4} the four others; onnxruntime: minmax, entropy, percentile
+        (ours); torchao reads none. null: the backend's first.""",
     )
-    layers: list[LayerQuantizationConfig] | None = spec_field([], doc="Settings for single layers.")
-    skip_names: list[str] | None = spec_field([], doc="Layers that stay as they are.")
-    model_path: str | None = spec_field("", doc="Model to quantize.")
-    results_dir: str | None = spec_field("", doc="Folder for the quantized model.")
-    backend_kwargs: dict[str, Any] | None = spec_field({}, doc="Arguments of the library.")
+    layers: list[LayerQuantizationConfig] | None = spec_field(
+        [],
+        doc="""Which layers are quantized, and how. TAO's backends quantize nothing without an entry;
+        onnxruntime then takes every convolution and linear layer but the parts that suffer.""",
+    )
+    skip_names: list[str] | None = spec_field(
+        [], doc="Patterns, as in module_name, of layers that stay as they are."
+    )
+    model_path: str | None = spec_field(
+        "", doc="Checkpoint of any format, or .onnx file, to quantize; modelopt.onnx needs an .onnx file."
+    )
+    results_dir: str | None = spec_field(
+        "", doc="Folder for the quantized model and its report; empty: results_dir/quantize."
+    )
+    backend_kwargs: dict[str, Any] | None = spec_field(
+        {},
+        doc="""Further arguments of the backend, listed on the page Quantize: of onnxruntime sensitivity: true
+        and percentile; of modelopt.onnx quantize_mode and high_precision_dtype.""",
+    )
     device: QuantizeDevice = spec_field(
         "cuda",
-        doc="Where quantization runs.",
+        doc="""Where calibration runs. trt is for modelopt.onnx, others take it for cuda; without a GPU it is
+        the CPU.""",
     )
 
 
 class ExperimentSpec(Section):
-    """Everything that train, evaluate, inference, export and gen_trt_engine read."""
+    """Everything that the subtasks other than convert read."""
 
     model_name: str | None = spec_field(None, doc="A name of your own for the model; null: none.")
     encryption_key: str | None = spec_field(
@@ -740,7 +775,10 @@ class ConvertSpec(Section):
 
 Spec = ExperimentSpec | ConvertSpec
 
-SUBTASKS = ("convert", "train", "evaluate", "inference", "export", "gen_trt_engine")
+SUBTASKS = (
+    *("convert", "train", "evaluate", "inference", "export", "gen_trt_engine", "quantize"),
+    "automl",
+)
 
 
 def root_of(subtask: str | None) -> type[ExperimentSpec] | type[ConvertSpec]:

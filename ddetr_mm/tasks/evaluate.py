@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 from ddetr_mm.datasets.sources import SYSTEM_FILES, SkippedFile, find_images
 from ddetr_mm.engine.distributed import is_first_rank, process_group
 from ddetr_mm.errors import DataError, Problem, printable
-from ddetr_mm.files import write_text_whole
+from ddetr_mm.files import size_text, write_text_whole
 from ddetr_mm.outputs import remove_ours, require_free
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec, load_spec, task_results_dir
 from ddetr_mm.tasks.session import Session, open_session, require_checkpoint, require_gpus, run_on_ranks
 
 if TYPE_CHECKING:
+    import torch
+
     from ddetr_mm.engine.runner import QuietRunner
 
 
@@ -148,7 +150,42 @@ def predict(loaded: LoadedSpec, subtask: str, session: Session) -> dict[str, flo
     Returns:
         The metrics of the Runner's test loop.
     """
-    return predicting_runner(loaded, subtask, session).test()
+    runner = predicting_runner(loaded, subtask, session)
+    for metric in runner.test_evaluator.metrics:
+        if hasattr(metric, "report_facts"):
+            metric.report_facts = report_facts(loaded, runner)
+    return runner.test()
+
+
+def report_facts(loaded: LoadedSpec, runner: QuietRunner) -> dict[str, str]:
+    """What ``report.html`` says of an evaluation: name → value."""
+    spec, model = loaded.spec, runner.model
+    given, sources = spec.evaluate, spec.dataset.test_data_sources
+    weights = str(given.trt_engine or given.checkpoint)
+    size = [size_text(Path(weights).stat().st_size)]
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if num_parameters:  # an exported graph keeps them to itself
+        size.insert(0, f"{num_parameters / 1e6:.1f} M parameters")
+    found = {"Checkpoint": weights, "Spec": str(loaded.path), "Size": ", ".join(size)}
+    if sources is not None:
+        found["Data"] = f"{sources.json_file}, images in {sources.image_dir}"
+    for step in runner.cfg.test_dataloader.dataset.pipeline:
+        if step.type == "Resize":
+            long, short = step.scale
+            fixed = f"{long} x {short} pixels, whatever the image's shape"
+            kept = f"shorter side {short}, longer side at most {long} pixels"
+            found["Image size"] = kept if step.keep_ratio else fixed
+    found["Device"] = device_name(next((one.device for one in model.parameters()), None))
+    return found
+
+
+def device_name(device: torch.device | None) -> str:
+    """The name of a device, of a GPU its model."""
+    import torch
+
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return str(device or "cpu")
 
 
 def predicting_runner(loaded: LoadedSpec, subtask: str, session: Session) -> QuietRunner:

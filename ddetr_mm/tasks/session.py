@@ -188,6 +188,7 @@ RESULT_NAMES = {
     "evaluate": ("config.py", "results.json", "predictions.json", "report.html"),
     "inference": ("config.py", "skipped.json"),
     "export": ("config.py",),
+    "quantize": ("parity.json", "report.html"),
 }
 """Files that a subtask writes into its results folder late, checked before the work."""
 
@@ -214,6 +215,8 @@ def input_files(loaded: LoadedSpec, subtask: str) -> list[str]:
         return found
     dataset = spec.dataset
     sources = [dataset.test_data_sources] if subtask == "evaluate" else list(dataset.train_data_sources or [])
+    if subtask == "quantize":
+        sources = [dataset.quant_calibration_data_sources]
     sources += dataset.val_data_sources or []
     for source in filter(None, () if subtask == "inference" else sources):
         with suppress(DataError):

@@ -8,7 +8,12 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 
-from ddetr_mm.engine.distributed import decided_by_first_rank, is_first_rank, process_group
+from ddetr_mm.engine.distributed import (
+    decided_by_first_rank,
+    end_with_study,
+    is_first_rank,
+    process_group,
+)
 from ddetr_mm.spec import load_spec
 from ddetr_mm.tasks.check import early_check, quick_check
 from ddetr_mm.tasks.session import open_session, require_gpus, run_on_ranks
@@ -18,6 +23,7 @@ LATEST_NAME = "dd_model_latest.pth"  # as in engine.checkpoint, which takes seco
 
 def run(arguments: Namespace) -> None:
     """Train, validate and write checkpoints."""
+    end_with_study()
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, "train")
     spec = loaded.spec
     if run_on_ranks(arguments, loaded, "train"):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddetr_mm.weights.formats import CheckpointFormat, KeyTrace, same_values
 from ddetr_mm.weights.gcvit import VARIANTS, stage_shapes, variant_names
+from ddetr_mm.weights.quantized import Quantization
 
 # --- Checkpoint and metadata ---
 
@@ -108,6 +109,7 @@ class Checkpoint:
             :data:`ddetr_mm.weights.scheme.FIELDS`; its format alone implies the others.
         entry: dotted path of the dictionary that was read and the prefix of its keys, the format's own
             prefix left out.
+        quantization: how torchao or ModelOpt quantized the weights; None for float weights.
     """
 
     state_dict: dict[str, Tensor]
@@ -119,6 +121,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     stated: frozenset[str] = frozenset()
     entry: str = ""
+    quantization: Quantization | None = None
 
 
 def meta_from_dict(values: Mapping[str, Any], default: CheckpointMeta) -> CheckpointMeta:

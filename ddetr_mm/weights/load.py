@@ -28,6 +28,7 @@ from ddetr_mm.weights.checkpoint import (
 from ddetr_mm.weights.class_columns import CLASS_KEY, HEAD_KEY, ColumnPlan, carried_rows, plan_head
 from ddetr_mm.weights.entries import DEFAULT, Entry, Selection, check_storage, choose, tensor_entries
 from ddetr_mm.weights.layouts import Found
+from ddetr_mm.weights.quantized import quantize_inputs
 from ddetr_mm.weights.read import detector_format, read_checkpoint, refuse_non_finite, refuse_odd
 from ddetr_mm.weights.report import UNREAD, LoadReport
 from ddetr_mm.weights.safe_read import RawFile, read_raw, short_names
@@ -138,6 +139,8 @@ def fill_model(
         problems = field_problems(checkpoint.state_dict, target, checkpoint.path)
         what = "does not fit the model exactly:\n" + report.summary()
         raise WeightsError(*problems, Problem(what, file=checkpoint.path))
+    if checkpoint.quantization is not None and strict:  # a network that is trained on rounds nothing
+        quantize_inputs(network, checkpoint.quantization)
     return report
 
 

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddetr_mm.weights.quantized import PlainQuantizedTensor
+
 SafeGlobal: TypeAlias = "Callable[..., Any] | tuple[Callable[..., Any], str]"
 
 
@@ -197,6 +199,9 @@ _REPLACEMENTS: tuple[tuple[str, type], ...] = (
     (r"uuid\.UUID", InertObject),
     (r"decimal\.Decimal", InertObject),
     (r"_io\.BytesIO", InertObject),
+    # torchao's quantized tensors: their parts alone, see ddetr_mm.weights.quantized.
+    (r"torchao\.quantization(\.\w+)*\.(Int8Tensor|Float8Tensor)", PlainQuantizedTensor),
+    (r"torchao\.quantization(\.\w+)*\.KernelPreference", InertObject),
     # Built-in types as values (the type argument of a defaultdict, a field's type …): replaced, never called.
     (r"builtins\.(int|float|str|bool|list|dict|tuple|frozenset|bytes|object)", InertObject),
 )

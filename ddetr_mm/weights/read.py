@@ -54,6 +54,7 @@ from ddetr_mm.weights.formats import HF, FormatTable, KeyTrace, to_canonical
 from ddetr_mm.weights.layouts import Found, find_backbones, find_prefixes
 from ddetr_mm.weights.other_networks import other_network, refusal
 from ddetr_mm.weights.pickle_names import InertObject
+from ddetr_mm.weights.quantized import named_as
 from ddetr_mm.weights.safe_read import RawFile, read_raw, short_names
 from ddetr_mm.weights.scheme import FIELDS, refinement_shown
 
@@ -340,8 +341,21 @@ def read_checkpoint(
             f"{len(trace.differing_aliases)} repeated keys differ from what they repeat"
             f" ({short_names(trace.differing_aliases, 2)}); the values under the main names are used"
         )
+    quantization = raw.quantization
+    if quantization is not None:
+        notes.append(quantization.summary())
+        quantization = named_as(quantization, trace.mapped, raw.path)
     return Checkpoint(
-        canonical, found.table.name, meta, architecture, raw.path, trace, notes, stated, found.entry
+        canonical,
+        found.table.name,
+        meta,
+        architecture,
+        raw.path,
+        trace,
+        notes,
+        stated,
+        found.entry,
+        quantization,
     )
 
 

@@ -31,6 +31,7 @@ from ddetr_mm.files import parse_json
 from ddetr_mm.weights.encryption import is_encrypted, plain_file
 from ddetr_mm.weights.pickle_bounds import OutOfBounds, check_pickle
 from ddetr_mm.weights.pickle_names import PlainUnpickler, SafeGlobal, names_in_pickle, sort_names
+from ddetr_mm.weights.quantized import Quantization, plain_content
 
 # --- Messages ---
 
@@ -189,6 +190,7 @@ class RawFile:
         metadata: text metadata of a safetensors file.
         config: ``config.json`` of a Hugging Face folder, also where its weights file was given.
         preprocessor: ``preprocessor_config.json`` of that folder, where it has one.
+        quantization: how torchao or ModelOpt quantized the weights, which are plain in ``payload``.
     """
 
     path: Path
@@ -197,6 +199,7 @@ class RawFile:
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] = field(default_factory=dict)
+    quantization: Quantization | None = None
 
 
 def read_raw(path: str | Path) -> RawFile:
@@ -234,7 +237,8 @@ def read_raw(path: str | Path) -> RawFile:
         arrays = _read_npz(path, size)
         if arrays is not None:
             return RawFile(path, "numpy", arrays)
-        return RawFile(path, "torch", _read_torch_zip(path, size), config=_config_beside(path))
+        content, quantization = plain_content(_read_torch_zip(path, size), path)
+        return RawFile(path, "torch", content, config=_config_beside(path), quantization=quantization)
     if path.suffix == ".safetensors" or _looks_like_safetensors(start, size):
         tensors, metadata = read_safetensors(path)
         return RawFile(path, "safetensors", tensors, metadata, _config_beside(path))

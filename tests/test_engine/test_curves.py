@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +21,14 @@ from ddetr_mm.engine.curves import (
     RESUMED_STEP,
     CurvesHook,
     RunScalars,
+    RunState,
     ap_series,
     draw_curves,
+    duration_text,
     loss_series,
     rate_series,
+    run_name,
+    write_curve_page,
 )
 from ddetr_mm.engine.hooks import learning_rates
 
@@ -75,8 +82,13 @@ def test_losses_rates_of_every_group_and_metrics_are_read_back(make_runner, tmp_
     for name in ("curve_loss.png", "curve_lr.png", "curve_ap.png"):
         assert (tmp_path / "train" / name).stat().st_size > 5000
     page = (tmp_path / "train" / "curves.html").read_text()
-    assert page.count("data:image/png;base64,") == 3 and 'http-equiv="refresh"' not in page
-    assert "learning rate, 0.005" in page and "coco/bbox_mAP (epoch 2)" in page and "epoch 2 of 2" in page
+    assert page.count('<figure class="chart"') == 3 and "data:image" not in page
+    assert 'data-refresh="0"' in page and 'http-equiv="refresh"' not in page
+    assert "<h1>train</h1>" not in page and f"<h1>{tmp_path.name}</h1>" in page
+    assert "finished · epoch 2 of 2, step 8 of 8" in page and "<td" not in page
+    tiles = re.findall(r"<div><b>([^<]*)</b><span>([^<]*)</span><small>([^<]*)</small>", page)
+    assert tiles[:2] == [("0.200", "best AP", "epoch 2"), ("0.400", "best AP50", "epoch 2")]
+    assert tiles[2][1:] == ("loss", "step 8") and "time left" not in page
 
 
 class FixedLoss(Hook):
@@ -97,8 +109,9 @@ def test_the_loss_of_validation_is_drawn_over_steps(make_runner, tmp_path):
     assert x.tolist() == [3, 6] and y.tolist() == [9.0, 8.0]
     assert "val_loss" not in ap_series(scalars)
     page = (tmp_path / "train" / "curves.html").read_text()
-    assert "<td>val_loss (epoch 2)</td><td>8</td>" in page and "val_loss_cls (epoch 2)" in page
-    assert "at_step" not in page
+    (drawn, *_) = re.findall(r'data-chart="([^"]*)"', page)
+    assert json.loads(html.unescape(drawn))["series"][-1] == [[3, 6], [9, 8]]
+    assert "</span>val_loss<output>" in page and "at_step" not in page
 
 
 def test_the_page_is_live_while_training_runs(make_runner, tmp_path):
@@ -113,8 +126,40 @@ def test_the_page_is_live_while_training_runs(make_runner, tmp_path):
 
     hooks = [CurvesHook(redraw_s=0), Watcher()]
     make_runner(hooks, epochs=1, batches=2, default_hooks=EACH_STEP).train()
-    assert all('http-equiv="refresh"' in page for page in pages)
-    assert "<td>steps</td><td>1</td>" in pages[0] and "<td>steps</td><td>2</td>" in pages[1]
+    assert all('data-refresh="5"' in page and "<noscript><meta http-equiv" in page for page in pages)
+    assert "<small>step 1</small>" in pages[0] and "<small>step 2</small>" in pages[1]
+
+
+def test_the_page_says_how_long_training_takes(tmp_path):
+    state = RunState("night", "epoch 1 of 4", seconds_left=4830.0, alarms=["<b>loss</b> is not finite"])
+    page = write_curve_page(tmp_path / "curves.html", made(), state, refresh_s=10).read_text()
+    assert "<b>1 h 20 min</b><span>time left</span>" in page and "<h1>night</h1>" in page
+    assert '<p class="alarm">&lt;b&gt;loss&lt;/b&gt; is not finite</p>' in page
+    assert "<b>0.300</b><span>best AP</span><small>epoch 3</small>" in page
+    none = write_curve_page(tmp_path / "none.html", RunScalars(tmp_path), RunState("night")).read_text()
+    assert "No values have been logged yet." in none and 'tiles"' not in none
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0, "0 s"), (45.4, "45 s"), (60, "1 min"), (3725, "1 h 2 min"), (90000, "1 d 1 h"), (86400, "1 d")],
+)
+def test_durations_have_two_units(seconds, expected):
+    assert duration_text(seconds) == expected
+
+
+def test_a_run_is_named_after_its_results_folder(tmp_path):
+    assert run_name(tmp_path / "second" / "train") == "second"
+    assert run_name(tmp_path / "second") == "second"
+
+
+def test_time_left_is_measured_from_this_start(monkeypatch):
+    hook = CurvesHook()
+    hook._begun_at, hook._begun_step = 100.0, 2
+    monkeypatch.setattr("ddetr_mm.engine.curves.time.monotonic", lambda: 108.0)
+    # 4 steps in 8 s, 10 are left.
+    assert hook._seconds_left(types.SimpleNamespace(iter=6, max_iters=16)) == pytest.approx(20.0)
+    assert hook._seconds_left(types.SimpleNamespace(iter=2, max_iters=16)) is None
 
 
 def test_groups_are_named_by_the_parts_of_the_config(make_runner):

@@ -11,9 +11,7 @@ VALUES = {
     "model_name": "x",
     "model.dld_model_dir_path": "/x",
     "model.clip_max_norm": "0.5",
-    "dataset.quant_calibration_data_sources": "{image_dir: a, json_file: b}",
     "train.optim.monitor_name": "train_loss",
-    "quantize": "{backend: modelopt.onnx}",
 }
 
 
@@ -25,9 +23,52 @@ def test_field_without_effect_is_reported_when_set(load, path: str):
 
 def test_only_changed_fields_are_reported(load):
     assert load("model: {clip_max_norm: 0.1}\nevaluate: {batch_size: -1}").notes == []
-    assert load("quantize: {layers: []}").notes == []
-    assert len(load("quantize: {layers: [{module_name: a}]}").notes) == 1
-    assert len(load("quantize: {backend_kwargs: {a: 1}}").notes) == 1
+
+
+ONNXRUNTIME = "backend: onnxruntime, mode: static_ptq"
+
+
+@pytest.mark.parametrize(
+    ("text", "notes"),
+    [
+        (
+            "quantize: {algorithm: entropy}",
+            [
+                "quantize.algorithm (line 1) has no effect because torchao takes the ranges of weights from the"
+                " weights"
+            ],
+        ),
+        (
+            "dataset: {quant_calibration_data_sources: {image_dir: a, json_file: b}}",
+            [
+                "dataset.quant_calibration_data_sources (line 1) has no effect because torchao quantizes weights"
+                " alone, without images"
+            ],
+        ),
+        ("ddetr_mm: {quantize_images: 3}\nquantize: {%s}" % ONNXRUNTIME, []),
+        (
+            "quantize: {layers: [{module_name: a, weights: {dtype: int8, observer_or_fake_quant: x}}]}",
+            [
+                "quantize.layers[0].weights.observer_or_fake_quant has no effect because quantize.algorithm chooses"
+                " how ranges are found"
+            ],
+        ),
+        (
+            "quantize: {layers: [{module_name: a, weights: {observer_or_fake_quant_kwargs: {a: 1}}}]}",
+            [
+                "quantize.layers[0].weights.observer_or_fake_quant_kwargs has no effect because quantize.algorithm"
+                " chooses how ranges are found"
+            ],
+        ),
+        (
+            "quantize: {layers: [{module_name: a, activations: {dtype: int8}}]}",
+            ["quantize.layers[0].activations has no effect because torchao quantizes weights alone"],
+        ),
+        ("quantize: {%s, layers: [{module_name: a, weights: {dtype: int8}}]}" % ONNXRUNTIME, []),
+    ],
+)
+def test_settings_of_quantize_that_change_nothing(load, text: str, notes: list[str]):
+    assert load(text).notes == notes
 
 
 @pytest.mark.parametrize("path", sorted(ALWAYS_REPORTED))

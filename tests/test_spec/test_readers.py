@@ -30,13 +30,14 @@ def test_rows_are_fields_and_subtasks():
 @pytest.mark.parametrize(
     ("path", "subtasks"),
     [
-        ("dataset.batch_size", ("train", "evaluate", "inference")),
+        ("dataset.batch_size", ("train", "evaluate", "inference", "quantize")),
         ("dataset.train_data_sources[0].image_dir", ("train",)),
-        ("model", ("train", "evaluate", "inference", "export")),
-        ("model.num_feature_levels", ("train", "evaluate", "inference", "export")),
+        ("model", ("train", "evaluate", "inference", "export", "quantize")),
+        ("model.num_feature_levels", ("train", "evaluate", "inference", "export", "quantize")),
         ("dataset.augmentation", ALL),
         ("gen_trt_engine.tensorrt.calibration.cal_image_dir", ("gen_trt_engine",)),
-        ("quantize.mode", ()),
+        ("quantize.mode", ("quantize",)),
+        ("quantize.layers[0].weights.dtype", ("quantize",)),
     ],
 )
 def test_readers(path: str, subtasks: tuple[str, ...]):
@@ -181,6 +182,7 @@ def test_reader_of_a_spec(load):
     assert reader_of(spec, "evaluate") == Reader("evaluate", False)
     assert reader_of(spec, "inference") == Reader("inference", True)
     assert reader_of(spec, "train") == Reader("train", False)
+    assert reader_of(load("quantize: {model_path: a.pth}").spec, "quantize") == Reader("quantize", False)
     assert reader_of(spec, "evaluate", must_be_given=True) == Reader("evaluate", True)
     assert reader_of(spec, None).reads("quantize.mode")
 

@@ -247,6 +247,102 @@ CASES = [
         "num_partitions: 3\npartition_mode: random",
         "does not fit partition_mode: random",
     ),
+    (
+        "quantize_backend_has_mode",
+        "quantize",
+        "quantize: {backend: onnxruntime, mode: static_ptq, algorithm: percentile}",
+        "quantize: {backend: onnxruntime, mode: weight_only_ptq}",
+        "is not a mode of onnxruntime (got 'weight_only_ptq'); allowed: static_ptq",
+    ),
+    (
+        "quantize_backend_has_mode",
+        "quantize",
+        "quantize: {backend: modelopt.pytorch, mode: static_ptq, algorithm: entropy}",
+        "quantize: {backend: modelopt.pytorch, mode: static_ptq, algorithm: awq_lite}",
+        "is not an algorithm of modelopt.pytorch (got 'awq_lite'); allowed: max, minmax, entropy",
+    ),
+    (
+        "quantize_backend_has_mode",
+        "quantize",
+        "quantize: {backend: modelopt.onnx, mode: null, algorithm: rtn_dq, backend_kwargs: {quantize_mode: int4}}",
+        "quantize: {backend: modelopt.onnx, mode: null, algorithm: rtn_dq}",
+        "needs backend_kwargs {quantize_mode: int4}",
+    ),
+    (
+        "quantize_backend_has_mode",
+        "quantize",
+        "quantize: {backend: onnxruntime, mode: null, backend_kwargs: {per_channel: false}}",
+        "quantize: {backend: torchao, backend_kwargs: {per_channel: false}}",
+        "is not an argument of torchao (got False); allowed: none",
+    ),
+    (
+        "quantize_arguments_have_values",
+        "quantize",
+        "quantize: {backend: onnxruntime, mode: null, backend_kwargs: {percentile: 99.9}}",
+        "quantize: {backend: onnxruntime, mode: null, backend_kwargs: {percentile: 0.999}}",
+        "a number above 50, up to 100",
+    ),
+    (
+        "quantized_layers_have_formats",
+        "quantize",
+        "quantize: {layers: [{module_name: a, weights: {dtype: fp8_e5m2}}]}",
+        "quantize: {layers: [{module_name: a, weights: {dtype: int4}}]}",
+        "is not a format of torchao (got 'int4'); allowed: int8, fp8_e4m3fn, fp8_e5m2, native",
+    ),
+    (
+        "quantized_layers_have_formats",
+        "quantize",
+        "quantize: {layers: [{module_name: a, weights: {dtype: int8, quant_axis: 0}}]}",
+        "quantize: {layers: [{module_name: a, weights: {dtype: int8, quant_axis: 1}}]}",
+        "quant_axis",
+    ),
+    (
+        "quantized_layers_have_formats",
+        "quantize",
+        "quantize: {layers: [{module_name: a}]}",
+        "quantize: {layers: [{weights: {dtype: int8}}]}",
+        "module_name (default), line 1: is not given",
+    ),
+    (
+        "quantized_layers_have_formats",
+        "quantize",
+        "quantize: {backend: onnxruntime, mode: null, layers: [{module_name: a, weights: {dtype: int8}}]}",
+        "quantize: {backend: onnxruntime, mode: null, layers: [{module_name: a, weights: {dtype: int8}, "
+        "activations: {dtype: native}}]}",
+        "is another format than that of the weights",
+    ),
+    (
+        "quantized_layers_have_formats",
+        "quantize",
+        "quantize: {backend: modelopt.onnx, mode: null, algorithm: max, layers: "
+        "[{module_name: a, weights: {dtype: int8}}]}",
+        "quantize: {backend: modelopt.onnx, mode: null, algorithm: max, layers: "
+        "[{module_name: a, weights: {dtype: int8}}, {module_name: b, weights: {dtype: fp8_e4m3fn}}]}",
+        "is not the only format, and modelopt.onnx writes one",
+    ),
+    (
+        "quantized_layers_have_formats",
+        "quantize",
+        "quantize: {backend: modelopt.pytorch, mode: null, algorithm: max, layers: "
+        "[{module_name: a, activations: {dtype: fp8_e4m3fn}}]}",
+        "quantize: {backend: modelopt.pytorch, mode: null, algorithm: entropy, layers: "
+        "[{module_name: a, activations: {dtype: fp8_e4m3fn}}]}",
+        "has no entropy calibration",
+    ),
+    (
+        "quantize_takes_the_file",
+        "quantize",
+        "quantize: {model_path: a.pth}",
+        "quantize: {model_path: a.onnx}",
+        "cannot be quantized by torchao",
+    ),
+    (
+        "quantize_takes_the_file",
+        "quantize",
+        "quantize: {backend: modelopt.onnx, mode: null, algorithm: max, model_path: a.onnx}",
+        "quantize: {backend: modelopt.onnx, mode: null, algorithm: max, model_path: a.pth}",
+        "export the checkpoint first",
+    ),
 ]
 
 

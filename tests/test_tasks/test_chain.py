@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,14 @@ def test_evaluate_leaves_results_and_predictions(trained_project: Project):
     assert predictions and {"image_id", "category_id", "bbox", "score"} <= set(predictions[0])
     assert {entry["category_id"] for entry in predictions} <= {1, 2, 3, 4}
     assert status_lines(folder / "status.json")[-1]["kpi"]["test_mAP50"]
+    page = (folder / "report.html").read_text()
+    facts = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", page))
+    assert facts["Checkpoint"] == LATEST and facts["Spec"] == trained_project.spec
+    assert re.fullmatch(r"0\.7 M parameters, \d+\.\d MiB", facts["Size"])
+    assert facts["Data"] == "results/shapes/coco/test, images in results/shapes/data"
+    assert facts["Image size"] == "shorter side 64, longer side at most 96 pixels"
+    assert re.fullmatch(r"[\d.]+ m?s \([\d.]+ images/s\), reading included", facts["Time an image"])
+    assert facts["Device"]
 
 
 def test_conf_threshold_and_eval_class_ids_act(trained_project: Project, tmp_path: Path):
