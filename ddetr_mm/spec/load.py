@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,17 @@ class LoadedSpec:
     notes: list[str] = field(default_factory=list)
 
 
+TAO_RESULTS = Path("/results")
+"""Default of ``results_dir``: a folder of TAO's container, which other machines seldom have."""
+
+OWN_RESULTS = "results"
+"""Folder of the results where ``results_dir`` is not given and :data:`TAO_RESULTS` cannot be written to."""
+
+
+def _may_write(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
 def load_spec(
     path: str | Path,
     overrides: Sequence[str] = (),
@@ -139,6 +151,14 @@ def load_spec_text(
         problems += apply_overrides(tree, root, overrides, file)
         if root is ExperimentSpec:
             notes += drop_overruled_gpus(tree)
+            if subtask is not None and "results_dir" not in tree.items and not _may_write(TAO_RESULTS):
+                apply_overrides(tree, root, [f"results_dir={OWN_RESULTS}"], file)
+                own = tree.items.get(subtask)
+                if not (isinstance(own, Branch) and "results_dir" in own.items):
+                    notes.append(
+                        f"results_dir is not given: results go to ./{OWN_RESULTS}, since there is no"
+                        f" {TAO_RESULTS} to write to"
+                    )
     report = _Report(file)
     binder = _Binder(root, report)
     values = binder.section(tree, root)

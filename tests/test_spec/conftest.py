@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import ddetr_mm.spec.load
 from ddetr_mm.errors import SpecError
 from ddetr_mm.spec import LoadedSpec, load_spec
 
@@ -17,6 +18,12 @@ Load = Callable[..., LoadedSpec]
 def spec_file(tmp_path: Path) -> Path:
     """Where the text of a test's spec goes."""
     return tmp_path / "spec.yaml"
+
+
+@pytest.fixture(autouse=True)
+def taos_results_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in TAO's container, which has a folder for the results: whether there is one decides a default."""
+    monkeypatch.setattr(ddetr_mm.spec.load, "TAO_RESULTS", tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import ddetr_mm.spec.load as loading
 from ddetr_mm.errors import SpecError
 from ddetr_mm.spec import ConvertSpec, ExperimentSpec, get_field, load_spec, task_results_dir
 from ddetr_mm.spec.schema import DataSource
@@ -290,6 +291,25 @@ def test_calibration_is_needed_for_int8_alone(problems):
 def test_results_folder(load, text: str, subtask: str, folder: str):
     loaded = load(text, (), subtask, require_mandatory=False)
     assert task_results_dir(loaded.spec, subtask) == Path(folder)
+
+
+def test_results_without_a_folder_go_to_this_one(load, tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "TAO_RESULTS", tmp_path / "results")
+    text = "evaluate: {checkpoint: '${results_dir}/train/a.pth'}"
+    loaded = load(text, (), "evaluate", require_mandatory=False)
+    assert loaded.spec.results_dir == "results" and loaded.spec.evaluate.checkpoint == "results/train/a.pth"
+    assert [note for note in loaded.notes if "results go to ./results" in note]
+    (tmp_path / "results").mkdir()
+    kept = load(text, (), "evaluate", require_mandatory=False)
+    assert kept.spec.results_dir == "/results" and not [note for note in kept.notes if "results go" in note]
+
+
+@pytest.mark.parametrize("given", ["results_dir: r", "evaluate: {results_dir: r}"])
+def test_nothing_is_noted_of_a_folder_that_is_given(load, tmp_path, monkeypatch, given):
+    monkeypatch.setattr(loading, "TAO_RESULTS", tmp_path / "results")
+    assert not [
+        note for note in load(given, (), "evaluate", require_mandatory=False).notes if "results go" in note
+    ]
 
 
 def test_no_results_folder(load, problems):
