@@ -23,7 +23,14 @@ from ddetr_mm.classes import BACKGROUND, BY_NAME_HINT, UNKNOWN, find_names, some
 from ddetr_mm.datasets.coco_table import CocoTable
 from ddetr_mm.datasets.images import image_errors_named
 from ddetr_mm.datasets.samplers import SampleIndex, sample_randomness
-from ddetr_mm.datasets.sources import STORAGES, CocoSource, join_location, list_images, read_coco_sources
+from ddetr_mm.datasets.sources import (
+    STORAGES,
+    CocoSource,
+    join_location,
+    list_images,
+    mmdet_names,
+    read_coco_sources,
+)
 from ddetr_mm.errors import DataError, Problem
 
 # --- Labels of categories ---
@@ -271,15 +278,16 @@ class SerializedCocoDataset(BaseDetDataset):
         if self._fully_initialized:
             return
         self.sources = self._resolve_sources()
-        self.table = read_coco_sources(
-            self.sources,
-            annotations_required=not self.test_mode,
-            with_masks=self.with_masks,
-            storage=self.storage,
-            strict=self.strict_annotations,
-            numbered_names=self.numbered_names,
-            merge_categories=self.merge_categories,
-        )
+        with mmdet_names(self._given_sources is None):
+            self.table = read_coco_sources(
+                self.sources,
+                annotations_required=not self.test_mode,
+                with_masks=self.with_masks,
+                storage=self.storage,
+                strict=self.strict_annotations,
+                numbered_names=self.numbered_names,
+                merge_categories=self.merge_categories,
+            )
         label_map = build_label_map(
             self.table,
             self.label_mode,

@@ -37,6 +37,29 @@ from ddetr_mm.errors import DataError, Problem
 STORAGES = ("shared", "process")
 
 
+@contextmanager
+def mmdet_names(used: bool = True) -> Iterator[None]:
+    """Have errors within the block name mmdet's arguments, ``ann_file`` and ``data_prefix``.
+
+    Args:
+        used: False where ``sources`` were given, with ``json_file`` and ``image_dir``.
+    """
+    try:
+        yield
+    except DataError as error:
+        if not used:
+            raise
+        raise DataError(*map(_named_as_in_mmdet, error.problems)) from None
+
+
+def _named_as_in_mmdet(problem: Problem) -> Problem:
+    words = {"json_file": "ann_file", "image_dir": "data_prefix['img']"}
+    texts = {name: getattr(problem, name) for name in ("what", "where", "hint")}
+    for ours, theirs in words.items():
+        texts = {name: text and re.sub(rf"\b{ours}\b", theirs, text) for name, text in texts.items()}
+    return replace(problem, **texts)
+
+
 @dataclass(frozen=True)
 class CocoSource:
     """Images with their COCO annotations.

@@ -164,7 +164,9 @@ def absent_classes(classes: Sequence[ClassScore]) -> Alarm | None:
         "its objects are too small for the input size or feature levels",
         "it is learnt late: rare classes come last",
     ]
-    verb = "is never predicted" if never_predicted else "is never predicted correctly"
+    verb = (
+        "is never predicted" if never_predicted else "is never predicted correctly (at an IoU of 0.5 or more)"
+    )
     subject = "A class" if len(absent) == 1 else f"{len(absent)} classes"
     verb = verb if len(absent) == 1 else verb.replace("is", "are", 1)
     return Alarm("class-absent", f"{subject} {verb}: {names}.", tuple(causes))

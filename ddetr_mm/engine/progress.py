@@ -64,6 +64,7 @@ class Progress:
         self.total = total
         self.unit = unit
         self.done = done
+        self._done_before = done
         self.facts: Callable[[], str] | None = None
         self.pauses_left = 0
         self._stream = stream or sys.stderr
@@ -103,7 +104,7 @@ class Progress:
         for handler, stream in self._redirected:
             handler.setStream(stream)
         self._bar.stop()
-        if self._shown and not self._live and kind is None and self.done:
+        if self._shown and not self._live and kind is None and self.done > self._done_before:
             self._print_line(time.monotonic())
 
     def update(self, done: int, total: int | None = None) -> None:

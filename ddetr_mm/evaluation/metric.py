@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ddetr_mm.classes import find_names, some_of
 from ddetr_mm.datasets.coco_table import CocoTable
-from ddetr_mm.datasets.sources import read_coco_sources
+from ddetr_mm.datasets.sources import mmdet_names, read_coco_sources
 from ddetr_mm.errors import DataError, Problem, printable
 from ddetr_mm.evaluation.coco_eval import (
     COCO_LIMITS,
@@ -257,6 +257,7 @@ class FastCocoMetric(BaseMetric):
         self.numbered_names = None if numbered_names is None else list(numbered_names)
         self.merge_categories = merge_categories
         self.sources = [{"image_dir": "", "json_file": ann_file}] if ann_file is not None else sources
+        self._has_ann_file = ann_file is not None
         self.eval_class_ids = None if eval_class_ids is None else list(eval_class_ids)
         self.conf_threshold = conf_threshold
         self.classwise = classwise
@@ -419,14 +420,15 @@ class FastCocoMetric(BaseMetric):
         if self.sources is None:
             return _truth_of_samples(results, self._label_ids(None), self._class_names())
         if self._table is None:
-            self._table = read_coco_sources(
-                self.sources,
-                annotations_required=not self.format_only,
-                strict=self.strict_annotations,
-                sizes_required=False,
-                numbered_names=self.numbered_names,
-                merge_categories=self.merge_categories,
-            )
+            with mmdet_names(self._has_ann_file):
+                self._table = read_coco_sources(
+                    self.sources,
+                    annotations_required=not self.format_only,
+                    strict=self.strict_annotations,
+                    sizes_required=False,
+                    numbered_names=self.numbered_names,
+                    merge_categories=self.merge_categories,
+                )
         truth = truth_of_table(self._table)
         if self.sort_categories:
             return replace(truth, category_names=dict(sorted(truth.category_names.items())))

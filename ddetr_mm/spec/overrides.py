@@ -235,12 +235,47 @@ class _Applier:
         raise self.error(path, "the spec has neither a mapping nor a list at this place")
 
 
+def _without_split(overrides: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """Return the overrides that are whole, and one problem for each that spaces have split.
+
+    A shell makes three arguments of ``train.optim.lr = 1e-4``, and two of ``train.optim.lr_steps=[10, 20]``.
+    """
+    whole: list[str] = []
+    problems = []
+    rest = list(overrides)
+    while rest:
+        parts = [rest.pop(0)]
+        joined = parts[0]
+        if "=" not in joined and rest and rest[0].startswith("="):  # key = value, key =value
+            parts.append(rest.pop(0))
+            if parts[-1] == "=" and rest:
+                parts.append(rest.pop(0))
+            joined = "".join(parts)
+        elif joined.endswith("=") and rest and "=" not in rest[0]:  # key= value
+            parts.append(rest.pop(0))
+            joined = "".join(parts)
+        else:
+            while _is_open(" ".join(parts)) and rest and "=" not in rest[0]:  # key=[1, 2]
+                parts.append(rest.pop(0))
+            joined = f"'{' '.join(parts)}'"
+        if len(parts) == 1:
+            whole.append(parts[0])
+        else:
+            what = "was split at its spaces"
+            problems.append(Problem(what, where=OVERRIDE, value=" ".join(parts), hint=f"write {joined}"))
+    return whole, problems
+
+
+def _is_open(text: str) -> bool:
+    return "=" in text and any(text.count(left) > text.count(right) for left, right in ("[]", "{}"))
+
+
 def apply_overrides(
     tree: Branch, root: type[Section], overrides: Sequence[str], file: Path | None
 ) -> list[Problem]:
     """Apply overrides in order, changing ``tree``; return the problems of those that do not fit."""
     applier = _Applier(root, file)
-    problems = []
+    overrides, problems = _without_split(overrides)
     for override in overrides:
         try:
             applier.apply(tree, override)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from ddetr_mm.datasets.coco import SerializedCocoDataset, build_label_map, labels_of
 from ddetr_mm.datasets.sources import read_coco_sources
 from ddetr_mm.errors import DataError
+from ddetr_mm.evaluation.metric import FastCocoMetric
 
 # --- The dataset against mmdet's CocoDataset, and what it does beyond ---
 
@@ -695,3 +696,19 @@ def test_classes_are_not_copied_at_every_look(root):
     assert dataset.get_subset([0]).metainfo["category_ids"] is dataset.metainfo["category_ids"]
     dataset.metainfo["classes"] = ()
     assert len(dataset.metainfo["classes"]) == 100_000
+
+
+@pytest.mark.parametrize("given", ["ann_file", "sources"])
+def test_messages_name_the_argument_that_was_given(tmp_path, given):
+    arguments = {
+        "ann_file": dict(ann_file=str(tmp_path / "none.json")),
+        "sources": dict(sources=[dict(image_dir=str(tmp_path), json_file=str(tmp_path / "none.json"))]),
+    }[given]
+    for build_it in (
+        lambda: SerializedCocoDataset(**arguments).full_init(),
+        lambda: FastCocoMetric(**arguments)._ground_truth([]),
+    ):
+        with pytest.raises(DataError) as caught:
+            build_it()
+        name = {"ann_file": "ann_file", "sources": "json_file"}[given]
+        assert caught.value.problems[0].hint == f"correct {name}"

@@ -73,7 +73,7 @@ def test_absent_classes():
     cat = ClassScore("cat", 5, 3, 0.0, num_training_boxes=0)
     alarm = absent_classes([car, dog, cat])
     assert (
-        alarm.text.startswith("2 classes are never predicted correctly: dog")
+        alarm.text.startswith("2 classes are never predicted correctly (at an IoU of 0.5 or more): dog")
         and "no training box: cat" in alarm.causes[0]
     )
     assert absent_classes([car]) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ddetr_mm.errors import SpecError
 from ddetr_mm.spec import get_field
 from ddetr_mm.spec.overrides import split_path
 
@@ -127,6 +128,23 @@ def test_overrides_reach_a_single_source_where_a_list_belongs(load):
     loaded = load(text, ["dataset.val_data_sources[0].image_dir=/x"])
     assert loaded.spec.dataset.val_data_sources[0].image_dir == "/x"
     assert loaded.spec.dataset.val_data_sources[0].json_file == "/b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train.optim.lr", "=", "1e-4"], "write train.optim.lr=1e-4"),
+        (["train.optim.lr", "=1e-4"], "write train.optim.lr=1e-4"),
+        (["train.optim.lr=", "1e-4"], "write train.optim.lr=1e-4"),
+        (["train.optim.lr_steps=[10,", "20]"], "write 'train.optim.lr_steps=[10, 20]'"),
+        (["train.num_epochs=3", "train.optim.lr", "=", "1e-4"], "write train.optim.lr=1e-4"),
+    ],
+)
+def test_an_override_split_at_its_spaces_is_one_error(load, arguments, hint):
+    with pytest.raises(SpecError) as caught:
+        load("results_dir: r", arguments)
+    (problem,) = caught.value.problems
+    assert problem.what == "was split at its spaces" and problem.hint == hint
 
 
 @pytest.mark.parametrize(
