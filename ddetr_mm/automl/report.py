@@ -272,7 +272,7 @@ def _slices(study: Study, trials: Sequence[Any]) -> list[Html]:
     figures = [
         _slice(one, rated, low, high, study.settings.metric) for one in study.space.parameters.values()
     ]
-    grid = "display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(260px,100%),1fr))"
+    grid = "display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr))"
     return [Html(f'<div class="slices" style="{grid}">{"".join(figures)}</div>')]
 
 
@@ -285,7 +285,7 @@ def _slice(
 ) -> str:
     dots = []
     for one, chosen, value, share in rated:
-        x = 40 + 230 * _share(parameter, chosen[parameter.path])
+        x = 58 + 230 * _share(parameter, chosen[parameter.path])
         y = 130 - 116 * ((value - low) / (high - low) if high > low else 0.5)
         label = f"trial {one.number:03d}: {shown(chosen[parameter.path])}, {metric} {value:.4g}"
         dots.append(
@@ -296,13 +296,13 @@ def _slice(
     name = parameter.path.rpartition(".")[2] + (", logarithmic" if parameter.log else "")
     return (
         f'<figure style="margin:0"><figcaption>{text(name)}</figcaption>'
-        f'<svg viewBox="0 0 290 160" width="100%" role="img" aria-label="{text(parameter.path)}" '
-        'style="font-size:11px;fill:currentColor;max-width:360px;display:block">'
-        '<path d="M36 10V134H276" fill="none" stroke="currentColor" opacity=".5"/>'
-        f'<text x="32" y="17" text-anchor="end">{high:.3g}</text>'
-        f'<text x="32" y="134" text-anchor="end">{low:.3g}</text>'
-        f'<text x="38" y="150">{text(first)}</text>'
-        f'<text x="276" y="150" text-anchor="end">{text(last)}</text>{"".join(dots)}</svg></figure>'
+        f'<svg viewBox="0 0 304 160" width="304" height="160" role="img" aria-label="{text(parameter.path)}" '
+        'style="font-size:12px;fill:currentColor;display:block">'
+        '<path d="M52 10V134H296" fill="none" stroke="currentColor" opacity=".5"/>'
+        f'<text x="48" y="17" text-anchor="end">{high:.3g}</text>'
+        f'<text x="48" y="134" text-anchor="end">{low:.3g}</text>'
+        f'<text x="54" y="150">{text(first)}</text>'
+        f'<text x="296" y="150" text-anchor="end">{text(last)}</text>{"".join(dots)}</svg></figure>'
     )
 
 
