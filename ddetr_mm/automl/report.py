@@ -145,18 +145,23 @@ def _curves(study: Study, trials: Sequence[Any]) -> list[Html]:
 def importances(study: Study) -> dict[str, float]:
     """How much of the spread of the values each field explains, the largest first; empty where too few.
 
-    By Optuna's PED-ANOVA, of the trials that were trained to their end.
+    By Optuna's PED-ANOVA, of all trials with a validation, each with its best.
     """
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    import optuna
 
-    ended = [one for one in study.trials() if one.state.name == "COMPLETE"]
-    if len(ended) < FEWEST_FOR_IMPORTANCE or len({one.value for one in ended}) < 2:
+    known = [one for one in study.trials() if _value(one) is not None and _has_all(study, one)]
+    if len(known) < FEWEST_FOR_IMPORTANCE or len({_value(one) for one in known}) < 2:
         return {}
+    direction = {"max": "maximize", "min": "minimize"}[study.goal]
+    values = optuna.create_study(direction=direction)
+    for one in known:
+        ended = optuna.create_trial(params=one.params, distributions=study.distributions, value=_value(one))
+        values.add_trial(ended)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            evaluator = PedAnovaImportanceEvaluator(target_quantile=0.5)
-            found = get_param_importances(study.study, evaluator=evaluator)
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
+            found = optuna.importance.get_param_importances(values, evaluator=evaluator)
     except (ValueError, RuntimeError, ZeroDivisionError):  # Optuna's words for too few different values
         return {}
     return {path: float(share) for path, share in found.items() if math.isfinite(share)}
@@ -165,7 +170,7 @@ def importances(study: Study) -> dict[str, float]:
 def _importance(study: Study) -> list[Html]:
     found = importances(study)
     if not found:
-        return [paragraph("Too few trials were trained to their end.")]
+        return [paragraph("Too few trials have a validation.")]
     rows = [[path, number(share, 2, bar=True)] for path, share in found.items()]
     few = " With so few trials it is a hint only." if len(study.trials()) < 30 else ""
     return [
@@ -272,7 +277,7 @@ def _slices(study: Study, trials: Sequence[Any]) -> list[Html]:
     figures = [
         _slice(one, rated, low, high, study.settings.metric) for one in study.space.parameters.values()
     ]
-    grid = "display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(260px,100%),1fr))"
+    grid = "display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr))"
     return [Html(f'<div class="slices" style="{grid}">{"".join(figures)}</div>')]
 
 
@@ -285,7 +290,7 @@ def _slice(
 ) -> str:
     dots = []
     for one, chosen, value, share in rated:
-        x = 40 + 230 * _share(parameter, chosen[parameter.path])
+        x = 58 + 230 * _share(parameter, chosen[parameter.path])
         y = 130 - 116 * ((value - low) / (high - low) if high > low else 0.5)
         label = f"trial {one.number:03d}: {shown(chosen[parameter.path])}, {metric} {value:.4g}"
         dots.append(
@@ -296,13 +301,13 @@ def _slice(
     name = parameter.path.rpartition(".")[2] + (", logarithmic" if parameter.log else "")
     return (
         f'<figure style="margin:0"><figcaption>{text(name)}</figcaption>'
-        f'<svg viewBox="0 0 290 160" width="100%" role="img" aria-label="{text(parameter.path)}" '
-        'style="font-size:11px;fill:currentColor;max-width:360px;display:block">'
-        '<path d="M36 10V134H276" fill="none" stroke="currentColor" opacity=".5"/>'
-        f'<text x="32" y="17" text-anchor="end">{high:.3g}</text>'
-        f'<text x="32" y="134" text-anchor="end">{low:.3g}</text>'
-        f'<text x="38" y="150">{text(first)}</text>'
-        f'<text x="276" y="150" text-anchor="end">{text(last)}</text>{"".join(dots)}</svg></figure>'
+        f'<svg viewBox="0 0 304 160" width="304" height="160" role="img" aria-label="{text(parameter.path)}" '
+        'style="font-size:12px;fill:currentColor;display:block">'
+        '<path d="M52 10V134H296" fill="none" stroke="currentColor" opacity=".5"/>'
+        f'<text x="48" y="17" text-anchor="end">{high:.2g}</text>'
+        f'<text x="48" y="134" text-anchor="end">{low:.2g}</text>'
+        f'<text x="54" y="150">{text(first)}</text>'
+        f'<text x="296" y="150" text-anchor="end">{text(last)}</text>{"".join(dots)}</svg></figure>'
     )
 
 

@@ -8,6 +8,7 @@ command therefore continues what a killed one has left, and several machines sha
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import time
@@ -131,21 +132,29 @@ def open_storage(url: str | None, folder: Path) -> Any:
     optuna = require_optuna()
     from sqlalchemy.exc import SQLAlchemyError
 
-    try:
-        if url is None:
-            options = {"connect_args": {"timeout": 60}}
-            return optuna.storages.RDBStorage(default_url(folder), engine_kwargs=options)
-        return optuna.storages.get_storage(url)
-    except ImportError as error:
-        what = "needs a package that is not installed"
-        hint = f"install it: {without_password(str(error), url)}"
-        raise StackError(Problem(what, where=_STORAGE, value=masked(url or ""), hint=hint)) from None
-    except (SQLAlchemyError, ValueError, OSError, AssertionError, KeyError, RuntimeError) as error:
-        hint = without_password(str(error).splitlines()[0] if str(error) else type(error).__name__, url)
-        place = masked(url) if url else str(folder / STORAGE_NAME)
-        raise DataError(Problem("cannot be opened", where=_STORAGE, value=place, hint=hint)) from None
+    for attempt in range(_ATTEMPTS):
+        try:
+            if url is None:
+                options = {"connect_args": {"timeout": 60}}
+                return optuna.storages.RDBStorage(default_url(folder), engine_kwargs=options)
+            return optuna.storages.get_storage(url)
+        except ImportError as error:
+            what = "needs a package that is not installed"
+            hint = f"install it: {without_password(str(error), url)}"
+            raise StackError(Problem(what, where=_STORAGE, value=masked(url or ""), hint=hint)) from None
+        except (SQLAlchemyError, ValueError, OSError, AssertionError, KeyError, RuntimeError) as error:
+            words = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # Another process makes the tables at the same moment.
+            if attempt + 1 < _ATTEMPTS and re.search("already exists|duplicate|locked", words):
+                time.sleep(1 + attempt)
+                continue
+            place = masked(url) if url else str(folder / STORAGE_NAME)
+            hint = without_password(words, url)
+            raise DataError(Problem("cannot be opened", where=_STORAGE, value=place, hint=hint)) from None
+    raise AssertionError("the last attempt returns or raises")
 
 
+_ATTEMPTS = 5
 _STORAGE = "ddetr_mm.automl.storage"
 
 
@@ -412,6 +421,8 @@ class Study:
         if len(started) >= self._wanted():
             return False
         seed = (self.spec.train.seed * 1009 + len(started) * 7919 + self.salt) % 2**32
+        if self.settings.algorithm == "grid":
+            seed = 0  # its order, which all processes have to share
         self.study.sampler = make_sampler(self.settings.algorithm, self.space, seed)
         trial = self.study.ask(fixed_distributions=self.distributions)
         before = [one for one in self.trials() if one.number < trial.number and one.state.name != "WAITING"]
@@ -605,6 +616,8 @@ class Study:
         from optuna.trial import TrialState
 
         told = value if state == "COMPLETE" else None
+        # The grid's sampler would end a loop of Optuna's that does not run here.
+        self.study.sampler = make_sampler("random", self.space, 0)
         self.study.tell(trial.number, told, state=TrialState[state], skip_if_finished=True)
 
     def _clean_up(self) -> None:

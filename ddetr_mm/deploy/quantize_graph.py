@@ -380,9 +380,14 @@ def quantize_by_modelopt(
         except Exception as error:  # whatever ModelOpt's passes raise on a graph
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ExportError(Problem(f"ModelOpt cannot quantize it: {reason}", file=source)) from error
+    count = quantized_nodes(written)
+    if not count and mode != "int4":
+        what = f"ModelOpt quantized none of {len(nodes)} layers to {mode}"
+        hint = "it leaves layers of few channels; name others, or use int8"
+        raise ExportError(Problem(what, file=source, where="quantize.layers", hint=hint))
     keep_meta(onnx_package.load(str(source), load_external_data=False), written)
     onnx_package.save(written, str(target))
-    return quantized_nodes(written)
+    return count
 
 
 # --- Sensitivity ---

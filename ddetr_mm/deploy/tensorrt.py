@@ -513,6 +513,13 @@ def build_engine(
     save_timing_cache(config, timings, settings.timing_cache)
 
 
+QUANTIZE_HINT = (
+    "quantize the graph (ddetr-mm quantize with backend modelopt.onnx, or onnxruntime with backend_kwargs"
+    " {symmetric: true}) and build the Q/DQ file with data_type FP32"
+)
+"""What to do for an INT8 engine where TensorRT has no INT8 flag, from release 11 on."""
+
+
 def builder_flag(trt: ModuleType, name: str) -> Any:
     """Return one of TensorRT's builder flags.
 
@@ -525,7 +532,9 @@ def builder_flag(trt: ModuleType, name: str) -> Any:
             Problem(
                 f"TensorRT {trt.__version__} has no {name} flag: it takes precisions from the graph",
                 where="gen_trt_engine.tensorrt.data_type",
-                hint="export with ddetr_mm.export_fp16=true and build the .fp16.onnx with data_type FP32",
+                hint=QUANTIZE_HINT
+                if name == "INT8"
+                else "export with ddetr_mm.export_fp16=true and build the .fp16.onnx with data_type FP32",
             )
         )
     return flag
@@ -571,9 +580,7 @@ def make_calibrator(trt: ModuleType, calibration: Calibration | None) -> Any:
         )
     base = getattr(trt, "IInt8EntropyCalibrator2", None)
     if base is None:
-        raise StackError(
-            Problem(f"TensorRT {trt.__version__} has no INT8 calibration", hint="use TensorRT 10")
-        )
+        raise StackError(Problem(f"TensorRT {trt.__version__} has no INT8 calibration", hint=QUANTIZE_HINT))
     import torch
 
     class Calibrator(base):  # type: ignore[misc, valid-type]

@@ -1,4 +1,4 @@
-"""Results of inference: KITTI label files and annotated images, and the metric that writes them."""
+"""Drawings of detections, KITTI label files, the metric that writes both, and pictures of validation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mmdet.registry import METRICS
+from mmdet.registry import HOOKS, METRICS
 from mmengine.dist import all_gather_object
 from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
 from PIL import Image, ImageColor, ImageDraw
 
 from ddetr_mm.classes import Columns, named_columns, read_class_map, require_same_names
 from ddetr_mm.convert.kitti import kitti_line
 from ddetr_mm.datasets.images import read_image
 from ddetr_mm.datasets.sources import SkippedFile, list_images
+from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.errors import DataError, Problem, SpecError
 from ddetr_mm.files import write_text_whole, written_whole
 from ddetr_mm.fonts import Font, label_font
@@ -81,52 +83,81 @@ def palette(names: Sequence[str]) -> dict[str, Color]:
     return colors
 
 
+def line_width_px(size_wh: tuple[int, int]) -> int:
+    """Width of the boxes on a picture: 2 pixels on one of 640 x 480, 9 on one of 3840 x 2160."""
+    return max(1, round(min(size_wh) / 240))
+
+
+def letter_size_px(size_wh: tuple[int, int]) -> int:
+    """Height of the letters on a picture: 12 pixels on one of 640 x 480, 54 on one of 3840 x 2160."""
+    return max(10, round(min(size_wh) / 40))
+
+
 def draw_detections(
     image: Image.Image | np.ndarray,
     boxes_xyxy: np.ndarray,
     names: Sequence[str],
-    scores: np.ndarray,
+    scores: np.ndarray | None,
     colors: Mapping[str, Color],
-    outline_width: int = 3,
+    outline_width: int | None = None,
     show_labels: bool = True,
 ) -> Image.Image:
     """Draw boxes with class and score on a copy of an image; better ones over worse ones.
 
     Labels lie over all boxes, never over one another nor outside the picture, see :func:`place_labels`; one
-    for which there is no room is left out. Names are drawn in a font that has their letters, see
-    :func:`ddetr_mm.fonts.label_font`.
+    for which there is no room is left out, and one longer than half the picture is cut short. Names are drawn
+    in a font that has their letters, see :func:`ddetr_mm.fonts.label_font`.
 
     Args:
         image: RGB, (h, w, 3) uint8 when an array.
         boxes_xyxy: (n, 4) pixels of this image.
         names: (n,) class name of each detection.
-        scores: (n,).
+        scores: (n,); None for ground truth, whose labels have no number.
         colors: colour by class name; classes without one are not drawn.
-        outline_width: pixels.
+        outline_width: pixels; None: by the picture's size, see :func:`line_width_px`.
         show_labels: draw classes and scores too.
     """
     drawn = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB").copy()
     canvas = ImageDraw.Draw(drawn)
-    size = max(10, round(min(drawn.size) / 40))
+    size, width = letter_size_px(drawn.size), outline_width or line_width_px(drawn.size)
+    # A label as wide as the picture would leave no room for others.
+    most_px = max(drawn.width / 2, min(100, drawn.width - 1 - 2 * _MARGIN))
     labels: list[_Label] = []
-    for row in np.argsort(np.asarray(scores), kind="stable"):
+    for row in range(len(names)) if scores is None else np.argsort(np.asarray(scores), kind="stable"):
         name, box = names[row], np.asarray(boxes_xyxy[row], dtype=float)
         if name not in colors or not np.isfinite(box).all():
             continue
         x1, y1, x2, y2 = box
         corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-        canvas.rectangle(corners, outline=colors[name], width=outline_width)
+        canvas.rectangle(corners, outline=colors[name], width=width)
         font, shown = label_font(name, size)
-        labels.append(_Label(f"{shown} {scores[row]:.2f}", corners, colors[name], font))
+        number = "" if scores is None else f" {scores[row]:.2f}"
+        shown = _fitting(shown, number, font, most_px)
+        labels.append(_Label(f"{shown}{number}", corners, colors[name], font))
     if show_labels:
         labels.reverse()  # the best ones choose first
         extents = [canvas.textbbox((0, 0), label.text, font=label.font) for label in labels]
-        sizes_wh = [(right - left + 4, bottom - top + 4) for left, top, right, bottom in extents]
+        sizes_wh = [
+            (right - left + 2 * _MARGIN, bottom - top + 2 * _MARGIN) for left, top, right, bottom in extents
+        ]
         places = place_labels(drawn.size, [label.corners for label in labels], sizes_wh)
         for label, extent, place in zip(labels, extents, places, strict=True):
             if place is not None:
                 _draw_label(canvas, label, extent, place)
     return drawn
+
+
+_MARGIN = 2
+"""Pixels of a label around its text."""
+
+
+def _fitting(name: str, number: str, font: Font, most_px: float) -> str:
+    """A name that fits into a width together with its number: cut short where it must be."""
+    kept, shown = len(name), name
+    while kept > 1 and font.getlength(f"{shown}{number}") > most_px:
+        kept -= 1 + kept // 8
+        shown = name[:kept] + "…"
+    return shown
 
 
 Rectangle = tuple[float, float, float, float]
@@ -205,7 +236,7 @@ def _draw_label(
     color = label.color
     canvas.rectangle(place, fill=color)
     dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
-    corner = (place[0] + 2 - extent[0], place[1] + 2 - extent[1])
+    corner = (place[0] + _MARGIN - extent[0], place[1] + _MARGIN - extent[1])
     canvas.text(corner, label.text, fill=(0, 0, 0) if dark else (255, 255, 255), font=label.font)
 
 
@@ -352,7 +383,7 @@ class DetectionWriter(BaseMetric):
         conf_threshold: detections with a lower score are left out.
         color_map: class name → colour; classes outside it are written and not drawn. Without a map
             every class has its own colour.
-        outline_width: width of the drawn boxes in pixels.
+        outline_width: width of the drawn boxes in pixels; None: by the picture's size.
         per_sequence: put results under the name of the folder two levels above each image
             (``<sequence>/images/x.jpg`` → ``<sequence>/labels/x.txt``).
         class_names_file: class names, see :func:`ddetr_mm.classes.read_class_map`; by default they come from
@@ -374,7 +405,7 @@ class DetectionWriter(BaseMetric):
         folders: Sequence[str] | None = None,
         conf_threshold: float = 0.5,
         color_map: Mapping[str, str] | None = None,
-        outline_width: int = 3,
+        outline_width: int | None = None,
         per_sequence: bool = False,
         class_names_file: str | None = None,
         collect_device: str = "cpu",
@@ -476,3 +507,107 @@ def name_of(names: Columns, label: int) -> str:
     """The name of a label, or ``class_<label>`` beyond the names."""
     name = names[label] if label < len(names) else None
     return f"class_{label}" if name is None else name
+
+
+# --- Pictures of validation ---
+
+PICTURE_SIDE_PX = 640
+PICTURE_BACKENDS = ("TensorboardVisBackend", "WandbBackend")
+PICTURE_TAG = "validation"
+
+
+@HOOKS.register_module()
+class ValidationPicturesHook(Hook):
+    """Gives TensorBoard and Weights & Biases a few pictures of every validation: ground truth, predictions.
+
+    They are the same images each time, spread evenly over those of the first rank, under names that do not
+    change: ``validation/1 <file>``. The step is the epoch, as for the metrics.
+
+    Args:
+        pictures: how many.
+        conf_threshold: predictions with lower scores are not drawn.
+    """
+
+    def __init__(self, pictures: int = 4, conf_threshold: float = 0.3) -> None:
+        self.pictures = pictures
+        self.conf_threshold = conf_threshold
+        self._wanted: dict[int, dict[int, int]] = {}
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Choose the images by batch and place in it."""
+        loader = runner.val_dataloader
+        batch_size = loader.batch_size or 1
+        self._wanted = {}
+        if not is_first_rank():
+            return
+        count = len(loader.sampler)
+        chosen = sorted({place * count // self.pictures for place in range(self.pictures)} if count else ())
+        for number, place in enumerate(chosen, start=1):
+            batch, row = divmod(place, batch_size)
+            self._wanted.setdefault(batch, {})[row] = number
+
+    def after_val_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        """Draw the chosen images of a batch."""
+        for row, number in self._wanted.get(batch_idx, {}).items():
+            if outputs is None or row >= len(outputs):
+                continue
+            meta = runner.val_dataloader.dataset.metainfo
+            names = named_columns(meta.get("classes") or (), meta.get("category_ids"))
+            picture = validation_picture(outputs[row], names, self.conf_threshold)
+            tag = f"{PICTURE_TAG}/{number} {Path(outputs[row].img_path).name}"
+            for backend in picture_backends(runner.visualizer):
+                backend.add_image(tag, picture, step=runner.epoch)
+
+
+def picture_backends(visualizer: Any) -> list[Any]:
+    """The backends of a visualizer that get pictures; not W&B where it copies those of TensorBoard."""
+    backends = [visualizer.get_backend(name) for name in PICTURE_BACKENDS]
+    return [one for one in backends if one is not None and not getattr(one, "sync_tensorboard", False)]
+
+
+def validation_picture(sample: Any, names: Columns, conf_threshold: float) -> np.ndarray:
+    """An image twice: with its ground truth on the left, with its predictions on the right.
+
+    Args:
+        sample: of mmdet, with ``img_path``, ``pred_instances`` and, where the data have it, ``gt_instances``,
+            in pixels of the image.
+        names: class name by label.
+        conf_threshold: predictions with lower scores are left out.
+
+    Returns:
+        (H, W, 3) uint8 RGB; each half at most :data:`PICTURE_SIDE_PX` wide and high.
+    """
+    picture = Image.fromarray(read_image(sample.img_path))
+    width = picture.width
+    picture.thumbnail((PICTURE_SIDE_PX, PICTURE_SIDE_PX), Image.Resampling.BILINEAR)
+    scale = picture.width / width
+    found, truth = sample.pred_instances, getattr(sample, "gt_instances", None)
+    keep = found.scores >= conf_threshold
+    sides = [
+        (f"predicted, score from {conf_threshold:g}", found[keep], found.scores[keep].float().cpu().numpy())
+    ]
+    sides.insert(0, ("ground truth", truth, None))
+    colors = palette([name for name in names if name is not None])
+    halves = []
+    for title, instances, scores in sides:
+        boxes_xyxy, labels = np.zeros((0, 4)), []
+        if instances is not None and len(instances):
+            boxes = getattr(instances.bboxes, "tensor", instances.bboxes)
+            boxes_xyxy = boxes.detach().float().cpu().numpy() * scale
+            labels = [name_of(names, int(label)) for label in instances.labels]
+        drawn = draw_detections(picture, boxes_xyxy, labels, scores, {**palette(labels), **colors})
+        halves.append(_titled(drawn, title))
+    gap = np.full((halves[0].shape[0], 6, 3), 255, dtype=np.uint8)
+    return np.concatenate([halves[0], gap, halves[1]], axis=1)
+
+
+def _titled(picture: Image.Image, title: str) -> np.ndarray:
+    """A picture below a line of text."""
+    height = 18
+    whole = Image.new("RGB", (picture.width, picture.height + height), "white")
+    whole.paste(picture, (0, height))
+    font, shown = label_font(title, 12)
+    ImageDraw.Draw(whole).text((3, 2), shown, fill="black", font=font)
+    return np.asarray(whole)

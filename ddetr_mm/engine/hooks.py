@@ -294,7 +294,7 @@ class StatusHook(Hook):
 
 def class_precisions(runner: Any) -> dict[str, float]:
     """AP of every class with ground truth at the last validation, where the metric knows it."""
-    for metric in getattr(runner.val_evaluator, "metrics", ()):
+    for metric in getattr(getattr(runner, "val_evaluator", None), "metrics", ()):
         result = getattr(metric, "result", None)
         if result is not None:
             return {entry.name: round(entry.AP, 6) for entry in result.per_class if entry.AP >= 0}

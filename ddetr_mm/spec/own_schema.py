@@ -229,6 +229,12 @@ class OwnSection(Section):
         doc="""Compute the loss in the validations of training too, from the predictions made anyway: val_loss
         and its parts in status.json, TensorBoard and the curves, as TAO does. false: the metrics alone.""",
     )
+    validation_pictures: NonNegativeInt = spec_field(
+        0,
+        origin=OURS,
+        doc="""How many pictures of every validation go to TensorBoard and Weights & Biases, ground truth
+        beside predictions; they are the same images each time, spread over the validation data. 0: none.""",
+    )
     keep_best: StrictBool = spec_field(
         True,
         origin=OURS,

@@ -6,6 +6,7 @@ continues, and several machines that run it share one study.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddetr_mm.automl.space import SECTION, SearchSpace, search_space
 from ddetr_mm.engine.status import StatusLog
-from ddetr_mm.errors import Problem, SpecError, printable
+from ddetr_mm.errors import DataError, InputError, Problem, RunError, SpecError, printable
 from ddetr_mm.files import write_text_whole, written_whole
 from ddetr_mm.outputs import protected_inputs, require_free, results_root
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec, load_spec, spec_to_yaml, task_results_dir
@@ -57,11 +58,41 @@ def run(arguments: Namespace) -> None:
             print(f"note: {printable(note)}", file=sys.stderr)
         status = StatusLog.at(folder / "status.json")
         with status.task("automl"):
-            # What is wrong with the data would fail every trial.
-            early_check(loaded, resumes=False)
-            quick_check(loaded)
+            check_data(loaded)
             write_text_whole(folder / "experiment.yaml", spec_to_yaml(spec))
             _search(loaded, space, folder, status)
+
+
+def check_data(loaded: LoadedSpec) -> None:
+    """Check files and data, which would fail every trial, in a process of its own: the checks load torch.
+
+    Raises:
+        DataError: with everything that is wrong.
+    """
+    context = multiprocessing.get_context("fork")
+    results, sending = context.Pipe(duplex=False)
+
+    def check() -> None:
+        try:
+            early_check(loaded, resumes=False)
+            quick_check(loaded)
+        except InputError as error:
+            sending.send((error.exit_status, error.problems))
+        else:
+            sending.send(None)
+
+    child = context.Process(target=check)
+    child.start()
+    sending.close()
+    try:
+        found = results.recv()
+    except EOFError:
+        raise RunError(Problem("the check of the data ended by an error", hint="see above")) from None
+    finally:
+        child.join()
+    if found is not None:
+        status, problems = found
+        raise (RunError if status == 1 else DataError)(*problems)
 
 
 def check_settings(loaded: LoadedSpec, space: SearchSpace) -> None:

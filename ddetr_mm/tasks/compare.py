@@ -422,7 +422,7 @@ def _curve_section(runs: Sequence[Run]) -> list[Html]:
         ]
         if series:
             # A run keeps its colour in every chart.
-            drawn = chart(Chart(title, "epochs", title.lower(), series, colors=_colors(runs, series)))
+            drawn = chart(Chart(title, "epochs", title.split()[0], series, colors=_colors(runs, series)))
             figures.append(f"<div><h3>{text(title)}</h3>{drawn}</div>")
     if not figures:
         return []

@@ -98,7 +98,7 @@ class Result:
             self.names,
             self.scores,
             colors,
-            outline_width or max(2, round(min(self.size_hw) / 250)),
+            outline_width,
             show_labels=show_labels,
         )
 

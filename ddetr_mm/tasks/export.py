@@ -55,7 +55,18 @@ def export(loaded: LoadedSpec, session: Session) -> None:
     spec, settings = loaded.spec, loaded.spec.export
     usable_opset(settings.opset_version, plugin=not settings.on_cpu)
     session.status.write(f"Loading checkpoint: {settings.checkpoint}")
-    meta = inspect_checkpoint(settings.checkpoint, weights_selection(spec)).meta
+    checkpoint = inspect_checkpoint(settings.checkpoint, weights_selection(spec))
+    if checkpoint.quantization is not None and checkpoint.quantization.rounds_inputs:
+        hint = "export the float checkpoint, and quantize its float graph: quantize.backend modelopt.onnx or"
+        raise ExportError(
+            Problem(
+                "has quantized inputs, which a graph of float weights cannot express",
+                file=settings.checkpoint,
+                where="export.checkpoint",
+                hint=f"{hint} onnxruntime",
+            )
+        )
+    meta = checkpoint.meta
     columns = spec.dataset.num_classes
     known = names_by_category_id(meta, columns, path=settings.checkpoint)
     names = full_class_names(predicted_names(loaded, "export", known), columns)

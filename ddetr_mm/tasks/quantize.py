@@ -166,6 +166,7 @@ def quantize(loaded: LoadedSpec, session: Session, target: Path) -> None:
     name, backend = quantize_backend(spec)
     source = Path(str(spec.quantize.model_path))
     session.status.write(f"Loading checkpoint: {source}")
+    require_calibration(spec, backend)
     with temporary_beside(target) as temporary:
         if backend.writes_onnx:
             source = float_graph(loaded, session, source)
@@ -181,6 +182,19 @@ def quantize(loaded: LoadedSpec, session: Session, target: Path) -> None:
         os.replace(temporary, final)
     write_reports(certificate, session.folder)
     announce(certificate, session, final)
+
+
+def require_calibration(spec: ExperimentSpec, backend: QuantizeBackend) -> None:
+    """Read the annotation file of the calibration data, before anything long is done.
+
+    Raises:
+        DataError: it is missing or is not COCO.
+    """
+    from ddetr_mm.datasets.sources import CocoSource, read_coco_sources
+
+    source = spec.dataset.quant_calibration_data_sources
+    if backend.mode == "static_ptq" and source is not None:
+        read_coco_sources([CocoSource(source.image_dir, source.json_file)], annotations_required=False)
 
 
 @dataclass

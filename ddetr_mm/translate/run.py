@@ -167,6 +167,7 @@ HOOK_KEYS = (
     "ddetr_mm.checkpoint_entry",
     "ddetr_mm.use_ema",
     "ddetr_mm.validation_loss",
+    "ddetr_mm.validation_pictures",
     "train.checkpointer.enable_topk",
     "train.checkpointer.monitor",
     "train.checkpointer.mode",
@@ -246,6 +247,8 @@ def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
     ]
     if spec.ddetr_mm.validation_loss:
         hooks.append(dict(type="ValidationLossHook"))
+    if spec.ddetr_mm.validation_pictures:
+        hooks.append(dict(type="ValidationPicturesHook", pictures=spec.ddetr_mm.validation_pictures))
     if not spec.train.is_dry_run:
         hooks.append(dict(type="CurvesHook"))
         hooks += selection_hooks(spec)

@@ -297,7 +297,8 @@ def _add_inference(
             folders=list(infer_source.image_dir),
             conf_threshold=settings.conf_threshold,
             color_map=dict(settings.color_map) if settings.color_map else None,
-            outline_width=settings.outline_width,
+            # Not given: by the picture's size.
+            outline_width=settings.outline_width if "outline_width" in settings.model_fields_set else None,
             per_sequence=settings.is_internal,
             class_names_file=infer_source.classmap,
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -10,13 +11,14 @@ import pytest
 
 from ddetr_mm.deploy.onnx_file import GraphSignature, Normalisation, load_batch
 from ddetr_mm.deploy.tensorrt import (
+    builder_flag,
     builder_settings,
     calibration_images,
     parse_layer,
     plan_calibration,
     trtexec_command,
 )
-from ddetr_mm.errors import DataError, ExportError
+from ddetr_mm.errors import DataError, ExportError, StackError
 
 # --- Settings and trtexec ---
 
@@ -163,3 +165,14 @@ def test_calibration_reads_images_as_training_does(tmp_path: Path):
     cv2.imwrite(str(tmp_path / "a.png"), values)
     batch = load_batch([tmp_path / "a.png"], (32, 32), Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
     np.testing.assert_array_equal(batch[0], np.repeat((values >> 4)[None].astype(np.float32), 3, axis=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("INT8", "build the Q/DQ file"), ("FP16", "build the .fp16.onnx")]
+)
+def test_a_tensorrt_without_precision_flags_is_named_with_what_to_do(name: str, words: str):
+    trt = SimpleNamespace(__version__="11.0.0", BuilderFlag=SimpleNamespace(TF32=1))
+    with pytest.raises(StackError, match=f"TensorRT 11.0.0 has no {name} flag") as caught:
+        builder_flag(trt, name)
+    assert words in str(caught.value)
+    assert builder_flag(trt, "TF32") == 1

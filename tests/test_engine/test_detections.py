@@ -1,26 +1,37 @@
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
 from PIL import Image
 
 import ddetr_mm.register  # noqa: F401
 from ddetr_mm.datasets.sources import SkippedFile
+from ddetr_mm.engine import detections
 from ddetr_mm.engine.detections import (
     DetectionWriter,
+    ValidationPicturesHook,
+    _fitting,
     draw_detections,
+    letter_size_px,
+    line_width_px,
     name_of,
     palette,
     parse_color_map,
+    picture_backends,
     place_labels,
     result_names,
     save_image,
+    validation_picture,
     write_kitti_labels,
 )
 from ddetr_mm.errors import DataError, SpecError
+from ddetr_mm.fonts import label_font
 
 # --- Inference files: which detections are written, which are drawn, and where ---
 
@@ -255,6 +266,149 @@ def test_saved_pictures_open_again(tmp_path, ending):
 def test_unknown_endings_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"a\.xyz"):
         save_image(tmp_path / "a.xyz", Image.new("RGB", (8, 9)))
+
+
+# --- Sizes ---
+
+
+@pytest.mark.parametrize(
+    ("size_wh", "line", "letters"),
+    [((200, 150), 1, 10), ((640, 480), 2, 12), ((1333, 800), 3, 20), ((3840, 2160), 9, 54)],
+)
+def test_lines_and_letters_grow_with_the_picture(size_wh, line, letters):
+    assert (line_width_px(size_wh), letter_size_px(size_wh)) == (line, letters)
+    blank = Image.new("RGB", size_wh, (128, 128, 128))
+    box = np.array([[size_wh[0] * 0.3, size_wh[1] * 0.4, size_wh[0] * 0.8, size_wh[1] * 0.9]])
+    drawn = draw_detections(blank, box, ["a"], np.array([0.9]), {"a": RED}, show_labels=False)
+    row = np.asarray(drawn)[int(size_wh[1] * 0.6)]
+    assert (row == RED).all(axis=1).sum() == 2 * line  # left and right side of the box
+    labelled = np.asarray(draw_detections(blank, box, ["a"], np.array([0.9]), {"a": RED}))
+    reds = np.flatnonzero((labelled[:, int(box[0, 0]) + line + 1] == RED).all(axis=1))
+    assert letters * 0.6 < int(box[0, 1]) - reds[0] < letters * 1.6  # the label above it
+
+
+def crowded(size_wh: tuple[int, int], count: int = 80, seed: int = 0):
+    """Boxes over one another, with names of all lengths."""
+    random = np.random.default_rng(seed)
+    sides = random.uniform(0.05, 0.3, (count, 2)) * size_wh
+    starts = random.uniform(-0.05, 0.95, (count, 2)) * size_wh
+    names = [
+        ("person", "traffic light", "a very long name of a class " * 8)[place % 3] for place in range(count)
+    ]
+    return np.concatenate([starts, starts + sides], axis=1), names, random.uniform(0.3, 1, count)
+
+
+@pytest.mark.parametrize("size_wh", [(200, 150), (640, 480), (3840, 2160)])
+def test_labels_of_a_crowd_lie_apart_and_inside(size_wh, monkeypatch):
+    boxes, names, scores = crowded(size_wh)
+    placed = []
+
+    def record(canvas, label, extent, place):
+        placed.append((label, place))
+        draw_label(canvas, label, extent, place)
+
+    draw_label = detections._draw_label
+    monkeypatch.setattr(detections, "_draw_label", record)
+    drawn = draw_detections(Image.new("RGB", size_wh), boxes, names, scores, palette(names))
+    # The smallest has room for ten rows.
+    assert drawn.size == size_wh and len(placed) > (10 if size_wh[0] == 200 else 20)
+    for index, (label, (x1, y1, x2, y2)) in enumerate(placed):
+        assert 0 <= x1 < x2 <= size_wh[0] - 1 and 0 <= y1 < y2 <= size_wh[1] - 1
+        left, top, right, bottom = label.font.getbbox(label.text)
+        assert right - left <= x2 - x1 and bottom - top <= y2 - y1  # the text is within its label
+        for _, other in placed[:index]:
+            assert x1 > other[2] or x2 < other[0] or y1 > other[3] or y2 < other[1]
+
+
+def test_a_name_longer_than_the_picture_is_cut_and_keeps_its_score():
+    font, _ = label_font("abc", 12)
+    short = _fitting("n" * 200, " 0.50", font, 150)
+    assert short.endswith("…") and 100 < font.getlength(f"{short} 0.50") <= 150
+    assert _fitting("cat", " 0.50", font, 150) == "cat"
+    assert _fitting("cat", " 0.50", font, 1) == "c…"
+
+
+def test_ground_truth_has_no_number(monkeypatch):
+    texts = []
+    monkeypatch.setattr(detections, "_draw_label", lambda canvas, label, *_: texts.append(label.text))
+    draw_detections(Image.new("RGB", (90, 60)), np.array([[9, 20, 40, 50]]), ["a"], None, {"a": RED})
+    assert texts == ["a"]
+
+
+# --- Pictures of validation ---
+
+
+def validated(path, boxes=((10, 10, 60, 50),), scores=(0.9,), labels=(1,)):
+    found = InstanceData(
+        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        scores=torch.tensor(scores),
+        labels=torch.tensor(labels, dtype=torch.long),
+    )
+    truth = InstanceData(bboxes=torch.tensor([[100.0, 60.0, 180.0, 110.0]]), labels=torch.tensor([2]))
+    sample = DetDataSample(metainfo={"img_path": str(path)})
+    sample.pred_instances, sample.gt_instances = found, truth
+    return sample
+
+
+def changed_columns(shown: np.ndarray, color) -> set[int]:
+    return set(np.flatnonzero((np.abs(shown.astype(int) - color).max(axis=2) < 3).any(axis=0)).tolist())
+
+
+def test_a_validation_picture_has_truth_left_and_predictions_right(tmp_path):
+    Image.new("RGB", (200, 120), (128, 128, 128)).save(tmp_path / "a.png")
+    names = (None, "cat", "dog")
+    colors = palette(["cat", "dog"])
+    shown = validation_picture(validated(tmp_path / "a.png"), names, 0.3)
+    assert shown.shape == (138, 406, 3) and shown.dtype == np.uint8
+    assert changed_columns(shown, colors["dog"]) == set(range(100, 181))
+    assert min(changed_columns(shown, colors["cat"])) == 206 + 10
+    low = validation_picture(validated(tmp_path / "a.png", scores=(0.2,)), names, 0.3)
+    assert changed_columns(low, colors["cat"]) == set()
+
+
+def test_large_pictures_are_made_smaller_with_their_boxes(tmp_path):
+    Image.new("RGB", (1280, 768), (128, 128, 128)).save(tmp_path / "a.png")
+    shown = validation_picture(
+        validated(tmp_path / "a.png", boxes=((400, 200, 800, 600),)), ("x", "cat"), 0.3
+    )
+    assert shown.shape == (384 + 18, 2 * 640 + 6, 3)
+    assert min(changed_columns(shown, palette(["x", "cat"])["cat"])) == 646 + 200
+
+
+def test_pictures_go_to_tensorboard_and_wandb_but_not_twice():
+    class Backend:
+        sync_tensorboard = False
+
+    tensorboard, wandb = Backend(), Backend()
+    found = {"TensorboardVisBackend": tensorboard, "WandbBackend": wandb, "LocalVisBackend": Backend()}
+    visualizer = types.SimpleNamespace(get_backend=found.get)
+    assert picture_backends(visualizer) == [tensorboard, wandb]
+    wandb.sync_tensorboard = True  # it copies TensorBoard's
+    assert picture_backends(visualizer) == [tensorboard]
+
+
+def test_the_same_images_are_drawn_each_time_spread_over_the_data(tmp_path):
+    Image.new("RGB", (200, 120)).save(tmp_path / "a.png")
+    drawn = []
+    backend = types.SimpleNamespace(add_image=lambda tag, picture, step: drawn.append((tag, step)))
+    loader = types.SimpleNamespace(
+        batch_size=4, sampler=range(10), dataset=types.SimpleNamespace(metainfo={"classes": ("a", "b", "c")})
+    )
+    visualizer = types.SimpleNamespace(get_backend={"TensorboardVisBackend": backend}.get)
+    hook = ValidationPicturesHook(pictures=3)
+    for epoch in (1, 2):
+        runner = types.SimpleNamespace(val_dataloader=loader, visualizer=visualizer, epoch=epoch)
+        hook.before_val_epoch(runner)
+        for batch, size in enumerate((4, 4, 2)):
+            names = [tmp_path / f"{4 * batch + row}.png" for row in range(size)]
+            for name in names:
+                Image.new("RGB", (200, 120)).save(name)
+            hook.after_val_iter(runner, batch, None, [validated(name) for name in names])
+    assert drawn == [
+        (f"validation/{number} {place}.png", epoch)
+        for epoch in (1, 2)
+        for number, place in ((1, 0), (2, 3), (3, 6))
+    ]
 
 
 # --- Labels ---

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import WIDTHS
 from evaluation_scenes import random_scene
 from matplotlib.figure import Figure
 from PIL import Image
@@ -177,6 +178,55 @@ def test_no_ground_truth(tmp_path):
     truth, nothing = GroundTruthColumns([1], [], [], [], [], [], {1: "a"}), DetectionColumns.empty()
     write_report(tmp_path, evaluate_boxes(truth, nothing), {}, truth, nothing, {})
     assert "No image has a mistake" in (tmp_path / "report.html").read_text()
+
+
+# --- in a browser ---
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[str, Path]:
+    """Reports of odd data: many classes with long names, no detections, one class."""
+    base, made = tmp_path_factory.mktemp("odd"), {}
+    for name, classes, with_detections in (("many", 80, True), ("none", 4, False), ("one", 1, True)):
+        truth, detections = random_scene(5, num_images=20, num_classes=classes, boxes_per_image=9)
+        names = {number: f"class_{number}_" + "with_a_long_name_" * 4 for number in truth.category_names}
+        truth = dataclasses.replace(truth, category_names=names)
+        paths = {}
+        for number in truth.image_ids[:3].tolist():
+            paths[number] = str(base / f"{number}.png")
+            Image.new("RGB", (500, 400), (180, 90, 160)).save(paths[number])
+        found = detections if with_detections else DetectionColumns.empty()
+        result = evaluate_boxes(truth, found)
+        facts = {"Checkpoint": "/a/long/path/" + "folder/" * 20 + "model.pth", "Spec": "spec.yaml"}
+        made[name] = write_report(base / name, result, {}, truth, found, paths, facts, 0.1)
+    return made
+
+
+@pytest.mark.parametrize("name", ["many", "none", "one"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dark", [False, True])
+def test_reports_of_odd_data_can_be_read(browser, reports, name, width, dark):
+    browser.open(reports[name], width=width, dark=dark)
+    browser.assert_readable()
+    rows = browser.run("return document.querySelectorAll('[aria-label=Classes] tbody tr').length")
+    assert rows == {"many": 80, "none": 4, "one": 1}[name]
+
+
+def test_classes_of_a_report_sort_and_its_pictures_enlarge(browser, reports):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.open(reports["many"], width=390)
+    browser.run("document.querySelectorAll('[aria-label=Classes] th button')[2].click()")
+    rows = "[...document.querySelectorAll('[aria-label=Classes] tbody tr')]"
+    shown = browser.run(f"return {rows}.map(row => row.cells[2].textContent)")
+    values = [float(value) for value in shown if value != "–"]
+    assert values == sorted(values, reverse=True) and len(values) > 50
+    picture = browser.driver.find_element("css selector", ".enlarge")
+    picture.send_keys(Keys.ENTER)
+    browser.assert_readable()
+    assert browser.run("return document.querySelectorAll('dialog .tag').length") > 0
+    browser.driver.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not browser.run("return document.querySelector('dialog').open")
 
 
 # --- plots ---

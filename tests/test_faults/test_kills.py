@@ -29,6 +29,15 @@ COMMANDS = {
         *("inference.checkpoint=random.pth", "inference.conf_threshold=0"),
     ),
     "weights": ("weights", "random.pth", "out/x.safetensors", "--to", "tao"),
+    "quantize": (
+        *("quantize", *SPEC, "results_dir=out", "quantize.backend=onnxruntime", "quantize.mode=static_ptq"),
+        *(
+            "quantize.model_path=random.pth",
+            "ddetr_mm.quantize_max_ap_drop=100",
+            "ddetr_mm.quantize_images=2",
+        ),
+        "dataset.quant_calibration_data_sources={image_dir: data, json_file: coco/val}",
+    ),
     "predict": ("predict", "random.pth", "data/val/images", "--out", "out", "--save-txt"),
 }
 """Command lines that write below ``out`` alone."""

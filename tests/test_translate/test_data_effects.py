@@ -181,6 +181,7 @@ def test_what_is_written_and_drawn(tiny_config, scene: Scene, tmp_path):
         "red": ("inference.color_map={alpha: red}",),
         "blue": ("inference.color_map={alpha: blue}",),
         "other": ("inference.color_map={beta: red}",),
+        "by size": (),
         "thin": ("inference.outline_width=1",),
         "thick": ("inference.outline_width=6",),
         "internal": ("inference.is_internal=True",),
@@ -196,6 +197,7 @@ def test_what_is_written_and_drawn(tiny_config, scene: Scene, tmp_path):
     assert not changed["other"].any()
     pixels = {name: int(one.any(axis=-1).sum()) for name, one in changed.items()}
     assert pixels["thick"] > 1.3 * pixels["thin"] > 0  # the name drawn above the box counts in both
+    assert pixels["by size"] == pixels["thin"]  # a small picture has thin lines where the spec says nothing
     assert (tmp_path / "internal" / scene.folder.name / "labels" / "0.txt").is_file()
     assert (tmp_path / "thin" / "labels" / "0.txt").is_file()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmdet.registry import HOOKS, MODELS
@@ -19,6 +21,7 @@ from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.runner import Runner
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_scene import GIVEN, TINY, Scene
 from torch import nn
@@ -454,6 +457,30 @@ def test_losses_of_validation(train):
     events.Reload()
     for name, value in kpis[-1].items():
         assert events.Scalars(name)[-1].value == pytest.approx(float(value))
+
+
+def test_pictures_of_validation(train, scene: Scene):
+    folder = train("ddetr_mm.validation_pictures=2", "train.num_epochs=2")
+    events = EventAccumulator(str(next(folder.glob("*/vis_data"))), size_guidance={"images": 0})
+    events.Reload()
+    first, second = events.Tags()["images"]
+    assert re.fullmatch(r"validation/1 \w+\.png", first) and re.fullmatch(r"validation/2 \w+\.png", second)
+    for tag in (first, second):
+        assert [event.step for event in events.Images(tag)] == [1, 2]  # of every epoch's validation
+        with Image.open(io.BytesIO(events.Images(tag)[-1].encoded_image_string)) as picture:
+            shown = np.asarray(picture.convert("RGB")).astype(int)
+        with Image.open(next(scene.folder.rglob(tag.split()[-1]))) as image:
+            plain = np.asarray(image.convert("RGB")).astype(int)
+        height, width = plain.shape[:2]
+        assert shown.shape == (height + 18, 2 * width + 6, 3)
+        # The ground truth is drawn on the left half.
+        assert (np.abs(shown[18:, :width] - plain).max(axis=2) > 60).sum() > 20
+
+
+def test_no_pictures_of_validation_by_default(train):
+    events = EventAccumulator(str(next(train().glob("*/vis_data"))), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == []
 
 
 def test_losses_of_validation_can_be_left_out(train):

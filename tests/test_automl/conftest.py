@@ -1,0 +1,58 @@
+"""A project for searches, and searches in this process whose trials are quick stand-ins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from automl_project import make_project, with_stand_in
+
+import ddetr_mm.preflight.annotations
+import ddetr_mm.preflight.pictures  # noqa: F401 - once here, not in the process of every check
+from ddetr_mm.automl import trials
+from ddetr_mm.cli import main
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with data and ``spec.yaml``."""
+    make_project(tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def search(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Runs ``ddetr-mm automl`` with stand-ins; returns ``results/automl``."""
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(trials, "python_module", trials.python_module)
+    with_stand_in()
+
+    def run(*overrides: str, status: int = 0) -> Path:
+        own = [
+            one if one.startswith(("train.", "dataset.", "results")) else f"ddetr_mm.automl.{one}"
+            for one in overrides
+        ]
+        assert main(["automl", "-e", "spec.yaml", *own]) == status
+        return project / "results" / "automl"
+
+    return run
+
+
+def trials_of(folder: Path, url: str | None = None) -> list[Any]:
+    """The trials in a study's storage."""
+    import optuna
+
+    storage = url or f"sqlite:///{folder / 'study.db'}"
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage).get_trials()
+
+
+def epochs_of(folder: Path, number: int) -> list[int]:
+    """The epochs that a trial trained, in order."""
+    lines = (folder / f"trial_{number:03d}" / "train" / "status.json").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    return [entry["epoch"] for entry in entries if "epoch" in entry]
