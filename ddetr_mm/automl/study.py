@@ -399,7 +399,10 @@ class Study:
 
     def _is_here(self, trial: Any) -> bool:
         owner = trial.user_attrs.get("owner")
-        return owner is not None and owner["host"] == self.host
+        return owner is not None and owner["host"] == self.host and owner["folder"] == self._place(trial)
+
+    def _place(self, trial: Any) -> str:
+        return os.path.realpath(self.folder / trial_name(trial.number))
 
     def _fill_slots(self) -> None:
         while len(self.running) < self.settings.concurrent:
@@ -455,13 +458,10 @@ class Study:
         if owner is None:  # its process ended, or is about to say that it is its
             age = now - trial.datetime_start.timestamp()
             return self.settings.storage is None or age > UNCLAIMED_S
-        if owner["host"] == self.host:
+        if self._is_here(trial):
             return True
         silent = now - float(trial.user_attrs.get("beat", owner["since"]))
-        if (
-            Path(owner["folder"]).is_dir()
-            and os.path.realpath(self.folder / trial_name(trial.number)) == (owner["folder"])
-        ):
+        if owner["folder"] == self._place(trial) and Path(owner["folder"]).is_dir():  # a shared disk
             return silent > 4 * BEAT_S
         if silent > SILENT_S:
             self._end(trial, "FAIL", f"its machine, {owner['host']}, has not shown itself for 15 minutes")

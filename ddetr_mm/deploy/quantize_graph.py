@@ -279,6 +279,7 @@ class StaticQuantizer:
                 },
             )
             worker.quantize_model()
+            worker.model.topological_sort()  # the quantizer appends its nodes at the end
         written = worker.model.model
         keep_meta(self.model, written)
         require("onnx").save(written, str(target))

@@ -77,7 +77,7 @@ def check_data(loaded: LoadedSpec) -> None:
             early_check(loaded, resumes=False)
             quick_check(loaded)
         except InputError as error:
-            sending.send((error.exit_status, error.problems))
+            sending.send((error.exit_status, [str(problem) for problem in error.problems]))
         else:
             sending.send(None)
 

@@ -62,7 +62,7 @@ class Run:
     """What a run left.
 
     Attributes:
-        name: what tells it from the other runs.
+        name: the part of its path that no other run shares.
         folders: its results folders, of train or evaluate or both.
         fields: the spec's fields by dotted path; values as text.
         curves: name in ``status.json`` → epoch (from 1) → value.
@@ -153,7 +153,7 @@ def results_folders(path: Path) -> list[Path]:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """Names for runs: as few parts of their paths as tell them apart, without ``train`` and ``evaluate``."""
+    """Names for runs: as few parts of their paths as keep them apart, without ``train`` and ``evaluate``."""
     whole = [path.resolve() for path in paths]
     shorter = [path.parent if path.name in SUBTASKS else path for path in whole]
     if len(set(shorter)) == len(shorter):

@@ -180,6 +180,10 @@ def quantize(loaded: LoadedSpec, session: Session, target: Path) -> None:
         certificate.quantized_model.file = str(final)
         claim(final)
         os.replace(temporary, final)
+    config = session.folder / "quantized" / "config.py"
+    if config.is_file():  # it names the file that was evaluated
+        text = config.read_text(encoding="utf-8")
+        write_text_whole(config, text.replace(str(temporary), str(final)))
     write_reports(certificate, session.folder)
     announce(certificate, session, final)
 

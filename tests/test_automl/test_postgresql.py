@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -84,7 +85,7 @@ def server() -> Iterator[str]:
             pytest.fail("the server does not answer")
         yield url.replace("postgresql://", "postgresql+psycopg://")
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # ends connections that are open
         process.wait(timeout=30)
         shutil.rmtree(folder)
 

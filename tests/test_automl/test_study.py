@@ -14,7 +14,15 @@ import yaml
 from automl_project import HERE, value_of
 from conftest import epochs_of, trials_of
 
-from ddetr_mm.automl.study import default_url, masked, rungs, without_password
+from ddetr_mm.automl.space import Parameter, SearchSpace
+from ddetr_mm.automl.study import (
+    default_url,
+    make_pruner,
+    make_sampler,
+    masked,
+    rungs,
+    without_password,
+)
 
 optuna = pytest.importorskip("optuna")
 
@@ -28,6 +36,8 @@ def spec_of(folder: Path, number: int) -> dict:
 
 
 # --- algorithms ---
+
+ALGORITHMS = ("bayesian", "hyperband", "bohb", "asha", "random", "grid")
 
 
 def test_rungs():
@@ -46,11 +56,15 @@ def test_trials_are_trained_to_their_end(search, algorithm):
         assert one.value == value_of(spec_of(folder, number), 2)
 
 
-def test_bayesian_draws_near_the_best(search):
-    folder = search("max_trials=16", "max_epochs=1", "parameters=[{field: train.optim.lr, log: true}]")
-    rates = [one.params["train.optim.lr"] for one in trials_of(folder)]
-    near = [1e-4 < rate < 1e-2 for rate in rates]
-    assert sum(near[8:]) >= 6  # half of the range; the best is 1e-3
+def test_samplers_and_pruners():
+    space = SearchSpace({"train.optim.lr": Parameter("train.optim.lr", False, 1e-3, 1e-4, 1e-2)}, ())
+    kinds = {name: type(make_sampler(name, space, 1)).__name__ for name in ALGORITHMS}
+    assert kinds["bayesian"] == kinds["bohb"] == "TPESampler" and kinds["grid"] == "GridSampler"
+    assert kinds["random"] == kinds["asha"] == kinds["hyperband"] == "RandomSampler"
+    pruners = {name: type(make_pruner(name, 27, 3)).__name__ for name in ALGORITHMS}
+    assert pruners["hyperband"] == pruners["bohb"] == "HyperbandPruner"
+    assert pruners["asha"] == "SuccessiveHalvingPruner"
+    assert pruners["bayesian"] == pruners["random"] == pruners["grid"] == "NopPruner"
 
 
 def test_the_first_trial_has_the_specs_own_values(search):

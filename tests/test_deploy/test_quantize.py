@@ -431,6 +431,7 @@ def test_onnxruntime_quantizes_the_chosen_layers_and_keeps_metadata(tmp_path: Pa
         quantized = types[name] == ["DequantizeLinear", "DequantizeLinear"]
         assert quantized is (name in nodes), name
     written = onnx.load(str(tmp_path / "q.onnx"))
+    onnx.checker.check_model(written, full_check=True)
     assert read_meta(written) == {"class_names": ["background", "a"]}
     assert [prop.key for prop in written.metadata_props] == [META_KEY]
     onnx.save(model, str(tmp_path / "f.onnx"))
@@ -484,6 +485,7 @@ def test_modelopt_quantizes_the_named_nodes_and_keeps_metadata(tmp_path: Path, a
         source, target, [node], _batches(), mode="int8", algorithm=algorithm
     )
     written = onnx.load(str(target))
+    onnx.checker.check_model(written)
     assert count == quantize_graph.quantized_nodes(written) >= 2
     assert read_meta(written) == {"class_names": ["background", "a"]}
     assert _types(target)[node][0] == "DequantizeLinear"
