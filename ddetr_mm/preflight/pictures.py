@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ddetr_mm.datasets.images import read_image
-from ddetr_mm.engine.detections import Color, palette
+from ddetr_mm.engine.detections import Color, draw_detections, palette
 from ddetr_mm.errors import DataError
 from ddetr_mm.files import written_whole
 from ddetr_mm.fonts import label_font
@@ -216,14 +216,7 @@ def _drawn(tile: Tile, colors: Mapping[str, Color]) -> Image.Image:
     picture = tile.picture.resize(size, Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(picture)
     _hatch(draw, size, (round(tile.size_hw[1] * scale), round(tile.size_hw[0] * scale)))
-    for box, name in zip((tile.boxes_xyxy * scale).tolist(), tile.names, strict=True):
-        x1, y1, x2, y2 = box
-        draw.rectangle((x1, y1, max(x2, x1), max(y2, y1)), outline=colors[name], width=2)
-        font, label = label_font(_short(name, 18), 12)
-        left, top, right, bottom = draw.textbbox((x1, max(y1 - 14, 0)), label, font=font)
-        draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), fill=colors[name])
-        draw.text((x1, max(y1 - 14, 0)), label, fill=_ink(colors[name]), font=font)
-    return picture
+    return draw_detections(picture, tile.boxes_xyxy * scale, tile.names, None, colors, outline_width=2)
 
 
 def _hatch(draw: ImageDraw.ImageDraw, size_wh: tuple[int, int], image_wh: tuple[int, int]) -> None:
@@ -234,10 +227,6 @@ def _hatch(draw: ImageDraw.ImageDraw, size_wh: tuple[int, int], image_wh: tuple[
             x1, x2 = max(left, start + top), min(right, start + bottom)
             if x1 < x2:
                 draw.line((x1, x1 - start, x2, x2 - start), fill=_PADDING_COLOR)
-
-
-def _ink(color: Color) -> str:
-    return "black" if 0.3 * color[0] + 0.6 * color[1] + 0.1 * color[2] > 120 else "white"
 
 
 def _short(text: str, limit: int = 44) -> str:

@@ -397,7 +397,8 @@ def _plain_text(shown: str) -> str:
 
 def page_text(runs: Sequence[Run]) -> str:
     """The page as HTML."""
-    title = " and ".join(one.name for one in runs) if len(runs) < 4 else f"{len(runs)} runs"
+    *others, last = (one.name for one in runs)
+    title = f"{', '.join(others)} and {last}" if 0 < len(others) < 3 else f"{len(runs)} runs"
     headers, rows = summary_rows(runs)
     parts = [
         heading(f"Comparison of {title}", 1),
