@@ -39,10 +39,8 @@ MAY_IMPORT = {
     "preflight": BASE | {"spec", "datasets", "weights", "evaluation", "engine"},
     "translate": BASE | {"spec", "datasets", "models", "weights"},
     "automl": BASE | {"spec", "engine"},
-    "automl": BASE | {"spec", "engine"},
     "tasks": BASE
     | {
-        "automl",
         "automl",
         "__init__",
         "spec",
