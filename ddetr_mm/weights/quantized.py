@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -146,8 +146,9 @@ def plain_tensor(value: PlainQuantizedTensor) -> tuple[Tensor, QuantizedLayer]:
         ValueError: its parts do not belong together.
     """
     parts = value.parts
-    data, scale, zero = parts.get("qdata"), parts.get("scale"), parts.get("zero_point")
-    if not (_is_plain(data) and _is_plain(scale)) or not (zero is None or _is_plain(zero)):
+    data, scale = _plain_or_none(parts.get("qdata")), _plain_or_none(parts.get("scale"))
+    zero = _plain_or_none(parts.get("zero_point"))
+    if data is None or scale is None or (zero is None and parts.get("zero_point") is not None):
         raise ValueError("it lacks its values or scales")
     dtypes = {torch.int8: INT8, _TYPES[E4M3]: E4M3, _TYPES[E5M2]: E5M2}
     dtype = dtypes.get(data.dtype)
@@ -155,12 +156,10 @@ def plain_tensor(value: PlainQuantizedTensor) -> tuple[Tensor, QuantizedLayer]:
         raise ValueError(f"it holds {tuple(data.shape)} values of {data.dtype}")
     if any(parts.get(name) is not None for name in ("act_quant_kwargs", "act_pre_scale")):
         raise ValueError("its inputs are quantized, which is not read")
-    for one in (scale, zero):
-        fits = one is None or (
-            one.dim() == data.dim()
-            and all(size in (1, whole) for size, whole in zip(one.shape, data.shape, strict=True))
-        )
-        if not fits:
+    for one in [scale] if zero is None else [scale, zero]:
+        if one.dim() != data.dim() or any(
+            size not in (1, whole) for size, whole in zip(one.shape, data.shape, strict=True)
+        ):
             raise ValueError(f"its scales of {tuple(one.shape)} do not fit {tuple(data.shape)}")
     values = data.float()
     if zero is not None:
@@ -168,10 +167,11 @@ def plain_tensor(value: PlainQuantizedTensor) -> tuple[Tensor, QuantizedLayer]:
     return values * scale.float(), QuantizedLayer(dtype, 0 if scale.numel() > 1 else None)
 
 
-def _is_plain(value: Any) -> bool:
+def _plain_or_none(value: Any) -> Tensor | None:
+    """Return a plain tensor whose memory holds all its values; None for everything else."""
     if not isinstance(value, Tensor) or isinstance(value, PlainQuantizedTensor) or value.is_meta:
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        return None
+    return value if value.numel() * value.element_size() <= value.untyped_storage().nbytes() else None
 
 
 def plain_content(content: Any, path: Path) -> tuple[Any, Quantization | None]:
@@ -237,8 +237,7 @@ def _plain_modelopt(content: Mapping[str, Any], path: Path) -> tuple[Any, Quanti
         layer, part = _quantizer_of(name)
         if not part or state.get("_disabled", True):
             continue
-        amax = weights.get(f"{name}._amax")
-        dtype, axis = _format_of(name, part, state, amax, path)
+        dtype, amax = _format_of(name, part, state, weights.get(f"{name}._amax"), path)
         known = layers.get(layer, QuantizedLayer())
         if part == "input_quantizer":
             layers[layer] = replace(known, input_dtype=dtype, input_amax=float(amax))
@@ -247,6 +246,7 @@ def _plain_modelopt(content: Mapping[str, Any], path: Path) -> tuple[Any, Quanti
         if not isinstance(weight, Tensor) or not _fits(amax, weight):
             _refuse_quantizer(name, "it does not fit its layer", path)
         tensors[f"{layer}.weight"] = round_to(weight, dtype, amax.float())
+        axis = 0 if amax.numel() > 1 else None
         layers[layer] = replace(known, weight_dtype=dtype, weight_axis=axis)
     rest = {key: value for key, value in content.items() if key not in ("modelopt_state", "model_state_dict")}
     plain = {"state_dict": tensors, **rest}
@@ -282,19 +282,19 @@ def _quantizers(state: Mapping[str, Any], path: Path) -> Iterator[tuple[str, Map
             yield str(name), one
 
 
-def _format_of(
-    name: str, part: str, state: Mapping[str, Any], amax: Any, path: Path
-) -> tuple[str, int | None]:
+def _format_of(name: str, part: str, state: Mapping[str, Any], ranges: Any, path: Path) -> tuple[str, Tensor]:
+    """Return the number format and the ranges of an enabled quantizer."""
     bits = state.get("_num_bits")
     dtype = _NUM_BITS.get(tuple(bits) if isinstance(bits, (list, tuple)) else bits)
     odd = [key for key in _UNREAD if state.get(key)]
     if part == "output_quantizer" or dtype is None or odd:
         _refuse_quantizer(name, f"{', '.join(odd) or f'num_bits {bits}'} is not read", path)
-    if not _is_plain(amax) or not amax.is_floating_point() or not bool(torch.isfinite(amax).all()):
+    amax = _plain_or_none(ranges)
+    if amax is None or not amax.is_floating_point() or not bool(torch.isfinite(amax).all()):
         _refuse_quantizer(name, "it has no range", path)
     if bool((amax < 0).any()) or (part == "input_quantizer" and amax.numel() != 1):
         _refuse_quantizer(name, "its range is not one of this kind", path)
-    return dtype, 0 if amax.numel() > 1 else None
+    return dtype, amax
 
 
 def _fits(amax: Tensor, weight: Tensor) -> bool:
@@ -303,7 +303,7 @@ def _fits(amax: Tensor, weight: Tensor) -> bool:
     return amax.dim() == weight.dim() and tuple(amax.shape) == (weight.shape[0], *[1] * (weight.dim() - 1))
 
 
-def _refuse_quantizer(name: str, why: str, path: Path) -> None:
+def _refuse_quantizer(name: str, why: str, path: Path) -> NoReturn:
     raise WeightsError(Problem(f"holds a quantizer that is not read: {name}: {why}", file=path, hint=_AGAIN))
 
 
@@ -324,7 +324,7 @@ def named_as(quantization: Quantization, mapped: Mapping[str, list[str]], path: 
     ends = {
         key.removesuffix(".weight"): targets for key, targets in mapped.items() if key.endswith(".weight")
     }
-    layers = {}
+    layers: dict[str, QuantizedLayer] = {}
     for name, layer in quantization.layers.items():
         targets = ends.get(name) or next(
             (value for key, value in ends.items() if key.endswith(f".{name}")), []
