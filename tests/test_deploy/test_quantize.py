@@ -40,7 +40,12 @@ def missing(package: str) -> pytest.MarkDecorator:
 
 
 needs_torchao = missing("torchao")
-needs_modelopt = missing("modelopt")
+
+
+def needs_modelopt(test):
+    """Skip without ModelOpt, and leave out of the default run: importing it takes 15 s."""
+    return pytest.mark.slow(missing("modelopt")(test))
+
 
 INT8 = LayerRule("*", "int8", "int8")
 
@@ -241,8 +246,8 @@ def _images() -> torch.Tensor:
     [
         ("max", ("int8", "int8"), None),
         ("max", ("fp8_e4m3fn", "fp8_e4m3fn"), None),
-        pytest.param("minmax", ("fp8_e4m3fn", "int8"), 0, marks=pytest.mark.slow),
-        pytest.param("entropy", ("int8", "int8"), None, marks=pytest.mark.slow),
+        ("minmax", ("fp8_e4m3fn", "int8"), 0),
+        ("entropy", ("int8", "int8"), None),
     ],
 )
 def test_modelopts_file_is_read_as_its_network_computes(tmp_path: Path, algorithm, dtypes, axis):
@@ -269,7 +274,46 @@ def test_modelopts_file_is_read_as_its_network_computes(tmp_path: Path, algorith
     assert (floats - expected).abs().max() > 1e-4
 
 
-@needs_modelopt
+def modelopt_content(**changed) -> dict:
+    """A file as ModelOpt saves it: INT8 weights of `first` with a range for each row, inputs within 2."""
+    weight = {"_num_bits": 8, "_disabled": False, "_block_sizes": None, "_dynamic": False} | changed
+    quantizers = {
+        "first.weight_quantizer": weight,
+        "first.input_quantizer": {"_num_bits": 8, "_disabled": False},
+        "first.output_quantizer": {"_num_bits": 8, "_disabled": True},
+    }
+    return {
+        "modelopt_state": {
+            "modelopt_state_dict": [("quantize", {"metadata": {"quantizer_state": quantizers}})],
+            "modelopt_version": "0.47.0",
+        },
+        "model_state_dict": {
+            "first.weight": torch.tensor([[1.0, 0.3], [-4.0, 0.3]]),
+            "first.bias": torch.tensor([0.0, 1.0]),
+            "first.weight_quantizer._amax": torch.tensor([[1.0], [4.0]]),
+            "first.input_quantizer._amax": torch.tensor(2.0),
+        },
+    }
+
+
+def test_weights_and_inputs_of_modelopts_file_are_rounded(tmp_path: Path):
+    torch.save(modelopt_content(), tmp_path / "q.pth")
+    raw = read_raw(tmp_path / "q.pth")
+    layer = QuantizedLayer("int8", 0, "int8", 2.0)
+    assert raw.quantization == Quantization("modelopt.pytorch", {"first": layer})
+    weights = raw.payload["state_dict"]
+    assert set(weights) == {"first.weight", "first.bias"}
+    expected = torch.tensor([[1.0, 38 / 127], [-4.0, 10 * 4 / 127]])
+    assert torch.allclose(weights["first.weight"], expected)
+    network = nn.Sequential()
+    network.add_module("first", nn.Linear(2, 2))
+    network.load_state_dict(weights)
+    assert quantize_inputs(network, raw.quantization) == 1
+    step = 2 / 127  # 1.0 becomes 64 steps, and 5.0 is cut
+    inputs = torch.tensor([64 * step, 2.0])
+    assert torch.allclose(network(torch.tensor([1.0, 5.0])), expected @ inputs + torch.tensor([0.0, 1.0]))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -279,18 +323,29 @@ def test_modelopts_file_is_read_as_its_network_computes(tmp_path: Path, algorith
         ("_dynamic", True, "_dynamic is not read"),
     ],
 )
-def test_quantizers_of_other_kinds_are_refused(tmp_path: Path, key, value, words):
-    network = Small().eval()
-    content, _ = quantize_modelopt(
-        network, {"first": LayerRule("first", "int8", "int8")}, "max", lambda: network(_images())
-    )
-    for _, entry in content["modelopt_state"]["modelopt_state_dict"]:
-        entry["metadata"]["quantizer_state"]["first.weight_quantizer"][key] = value
+def test_quantizers_of_other_kinds_are_refused(key, value, words):
     with pytest.raises(
         WeightsError, match="holds a quantizer that is not read: first.weight_quantizer"
     ) as caught:
-        plain_content(content, tmp_path / "q.pth")
+        plain_content(modelopt_content(**{key: value}), Path("q.pth"))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("weight_quantizer", None, "it has no range"),
+        ("weight_quantizer", torch.tensor([[1.0], [float("nan")]]), "it has no range"),
+        ("weight_quantizer", torch.tensor([[1.0], [-1.0]]), "its range is not one of this kind"),
+        ("weight_quantizer", torch.ones(3, 1), "it does not fit its layer"),
+        ("input_quantizer", torch.ones(2), "its range is not one of this kind"),
+    ],
+)
+def test_ranges_that_do_not_fit_are_refused(name, value, words):
+    content = modelopt_content()
+    content["model_state_dict"][f"first.{name}._amax"] = value
+    with pytest.raises(WeightsError, match=f"first.{name}: {words}"):
+        plain_content(content, Path("q.pth"))
 
 
 @pytest.mark.parametrize(
@@ -474,7 +529,7 @@ def test_percentile_and_reduced_range_narrow(tmp_path: Path):
 
 
 @needs_modelopt
-@pytest.mark.parametrize("algorithm", ["max", pytest.param("entropy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("algorithm", ["max", "entropy"])
 def test_modelopt_quantizes_the_named_nodes_and_keeps_metadata(tmp_path: Path, algorithm: str):
     model = small_graph()
     quantize_graph.graph_layers(model)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,18 +48,21 @@ class Result:
         return json.loads((self.folder / "parity.json").read_text())
 
 
+def run_quantize(
+    project: Project, backend: str, folder: Path, *words: str, model: str = CHECKPOINT
+) -> Result:
+    """Run the command in this process."""
+    given = [f"quantize.backend={backend}", f"quantize.model_path={model}", f"quantize.results_dir={folder}"]
+    said = io.StringIO()
+    with inside(project.folder), redirect_stdout(said), redirect_stderr(said):
+        status = main(["quantize", "-e", project.spec, *given, *words])
+    return Result(status, folder, said.getvalue())
+
+
 @pytest.fixture
-def quantize(exported: Project, capsys, tmp_path: Path):  # noqa: F811
+def quantize(exported: Project, tmp_path: Path):  # noqa: F811
     def run(backend: str, *words: str, model: str = CHECKPOINT, folder: Path = tmp_path) -> Result:
-        given = [
-            f"quantize.backend={backend}",
-            f"quantize.model_path={model}",
-            f"quantize.results_dir={folder}",
-        ]
-        with inside(exported.folder):
-            status = main(["quantize", "-e", exported.spec, *given, *words])
-        said = capsys.readouterr()
-        return Result(status, folder, said.out + said.err)
+        return run_quantize(exported, backend, folder, *words, model=model)
 
     return run
 
@@ -76,11 +80,22 @@ def evaluated(project: Project, path: Path, tmp_path: Path, capsys, *words: str)
 LINEAR = "quantize.layers=[{module_name: Linear, weights: {dtype: %s}}]"
 
 
-def test_torchaos_file_is_evaluated_detected_with_and_exported(exported, quantize, tmp_path, capsys):  # noqa: F811
-    found = quantize("torchao", LINEAR % "int8", LOOSE)
-    path = found.folder / "quantized_model_torchao.pth"
-    assert found.status == 0 and path.is_file(), found.said
-    parity = found.parity
+TORCHAO_FILE = "quantized_model_torchao.pth"
+
+
+@pytest.fixture(scope="module")
+def torchao_result(exported: Project, tmp_path_factory) -> Result:  # noqa: F811
+    """The checkpoint with INT8 weights of its linear layers."""
+    pytest.importorskip("torchao")
+    folder = tmp_path_factory.mktemp("torchao")
+    found = run_quantize(exported, "torchao", folder, LINEAR % "int8", LOOSE)
+    assert found.status == 0 and (folder / TORCHAO_FILE).is_file(), found.said
+    return found
+
+
+def test_evaluate_agrees_with_the_certificate(exported, torchao_result, tmp_path, capsys):  # noqa: F811
+    found, parity = torchao_result, torchao_result.parity
+    path = found.folder / TORCHAO_FILE
     assert parity["certified"] and not parity["rejected"] and parity["algorithm"] is None
     assert parity["quantized_model"]["file"] == str(path)
     assert parity["quantized_model"]["size_bytes"] == path.stat().st_size
@@ -98,26 +113,33 @@ def test_torchaos_file_is_evaluated_detected_with_and_exported(exported, quantiz
         key for key, value in read.state_dict.items() if not torch.equal(value, before.state_dict[key])
     }
     assert changed == {f"{name}.weight" for name in parity["layers"]}
+    report = (found.folder / "report.html").read_text()
+    assert "Certified: AP" in report and TORCHAO_FILE in report
+    status = [json.loads(line) for line in (found.folder / "status.json").read_text().splitlines()]
+    assert status[-1]["status"] == "SUCCESS"
+    assert float(status[-1]["kpi"]["quantized_mAP"]) == pytest.approx(parity["quantized_model"]["ap"])
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(quantize, torchao_result):
+    found = quantize("torchao", LINEAR % "int8", model=str(torchao_result.folder / TORCHAO_FILE))
+    assert found.status == 2 and "is quantized already" in found.said
+
+
+@pytest.mark.slow
+def test_torchaos_file_is_detected_with_and_exported(exported, torchao_result, tmp_path):  # noqa: F811
+    path = torchao_result.folder / TORCHAO_FILE
     with inside(exported.folder):
         words = [f"inference.checkpoint={path}", f"inference.results_dir={tmp_path / 'labels'}"]
         assert main(["inference", "-e", exported.spec, *words]) == 0
         words = [f"export.checkpoint={path}", f"export.onnx_file={tmp_path / 'q.onnx'}"]
         assert main(["export", "-e", exported.spec, *words]) == 0
     assert len(list((tmp_path / "labels" / "labels").glob("*.txt"))) == 6
-    report = (found.folder / "report.html").read_text()
-    assert "Certified: AP" in report and "quantized_model_torchao.pth" in report
-    status = [json.loads(line) for line in (found.folder / "status.json").read_text().splitlines()]
-    assert status[-1]["status"] == "SUCCESS"
-    assert float(status[-1]["kpi"]["quantized_mAP"]) == pytest.approx(parity["quantized_model"]["ap"])
-    with inside(exported.folder):
-        words = ["quantize.backend=torchao", f"quantize.model_path={path}", LINEAR % "int8"]
-        assert main(["quantize", "-e", exported.spec, *words, f"results_dir={tmp_path / 'again'}"]) == 2
-    assert "is quantized already" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "fp8_e5m2"])
 def test_fp8_weights_have_as_many_values(quantize, dtype: str):
+    pytest.importorskip("torchao")
     found = quantize("torchao", LINEAR % dtype, "quantize.skip_names=['*decoder*', '*head*']", LOOSE)
     assert found.status == 0, found.said
     name = next(iter(found.parity["layers"]))
@@ -132,7 +154,9 @@ ALL = "quantize.layers=[{module_name: '*', weights: {dtype: int8}, activations: 
 BACKBONE = "quantize.layers=[{module_name: 'backbone.*', weights: {dtype: int8}, activations: {dtype: int8}}]"
 
 
+@pytest.mark.slow
 def test_modelopts_file_is_evaluated_with_rounded_inputs(exported, quantize, tmp_path, capsys):  # noqa: F811
+    pytest.importorskip("modelopt")
     words = (*STATIC, "quantize.algorithm=max", ALL, "quantize.skip_names=['*sampling_offsets*']", LOOSE)
     found = quantize("modelopt.pytorch", *words, "ddetr_mm.quantize_images=3")
     path = found.folder / "quantized_model_modelopt.pytorch.pth"
@@ -172,7 +196,8 @@ def quantized_layers(path: Path) -> set[str]:
     return {name for name, makers in graph_of(path)[0].items() if makers == ["DequantizeLinear"] * 2}
 
 
-def test_onnxruntime_exports_first_and_keeps_boxes_in_float(exported, quantize, tmp_path, capsys):  # noqa: F811
+@pytest.mark.slow
+def test_onnxruntime_exports_first_and_keeps_boxes_in_float(exported, quantize):  # noqa: F811
     found = quantize("onnxruntime", *STATIC, LOOSE)
     path = found.folder / "model.quant.onnx"
     assert found.status == 0 and (found.folder / "model.onnx").is_file(), found.said
@@ -183,17 +208,9 @@ def test_onnxruntime_exports_first_and_keeps_boxes_in_float(exported, quantize, 
     kept = set(parity["float_layers"].values())
     assert kept == {"sampling offsets", "boxes"}
     assert all("reg_branches" in name for name, why in parity["float_layers"].items() if why == "boxes")
-    assert read_meta(graph_of(path)[1])["class_names"] == list(NAMES)
-    assert evaluated(exported, path, tmp_path, capsys) == pytest.approx(
-        parity["quantized_model"]["ap"], abs=1e-3
-    )
-    with inside(exported.folder):
-        words = ["quantize.backend=onnxruntime", f"quantize.model_path={path}", *STATIC]
-        assert main(["quantize", "-e", exported.spec, *words, f"results_dir={tmp_path / 'again'}"]) == 2
-    assert "has Q/DQ nodes already" in capsys.readouterr().err
 
 
-def test_a_graph_is_taken_as_it_is_and_layers_are_named(quantize):
+def test_named_layers_of_a_graph_are_quantized(exported, quantize, tmp_path, capsys):  # noqa: F811
     words = (
         "quantize.layers=[{module_name: 'backbone.*', weights: {dtype: int8}}]",
         "quantize.skip_names=['*layer2*']",
@@ -201,9 +218,15 @@ def test_a_graph_is_taken_as_it_is_and_layers_are_named(quantize):
     found = quantize("onnxruntime", *STATIC, *words, LOOSE, model=ONNX)
     path = found.folder / "chain.quant.onnx"
     assert found.status == 0 and not (found.folder / "chain.onnx").exists(), found.said
-    layers = quantized_layers(path)
+    layers, parity = quantized_layers(path), found.parity
     assert layers and all("backbone" in name and "layer2" not in name for name in layers)
-    assert layers == set(found.parity["layers"])
+    assert layers == set(parity["layers"])
+    assert read_meta(graph_of(path)[1])["class_names"] == list(NAMES)
+    assert evaluated(exported, path, tmp_path, capsys) == pytest.approx(
+        parity["quantized_model"]["ap"], abs=1e-3
+    )
+    again = quantize("onnxruntime", *STATIC, model=str(path), folder=tmp_path / "again")
+    assert again.status == 2 and "has Q/DQ nodes already" in again.said
 
 
 def input_range(path: Path) -> float:
@@ -295,7 +318,7 @@ def aps(monkeypatch, *values: float):
         yield
 
 
-@pytest.mark.parametrize(("limit", "status"), [(1.9, 2), (2.1, 0)])
+@pytest.mark.parametrize(("limit", "status"), [(1.9, 2), pytest.param(2.1, 0, marks=pytest.mark.slow)])
 def test_a_loss_beyond_the_limit_is_rejected_and_kept_under_another_name(
     quantize, monkeypatch, limit, status
 ):
@@ -440,6 +463,7 @@ def test_the_template_of_nvidia_is_translated_to_rules():
 
 @pytest.mark.slow
 def test_modelopts_graph_backend_takes_an_onnx_file(quantize):
+    pytest.importorskip("modelopt")
     words = ("quantize.algorithm=max", "quantize.layers=[{module_name: Conv, weights: {dtype: int8}}]")
     found = quantize("modelopt.onnx", *STATIC, *words, "quantize.skip_names=['*encoder*']", LOOSE, model=ONNX)
     path = found.folder / "chain.quant.onnx"
