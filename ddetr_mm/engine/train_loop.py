@@ -551,8 +551,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         path = self._save_now(0)
         where = f" ({path})" if path else ""
         self.out_of_time = (
-            f"Stopped by ddetr_mm.stop_after_epoch={last}: {self._epoch} of {self._max_epochs} epochs trained, "
-            f"{self._iter} steps; to continue{where}, raise it or set it to null."
+            f"Stopped by ddetr_mm.stop_after_epoch={last}: {self._epoch} of {self._max_epochs} epochs"
+            f" trained, {self._iter} steps; to continue{where}, raise it or set it to null."
         )
         raise OutOfTimeError
 

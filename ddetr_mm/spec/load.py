@@ -310,7 +310,9 @@ class _Binder:
         values: dict[str, Any] = {}
         for key, item in tree.items.items():
             name = field_names(cls).get(key)
-            if name is None and newer_default(self.root, dotted((*path, key)), item):
+            if name is None and cls is ExperimentSpec and key in NOT_READ:
+                self.note((*path, key), item, NOT_READ[key])
+            elif name is None and newer_default(self.root, dotted((*path, key)), item):
                 self.note((*path, key), item, "is a key of a newer TAO at its default: no effect")
             elif name is None:
                 hint = None

@@ -52,7 +52,7 @@ class AutomlParameter(Section):
         None,
         origin=OURS,
         filled=True,
-        doc="The only values that are tried, in place of a range. null: all options of a field that has some.",
+        doc="The only values that are tried, in place of a range. null: all options of a field with some.",
     )
     log: StrictBool | None = spec_field(
         None,
@@ -80,14 +80,14 @@ class AutomlConfig(Section):
         3,
         origin=OURS,
         ge=2,
-        doc="""With hyperband, bohb and asha: trials are compared after 1 epoch, and each time that their number
-        of epochs has grown by this factor; about one in as many goes on.""",
+        doc="""With hyperband, bohb and asha: trials are compared after 1 epoch, and each time that their
+        number of epochs has grown by this factor; about one in as many goes on.""",
     )
     metric: str = spec_field(
         "val_mAP50",
         origin=OURS,
-        doc="""What is optimized, a name of status.json: val_mAP, val_mAP50, val_loss, its parts, train_loss. A
-        trial counts with its best validation.""",
+        doc="""What is optimized, a name of status.json: val_mAP, val_mAP50, val_loss, its parts, train_loss.
+        A trial counts with its best validation.""",
     )
     direction: Literal["maximize", "minimize"] | None = spec_field(
         None,
@@ -115,8 +115,9 @@ class AutomlConfig(Section):
         None,
         origin=OURS,
         secret=True,
-        doc="""Where the study is kept: an Optuna storage URL, such as postgresql+psycopg://user@host/name, which
-        several machines may share. null: study.db in results_dir/automl. A password in it is never written.""",
+        doc="""Where the study is kept: an Optuna storage URL, such as postgresql+psycopg://user@host/name,
+        which several machines may share. null: study.db in results_dir/automl. A password in it is never
+        written.""",
     )
     default_parameters: StrictBool = spec_field(
         True,

@@ -114,11 +114,15 @@ NOT_HERE: dict[str, str] = {
     "clearml": "runs are reported to Weights & Biases: the section wandb",
     "prune": "Deformable DETR has no such subtask",
     "distill": "Deformable DETR has no such subtask",
-    "automl": "AutoML is a program of its own, which changes specs and starts `train`",
     "dataset_convert": "convert has a spec of its own: `ddetr-mm spec convert` prints it",
     "convert": "convert has a spec of its own: `ddetr-mm spec convert` prints it",
 }
 """Key of an experiment that no field has the meaning of → what to do instead."""
+
+NOT_READ: dict[str, str] = {
+    "automl": "is not read: `ddetr-mm automl` reads ddetr_mm.automl",
+}
+"""Section of TAO's templates that is taken with a note, whatever it holds → the note."""
 
 NEWER: dict[str, Any] = {
     "clearml.project": "TAO Toolkit",
@@ -190,6 +194,8 @@ def suggest_key(root: type[Section], prefix: str, key: str, siblings: Iterable[s
         return f"did you mean {moved}?"
     if root is ExperimentSpec and prefix + key in NOT_HERE:
         return NOT_HERE[prefix + key]
+    if root is ExperimentSpec and prefix + key in NOT_READ:
+        return f"it {NOT_READ[prefix + key]}"
     if prefix + key in NEWER:
         return "it is a key of another TAO; leave it out"
     paths = all_paths(root)

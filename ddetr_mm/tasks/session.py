@@ -325,7 +325,8 @@ def require_checkpoint(path: str | None, where: str) -> None:
     if not path:
         raise WeightsError(Problem("is not given", where=where, hint="name a checkpoint file"))
     if not Path(path).exists():
-        hint = "name an engine, or an .onnx file" if where.endswith("trt_engine") else "name a checkpoint file"
+        is_engine = where.endswith("trt_engine")
+        hint = "name an engine, or an .onnx file" if is_engine else "name a checkpoint file"
         raise WeightsError(Problem("does not exist", file=path, where=where, hint=hint))
 
 

@@ -34,37 +34,37 @@ ONNXRUNTIME = "backend: onnxruntime, mode: static_ptq"
         (
             "quantize: {algorithm: entropy}",
             [
-                "quantize.algorithm (line 1) has no effect because torchao takes the ranges of weights from the"
-                " weights"
+                "quantize.algorithm (line 1) has no effect because torchao takes the ranges of weights from"
+                " the weights"
             ],
         ),
         (
             "dataset: {quant_calibration_data_sources: {image_dir: a, json_file: b}}",
             [
-                "dataset.quant_calibration_data_sources (line 1) has no effect because torchao quantizes weights"
-                " alone, without images"
+                "dataset.quant_calibration_data_sources (line 1) has no effect because torchao quantizes"
+                " weights alone, without images"
             ],
         ),
-        ("ddetr_mm: {quantize_images: 3}\nquantize: {%s}" % ONNXRUNTIME, []),
+        ("ddetr_mm: {quantize_images: 3}\nquantize: {" + ONNXRUNTIME + "}", []),
         (
             "quantize: {layers: [{module_name: a, weights: {dtype: int8, observer_or_fake_quant: x}}]}",
             [
-                "quantize.layers[0].weights.observer_or_fake_quant has no effect because quantize.algorithm chooses"
-                " how ranges are found"
+                "quantize.layers[0].weights.observer_or_fake_quant has no effect because quantize.algorithm"
+                " chooses how ranges are found"
             ],
         ),
         (
             "quantize: {layers: [{module_name: a, weights: {observer_or_fake_quant_kwargs: {a: 1}}}]}",
             [
-                "quantize.layers[0].weights.observer_or_fake_quant_kwargs has no effect because quantize.algorithm"
-                " chooses how ranges are found"
+                "quantize.layers[0].weights.observer_or_fake_quant_kwargs has no effect because"
+                " quantize.algorithm chooses how ranges are found"
             ],
         ),
         (
             "quantize: {layers: [{module_name: a, activations: {dtype: int8}}]}",
             ["quantize.layers[0].activations has no effect because torchao quantizes weights alone"],
         ),
-        ("quantize: {%s, layers: [{module_name: a, weights: {dtype: int8}}]}" % ONNXRUNTIME, []),
+        ("quantize: {" + ONNXRUNTIME + ", layers: [{module_name: a, weights: {dtype: int8}}]}", []),
     ],
 )
 def test_settings_of_quantize_that_change_nothing(load, text: str, notes: list[str]):

@@ -264,7 +264,8 @@ CASES = [
     (
         "quantize_backend_has_mode",
         "quantize",
-        "quantize: {backend: modelopt.onnx, mode: null, algorithm: rtn_dq, backend_kwargs: {quantize_mode: int4}}",
+        "quantize: {backend: modelopt.onnx, mode: null, algorithm: rtn_dq,"
+        " backend_kwargs: {quantize_mode: int4}}",
         "quantize: {backend: modelopt.onnx, mode: null, algorithm: rtn_dq}",
         "needs backend_kwargs {quantize_mode: int4}",
     ),
