@@ -227,7 +227,10 @@ DISTRIBUTIONS = {
     "pkg_resources": "setuptools",
 }
 # What a user may have or not; imported inside functions only, and missing it is told or done without.
-OPTIONAL = {"hotcoco", "tensorrt", "mmdeploy", "orjson", "triton", "cryptography", "wandb", "supervision"}
+OPTIONAL = {
+    *("hotcoco", "tensorrt", "mmdeploy", "orjson", "triton", "cryptography", "wandb", "supervision"),
+    *("optuna", "sqlalchemy"),  # the second comes with the first
+}
 # Imported by the optional package itself, as its configs demand, or by ours when the package is there.
 LOADED_BY = {"deploy.mmdeploy_rewriters": {"mmdeploy"}, "models.triton_kernels": {"triton"}}
 
@@ -324,6 +327,8 @@ def is_golden_array(path: Path) -> bool:
 # A checkpoint saved with a library that the tests do not install.
 SAMPLE_CHECKPOINTS = {REPO / "tests" / "assets" / "omegaconf_2.4.ckpt"}
 MOST_SAMPLE_BYTES = 10_000
+# Damaged files that tests start from; most are text, some are not.
+CORPUS = REPO / "tests" / "test_faults" / "corpus"
 
 
 # Spelt in parts, so that this file does not hold them.
@@ -342,7 +347,7 @@ def test_tracked_files_are_text_or_small_pictures():
             assert len(content) <= MOST_PICTURE_BYTES, f"{path.name} has {len(content)} bytes"
         elif is_golden_array(path):
             assert len(content) <= MOST_GOLDEN_BYTES, f"{path.name} has {len(content)} bytes"
-        elif path in SAMPLE_CHECKPOINTS:
+        elif path in SAMPLE_CHECKPOINTS or CORPUS in path.parents:
             assert len(content) <= MOST_SAMPLE_BYTES, f"{path.name} has {len(content)} bytes"
         else:
             assert b"\0" not in content, f"{path.name} is binary"
@@ -358,7 +363,8 @@ def test_tracked_files_name_no_machine_and_no_package_index():
     for path in tracked_files():
         if path.suffix in PICTURES - {".svg"} or is_golden_array(path) or path in SAMPLE_CHECKPOINTS:
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        errors = "replace" if CORPUS in path.parents else "strict"
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors=errors).splitlines(), 1):
             for pattern in FORBIDDEN_TEXT:
                 match = pattern.search(line)
                 assert not match, f"{path.relative_to(REPO)}:{number} holds {match[0]!r}"

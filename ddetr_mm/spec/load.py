@@ -47,7 +47,7 @@ from ddetr_mm.spec.interpolation import (
 from ddetr_mm.spec.notes import agree_on_gpus, drop_overruled_gpus, notes_of_doubt, notes_without_effect
 from ddetr_mm.spec.overrides import apply_overrides
 from ddetr_mm.spec.readers import Reader, reader_of
-from ddetr_mm.spec.releases import OPTIONS_OF_TAO, newer_default, suggest_key
+from ddetr_mm.spec.releases import NOT_READ, OPTIONS_OF_TAO, newer_default, suggest_key
 from ddetr_mm.spec.rules import drop_blank_sources, incomplete_sources, missing_fields, violations
 from ddetr_mm.spec.schema import SUBTASKS, ConvertSpec, ExperimentSpec, Spec, root_of
 from ddetr_mm.spec.yaml_source import Branch, Leaf, Listing, Tree, parse_yaml, read_text

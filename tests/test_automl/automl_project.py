@@ -6,6 +6,7 @@ Run as a script it is either ``train``, the stand-in, or the command line with t
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import math
 import os
@@ -75,11 +76,20 @@ def value_of(spec: dict, epoch: int) -> float:
     return round((1 - distance / 4) * epoch / (epoch + 2), 6)
 
 
+def holds(epoch: int) -> bool:
+    """Whether an epoch has to wait; no time decides."""
+    together = os.environ.get("STAND_IN_TOGETHER")
+    if together and len(glob.glob(together)) < 2:
+        return True
+    return epoch == int(os.environ.get("STAND_IN_HOLD_AT", "-1"))
+
+
 def train(arguments: list[str]) -> int:
     """Write epochs into ``status.json``, resuming after those that are there, until told to stop.
 
-    ``STAND_IN_EPOCH_S`` is the time of an epoch, ``STAND_IN_FAILS`` a condition on the spec (as ``s``) under
-    which it fails, with ``STAND_IN_REASON``.
+    ``STAND_IN_HOLD_AT`` is an epoch at which it waits to be stopped; ``STAND_IN_TOGETHER`` a pattern of
+    ``status.json``, of which two must exist before it trains; ``STAND_IN_FAILS`` a condition on the spec (as
+    ``s``) under which it fails, with ``STAND_IN_REASON``.
     """
     spec_path = Path(arguments[arguments.index("-e") + 1])
     spec = yaml.safe_load(spec_path.read_text())
@@ -106,8 +116,7 @@ def train(arguments: list[str]) -> int:
         write(status="FAILURE", message=f"{reason} in {spec_path.parent.name}")
         return 1
     for epoch in range(done, stop):
-        until = time.monotonic() + float(os.environ.get("STAND_IN_EPOCH_S", "0"))
-        while time.monotonic() < until:
+        while holds(epoch):
             if asked or os.getppid() != study:
                 return 130
             time.sleep(0.02)

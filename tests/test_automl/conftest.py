@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from automl_project import make_project, with_stand_in
 
-import ddetr_mm.preflight.annotations
-import ddetr_mm.preflight.pictures  # noqa: F401 - once here, not in the process of every check
-from ddetr_mm.automl import trials
+from ddetr_mm.automl import study, trials
 from ddetr_mm.cli import main
+from ddetr_mm.tasks import automl
 
 
 @pytest.fixture
@@ -26,9 +25,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def search(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Runs ``ddetr-mm automl`` with stand-ins; returns ``results/automl``."""
+    """Runs ``ddetr-mm automl`` with stand-ins, without a check of data; returns ``results/automl``."""
     pytest.importorskip("optuna")
     monkeypatch.setattr(trials, "python_module", trials.python_module)
+    monkeypatch.setattr(automl, "check_data", lambda loaded: None)
+    monkeypatch.setattr(study, "POLL_S", 0.03)
     with_stand_in()
 
     def run(*overrides: str, status: int = 0) -> Path:

@@ -90,8 +90,9 @@ def server() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_two_machines_share_a_study_in_postgresql(server, tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("STAND_IN_EPOCH_S", "0.2")
+    monkeypatch.setenv("STAND_IN_TOGETHER", str(tmp_path / "*/results/automl/trial_*/train/status.json"))
     # Two folders, as two machines without a shared disk have them.
     folders = [tmp_path / name for name in ("one", "two")]
     for folder in folders:

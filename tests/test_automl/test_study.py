@@ -23,6 +23,9 @@ from ddetr_mm.automl.study import (
     rungs,
     without_password,
 )
+from ddetr_mm.cli import main
+from ddetr_mm.errors import DataError, Problem
+from ddetr_mm.tasks import automl
 
 optuna = pytest.importorskip("optuna")
 
@@ -96,7 +99,13 @@ def test_a_grid_larger_than_the_trials_is_refused(search, capsys):
     assert "a grid of 6 points, more than max_trials=4" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("algorithm", "factor"), [("asha", 2), ("asha", 4), ("hyperband", 2), ("bohb", 2)])
+@pytest.mark.parametrize(
+    ("algorithm", "factor"),
+    [
+        ("asha", 2),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in [("asha", 4), ("hyperband", 2), ("bohb", 2)]),
+    ],
+)
 def test_trials_that_fall_behind_end_early_and_none_trains_an_epoch_twice(search, algorithm, factor):
     folder = search(f"algorithm={algorithm}", f"reduction_factor={factor}", "max_trials=8")
     found = trials_of(folder)
@@ -129,7 +138,7 @@ def test_rungs_keep_the_schedule_of_all_epochs(search):
     ],
 )
 def test_metric_and_direction(search, overrides, best_is_largest):
-    folder = search(*overrides, "max_trials=3", "max_epochs=1")
+    folder = search(*overrides, "max_trials=2", "max_epochs=1")
     found = trials_of(folder)
     metric = "val_loss" if "metric=val_loss" in overrides else "val_mAP50"
     for one in found:
@@ -166,11 +175,11 @@ def test_the_best_spec_the_checkpoint_and_the_page_are_left(search, project, cap
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_checkpoints_of_losing_trials(search, keep):
-    folder = search(f"keep_checkpoints={keep}", "max_trials=3", "max_epochs=1")
+    folder = search(f"keep_checkpoints={keep}", "max_trials=2", "max_epochs=1")
     best = max(trials_of(folder), key=lambda one: one.value).number
     with_checkpoints = {path.parent.parent.name for path in folder.glob("trial_*/train/*.pth")}
-    assert with_checkpoints == ({f"trial_{number:03d}" for number in ((0, 1, 2) if keep else (best,))})
-    assert len(list(folder.glob("trial_*/train/status.json"))) == 3
+    assert with_checkpoints == ({f"trial_{number:03d}" for number in ((0, 1) if keep else (best,))})
+    assert len(list(folder.glob("trial_*/train/status.json"))) == 2
 
 
 def test_more_trials_continue_a_finished_study(search):
@@ -215,27 +224,40 @@ def test_different_reasons_do_not_stop_it(search, monkeypatch):
     assert states(folder) == ["FAIL"] * 2
 
 
-def test_wrong_data_end_the_search_before_a_trial(search, project, capsys):
+def test_problems_of_the_data_reach_the_message(project, capsys, monkeypatch):
+    def refuse(*arguments: object, **options: object) -> None:
+        raise DataError(Problem("has no boxes", file="a.json"), Problem("is missing", file="b.json"))
+
+    monkeypatch.setattr(automl, "early_check", refuse)
+    assert main(["automl", "-e", "spec.yaml"]) == 2
+    message = capsys.readouterr().err
+    assert "a.json: has no boxes" in message and "b.json: is missing" in message
+    assert (project / "results/automl").is_dir() and not list(project.glob("results/automl/trial_*"))
+
+
+@pytest.mark.slow
+def test_wrong_data_end_the_search_before_a_trial(project, capsys):
     (project / "train.json").write_text("{")
-    folder = search(status=2)
-    assert "train.json" in capsys.readouterr().err and not list(folder.glob("trial_*"))
+    assert main(["automl", "-e", "spec.yaml"]) == 2
+    assert "train.json" in capsys.readouterr().err
+    assert (project / "results/automl").is_dir() and not list(project.glob("results/automl/trial_*"))
 
 
 # --- time, several at once ---
 
 
 def test_time_limit_and_the_same_command_again(search, monkeypatch):
-    monkeypatch.setenv("STAND_IN_EPOCH_S", "0.2")
+    monkeypatch.setenv("STAND_IN_HOLD_AT", "1")
     folder = search("timeout_hours=0.0002", "max_trials=2")
     assert "COMPLETE" not in states(folder)
-    monkeypatch.setenv("STAND_IN_EPOCH_S", "0")
+    monkeypatch.delenv("STAND_IN_HOLD_AT")
     search("max_trials=2")
     assert states(folder) == ["COMPLETE"] * 2
     assert epochs_of(folder, 0) == epochs_of(folder, 1) == [0, 1, 2, 3]
 
 
 def test_concurrent_trials_have_their_own_gpus(search, monkeypatch):
-    monkeypatch.setenv("STAND_IN_EPOCH_S", "0.3")
+    monkeypatch.setenv("STAND_IN_TOGETHER", "results/automl/trial_*/train/status.json")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     text = Path("spec.yaml").read_text().replace("device: cpu", "device: auto")
     Path("spec.yaml").write_text(text)
@@ -270,9 +292,9 @@ def wait_for(condition, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_study_that_was_ended_continues_its_trials(search, project, monkeypatch, number):
-    monkeypatch.setenv("STAND_IN_EPOCH_S", "0.4")
+    monkeypatch.setenv("STAND_IN_HOLD_AT", "2")
     options = ("ddetr_mm.automl.concurrent=2", "ddetr_mm.automl.max_trials=3")
     first = start(project, *options)
     folder = project / "results" / "automl"
@@ -281,15 +303,16 @@ def test_a_study_that_was_ended_continues_its_trials(search, project, monkeypatc
     first.send_signal(number)
     output = first.communicate(timeout=30)[0]
     assert first.returncode == (-9 if number == signal.SIGKILL else 130), output
-    assert "RUNNING" in states(folder)
-    monkeypatch.setenv("STAND_IN_EPOCH_S", "0")
+    assert "RUNNING" in states(folder) and epochs_of(folder, 0) == [0, 1]
+    monkeypatch.delenv("STAND_IN_HOLD_AT")
     search("concurrent=2", "max_trials=3")
     assert states(folder) == ["COMPLETE"] * 3
     assert [epochs_of(folder, one) for one in range(3)] == [[0, 1, 2, 3]] * 3
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_study(project, monkeypatch):
-    monkeypatch.setenv("STAND_IN_EPOCH_S", "0.2")
+    monkeypatch.setenv("STAND_IN_TOGETHER", str(project / "results/automl/trial_*/train/status.json"))
     both = [start(project, "ddetr_mm.automl.max_trials=5") for _ in range(2)]
     outputs = [one.communicate(timeout=120)[0] for one in both]
     assert [one.returncode for one in both] == [0, 0], outputs

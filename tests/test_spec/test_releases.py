@@ -33,7 +33,7 @@ TAO_AUTOML = """
 automl:
   automl_enabled: true
   algorithm: bayesian
-  parameters: [{name: train.optim.lr, min: ???}]
+  parameters: [{name: train.optim.lr, min: "???"}]
   nested: {store: "${no.such.key}"}
 train: {num_epochs: 3}
 """
@@ -43,11 +43,13 @@ train: {num_epochs: 3}
 def test_tao_s_own_automl_section_is_a_note_whatever_it_holds(load, subtask):
     loaded = load(TAO_AUTOML, (), subtask, require_mandatory=False)
     (note,) = [one for one in loaded.notes if one.startswith("automl")]
-    assert note == "automl (line 3) is not read: `ddetr-mm automl` reads ddetr_mm.automl"
+    assert note == "automl (line 2) is not read: `ddetr-mm automl` reads ddetr_mm.automl"
     assert loaded.spec.train.num_epochs == 3
     assert loaded.spec.ddetr_mm.automl == ExperimentSpec().ddetr_mm.automl
     for text in ("automl:", "automl: {}", "automl: x", "automl: [1, 2]"):
-        assert f"automl (line 1) {NOT_READ['automl']}" in load(text, (), subtask, require_mandatory=False).notes
+        assert (
+            f"automl (line 1) {NOT_READ['automl']}" in load(text, (), subtask, require_mandatory=False).notes
+        )
 
 
 def test_the_note_is_for_the_top_level_of_an_experiment_alone(problems):
