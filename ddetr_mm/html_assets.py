@@ -62,6 +62,7 @@ figure { margin: 8px 0; min-width: 0 }
   stroke-linecap: round }
 .chart path.grid { stroke: var(--line); stroke-width: 1 }
 .chart path.mark { stroke: var(--text); stroke-dasharray: 6 5; stroke-width: 1.5 }
+.chart path.point { stroke-width: 9; stroke-linecap: round }
 .chart path.dashed { stroke-dasharray: 5 4 } .chart.steps path { fill-opacity: .3; stroke-linejoin: miter }
 .x-ticks span, .y-ticks span { position: absolute; font-size: 12px; color: var(--quiet); white-space: nowrap;
   font-variant-numeric: tabular-nums }

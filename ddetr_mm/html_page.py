@@ -324,6 +324,11 @@ def chart(given: Chart) -> Html:
         "series": [[_short(series.x), _short(series.y)] for series in given.series],
     }
     kinds = [_series_class(place) for place in given.colors or range(len(given.series))]
+    # A line of one point would be a speck.
+    kinds = [
+        f"{kind} point" if sum(y is not None for y in series.y) == 1 and not given.step else kind
+        for kind, series in zip(kinds, given.series, strict=True)
+    ]
     lines = [
         f'<path class="{kind}" d="{_path(series, axes, given.step)}"/>'
         for kind, series in zip(kinds, given.series, strict=True)

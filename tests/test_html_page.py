@@ -368,3 +368,8 @@ def test_a_page_renews_itself(browser, tmp_path):
     WebDriverWait(browser.driver, 30).until(
         lambda driver: driver.find_element("css selector", "h1").text == "after"
     )
+
+
+def test_a_series_of_one_point_is_a_dot():
+    page = chart(Chart("AP", "epoch", "AP", [Series("AP", [7.0], [0.3]), Series("AR", [1.0, 2.0], [0.1, 0.2])]))
+    assert [" point" in kind for kind in re.findall(r'<path class="(s[^"]*)"', page)] == [True, False]

@@ -163,7 +163,8 @@ class Progress:
         if not rate:
             return ""
         if rate < 1:
-            return f"{1 / rate:,.3g} s/{self.unit.removesuffix('s') or 'step'}"
+            one = self.unit.removesuffix("es" if self.unit.endswith("ches") else "s")
+            return f"{1 / rate:,.3g} s/{one or 'step'}"
         return f"{rate:,.3g}/s" if rate < 1000 else f"{rate:,.0f}/s"
 
     def _left_text(self) -> str:

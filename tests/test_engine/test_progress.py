@@ -194,13 +194,14 @@ def test_the_first_step_has_its_line_at_once(runner, capsys):
     assert ", loss 2.531, AP 0.412, lr" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_slow_steps_are_seconds_a_step(clock):
+@pytest.mark.parametrize(("unit", "one"), [("steps", "step"), ("batches", "batch"), ("images", "image")])
+def test_slow_steps_are_seconds_a_step(clock, unit, one):
     stream = io.StringIO()
-    with Progress("training", total=10, unit="steps", stream=stream) as progress:
+    with Progress("working", total=10, unit=unit, stream=stream) as progress:
         for _ in range(3):
             clock.now += 12.5
             progress.advance()
-    assert "training: 3/10 steps (30%), 12.5 s/step, 0:01:28 left" in stream.getvalue().splitlines()
+    assert f"working: 3/10 {unit} (30%), 12.5 s/{one}, 0:01:28 left" in stream.getvalue().splitlines()
 
 
 def test_testing_and_validating_alone(runner, capsys):
