@@ -1,15 +1,17 @@
 """Writes the pages and pictures of docs/ that are made from code: ``python docs/generate.py``.
 
 ``commands.md`` comes from the parser of the command line, ``field-differences.md`` from
-``field_differences.py``, ``performance.md`` from the records of the benchmarks, ``concepts.svg`` from a
-translated spec. A test fails when a page is out of date.
+``field_differences.py``, ``performance.md`` and ``performance.svg`` from the records of the benchmarks,
+``concepts.svg`` from a translated spec. A test fails when a page is out of date.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ddetr_mm.cli import build_parser
 from ddetr_mm.spec.describe import flow
@@ -125,14 +127,87 @@ SCRIPTS = {"attention_cpu": "attention", "scaling_cpu": "scaling"}
 """Records that are not named as the script that writes them."""
 
 
+def summary() -> list[tuple[str, str, float]]:
+    """What was compared, with whom, and how many times as fast ours is, from the records."""
+
+    def record(name: str) -> Any:
+        return json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+
+    times = record("detectors_cpu")["times"]
+    rows = [
+        ("training step, ResNet-50, CPU", "mmdet", times["train"]["ours"]["speedup"]),
+        ("inference, ResNet-50, CPU", "mmdet", times["inference"]["ours"]["speedup"]),
+    ]
+    onnx = record("onnx_latency")["times_by_threads"]["2"]
+    rows.append(("exported graph, ONNX Runtime", "stock export of mmdet", onnx["ours"]["speedup"]))
+    for row in record("attention_cpu")["rows"]:
+        if row["size"] == "800x1333" and row["mode"] == "forward + backward":
+            ours = row["times"]["ours"]
+            rows.append(
+                (f"attention of the {row['part']}, with gradients", "mmcv's PyTorch", ours["speedup"])
+            )
+            peer = row["times"]["torch-ms-deform-attn"]["median_ms"] / ours["median_ms"]
+            rows.append((f"attention of the {row['part']}, with gradients", "torch-ms-deform-attn", peer))
+    gcvit = record("gcvit")["at_224"]
+    slowest = min(row["ratio"] for row in gcvit)
+    rows.append(("GCViT at 224 x 224, the worst case", "timm", slowest))
+    backends = record("coco_eval")["backends"]
+    ours = backends["hotcoco (ours)"]["wall_s"]
+    rows.append(("COCO evaluation, 5,000 images", "pycocotools", backends["pycocotools"]["wall_s"] / ours))
+    slowest = min(row["ratio"] for row in record("convert")["summary"])
+    rows.append(("KITTI to COCO, the worst case", "Pillow and json", slowest))
+    return rows
+
+
+def draw_summary(path: Path) -> None:
+    """A bar for each row of the summary, on a logarithmic scale."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ddetr_mm"})
+    from matplotlib.figure import Figure
+
+    rows = summary()[::-1]
+    figure = Figure(figsize=(9, 0.42 * len(rows) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    values = [value for *_, value in rows]
+    axes.barh(
+        range(len(rows)),
+        [value - 1 for value in values],
+        left=1,
+        height=0.62,
+        color=["#1f77b4" if value >= 1 else "#d62728" for value in values],
+    )
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50, 100], ["0.5", "1", "2", "5", "10", "20", "50", "100"])
+    axes.set_xlim(0.45, 200)
+    axes.minorticks_off()
+    axes.set_yticks(range(len(rows)), [f"{what} / {peer}" for what, peer, _ in rows])
+    for place, value in enumerate(values):
+        axes.text(max(value, 1) * 1.06, place, f"{value:.2g}" if value < 10 else f"{value:.0f}", va="center")
+    axes.set_xlabel("times as fast as the peer, in the same run")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+
+
 def performance_page() -> str:
-    """The tables of all records, and what has none yet."""
+    """The summary, the tables of all records, and what has none yet."""
     lines = [
         "# Compare speed and memory with other implementations",
         "",
         "Every figure comes from a script under `benchmarks/` that runs ours and its peers in turn, on the",
         "same inputs, in one run, and stops where their results differ. The records have the machine, the",
         "versions, the date and the command; `make bench` runs all scripts, `make bench ARGS=attention` one.",
+        "",
+        "![How many times as fast as its peers](performance.svg)",
+        "",
+        "| | against | times as fast |",
+        "| --- | --- | ---: |",
+        *(f"| {what} | {peer} | {value:.2f} |" for what, peer, value in summary()),
+        "",
+        "Two cores of an Intel Xeon, without a GPU; below 1 ours is slower. No GPU has been measured.",
         "",
     ]
     unmeasured = []
@@ -239,6 +314,7 @@ def main() -> None:
     (DOCS / "field-differences.md").write_text(field_differences_page(), encoding="utf-8")
     (DOCS / "performance.md").write_text(performance_page(), encoding="utf-8")
     draw_concepts(DOCS / "concepts.svg")
+    draw_summary(DOCS / "performance.svg")
 
 
 if __name__ == "__main__":
