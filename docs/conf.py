@@ -24,4 +24,6 @@ myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"ddetr_mm {__version__}"
 html_extra_path = ["_root"]  # index.html at the top leads to docs/index.html
+html_static_path = ["_static"]
+html_js_files = ["filter.js"]
 html_show_copyright = False

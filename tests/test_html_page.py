@@ -371,5 +371,6 @@ def test_a_page_renews_itself(browser, tmp_path):
 
 
 def test_a_series_of_one_point_is_a_dot():
-    page = chart(Chart("AP", "epoch", "AP", [Series("AP", [7.0], [0.3]), Series("AR", [1.0, 2.0], [0.1, 0.2])]))
+    series = [Series("AP", [7.0], [0.3]), Series("AR", [1.0, 2.0], [0.1, 0.2])]
+    page = chart(Chart("AP", "epoch", "AP", series))
     assert [" point" in kind for kind in re.findall(r'<path class="(s[^"]*)"', page)] == [True, False]

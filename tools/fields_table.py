@@ -125,14 +125,14 @@ def cells(info: FieldInfo, effects: dict[str, Effect]) -> tuple[str, str, str, s
         return f"`{info.path}`", "; ".join(values), f"no effect: {reason}", "none", link(REPORTED)
     effect = effects.get(info.path, Effect("", ()))
     becomes = " ".join([effect.becomes, *conditions_of(info.path)])
-    tests = ", ".join(map(link, effect.tests))
+    tests = " ".join(link(test, number) for number, test in enumerate(effect.tests, 1))
     return f"`{info.path}`", "; ".join(values), becomes, read_by(info.path), tests
 
 
-def link(test: str) -> str:
-    """A test as a link to its file, by its own name."""
+def link(test: str, number: int = 1) -> str:
+    """A test as a link to its file, by a number: its name, the tooltip, would be the widest column."""
     file, _, name = test.partition("::")
-    return f"[{name}](../{file})"
+    return f'[{number}](../{file} "{name}")'
 
 
 def escaped(cell: str) -> str:

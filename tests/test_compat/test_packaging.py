@@ -135,6 +135,33 @@ def test_a_config_inherits_from_an_installed_wheel(site, tmp_path):
     assert Path(package) == site / "ddetr_mm" / "__init__.py"
 
 
+RUN_FROM = "import ddetr_mm, sys; assert ddetr_mm.__file__.startswith(sys.argv.pop(1)), ddetr_mm.__file__; "
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "said"),
+    [
+        ("from ddetr_mm.cli import main; sys.exit(main())", ["spec", "train"], "num_queries: 300"),
+        ("from ddetr_mm.cli import main; sys.exit(main())", ["train", "-h"], "results_dir"),
+        # What `mim train ddetr_mm` and `mim test ddetr_mm` start.
+        ("import runpy; runpy.run_path({mim}/'train.py', run_name='__main__')", ["-h"], "--amp"),
+        ("import runpy; runpy.run_path({mim}/'test.py', run_name='__main__')", ["-h"], "checkpoint"),
+    ],
+)
+def test_commands_of_an_installed_wheel_outside_the_checkout(site, tmp_path, code, arguments, said):
+    code = code.replace("{mim}/", f"{str(site / 'ddetr_mm' / '.mim' / 'tools')!r} + '/' + ")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_FROM + code, str(site), *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert said in done.stdout
+
+
 @pytest.mark.slow
 def test_get_config_finds_every_recipe_of_an_installed_wheel(site, tmp_path):
     mim = site / "ddetr_mm" / ".mim"

@@ -74,3 +74,19 @@ def test_nothing_is_loaded_from_elsewhere(site: dict[Path, Page]):
         text = path.read_text(encoding="utf-8")
         for marker in ('<script src="http', '<link rel="stylesheet" href="http', '<img src="http'):
             assert marker not in text, path.name
+
+
+def test_the_fields_can_be_filtered(site: dict[Path, Page], browser):
+    path = next(path for path in site if path.parts[-2:] == ("docs", "fields.html"))
+    browser.open(path)
+    page = browser.driver
+    shown = "return [...document.querySelectorAll('article tbody tr')].filter(row => row.offsetParent).length"
+    every = page.execute_script(shown)
+    field = page.find_element("css selector", "input[aria-label='Filter rows']")
+    field.send_keys("train.optim lr_steps")
+    found = page.execute_script(shown)
+    assert every > 250 and 0 < found < 10
+    field.clear()
+    field.send_keys("x")
+    field.send_keys("\b")
+    assert page.execute_script(shown) == every
