@@ -145,7 +145,7 @@ def open_storage(url: str | None, folder: Path) -> Any:
         except (SQLAlchemyError, ValueError, OSError, AssertionError, KeyError, RuntimeError) as error:
             words = str(error).splitlines()[0] if str(error) else type(error).__name__
             # Another process makes the tables at the same moment.
-            if attempt + 1 < _ATTEMPTS and re.search("already exists|duplicate|locked", words):
+            if attempt + 1 < _ATTEMPTS and re.search(_MADE_BY_ANOTHER, words):
                 time.sleep(1 + attempt)
                 continue
             place = masked(url) if url else str(folder / STORAGE_NAME)
@@ -155,6 +155,7 @@ def open_storage(url: str | None, folder: Path) -> Any:
 
 
 _ATTEMPTS = 5
+_MADE_BY_ANOTHER = "already exists|duplicate|locked|UNIQUE constraint|no such table"
 _STORAGE = "ddetr_mm.automl.storage"
 
 

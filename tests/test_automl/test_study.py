@@ -14,12 +14,14 @@ import yaml
 from automl_project import HERE, value_of
 from conftest import epochs_of, trials_of
 
+from ddetr_mm.automl import study
 from ddetr_mm.automl.space import Parameter, SearchSpace
 from ddetr_mm.automl.study import (
     default_url,
     make_pruner,
     make_sampler,
     masked,
+    open_storage,
     rungs,
     without_password,
 )
@@ -28,6 +30,7 @@ from ddetr_mm.errors import DataError, Problem
 from ddetr_mm.tasks import automl
 
 optuna = pytest.importorskip("optuna")
+sqlalchemy = pytest.importorskip("sqlalchemy")
 
 
 def states(folder: Path) -> list[str]:
@@ -332,6 +335,24 @@ def test_a_study_in_a_file_of_the_users(search, project):
     url = f"sqlite:///{project / 'mine.db'}"
     folder = search(f"storage={url}", "max_trials=1", "max_epochs=1")
     assert len(trials_of(folder, url)) == 1 and not (folder / "study.db").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["table studies already exists", "database is locked", "UNIQUE constraint failed: alembic_version"],
+)
+def test_tables_that_another_process_makes_at_once_are_waited_for(tmp_path: Path, monkeypatch, words):
+    made = []
+
+    def make(*arguments: object, **options: object) -> str:
+        made.append(arguments)
+        if len(made) < 3:
+            raise sqlalchemy.exc.OperationalError("statement", {}, Exception(words))
+        return "storage"
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", make)
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+    assert open_storage(None, tmp_path) == "storage" and len(made) == 3
 
 
 def test_a_folder_with_braces_and_blanks_holds_a_study(tmp_path: Path):
