@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from automl_project import make_project
 from conftest import epochs_of, trials_of
-from test_study import start
+from test_study import outputs_of, start
 
 pytest.importorskip("optuna")
 pytest.importorskip("psycopg", reason="psycopg is not installed")
@@ -99,7 +99,7 @@ def test_two_machines_share_a_study_in_postgresql(server, tmp_path: Path, monkey
         make_project(folder)
     options = ("ddetr_mm.automl.max_trials=5", f"ddetr_mm.automl.storage={server}")
     both = [start(folder, *options) for folder in folders]
-    outputs = [one.communicate(timeout=120)[0] for one in both]
+    outputs = outputs_of(both)
     assert [one.returncode for one in both] == [0, 0], outputs
     found = [one for one in trials_of(folders[0], server) if not one.user_attrs.get("surplus")]
     assert [one.state.name for one in found] == ["COMPLETE"] * 5

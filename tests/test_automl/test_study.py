@@ -288,6 +288,15 @@ def start(project: Path, *overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=project, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+def outputs_of(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """What processes printed; none is left where one does not end."""
+    try:
+        return [one.communicate(timeout=120)[0] for one in processes]
+    finally:
+        for one in processes:
+            one.kill()
+
+
 def wait_for(condition, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -317,7 +326,7 @@ def test_a_study_that_was_ended_continues_its_trials(search, project, monkeypatc
 def test_two_processes_share_a_study(project, monkeypatch):
     monkeypatch.setenv("STAND_IN_TOGETHER", str(project / "results/automl/trial_*/train/status.json"))
     both = [start(project, "ddetr_mm.automl.max_trials=5") for _ in range(2)]
-    outputs = [one.communicate(timeout=120)[0] for one in both]
+    outputs = outputs_of(both)
     assert [one.returncode for one in both] == [0, 0], outputs
     folder = project / "results" / "automl"
     assert [one.state.name for one in trials_of(folder) if not one.user_attrs.get("surplus")] == [
