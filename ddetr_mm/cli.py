@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ddetr_mm import __version__
+from ddetr_mm.compat.patches import without_language_models
 from ddetr_mm.compat.versions import raise_deferred
 from ddetr_mm.errors import InputError, RankFailure
 from ddetr_mm.files import END_SIGNALS, allow_any_text
@@ -183,7 +184,7 @@ examples:
   ddetr-mm quantize -e spec.yaml quantize.model_path=model.pth
   ddetr-mm quantize -e spec.yaml quantize.backend=onnxruntime quantize.mode=static_ptq
 """,
-    "automl": """needs: what train needs; ddetr_mm.automl says what is searched, and how
+    "automl": """needs: dataset.train_data_sources, dataset.val_data_sources; ddetr_mm.automl says what is searched
 results: results_dir/automl: best_spec.yaml, best.pth, automl.html, trial_NNN/ (spec.yaml, train/)
 
 examples:
@@ -468,8 +469,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.command not in WITHOUT_STACK:
             raise_deferred()
         module, function = arguments.task
-        task = getattr(importlib.import_module(module), function)
-        session = importlib.import_module("ddetr_mm.tasks.session")
+        with without_language_models():
+            task = getattr(importlib.import_module(module), function)
+            session = importlib.import_module("ddetr_mm.tasks.session")
         force = getattr(arguments, "force", False)
         with session.machine_failures_as_errors(), protected_inputs((), force=force), safe_children():
             task(arguments)

@@ -77,6 +77,7 @@ TAKE_A_SPEC = [
     "export",
     "gen_trt_engine",
     "quantize",
+    "automl",
     "translate",
     "check",
     "weights",

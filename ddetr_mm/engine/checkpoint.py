@@ -27,6 +27,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import IterBasedTrainLoop
 from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
 
+import ddetr_mm
 from ddetr_mm.classes import BY_NAME_HINT, compare_columns, list_columns, named_columns, some_of
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.errors import InputError, Problem, WeightsError
@@ -642,7 +643,8 @@ class TAOCheckpointHook(Hook):
     ) -> None:
         """Write a file on the first rank; the others take part in what needs all of them."""
         scheme = plain_values(network_scheme(unwrapped(runner.model)))
-        meta["ddetr_mm"] = {**scheme, **self.extra_meta, **(remarks or {})}
+        version = {"package_version": ddetr_mm.__version__}
+        meta["ddetr_mm"] = {**scheme, **version, **self.extra_meta, **(remarks or {})}
         # Between two epochs the state to restore is the one after the last step, whatever was drawn since.
         self._rng_states = all_gather_object(self._torch_rng_to_restore or capture_rng_state())
         try:

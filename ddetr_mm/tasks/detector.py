@@ -171,6 +171,7 @@ class Detector:
     Attributes:
         names: class name by category id.
         notes: what the file does not say and what is taken instead, one line each.
+        highest_score: of the kept classes in all pictures so far, whatever ``conf`` is; 0 before the first.
 
     Raises:
         WeightsError: the file cannot be read, holds no Deformable DETR, names no classes and
@@ -200,6 +201,7 @@ class Detector:
         self.batch_size = batch_size
         self.device = chosen_device(device)
         self.notes: list[str] = []
+        self.highest_score = 0.0
         if not self.path.exists():
             raise WeightsError(Problem("does not exist", file=self.path, hint="give a checkpoint"))
         own = {} if precision == "fp32" else {"predict_precision": precision}
@@ -262,9 +264,9 @@ class Detector:
     def _result(self, image_rgb: np.ndarray, path: Path | None, instances: Any, conf: float) -> Result:
         scores = instances.scores.float().cpu().numpy()
         labels = instances.labels.cpu().numpy()
-        keep = scores >= conf
-        if self._kept is not None:
-            keep &= np.isin(labels, self._kept)
+        kept = np.ones(len(labels), bool) if self._kept is None else np.isin(labels, self._kept)
+        self.highest_score = max(self.highest_score, float(scores[kept].max(initial=0.0)))
+        keep = kept & (scores >= conf)
         rows = np.flatnonzero(keep)
         rows = rows[np.argsort(-scores[rows], kind="stable")]
         return Result(

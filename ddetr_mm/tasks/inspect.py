@@ -197,7 +197,7 @@ def _origin(raw: RawFile, checkpoint: Checkpoint) -> str:
     writers = {
         "mmengine": meta.get("mmengine_version") if isinstance(meta, Mapping) else None,
         "PyTorch Lightning": content.get("pytorch-lightning_version"),
-        "ddetr-mm": own.get("package_version") or (own and "an earlier version"),
+        "ddetr-mm": own.get("package_version") or (own and "(of an earlier version)"),
     }
     parts += [f"written by {name} {version}" for name, version in writers.items() if version]
     if checkpoint.meta.source_format != checkpoint.format:

@@ -267,6 +267,9 @@ def _predict(arguments: Namespace, sources: Sources, folder: Path, names: Mappin
             interrupted = error  # what is done so far stays
         job.predictions.end(skipped)
     _report(counts, skipped, folder, arguments)
+    if not counts.objects and detector.highest_score > 0:
+        score = f"the highest score is {detector.highest_score:.2g}"
+        print(f"note: {score}, below --conf {arguments.conf:g}; try a lower --conf", file=sys.stderr)
     if interrupted is not None:
         raise interrupted
     if not counts.pictures and not counts.frames:

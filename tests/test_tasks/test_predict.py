@@ -415,3 +415,20 @@ def test_every_kind_of_source(tmp_path, monkeypatch):
     found = find_sources(["a.jpg", "sub", "*.mp4", "0", "**/*.jpg"])
     assert found.pictures == [Path("a.jpg"), Path("sub/b.PNG")]
     assert (found.videos, found.cameras) == ([Path("d.mp4")], [0])
+
+
+def test_no_detection_names_the_highest_score(checkpoint, pictures, tmp_path, capsys):
+    arguments = [
+        "predict",
+        str(checkpoint),
+        str(pictures[0]),
+        "--out",
+        str(tmp_path / "out"),
+        "--conf",
+        "0.999",
+    ]
+    assert main(arguments) == 0
+    found = Detector(checkpoint, conf=0, device="cpu")(pictures[0])
+    assert (
+        f"note: the highest score is {found.scores.max():.2g}, below --conf 0.999" in capsys.readouterr().err
+    )
