@@ -418,17 +418,8 @@ def test_every_kind_of_source(tmp_path, monkeypatch):
 
 
 def test_no_detection_names_the_highest_score(checkpoint, pictures, tmp_path, capsys):
-    arguments = [
-        "predict",
-        str(checkpoint),
-        str(pictures[0]),
-        "--out",
-        str(tmp_path / "out"),
-        "--conf",
-        "0.999",
-    ]
-    assert main(arguments) == 0
-    found = Detector(checkpoint, conf=0, device="cpu")(pictures[0])
-    assert (
-        f"note: the highest score is {found.scores.max():.2g}, below --conf 0.999" in capsys.readouterr().err
-    )
+    arguments = ["predict", str(checkpoint), str(pictures[0]), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--conf", "0.999"]) == 0
+    scores = Detector(checkpoint, conf=0, device="cpu")(pictures[0]).scores
+    note = f"note: the highest score is {scores.max():.2g}, below --conf 0.999"
+    assert note in capsys.readouterr().err
