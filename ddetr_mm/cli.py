@@ -184,7 +184,7 @@ examples:
   ddetr-mm quantize -e spec.yaml quantize.model_path=model.pth
   ddetr-mm quantize -e spec.yaml quantize.backend=onnxruntime quantize.mode=static_ptq
 """,
-    "automl": """needs: dataset.train_data_sources, dataset.val_data_sources; ddetr_mm.automl says what is searched
+    "automl": """needs: dataset.train_data_sources, dataset.val_data_sources; searched: ddetr_mm.automl
 results: results_dir/automl: best_spec.yaml, best.pth, automl.html, trial_NNN/ (spec.yaml, train/)
 
 examples:

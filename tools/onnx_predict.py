@@ -7,6 +7,7 @@ in pixels of the image, separated by tabs.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,10 @@ def main() -> None:
     parser.add_argument("image", type=Path, help="image file that Pillow reads")
     parser.add_argument("--conf", type=float, default=0.5, help="least score (default: %(default)s)")
     options = parser.parse_args()
-    for name, score, box in predict(options.model, options.image, options.conf):
+    found = predict(options.model, options.image, options.conf)
+    if not found:
+        print(f"nothing has a score of {options.conf:g} or more; try a lower --conf", file=sys.stderr)
+    for name, score, box in found:
         print(name, f"{score:.3f}", *(f"{value:.2f}" for value in box), sep="\t")
 
 
