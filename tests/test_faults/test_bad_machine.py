@@ -168,6 +168,8 @@ def test_a_data_worker_that_is_killed(own_project: Path):
             "dataset.workers=1",
             "train.num_epochs=100",
             "train.checkpoint_interval=100",
+            # Torch may lose the signal of a worker's end; it then looks when a batch is late.
+            "ddetr_mm.data_timeout_s=60",
             fork=False,
         )
     finally:
