@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -21,8 +22,11 @@ from typing import IO, Any, NoReturn
 import torch
 import yaml
 from mmdet.registry import MODELS
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import init_default_scope
+from mmengine.visualization import Visualizer
 
 import ddetr_mm.register  # noqa: F401 - before mmdet's registries are used
 from ddetr_mm.cli import main
@@ -173,6 +177,11 @@ def _command_of_a_fork(folder: Path, arguments: Sequence[str], out: int, err: in
         os.dup2(err, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         torch.set_num_threads(1)  # a pool of threads does not survive the fork
+        # What other tests left has threads that are not in a fork: nobody may wait for them. Sessions of
+        # ONNX Runtime are not to be collected, nor a visualizer with its writer to be used again.
+        gc.freeze()
+        for shared in (Visualizer, DetLocalVisualizer, MMLogger, MessageHub):
+            shared._instance_dict.clear()
         os.chdir(folder)
         status = main(arguments)
     except SystemExit as stop:
