@@ -95,6 +95,9 @@ CONVERT_SPEC: dict[str, Any] = {
     "mapping_path": "data/mapping.json",
 }
 
+FIRST_ENVIRONMENT = dict(os.environ)
+"""As it was when the tests were collected: what they run in this process may set variables of a run."""
+
 RUN_FILES = (
     "status.json",
     "experiment.yaml",
@@ -140,7 +143,15 @@ def run_here(folder: Path, *arguments: str, timeout: float = 300.0, fork: bool =
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         if not fork or torch.cuda.is_initialized():
             command = [sys.executable, "-m", "ddetr_mm", *arguments]
-            done = subprocess.run(command, cwd=folder, stdout=out, stderr=err, timeout=timeout, check=False)
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                stdout=out,
+                stderr=err,
+                timeout=timeout,
+                check=False,
+                env=FIRST_ENVIRONMENT,
+            )
             status = done.returncode
         else:
             status = _run_in_fork(folder, arguments, out.fileno(), err.fileno(), timeout)
