@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 
+import ddetr_mm
 from ddetr_mm.engine.checkpoint import (
     LATEST_NAME,
     RESUME_KEY,
@@ -107,7 +108,8 @@ def test_content_is_plain_and_carries_what_tools_need(make_runner, tmp_path):
     assert {"meta", "state_dict", "message_hub", "optimizer", "param_schedulers", "rng_states"} <= set(
         checkpoint
     )
-    assert checkpoint["meta"]["ddetr_mm"] == extra  # a network without attention has no settings of its own
+    # A network without attention has no settings of its own.
+    assert checkpoint["meta"]["ddetr_mm"] == {**extra, "package_version": ddetr_mm.__version__}
     assert checkpoint["meta"]["dataset_meta"]["category_ids"] == [1, 2]
     assert len(checkpoint["rng_states"]) == 1
 
