@@ -6,7 +6,6 @@ reached is read from its ``status.json``.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 from ddetr_mm.automl.space import shown, with_values
 from ddetr_mm.engine.distributed import STUDY_VARIABLE
+from ddetr_mm.engine.status import EVAL_METRICS, FAILURE, STARTED, TRAIN_METRICS, numbers_of, read_lines
 from ddetr_mm.files import python_module, write_text_whole
 from ddetr_mm.outputs import OWNED_NAME, is_ours, remove_ours, results_root
 from ddetr_mm.spec import ExperimentSpec
@@ -67,41 +67,28 @@ class History:
 def read_history(path: Path) -> History:
     """Read a training run's ``status.json``; half lines of killed runs are skipped."""
     history = History()
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    if not path.is_file():
         return history
     epoch = 0
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(entry, dict):
-            continue
+    for entry in read_lines(path):
         message = str(entry.get("message", ""))
         if isinstance(entry.get("epoch"), int):
             epoch = entry["epoch"] + 1
             history.trained.append(epoch)
             history.seconds_an_epoch = _seconds(str(entry.get("time_per_epoch", "")))
-        elif message in ("Train metrics generated.", "Eval metrics generated.") and epoch:
-            numbers = {name: _number(value) for name, value in (entry.get("kpi") or {}).items()}
-            known = {name: value for name, value in numbers.items() if value is not None}
-            kept = {k: v for k, v in known.items() if (k == "train_loss") == message.startswith("Train")}
-            history.metrics.setdefault(epoch, {}).update(kept)
-        if entry.get("status") == "STARTED":
+        elif message in (TRAIN_METRICS, EVAL_METRICS) and epoch:
+            # A line repeats the figures of those before it.
+            own = {
+                name: value
+                for name, value in numbers_of(entry.get("kpi")).items()
+                if (name == "train_loss") == (message == TRAIN_METRICS)
+            }
+            history.metrics.setdefault(epoch, {}).update(own)
+        if entry.get("status") == STARTED:
             history.failure = ""
-        elif entry.get("status") == "FAILURE":
+        elif entry.get("status") == FAILURE:
             history.failure = message
     return history
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if number == number else None
 
 
 def _seconds(text: str) -> float | None:

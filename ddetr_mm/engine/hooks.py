@@ -27,7 +27,16 @@ from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.fsdp import whole_model
 from ddetr_mm.engine.progress import Progress
 from ddetr_mm.engine.runner import progress_replaces_lines
-from ddetr_mm.engine.status import RUNNING, STARTED, StatusLog
+from ddetr_mm.engine.status import (
+    EVAL_METRICS,
+    LOOP_STARTED,
+    RESUMING,
+    RUNNING,
+    STARTED,
+    TEST_METRICS,
+    TRAIN_METRICS,
+    StatusLog,
+)
 from ddetr_mm.files import size_text
 from ddetr_mm.weights import Selection, load_backbone, load_for_model
 from ddetr_mm.weights.entries import DEFAULT, UseEma
@@ -218,8 +227,8 @@ class StatusHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Write the checkpoint that the run resumes from, if any, and that the loop starts."""
         if getattr(runner, "_resume", False) and getattr(runner, "_load_from", None):
-            self._log(runner).write(f"Resuming training from checkpoint: {runner._load_from}", RUNNING)
-        self._log(runner).write("Starting Training Loop.", STARTED)
+            self._log(runner).write(f"{RESUMING}: {runner._load_from}", RUNNING)
+        self._log(runner).write(LOOP_STARTED, STARTED)
 
     def before_train_epoch(self, runner: Any) -> None:
         """Start the epoch's clock."""
@@ -244,15 +253,15 @@ class StatusHook(Hook):
         losses = runner.message_hub.log_scalars.get("train/loss")
         if losses is not None and self._steps_in_epoch:
             mean = float(losses.mean(self._steps_in_epoch))
-            self._log(runner).write("Train metrics generated.", kpi={"train_loss": mean})
+            self._log(runner).write(TRAIN_METRICS, kpi={"train_loss": mean})
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Write the validation metrics."""
-        self._write_metrics(runner, "Eval metrics generated.", "val", metrics, class_precisions(runner))
+        self._write_metrics(runner, EVAL_METRICS, "val", metrics, class_precisions(runner))
 
     def after_test_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Write the test metrics."""
-        self._write_metrics(runner, "Test metrics generated.", "test", metrics)
+        self._write_metrics(runner, TEST_METRICS, "test", metrics)
 
     def after_train(self, runner: Any) -> None:
         """Write that the loop has ended, or why it ended before its last epoch."""

@@ -23,6 +23,7 @@ from typing import Any
 
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.errors import InputError, SpecError, TrainingError
+from ddetr_mm.files import parse_json
 from ddetr_mm.outputs import claim
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,13 @@ _START_MESSAGES = {
     "gen_trt_engine": "Starting deformable_detr gen_trt_engine.",
 }
 _END_MESSAGES = {"convert": "Dataset convert finished successfully"}
+
+LOOP_STARTED, RESUMING = "Starting Training Loop.", "Resuming training from checkpoint"
+TRAIN_METRICS, EVAL_METRICS, TEST_METRICS = (
+    "Train metrics generated.",
+    "Eval metrics generated.",
+    "Test metrics generated.",
+)
 
 _open_logs: dict[Path, StatusLog] = {}
 
@@ -153,6 +161,45 @@ class StatusLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         finally:
             os.close(descriptor)
+
+
+# --- Reading ---
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a status file; one that a killed run has left half written is skipped.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    for content in path.read_bytes().splitlines():
+        try:
+            line = parse_json(content)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            yield line
+
+
+def numbers_of(values: Any) -> dict[str, float]:
+    """Return the numbers of a ``kpi``, some of which are text; those that are NaN are left out."""
+    items = values.items() if isinstance(values, Mapping) else ()
+    found = {str(name): number_of(value) for name, value in items}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def number_of(value: Any) -> float | None:
+    """Return a number, which may be written as text; None for NaN and everything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return None if math.isnan(number) else number
+
+
+# --- Writing ---
 
 
 def _lock_where_possible(descriptor: int) -> None:

@@ -20,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ddetr_mm.engine.status import EVAL_METRICS, LOOP_STARTED, RESUMING, TRAIN_METRICS, numbers_of, read_lines
 from ddetr_mm.errors import DataError, Problem, SpecError, printable
 from ddetr_mm.files import SECRETS, parse_json, write_text_whole
 from ddetr_mm.html_page import (
@@ -226,22 +227,18 @@ def _json_object(content: str | bytes, path: Path) -> dict[str, Any]:
 def _read_status(found: Run, path: Path) -> None:
     """Curves, class figures and state from a status file; a line that a kill has cut off is left out."""
     epoch, resumed, state = 0, False, MISSING
-    for content in path.read_bytes().splitlines():
-        try:
-            line = _json_object(content, path)
-        except DataError:
-            continue
+    for line in read_lines(path):
         message = str(line.get("message", ""))
         state = str(line.get("status", MISSING))
-        if message.startswith("Resuming training from checkpoint"):
+        if message.startswith(RESUMING):
             resumed = True
-        elif message == "Starting Training Loop.":
+        elif message == LOOP_STARTED:
             if not resumed:  # another run in this folder
                 found.curves = {}
             resumed = False
         elif isinstance(line.get("max_epoch"), int) and isinstance(line.get("epoch"), int):
             epoch = line["epoch"] + 1
-        elif message in ("Train metrics generated.", "Eval metrics generated."):
+        elif message in (TRAIN_METRICS, EVAL_METRICS):
             for name, value in _numbers(line.get("kpi")).items():
                 if name in CURVES:
                     found.curves.setdefault(name, {})[epoch] = value
@@ -261,29 +258,18 @@ def _read_metrics(found: Run, path: Path) -> None:
 
 def _read_classes(found: Run, path: Path) -> None:
     entries = _json_object(path.read_bytes(), path).get("per_class")
-    found.classes = {
-        str(entry["name"]): float(entry["AP"])
+    precisions = {
+        str(entry["name"]): entry.get("AP")
         for entry in (entries if isinstance(entries, list) else [])
-        if isinstance(entry, dict) and _number(entry.get("AP")) is not None and entry["AP"] >= 0
+        if isinstance(entry, dict)
     }
+    found.classes = {name: value for name, value in _numbers(precisions).items() if value >= 0}
     found.classes_from = "evaluate"
 
 
 def _numbers(values: object) -> dict[str, float]:
-    """The finite numbers of a dictionary; status files have some as text."""
-    items = values.items() if isinstance(values, dict) else ()
-    found = {str(name): _number(value) for name, value in items}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        read = float(value)
-    except ValueError:
-        return None
-    return read if math.isfinite(read) else None
+    """The finite numbers of a dictionary."""
+    return {name: value for name, value in numbers_of(values).items() if math.isfinite(value)}
 
 
 # --- what differs ---

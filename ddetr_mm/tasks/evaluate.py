@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ddetr_mm.datasets.sources import SYSTEM_FILES, SkippedFile, find_images
 from ddetr_mm.engine.distributed import is_first_rank, process_group
+from ddetr_mm.engine.status import TEST_METRICS
 from ddetr_mm.errors import DataError, Problem, printable
 from ddetr_mm.files import size_text, write_text_whole
 from ddetr_mm.outputs import remove_ours, require_free
@@ -32,7 +33,7 @@ def run(arguments: Namespace) -> None:
     with predicting_session(loaded, "evaluate") as session, process_group():
         metrics = predict(loaded, "evaluate", session)
         session.status.write(
-            "Test metrics generated.",
+            TEST_METRICS,
             kpi={
                 "test_mAP": str(metrics["coco/bbox_mAP"]),
                 "test_mAP50": str(metrics["coco/bbox_mAP_50"]),
