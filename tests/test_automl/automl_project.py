@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -137,6 +138,22 @@ def with_stand_in() -> None:
     from ddetr_mm.automl import trials
 
     trials.python_module = lambda module, *arguments: [sys.executable, str(HERE), *arguments]
+
+
+def trials_of(folder: Path, url: str | None = None) -> list[Any]:
+    """The trials in a study's storage."""
+    import optuna
+
+    storage = url or f"sqlite:///{folder / 'study.db'}"
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage).get_trials()
+
+
+def epochs_of(folder: Path, number: int) -> list[int]:
+    """The epochs that a trial trained, in order."""
+    lines = (folder / f"trial_{number:03d}" / "train" / "status.json").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    return [entry["epoch"] for entry in entries if "epoch" in entry]
 
 
 if __name__ == "__main__":

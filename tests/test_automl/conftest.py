@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from automl_project import make_project, with_stand_in
@@ -41,19 +39,3 @@ def search(project: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
         return project / "results" / "automl"
 
     return run
-
-
-def trials_of(folder: Path, url: str | None = None) -> list[Any]:
-    """The trials in a study's storage."""
-    import optuna
-
-    storage = url or f"sqlite:///{folder / 'study.db'}"
-    (name,) = optuna.get_all_study_names(storage)
-    return optuna.load_study(study_name=name, storage=storage).get_trials()
-
-
-def epochs_of(folder: Path, number: int) -> list[int]:
-    """The epochs that a trial trained, in order."""
-    lines = (folder / f"trial_{number:03d}" / "train" / "status.json").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    return [entry["epoch"] for entry in entries if "epoch" in entry]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import trials_of
+from automl_project import trials_of
 
 pytest.importorskip("optuna")
 

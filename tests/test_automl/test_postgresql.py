@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from automl_project import make_project
-from conftest import epochs_of, trials_of
+from automl_project import epochs_of, make_project, trials_of
 from test_study import outputs_of, start
 
 pytest.importorskip("optuna")

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from automl_project import HERE, value_of
-from conftest import epochs_of, trials_of
+from automl_project import HERE, epochs_of, trials_of, value_of
 
 from ddetr_mm.automl import study
 from ddetr_mm.automl.space import Parameter, SearchSpace
