@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def write_report(study: Study, path: Path) -> Path:
 
 def report_text(study: Study) -> str:
     """The page as HTML."""
-    trials = [one for one in study.trials() if one.state.name != "WAITING"]
+    trials = study.started()
     metric, best = study.settings.metric, study.best()
     running = any(not one.state.is_finished() for one in trials)
     title = f"AutoML: {metric} {best.value:.4g}" if best is not None else "AutoML: no trial has ended yet"
@@ -66,7 +67,7 @@ def _summary(study: Study, trials: Sequence[Any]) -> Html:
     settings = study.settings
     return paragraph(
         f"{settings.algorithm} search of {len(study.space.parameters)} fields; {len(trials)} of "
-        f"{study._wanted()} trials of {settings.max_epochs} epochs at most. A trial counts with its best "
+        f"{study.wanted()} trials of {settings.max_epochs} epochs at most. A trial counts with its best "
         f"validation.",
         "quiet",
     )
@@ -107,15 +108,12 @@ def _history(study: Study, trials: Sequence[Any]) -> list[Html]:
     known = [(place, value, state) for place, value, state in rows if value is not None]
     if not known:
         return [paragraph("No trial has a validation yet.")]
-    better = max if study.goal == "max" else min
-    best: list[float] = []
     ended = [(place, value) for place, value, state in known if state == "COMPLETE"]
-    for _, value in ended:
-        best.append(better([value, *best[-1:]]))
     places = [float(place) for place, _, _ in known]
     series = [Series("each trial", places, [value for _, value, _ in known])]
-    if best:
-        series.append(Series("best so far", [float(place) for place, _ in ended], best))
+    if ended:
+        best = accumulate((value for _, value in ended), study.better)
+        series.append(Series("best so far", [float(place) for place, _ in ended], list(best)))
     return [chart(Chart("Values of the trials", "trial", study.settings.metric, series))]
 
 
@@ -152,8 +150,7 @@ def importances(study: Study) -> dict[str, float]:
     known = [one for one in study.trials() if _value(one) is not None and _has_all(study, one)]
     if len(known) < FEWEST_FOR_IMPORTANCE or len({_value(one) for one in known}) < 2:
         return {}
-    direction = {"max": "maximize", "min": "minimize"}[study.goal]
-    values = optuna.create_study(direction=direction)
+    values = optuna.create_study(direction=study.direction)
     for one in known:
         ended = optuna.create_trial(params=one.params, distributions=study.distributions, value=_value(one))
         values.add_trial(ended)

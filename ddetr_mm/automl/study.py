@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,8 @@ class Study:
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self.spec, self.space, self.folder, self.goal = spec, space, folder, goal
+        self.direction = {"max": "maximize", "min": "minimize"}[goal]
+        self.better: Callable[..., float] = {"max": max, "min": min}[goal]
         self.settings = spec.ddetr_mm.automl
         self.gpus = gpus
         self.report, self.changed = report, changed
@@ -283,7 +286,7 @@ class Study:
         name = f"ddetr_mm {self.spec.results_dir}"
         options = {
             "storage": storage,
-            "direction": {"max": "maximize", "min": "minimize"}[self.goal],
+            "direction": self.direction,
             "pruner": make_pruner(
                 self.settings.algorithm, self.settings.max_epochs, self.settings.reduction_factor
             ),
@@ -329,6 +332,10 @@ class Study:
         """All trials of the study, as Optuna has them."""
         return [one for one in self.study.get_trials(deepcopy=False) if not one.user_attrs.get("surplus")]
 
+    def started(self) -> list[Any]:
+        """The trials that have begun, in order."""
+        return [one for one in self.trials() if one.state.name != "WAITING"]
+
     def values_of(self, trial: Any) -> dict[str, Any]:
         """The values of the searched fields that a trial is trained with."""
         return self.space.own() if trial.user_attrs.get("own") else self.space.values(trial.params)
@@ -345,7 +352,7 @@ class Study:
         """Run trials until there are enough, or the time is over.
 
         A trial that a process has left is continued by whichever process finds its folder here and not
-        locked. Whoever ends a trial of its own removes the checkpoints that have lost.
+        locked. A process that ends one of its trials removes the checkpoints that have lost.
 
         Args:
             tick: called several times a second.
@@ -387,13 +394,13 @@ class Study:
 
     def _may_start(self) -> bool:
         """Whether trials are missing, or waiting to be continued here."""
-        trials = self.trials()
-        started = [one for one in trials if one.state.name != "WAITING"]
-        if len(started) < self._wanted():
+        started = self.started()
+        if len(started) < self.wanted():
             return True
         return any(one.state.name == "RUNNING" and self._is_here(one) for one in started)
 
-    def _wanted(self) -> int:
+    def wanted(self) -> int:
+        """How many trials the study is to have."""
         if self.settings.algorithm == "grid":
             return min(self.settings.max_trials, self.space.grid_size())
         return self.settings.max_trials
@@ -421,16 +428,16 @@ class Study:
             raise RunError(_failures(f"the first {FIRST_FAILURES} trials failed for one reason", failed))
 
     def _start_new(self, slot: int) -> bool:
-        started = [one for one in self.trials() if one.state.name != "WAITING"]
-        if len(started) >= self._wanted():
+        started = self.started()
+        if len(started) >= self.wanted():
             return False
         seed = (self.spec.train.seed * 1009 + len(started) * 7919 + self.salt) % 2**32
         if self.settings.algorithm == "grid":
             seed = 0  # its order, which all processes have to share
         self.study.sampler = make_sampler(self.settings.algorithm, self.space, seed)
         trial = self.study.ask(fixed_distributions=self.distributions)
-        before = [one for one in self.trials() if one.number < trial.number and one.state.name != "WAITING"]
-        if len(before) >= self._wanted():  # another machine was quicker
+        before = [one for one in self.started() if one.number < trial.number]
+        if len(before) >= self.wanted():  # another machine was quicker
             trial.set_user_attr("surplus", True)
             self._tell(trial, "FAIL")
             return False
@@ -454,7 +461,7 @@ class Study:
         return False
 
     def _is_left(self, trial: Any) -> bool:
-        """Whether nobody may be running a trial; one whose machine is silent counts as failed."""
+        """Whether a trial may have no running process; one whose machine is silent counts as failed."""
         owner, now = trial.user_attrs.get("owner"), time.time()
         if owner is None:  # its process ended, or is about to say that it is its
             age = now - trial.datetime_start.timestamp()
@@ -481,7 +488,7 @@ class Study:
         trial.set_user_attr("owner", owner)
         for path, distribution in self.distributions.items():  # a killed process may not have drawn all
             trial._suggest(path, distribution)
-        values = self.space.own() if trial.user_attrs.get("own") else self.space.values(trial.params)
+        values = self.values_of(trial)
         trial.set_user_attr("values", values)
         heading = f"Trial {trial.number:03d} of ddetr-mm automl: {values_line(values)}"
         try:
@@ -502,8 +509,8 @@ class Study:
 
     def _next_rung(self, history: History) -> int:
         """The rung that a trial with this history trains to."""
-        validated = max(history.metrics, default=0) if history.metrics else 0
-        return next((rung for rung in self.rungs if rung > min(validated, history.epochs)), self.rungs[-1])
+        done = min(max(history.metrics, default=0), history.epochs)
+        return next((rung for rung in self.rungs if rung > done), self.rungs[-1])
 
     # --- processes ---
 
@@ -547,9 +554,9 @@ class Study:
             what = f"its validations have no {self.settings.metric}, only {', '.join(known) or 'nothing'}"
             self._finish(run, "FAIL", what)
         elif max(curve) < run.target or run.target >= self.rungs[-1]:  # early stopping, or the end
-            self._finish(run, "COMPLETE", value=self._best_of(curve))
+            self._finish(run, "COMPLETE", value=self.better(curve.values()))
         elif run.trial.should_prune():
-            self._finish(run, "PRUNED", value=self._best_of(curve))
+            self._finish(run, "PRUNED", value=self.better(curve.values()))
         elif self.stopping:
             self._let_go(run)
         else:
@@ -559,18 +566,10 @@ class Study:
     def _note_curve(self, run: Running, curve: Mapping[int, float]) -> None:
         """Keep the validations in the storage: the best so far, which pruning compares, and each one."""
         known = self.study._storage.get_trial(run.trial._trial_id).intermediate_values
-        best: float | None = None
-        for epoch, value in curve.items():
-            best = value if best is None else self._better(best, value)
+        for epoch, best in zip(curve, accumulate(curve.values(), self.better), strict=True):
             if epoch not in known:
                 run.trial.report(best, epoch)
         run.trial.set_user_attr("curve", {str(epoch): value for epoch, value in curve.items()})
-
-    def _better(self, one: float, other: float) -> float:
-        return max(one, other) if self.goal == "max" else min(one, other)
-
-    def _best_of(self, curve: Mapping[int, float]) -> float:
-        return max(curve.values()) if self.goal == "max" else min(curve.values())
 
     def _stop_processes(self) -> None:
         """Ask all running trials to stop after their step, with a checkpoint."""
@@ -616,10 +615,10 @@ class Study:
     def _tell(self, trial: Any, state: str, value: float | None = None) -> None:
         from optuna.trial import TrialState
 
-        told = value if state == "COMPLETE" else None
         # The grid's sampler would end a loop of Optuna's that does not run here.
         self.study.sampler = make_sampler("random", self.space, 0)
-        self.study.tell(trial.number, told, state=TrialState[state], skip_if_finished=True)
+        value = value if state == "COMPLETE" else None
+        self.study.tell(trial.number, value, state=TrialState[state], skip_if_finished=True)
 
     def _clean_up(self) -> None:
         """Remove the checkpoints of trials that have ended and are not the best."""

@@ -183,7 +183,7 @@ def _search(loaded: LoadedSpec, space: SearchSpace, folder: Path, status: Status
 
     place = masked(settings.storage) if settings.storage else str(folder / "study.db")
     display.line(
-        f"{settings.algorithm} search of {len(space.parameters)} fields, {study._wanted()} trials of "
+        f"{settings.algorithm} search of {len(space.parameters)} fields, {study.wanted()} trials of "
         f"{settings.max_epochs} epochs by {settings.metric}; study: {place}"
     )
     try:
@@ -270,7 +270,7 @@ class _Display:
 
 def progress_line(study: Study) -> str:
     """Trials so far, the running ones with their epochs, the best, and the time left."""
-    trials, wanted = study.trials(), study._wanted()
+    trials, wanted = study.trials(), study.wanted()
     ended = [one for one in trials if one.state.is_finished()]
     parts = [f"{len(ended)} of {wanted} trials"]
     for run in study.running:
