@@ -31,6 +31,7 @@ from ddetr_mm.automl.trials import (
     values_line,
     write_spec,
 )
+from ddetr_mm.compat.versions import require
 from ddetr_mm.errors import DataError, Problem, RunError, StackError, printable
 from ddetr_mm.outputs import only_writer
 from ddetr_mm.spec import ExperimentSpec
@@ -59,11 +60,8 @@ def require_optuna() -> Any:
     Raises:
         StackError: it is not installed.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        hint = "install it: `pip install ddetr_mm[automl]`, or `pip install 'optuna>=5'`"
-        raise StackError(Problem("automl needs the package optuna", hint=hint)) from error
+    hint = "install it: `pip install ddetr_mm[automl]`, or `pip install 'optuna>=5'`"
+    optuna = require("optuna", "automl", hint=hint)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from ddetr_mm.errors import Problem, StackError
 
@@ -134,6 +136,26 @@ def _check_torchvision(found: dict[str, str]) -> list[Problem]:
                 )
             ]
     return []
+
+
+def require(module: str, what: str = "this", *, package: str = "", hint: str = "") -> ModuleType:
+    """Import a module of a package that only some commands need.
+
+    Args:
+        module: its name.
+        what: what needs it, for the message.
+        package: the name to install it by, where that is not the module's.
+        hint: how to install it; ``pip install`` by default.
+
+    Raises:
+        StackError: it is not installed.
+    """
+    package = package or module
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        problem = Problem(f"{what} needs the package {package}", hint=hint or f"pip install {package}")
+        raise StackError(problem) from error
 
 
 def fits(version: str, allowed: str) -> bool:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ddetr_mm.compat.versions import require
 from ddetr_mm.deploy.graph import ExportGraph
 from ddetr_mm.deploy.onnx_file import (
     LINEAR_HINT,
@@ -26,7 +27,6 @@ from ddetr_mm.deploy.onnx_file import (
     check_file,
     linear_sampling_note,
     ort_forward,
-    require,
     write_meta,
 )
 from ddetr_mm.deploy.parity import Forward, ParityReport, compare_batches, generated_images

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from ddetr_mm.compat.versions import require
 from ddetr_mm.datasets.images import read_image, resize_plain
-from ddetr_mm.errors import ExportError, Problem, StackError, WeightsError
+from ddetr_mm.errors import ExportError, Problem, WeightsError
 from ddetr_mm.files import parse_json
 
 # --- Images as graph inputs ---
@@ -89,20 +88,6 @@ class GraphSignature:
         """A name for every class column, where the metadata has them."""
         names = self.meta.get("class_names")
         return tuple(str(name) for name in names) if isinstance(names, list) and names else None
-
-
-def require(package: str) -> ModuleType:
-    """Import a package that exporting needs.
-
-    Raises:
-        StackError: it is not installed.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise StackError(
-            Problem(f"this needs the package {package}", hint=f"pip install {package}")
-        ) from error
 
 
 _OTHER_KINDS: dict[str, tuple[str, str]] = {

@@ -19,17 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddetr_mm.deploy.onnx_file import require
-from ddetr_mm.errors import ExportError, Problem, SpecError, StackError
+from ddetr_mm.compat.versions import require
+from ddetr_mm.errors import ExportError, Problem, SpecError
 from ddetr_mm.weights.formats import TAO, from_canonical
 from ddetr_mm.weights.quantized import E4M3, E5M2, INT8
 
 Log = Callable[[str], None]
 
 NATIVE = "native"
-TORCHAO_FILE = "quantized_model_torchao.pth"
-MODELOPT_FILE = "quantized_model_modelopt.pytorch.pth"
-"""The names that TAO gives."""
 
 # --- Which layers ---
 
@@ -309,11 +306,7 @@ def require_extra(module: str, package: str) -> Any:
     Raises:
         StackError: it is not installed.
     """
-    try:
-        return require(module)
-    except StackError as error:
-        hint = "pip install 'ddetr-mm[quantize]'"
-        raise StackError(Problem(f"quantizing with it needs the package {package}", hint=hint)) from error
+    return require(module, "quantizing with it", package=package, hint="pip install 'ddetr-mm[quantize]'")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddetr_mm.deploy.onnx_file import META_KEY, OUTPUT_NAMES, ort_forward, read_meta, require, write_meta
+from ddetr_mm.compat.versions import require
+from ddetr_mm.deploy.onnx_file import META_KEY, OUTPUT_NAMES, ort_forward, read_meta, write_meta
 from ddetr_mm.deploy.quantize import quiet, require_extra
 from ddetr_mm.errors import ExportError, Problem
 

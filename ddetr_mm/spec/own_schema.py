@@ -81,7 +81,7 @@ class AutomlConfig(Section):
         origin=OURS,
         ge=2,
         doc="""With hyperband, bohb and asha: trials are compared after 1 epoch, and each time that their
-        number of epochs has grown by this factor; about one in as many goes on.""",
+        number of epochs has grown by this factor; about one in as many continues.""",
     )
     metric: str = spec_field(
         "val_mAP50",

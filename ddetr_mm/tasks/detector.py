@@ -27,9 +27,10 @@ from mmengine.dataset import pseudo_collate
 from PIL import Image, ImageOps
 
 from ddetr_mm.classes import Columns, named_columns, read_class_map
+from ddetr_mm.compat.versions import require
 from ddetr_mm.datasets.images import read_image
 from ddetr_mm.engine.detections import draw_detections, name_of, palette
-from ddetr_mm.errors import DataError, Problem, StackError, WeightsError, printable
+from ddetr_mm.errors import DataError, Problem, WeightsError, printable
 from ddetr_mm.models.backbones import fuse_norms
 from ddetr_mm.spec.load import LoadedSpec, load_spec_text
 from ddetr_mm.tasks.runner import (
@@ -108,12 +109,7 @@ class Result:
         Raises:
             StackError: supervision is not installed.
         """
-        try:
-            import supervision
-        except ImportError as error:
-            hint = "pip install supervision"
-            raise StackError(Problem("this needs the package supervision", hint=hint)) from error
-        return supervision.Detections(
+        return require("supervision").Detections(
             xyxy=self.boxes_xyxy.astype(np.float32),
             confidence=self.scores.astype(np.float32),
             class_id=self.labels.astype(int),

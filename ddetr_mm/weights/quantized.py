@@ -7,7 +7,6 @@ layers while the network runs. Nothing but plain data is taken from a file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -366,8 +365,3 @@ def _round_input(dtype: str, amax: Tensor, _module: nn.Module, inputs: tuple[Any
         scale = max(float(amax), _SMALLEST_RANGE) / LARGEST[INT8]
         return (torch.fake_quantize_per_tensor_affine(values, scale, 0, -128, 127), *inputs[1:])
     return (round_to(values, dtype, amax.to(values.device)), *inputs[1:])
-
-
-def size_of(tensors: Mapping[str, Tensor]) -> int:
-    """Return the bytes of all tensors."""
-    return sum(math.prod(value.shape) * value.element_size() for value in tensors.values())

@@ -188,7 +188,7 @@ def _command_of_a_fork(folder: Path, arguments: Sequence[str], out: int, err: in
         os.dup2(err, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         torch.set_num_threads(1)  # a pool of threads does not survive the fork
-        # What other tests left has threads that are not in a fork: nobody may wait for them. Sessions of
+        # What other tests left has threads that are not in a fork: none may be waited for. Sessions of
         # ONNX Runtime are not to be collected, nor a visualizer with its writer to be used again.
         gc.freeze()
         for shared in (Visualizer, DetLocalVisualizer, MMLogger, MessageHub):
