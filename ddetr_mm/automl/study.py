@@ -595,9 +595,7 @@ class Study:
     def _end(
         self, trial: Any, state: str, reason: str = "", value: float | None = None, epochs: int = 0
     ) -> None:
-        if reason and hasattr(trial, "set_user_attr"):
-            trial.set_user_attr("reason", printable(reason))
-        elif reason:
+        if reason:  # by the storage: a trial that was read of it keeps attributes to itself
             self.study._storage.set_trial_user_attr(trial._trial_id, "reason", printable(reason))
         self._tell(trial, state, value)
         metric = self.settings.metric

@@ -387,3 +387,17 @@ def test_a_wrong_storage_is_refused_in_one_line(search, capsys):
     for url in ("nonsense", "mongo://h/d"):
         search(f"storage={url}", status=2)
         assert "ddetr_mm.automl.storage" in capsys.readouterr().err
+
+
+def test_a_trial_of_a_silent_machine_fails_and_keeps_the_reason(search):
+    import optuna
+
+    folder = search("max_trials=1")
+    storage = f"sqlite:///{folder / 'study.db'}"
+    (name,) = optuna.get_all_study_names(storage)
+    other = optuna.load_study(study_name=name, storage=storage).ask()
+    other.set_user_attr("owner", {"host": "elsewhere", "folder": "/elsewhere/trial", "since": 0.0})
+    search("max_trials=2")
+    trial = trials_of(folder)[other.number]
+    assert trial.state.name == "FAIL"
+    assert trial.user_attrs["reason"] == "its machine, elsewhere, has not shown itself for 15 minutes"
