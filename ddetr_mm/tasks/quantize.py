@@ -25,10 +25,12 @@ from ddetr_mm.tasks.session import Session, choose_device, open_session, require
 
 if TYPE_CHECKING:
     import numpy as np
+    from mmengine.config import Config
 
     from ddetr_mm.deploy.quantize import LayerRule
     from ddetr_mm.deploy.quantize_graph import GroupLoss
     from ddetr_mm.engine.runner import QuietRunner
+    from ddetr_mm.tasks.runner import ExportedInput
 
 REPORT_NAME, PARITY_NAME = "report.html", "parity.json"
 REJECTED = ".rejected"
@@ -257,6 +259,27 @@ def evaluating(
 # --- Calibration ---
 
 
+def calibration_config(loaded: LoadedSpec, path: Path, folder: Path) -> tuple[Config, ExportedInput | None]:
+    """Return the config of a validation of the calibration data, and what the file of a graph says.
+
+    Args:
+        loaded: the spec; its ``dataset.quant_calibration_data_sources`` is read.
+        path: the model that will see them, which decides their size.
+        folder: of the results.
+    """
+    from mmengine.config import Config
+
+    from ddetr_mm.tasks.runner import config_source, exported_input, register_scope
+
+    source = loaded.spec.dataset.quant_calibration_data_sources
+    copied = evaluating(loaded, [source], path, folder)
+    exported = exported_input(str(path), where="quantize")
+    checkpoint = None if exported else str(path)
+    config = Config.fromstring(config_source(copied, "evaluate", checkpoint, exported), ".py")
+    register_scope(config)
+    return config, exported
+
+
 def calibration_batches(loaded: LoadedSpec, path: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Yield batches of calibration images, transformed as those of a validation.
 
@@ -268,18 +291,17 @@ def calibration_batches(loaded: LoadedSpec, path: Path, folder: Path) -> Iterato
     Raises:
         DataError: the data cannot be read, or hold no image.
     """
+    config, exported = calibration_config(loaded, path, folder)
+    yield from _batches(config, exported, loaded.spec.ddetr_mm.quantize_images)
+
+
+def _batches(config: Config, exported: ExportedInput | None, most: int) -> Iterator[dict[str, Any]]:
+    """Yield batches of at most so many images, evenly spread over the data."""
     import numpy as np
-    from mmengine.config import Config
     from torch.utils.data import DataLoader, Subset
 
-    from ddetr_mm.tasks.runner import QuietRunner, config_source, exported_input, register_scope
+    from ddetr_mm.tasks.runner import QuietRunner
 
-    source = loaded.spec.dataset.quant_calibration_data_sources
-    copied = evaluating(loaded, [source], path, folder)
-    exported = exported_input(str(path), where="quantize")
-    checkpoint = None if exported else str(path)
-    config = Config.fromstring(config_source(copied, "evaluate", checkpoint, exported), ".py")
-    register_scope(config)
     config.test_dataloader.num_workers = 0
     config.test_dataloader.persistent_workers = False
     config.test_dataloader.pop("timeout", None)
@@ -287,7 +309,7 @@ def calibration_batches(loaded: LoadedSpec, path: Path, folder: Path) -> Iterato
     count = len(loader.dataset)
     if not count:
         raise DataError(Problem("holds no image", where="dataset.quant_calibration_data_sources.json_file"))
-    rows = np.unique(np.linspace(0, count - 1, min(count, loaded.spec.ddetr_mm.quantize_images)).astype(int))
+    rows = np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
     subset = Subset(loader.dataset, rows.tolist())
     size = exported.signature.batch_size if exported and exported.signature else None
     batch_size = size or min(loader.batch_sampler.batch_size, 8)
@@ -298,18 +320,12 @@ def graph_batches(loaded: LoadedSpec, path: Path, folder: Path) -> Iterator[np.n
     """Yield calibration images as inputs of a graph: normalised, of its size and batch."""
     import numpy as np
     from mmdet.registry import MODELS
-    from mmengine.config import Config
 
-    from ddetr_mm.tasks.runner import config_source, exported_input
-
-    exported = exported_input(str(path), where="quantize")
+    config, exported = calibration_config(loaded, path, folder)
     if exported is None or exported.signature is None:
         raise WeightsError(Problem("is not an exported graph", file=path, where=MODEL_KEY))
-    source = loaded.spec.dataset.quant_calibration_data_sources
-    copied = evaluating(loaded, [source], path, folder)
-    config = Config.fromstring(config_source(copied, "evaluate", None, exported), ".py")
     preprocessor = MODELS.build(config.model.data_preprocessor)
-    for data in calibration_batches(loaded, path, folder):
+    for data in _batches(config, exported, loaded.spec.ddetr_mm.quantize_images):
         images = preprocessor(data, False)["inputs"].numpy()
         size = exported.signature.batch_size
         if size and len(images) < size:  # the last one: its images again, as zeros would widen the ranges
@@ -332,11 +348,10 @@ def quantize_network(
     import torch
     from torch import nn
 
-    import ddetr_mm
     from ddetr_mm.deploy import quantize as engine
     from ddetr_mm.tasks.runner import build_model, weights_selection
     from ddetr_mm.weights import inspect_checkpoint, to_category_ids
-    from ddetr_mm.weights.checkpoint import META_KEY
+    from ddetr_mm.weights.convert import mmdet_meta
 
     spec = loaded.spec
     selection = weights_selection(spec)
@@ -386,12 +401,7 @@ def quantize_network(
         made.float_layers = dict.fromkeys(lost, "no image reaches it")
         made.layers = {key: value for key, value in made.layers.items() if key not in lost}
     moved = to_category_ids(checkpoint, network.bbox_head.num_classes).meta
-    meta = {**replace(moved, source_format="mmdet").to_dict(), "package_version": ddetr_mm.__version__}
-    content["meta"] = {"epoch": moved.epoch or 0, "iter": 0, META_KEY: meta}
-    if moved.class_names:
-        content["meta"]["dataset_meta"] = {"classes": tuple(moved.class_names)}
-        if moved.category_ids:
-            content["meta"]["dataset_meta"]["category_ids"] = list(moved.category_ids)
+    content["meta"] = mmdet_meta(replace(moved, source_format="mmdet"))
     torch.save(content, temporary)
     return made
 
@@ -592,7 +602,12 @@ def validation_count(loaded: LoadedSpec) -> int:
 
 def measure_ap(loaded: LoadedSpec, session: Session, path: Path, name: str) -> tuple[float, float] | None:
     """Evaluate a file on the validation data; returns AP and AP at IoU 0.5, None where AP is undefined."""
-    metrics = evaluating_runner(loaded, session, path, name).test()
+    return precision_of(evaluating_runner(loaded, session, path, name))
+
+
+def precision_of(runner: QuietRunner) -> tuple[float, float] | None:
+    """Run an evaluation; returns AP and AP at IoU 0.5, None where AP is undefined."""
+    metrics = runner.test()
     found = metrics["coco/bbox_mAP"], metrics["coco/bbox_mAP_50"]
     return found if found[0] >= 0 else None
 
@@ -634,9 +649,7 @@ def certify(
     pairs = (("float", source, found.float_model), ("quantized", quantized, found.quantized_model))
     for folder, path, figures in pairs:
         runners[folder] = runner = evaluating_runner(loaded, session, path, folder)
-        metrics = runner.test()
-        if metrics["coco/bbox_mAP"] >= 0:
-            figures.ap, figures.ap50 = metrics["coco/bbox_mAP"], metrics["coco/bbox_mAP_50"]
+        figures.ap, figures.ap50 = precision_of(runner) or (None, None)
     times = latencies(runners["float"], runners["quantized"])
     found.float_model.latency_ms, found.quantized_model.latency_ms = times
     found.latency_of = f"one validation image, median of {LATENCY_ROUNDS}, the two models in turn"

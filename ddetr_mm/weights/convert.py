@@ -355,7 +355,7 @@ def write_checkpoint(
     Raises:
         WeightsError: the destination cannot be written.
     """
-    plain = {**meta.to_dict(), "package_version": ddetr_mm.__version__}
+    plain = plain_meta(meta)
     try:
         if path.suffix == ".safetensors":
             with written_whole(path) as temporary:
@@ -377,6 +377,21 @@ def write_checkpoint(
         raise WeightsError(Problem(f"cannot be written: {error}{space}", file=path, hint=hint)) from error
 
 
+def plain_meta(meta: CheckpointMeta) -> dict[str, Any]:
+    """Return the metadata as files hold them, with the version that writes them."""
+    return {**meta.to_dict(), "package_version": ddetr_mm.__version__}
+
+
+def mmdet_meta(meta: CheckpointMeta) -> dict[str, Any]:
+    """Return the entry ``meta`` of a checkpoint of mmdet's format."""
+    about: dict[str, Any] = {"epoch": meta.epoch or 0, "iter": 0, META_KEY: plain_meta(meta)}
+    if meta.class_names:
+        about["dataset_meta"] = {"classes": tuple(meta.class_names)}
+        if meta.category_ids:
+            about["dataset_meta"]["category_ids"] = list(meta.category_ids)
+    return about
+
+
 def _container(
     format_name: str, tensors: Mapping[str, Tensor], meta: CheckpointMeta, plain: dict[str, Any]
 ) -> dict[str, Any]:
@@ -393,12 +408,7 @@ def _container(
         }
     if format_name == "official":
         return {"model": state_dict, "epoch": epoch, META_KEY: plain}
-    about: dict[str, Any] = {"epoch": epoch, "iter": 0, META_KEY: plain}
-    if meta.class_names:
-        about["dataset_meta"] = {"classes": tuple(meta.class_names)}
-        if meta.category_ids:
-            about["dataset_meta"]["category_ids"] = list(meta.category_ids)
-    return {"meta": about, "state_dict": state_dict}
+    return {"meta": mmdet_meta(meta), "state_dict": state_dict}
 
 
 def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
