@@ -75,6 +75,7 @@ def protected_inputs(paths: Iterable[str | os.PathLike[str]], *, force: bool = F
     """
     before = _known.inputs, _known.force, _known.active
     _known.active = True
+    _known.cleaned = set()  # each command looks anew
     _known.inputs = dict(before[0])
     folders: dict[str, str] = {}
     for path in map(os.fspath, paths):
