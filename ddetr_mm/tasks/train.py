@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 
+from ddetr_mm.compat.patches import without_language_models
 from ddetr_mm.engine.distributed import (
     decided_by_first_rank,
     end_with_study,
@@ -36,9 +37,10 @@ def run(arguments: Namespace) -> None:
             early_check(loaded, resumes=resumes and not spec.train.is_dry_run)
             quick_check(loaded)
         with process_group():
-            from ddetr_mm.engine.checkpoint import RESUME_KEY, Start, find_start
-            from ddetr_mm.tasks.runner import build_runner
-            from ddetr_mm.weights.load import require_same_network, trained_epochs
+            with without_language_models():
+                from ddetr_mm.engine.checkpoint import RESUME_KEY, Start, find_start
+                from ddetr_mm.tasks.runner import build_runner
+                from ddetr_mm.weights.load import require_same_network, trained_epochs
 
             named = spec.train.resume_training_checkpoint_path
             weights = spec.train.pretrained_model_path or spec.model.pretrained_backbone_path
