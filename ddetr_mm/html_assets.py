@@ -207,7 +207,7 @@ all(".chart").forEach((figure, number) => {
     const [x0, x1] = view.x, [y0, y1] = view.y;
     const right = x => ((x - x0) / (x1 - x0) * SIDE).toFixed(1);
     const down = y => ((y1 - Math.max(unit(y), y0)) / (y1 - y0) * SIDE).toFixed(1);
-    spec.series.forEach(([xs, ys], index) => {
+    spec.series.forEach(([xs, ys, dots], index) => {
       let path = "", penIsDown = false;
       xs.forEach((x, place) => {
         const y = ys[place];
@@ -217,7 +217,7 @@ all(".chart").forEach((figure, number) => {
           return;
         }
         path += `${penIsDown ? "L" : "M"}${right(x)} ${down(y)}${penIsDown ? "" : "h.1"}`;
-        penIsDown = true;
+        penIsDown = !dots;
       });
       paths[index].setAttribute("d", path);
     });

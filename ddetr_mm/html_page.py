@@ -202,11 +202,13 @@ class Series:
         name: shown in the legend.
         x: ascending.
         y: None where there is no value.
+        dots: points that no line joins.
     """
 
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
+    dots: bool = False
 
 
 @dataclass(frozen=True)
@@ -321,12 +323,14 @@ def chart(given: Chart) -> Html:
         "step": given.step,
         "fixed": int(given.y_range is not None),
         "marks": [x for x, _ in given.marks],
-        "series": [[_short(series.x), _short(series.y)] for series in given.series],
+        "series": [[_short(series.x), _short(series.y), int(series.dots)] for series in given.series],
     }
     kinds = [_series_class(place) for place in given.colors or range(len(given.series))]
     # A line of one point would be a speck.
     kinds = [
-        f"{kind} point" if sum(y is not None for y in series.y) == 1 and not given.step else kind
+        f"{kind} point"
+        if series.dots or (sum(y is not None for y in series.y) == 1 and not given.step)
+        else kind
         for kind, series in zip(kinds, given.series, strict=True)
     ]
     lines = [
@@ -405,7 +409,7 @@ def _path(series: Series, axes: Axes, step: float) -> str:
         # A single value would be invisible.
         if not pen_is_down:
             parts.append("h.1")
-        pen_is_down = True
+        pen_is_down = not series.dots
     return "".join(parts)
 
 

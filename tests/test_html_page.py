@@ -132,10 +132,14 @@ def paths(content: str) -> list[str]:
 
 
 def test_lines_are_at_their_place_and_broken_where_a_value_is_missing():
-    given = Chart("t", "x", "y", [Series("a", [0, 1, 2, 4], [0, 1, None, 0.5])], y_range=(0, 1))
-    assert paths(chart(given)) == [f"M0.0 {SIDE}.0h.1L250.0 0.0M1000.0 500.0h.1"]
+    series = [Series("a", [0, 1, 2, 4], [0, 1, None, 0.5], dots) for dots in (False, True)]
+    given = Chart("t", "x", "y", series, y_range=(0, 1))
+    line, dots = paths(chart(given))
+    assert line == f"M0.0 {SIDE}.0h.1L250.0 0.0M1000.0 500.0h.1"
+    assert dots == f"M0.0 {SIDE}.0h.1M250.0 0.0h.1M1000.0 500.0h.1"
     data = json.loads(unescape(re.search(r'data-chart="([^"]*)"', chart(given)).group(1)))
-    assert data["series"] == [[[0, 1, 2, 4], [0, 1, None, 0.5]]] and data["x"] == [0, 4]
+    assert data["series"] == [[[0, 1, 2, 4], [0, 1, None, 0.5], kind] for kind in (0, 1)]
+    assert data["x"] == [0, 4]
 
 
 def test_logarithmic_axes_hold_what_is_not_positive_at_their_end():

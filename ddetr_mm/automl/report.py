@@ -110,7 +110,7 @@ def _history(study: Study, trials: Sequence[Any]) -> list[Html]:
         return [paragraph("No trial has a validation yet.")]
     ended = [(place, value) for place, value, state in known if state == "COMPLETE"]
     places = [float(place) for place, _, _ in known]
-    series = [Series("each trial", places, [value for _, value, _ in known])]
+    series = [Series("each trial", places, [value for _, value, _ in known], dots=True)]
     if ended:
         best = accumulate((value for _, value in ended), study.better)
         series.append(Series("best so far", [float(place) for place, _ in ended], list(best)))

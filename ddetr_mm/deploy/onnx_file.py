@@ -256,6 +256,61 @@ def require_sampling_for_tensorrt(path: str | Path, *, where: str) -> None:
         raise ExportError(Problem(problem, file=path, where=where, hint=LINEAR_HINT))
 
 
+QUANTIZED_HINT = (
+    "quantize it again with quantize.backend=modelopt.onnx, or onnxruntime with"
+    " quantize.backend_kwargs={symmetric: true}"
+)
+
+
+def q_dq_formats(path: str | Path, *, where: str) -> tuple[str, ...]:
+    """Return TensorRT's names of the formats of a graph's Q/DQ nodes, and refuse those it cannot read.
+
+    TensorRT's formats are signed and symmetric (int8 or float8, zero point 0), and biases stay float.
+
+    Args:
+        path: an ONNX file.
+        where: the spec key that named it, for messages.
+
+    Returns:
+        Of ``INT8``, ``FP8``, ``INT4`` and ``FP4`` those that occur; empty without Q/DQ nodes.
+
+    Raises:
+        ExportError: unsigned or asymmetric Q/DQ nodes, or quantized biases.
+    """
+    onnx = require("onnx")
+    model = onnx.load(str(path), load_external_data=False)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        for each in node.attribute if node.op_type == "Constant" else ():
+            if each.name == "value":
+                constants[node.output[0]] = each.t
+    types = onnx.TensorProto
+    names = {"INT8": "INT8", "FLOAT8E4M3FN": "FP8", "INT4": "INT4", "FLOAT4E2M1": "FP4"}
+    signed = {getattr(types, name): short for name, short in names.items() if hasattr(types, name)}
+    formats: set[str] = set()
+    found = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    for node in found:
+        zero = constants.get(node.input[2]) if len(node.input) > 2 else None
+        number_format = zero.data_type if zero is not None else types.UNDEFINED
+        if zero is None and node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            number_format = constants[node.input[0]].data_type
+        if zero is None and node.op_type == "QuantizeLinear":
+            chosen = [each.i for each in node.attribute if each.name == "output_dtype" and each.i]
+            number_format = chosen[0] if chosen else types.UINT8  # ONNX's default
+        reason = ""
+        if number_format in signed:
+            formats.add(signed[number_format])
+        elif number_format != types.UNDEFINED:
+            reason = f"has the format {types.DataType.Name(number_format).lower()}"
+        if not reason and zero is not None and np.any(onnx.numpy_helper.to_array(zero).astype(np.float32)):
+            reason = "has a zero point that is not 0"
+        if reason:
+            what = f"cannot become an engine: node {node.name or node.output[0]} ({node.op_type}) {reason}"
+            allowed = "symmetric int8 or float8, as TensorRT reads Q/DQ nodes; float biases"
+            raise ExportError(Problem(what, file=path, where=where, allowed=allowed, hint=QUANTIZED_HINT))
+    return tuple(sorted(formats or {"INT8"})) if found else ()
+
+
 # --- Running and checking ---
 
 

@@ -274,6 +274,8 @@ class StaticQuantizer:
                 list(LAYER_TYPES),
                 {
                     "ActivationSymmetric": self.options.symmetric,
+                    # TensorRT adds biases in float; onnxruntime would make them int32.
+                    "QuantizeBias": not self.options.symmetric,
                     "MatMulConstBOnly": True,
                     # MatMul's weights are (inputs, outputs): one scale an output.
                     "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1, "Gemm": 0},

@@ -176,7 +176,7 @@ def _check_experiment(loaded: LoadedSpec, arguments: Namespace, console: Console
         values.findings += check_free_space(folder, named_files(spec, subtask)) + check_frozen(spec)
     if subtask in ("train", "evaluate", "inference"):
         values.findings += shared_memory_findings(spec, subtask)
-    values.findings += _sampling_findings(spec, subtask)
+    values.findings += _tensorrt_findings(spec, subtask)
     report.add(values)
     splits, failures = read_splits(split_sources(spec, subtask), **_reading_options(loaded, subtask))
     for section in failures:
@@ -203,9 +203,14 @@ def _check_experiment(loaded: LoadedSpec, arguments: Namespace, console: Console
     return path
 
 
-def _sampling_findings(spec: ExperimentSpec, subtask: str) -> list[Finding]:
+def _tensorrt_findings(spec: ExperimentSpec, subtask: str) -> list[Finding]:
     """Whether TensorRT reads the graph that is written, or that an engine is built of."""
-    from ddetr_mm.deploy.onnx_file import LINEAR_HINT, linear_sampling_note, require_sampling_for_tensorrt
+    from ddetr_mm.deploy.onnx_file import (
+        LINEAR_HINT,
+        linear_sampling_note,
+        q_dq_formats,
+        require_sampling_for_tensorrt,
+    )
     from ddetr_mm.preflight.report import Finding, note
 
     if subtask == "export" and spec.export.on_cpu:
@@ -216,11 +221,16 @@ def _sampling_findings(spec: ExperimentSpec, subtask: str) -> list[Finding]:
     graph = spec.gen_trt_engine.onnx_file
     if subtask != "gen_trt_engine" or not graph or not Path(graph).is_file():
         return []
-    try:
-        require_sampling_for_tensorrt(graph, where="gen_trt_engine.onnx_file")
-    except InputError as error:
-        return [Finding("tensorrt-sampling", problem) for problem in error.problems]
-    return []
+    findings = []
+    for name, look in {
+        "tensorrt-sampling": require_sampling_for_tensorrt,
+        "tensorrt-q-dq": q_dq_formats,
+    }.items():
+        try:
+            look(graph, where="gen_trt_engine.onnx_file")
+        except InputError as error:
+            findings += [Finding(name, problem) for problem in error.problems]
+    return findings
 
 
 def _check_network(

@@ -53,14 +53,15 @@ def generate(loaded: LoadedSpec, session: Session) -> None:
         StackError: TensorRT is not installed.
         ExportError: TensorRT would read the graph wrongly.
     """
-    from ddetr_mm.deploy.onnx_file import read_signature, require_sampling_for_tensorrt
+    from ddetr_mm.deploy.onnx_file import q_dq_formats, read_signature, require_sampling_for_tensorrt
     from ddetr_mm.deploy.tensorrt import require_tensorrt, trtexec_command
 
     spec, options = loaded.spec, loaded.spec.gen_trt_engine
     signature = read_signature(options.onnx_file, where="gen_trt_engine.onnx_file")
     require_sampling_for_tensorrt(options.onnx_file, where="gen_trt_engine.onnx_file")
-    settings = engine_settings(spec, signature)
-    calibration = engine_calibration(spec, signature) if settings.precision == "int8" else None
+    quantized = q_dq_formats(options.onnx_file, where="gen_trt_engine.onnx_file")
+    settings = engine_settings(spec, signature, quantized=quantized)
+    calibration = engine_calibration(spec, signature) if settings.needs_calibration else None
     command = trtexec_command(
         settings,
         options.onnx_file,
@@ -123,8 +124,16 @@ def build_and_verify(
     print(f"written: {target}")
 
 
-def engine_settings(spec: ExperimentSpec, signature: GraphSignature) -> BuilderSettings:
-    """Return the builder's settings for the spec's ``gen_trt_engine`` section."""
+def engine_settings(
+    spec: ExperimentSpec, signature: GraphSignature, *, quantized: tuple[str, ...] = ()
+) -> BuilderSettings:
+    """Return the builder's settings for the spec's ``gen_trt_engine`` section.
+
+    Args:
+        spec: the spec.
+        signature: the graph to build from.
+        quantized: formats of the graph's Q/DQ nodes.
+    """
     from ddetr_mm.deploy.tensorrt import builder_settings
 
     options = spec.gen_trt_engine
@@ -137,6 +146,7 @@ def engine_settings(spec: ExperimentSpec, signature: GraphSignature) -> BuilderS
         layers_precision=tensorrt.layers_precision or (),
         timing_cache=options.timing_cache,
         verbose=options.verbose,
+        quantized=quantized,
     )
 
 

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from ddetr_mm.deploy import quantize_graph
-from ddetr_mm.deploy.onnx_file import META_KEY, read_meta, write_meta
+from ddetr_mm.deploy.onnx_file import META_KEY, q_dq_formats, read_meta, write_meta
 from ddetr_mm.deploy.quantize import (
     LayerRule,
     choose_layers,
@@ -510,6 +510,37 @@ def test_options_of_onnxruntime(tmp_path: Path, options, weight_scales, input_ty
     assert weights.size == weight_scales and weights.dtype == np.int8
     inputs = points["inputs_zero_point"]
     assert inputs.dtype == input_type and (inputs == 0) == bool(options.get("symmetric"))
+
+
+@pytest.mark.parametrize("change", ["none", "unsigned", "offset", "no zero point"])
+def test_only_symmetric_int8_graphs_become_engines(tmp_path: Path, change: str):
+    model = small_graph()
+    quantize_graph.graph_layers(model)
+    options = quantize_graph.StaticOptions(symmetric=change != "unsigned")
+    quantizer = quantize_graph.StaticQuantizer(model, options)
+    quantizer.calibrate(_batches(1))
+    path = tmp_path / "q.onnx"
+    quantizer.write(["/backbone/conv1/Conv"], path)
+    written = onnx.load(str(path))
+    node = next(node for node in written.graph.node if node.op_type == "QuantizeLinear")
+    if change == "offset":
+        zero = next(one for one in written.graph.initializer if one.name == node.input[2])
+        zero.CopyFrom(numpy_helper.from_array(np.int8(3), zero.name))
+    if change == "no zero point":  # ONNX's default is uint8
+        del node.input[2]
+    onnx.save(written, str(path))
+    if change == "none":
+        assert q_dq_formats(path, where="key") == ("INT8",)
+        # TensorRT reads no int32 biases.
+        assert not any(zero.dtype == np.int32 for zero in _zero_points(path).values())
+        onnx.save(model, str(tmp_path / "f.onnx"))
+        assert q_dq_formats(tmp_path / "f.onnx", where="key") == ()
+        return
+    words = "zero point that is not 0" if change == "offset" else "format uint8"
+    with pytest.raises(ExportError, match=words) as caught:
+        q_dq_formats(path, where="gen_trt_engine.onnx_file")
+    problem = caught.value.problems[0]
+    assert problem.where == "gen_trt_engine.onnx_file" and "symmetric: true" in problem.hint
 
 
 def test_percentile_and_reduced_range_narrow(tmp_path: Path):

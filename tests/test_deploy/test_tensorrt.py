@@ -39,6 +39,23 @@ def test_precisions_become_flags():
         settings(data_type="bf16")
 
 
+@pytest.mark.parametrize(
+    ("data_type", "formats", "flags"),
+    [
+        ("FP32", ("INT8",), ("INT8",)),
+        ("FP16", ("INT8",), ("INT8", "FP16")),
+        ("INT8", ("INT8",), ("INT8", "FP16")),
+        ("FP16", ("FP8",), ("FP8", "FP16")),
+    ],
+)
+def test_q_dq_graphs_need_flags_and_no_calibration(data_type: str, formats, flags):
+    chosen = settings(data_type=data_type, quantized=formats)
+    assert chosen.flags == flags
+    assert not chosen.needs_calibration
+    command = trtexec_command(chosen, "m.onnx", "m.engine", "cache.bin")
+    assert all(f"--{flag.lower()}" in command for flag in flags) and "--calib" not in command
+
+
 def test_memory_counts_in_mib_also_below_1024():
     assert settings(workspace_mib=512).workspace_bytes == 512 * 2**20
     assert settings(workspace_mib=0).workspace_bytes == 0
