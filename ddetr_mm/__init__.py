@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from ddetr_mm.compat.mmcv_ops import install_stand_in
-from ddetr_mm.compat.patches import AT_IMPORT, apply_patches, without_language_models
+from ddetr_mm.compat.patches import AT_IMPORT, apply_patches, without_unused_imports
 from ddetr_mm.compat.versions import check_on_import
 
 __version__ = "0.1.0"
@@ -31,6 +31,6 @@ install_stand_in()
 def __getattr__(name: str) -> Any:
     """``Detector`` and ``Result``, imported when they are first used."""
     if name in ("Detector", "Result"):
-        with without_language_models():
+        with without_unused_imports():
             return getattr(importlib.import_module("ddetr_mm.tasks.detector"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ddetr_mm import __version__
-from ddetr_mm.compat.patches import without_language_models
+from ddetr_mm.compat.patches import without_unused_imports
 from ddetr_mm.compat.versions import raise_deferred
 from ddetr_mm.errors import InputError, RankFailure
 from ddetr_mm.files import END_SIGNALS, allow_any_text
@@ -456,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     allow_any_text()
     arguments = build_parser().parse_args(argv)
     try:
-        with signals_interrupt():
+        with signals_interrupt(), without_unused_imports():
             return _run(arguments)
     except KeyboardInterrupt as interruption:
         if os.environ.get("RANK", "0") == "0":  # one of several processes reports it
@@ -469,9 +469,8 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.command not in WITHOUT_STACK:
             raise_deferred()
         module, function = arguments.task
-        with without_language_models():
-            task = getattr(importlib.import_module(module), function)
-            session = importlib.import_module("ddetr_mm.tasks.session")
+        task = getattr(importlib.import_module(module), function)
+        session = importlib.import_module("ddetr_mm.tasks.session")
         force = getattr(arguments, "force", False)
         with session.machine_failures_as_errors(), protected_inputs((), force=force), safe_children():
             task(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.machinery
 import importlib.util
 import logging
 import os
@@ -13,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 # --- classes that ``torch.load`` may build with ``weights_only=True`` ---
@@ -83,27 +85,60 @@ def size_refused(width: int, height: int) -> str | None:
     return f"has {width} x {height} pixels, more than the {MAX_IMAGE_PIXELS:,} that are decoded"
 
 
-# --- importing mmdet without transformers ---
+# --- imports that a spec never uses ---
+
+_PLOTS = "mmdet.utils.mot_error_visualize"
+
+
+class _UnusedImports:
+    """A finder of modules that keeps mmengine and mmdet from importing what a spec never uses.
+
+    mmengine imports transformers for one optimizer and mmdet for GLIP and Grounding DINO, with all that it
+    imports itself: a quarter of the time to the first step. They cope with its absence. mmdet's plots of
+    tracking errors import matplotlib: their function does so when it is called.
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        """Refuse or replace what this class says; None leaves a module to the other finders."""
+        if name == "transformers" and _importing_package() in ("mmengine", "mmdet"):
+            raise ModuleNotFoundError("not imported: a spec uses no part of it", name=name)
+        return importlib.machinery.ModuleSpec(name, self) if name == _PLOTS else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        """Leave the making of the module to Python."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module its only function."""
+
+        def imshow_mot_errors(*args: Any, **kwargs: Any) -> Any:
+            """Show the wrong tracks on the input image: mmdet's function, imported by the call."""
+            import mmdet.utils
+
+            spec = importlib.machinery.PathFinder.find_spec(_PLOTS, mmdet.utils.__path__)
+            real = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            spec.loader.exec_module(real)  # type: ignore[union-attr]
+            return real.imshow_mot_errors(*args, **kwargs)
+
+        vars(module)["imshow_mot_errors"] = imshow_mot_errors
+
+
+def _importing_package() -> str:
+    """The top package of the code whose import statement is being carried out."""
+    frame = sys._getframe(2)  # past this function and the finder
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("importlib."):
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 @contextmanager
-def without_language_models() -> Iterator[None]:
-    """Hide ``transformers`` from mmdet's first import, inside the block.
-
-    mmdet imports it for GLIP and Grounding DINO, a third of its import time; without it only those two cannot
-    be built, and a spec never asks for them. Where ``transformers`` is loaded already, nothing changes.
-    """
-    name = "transformers"
-    if name in sys.modules:
-        yield
-        return
-    # With None, an import fails as if the package were not installed.
-    sys.modules[name] = None  # type: ignore[assignment]
+def without_unused_imports() -> Iterator[None]:
+    """Import OpenMMLab's packages without what a spec never uses, within the block."""
+    finder: Any = _UnusedImports()
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
-        if sys.modules[name] is None:
-            del sys.modules[name]
+        sys.meta_path.remove(finder)
 
 
 # --- patches ---

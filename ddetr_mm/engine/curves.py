@@ -15,20 +15,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from mmdet.registry import HOOKS
 from mmengine.hooks import Hook
 
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.hooks import learning_rates
-from ddetr_mm.evaluation.report import freed_figures, save_png
+from ddetr_mm.evaluation.report import freed_figures, new_figure, save_png
 from ddetr_mm.files import parse_json, write_text_whole
 from ddetr_mm.html_page import CHART_HELP, Chart, Html, chart, heading, page, paragraph, tiles
 from ddetr_mm.html_page import Series as ChartSeries
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # --- Scalars of a run ---
 
@@ -230,7 +231,7 @@ def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @freed_figures()
 def _draw(path: Path, series: Series, x_label: str, y_label: str, *, may_be_log: bool) -> None:
-    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
+    figure = new_figure(9, 5)
     axes = figure.add_subplot()
     for number, (name, (x, y)) in enumerate(series.items()):
         first = number == 0

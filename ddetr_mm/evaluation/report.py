@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from ddetr_mm.evaluation.coco_eval import (
     IOU_THRESHOLDS,
@@ -69,6 +67,9 @@ from ddetr_mm.html_page import (
     tiles,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # --- matplotlib figures ---
 
 
@@ -87,11 +88,20 @@ def freed_figures() -> Iterator[None]:
             gc.collect(0)
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """An empty matplotlib figure; sizes in inches. Matplotlib is imported by the first one."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
 def save_png(path: str | Path, figure: Figure) -> Path:
     """Draw a figure into a PNG file, written whole or not at all.
 
     The figure gets its own canvas, since pyplot would keep every figure and choose a display.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     with written_whole(path) as temporary:
         canvas.print_png(temporary)
@@ -115,7 +125,7 @@ def draw_precision_recall(path: str | Path, result: CocoResult) -> Path:
         path: a PNG file, written whole or not at all.
         result: the evaluation; classes without ground truth are left out.
     """
-    figure = Figure(figsize=(11, 6), dpi=110, layout="constrained")
+    figure = new_figure(*(11, 6))
     by_iou, by_class = figure.subplots(1, 2, sharey=True)
     precision = np.where(result.precision > UNDEFINED, result.precision, np.nan)  # (T, R, K)
     with_truth = np.asarray(~np.isnan(precision).all(axis=(0, 1)))
@@ -154,7 +164,7 @@ def draw_class_precision(path: str | Path, result: CocoResult) -> Path:
     """
     entries = sorted((entry for entry in result.per_class if entry.num_boxes), key=lambda entry: entry.AP)
     shown = entries[:MOST_BARS]
-    figure = Figure(figsize=(9, 1.5 + 0.25 * max(len(shown), 4)), dpi=110, layout="constrained")
+    figure = new_figure(*(9, 1.5 + 0.25 * max(len(shown), 4)))
     axes = figure.add_subplot()
     places = np.arange(len(shown))
     axes.barh(places, [max(entry.AP50, 0) for entry in shown], color="#c6dbef", label="AP50")
@@ -189,7 +199,7 @@ def draw_confusion_matrix(
     counts = matrix.counts[np.ix_(places, places)]
     labels = [_short(names.get(int(number), str(number)), 18) for number in matrix.category_ids[chosen]]
     side = 3.2 + 0.42 * len(places)
-    figure = Figure(figsize=(side + 0.8, side), dpi=110, layout="constrained")
+    figure = new_figure(*(side + 0.8, side))
     axes = figure.add_subplot()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -216,7 +226,7 @@ def draw_score_histogram(path: str | Path, matching: Matching) -> Path:
         path: a PNG file, written whole or not at all.
         matching: from :func:`ddetr_mm.evaluation.mistakes.match`.
     """
-    figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained")
+    figure = new_figure(*(9, 4.2))
     axes = figure.add_subplot()
     scores = matching.detections.scores
     true = (matching.truth_row_of >= 0) & ~matching.on_crowd
@@ -610,6 +620,8 @@ def write_report(
     matching = match(scored, chosen)
     matrix = confusion_matrix(matching, result.category_ids)
     names = truth.category_names
+    from matplotlib import rc_context
+
     with rc_context({"font.family": font_families(names.values())}):
         draw_precision_recall(folder / "precision_recall.png", result)
         draw_class_precision(folder / "class_precision.png", result)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ddetr_mm.compat.patches import without_language_models
 from ddetr_mm.datasets.sources import SYSTEM_FILES, SkippedFile, find_images
 from ddetr_mm.engine.distributed import is_first_rank, process_group
 from ddetr_mm.engine.status import TEST_METRICS
@@ -90,8 +89,7 @@ def require_free_results(spec: ExperimentSpec, images: Sequence[Path]) -> None:
     Raises:
         DataError: there are such files.
     """
-    with without_language_models():
-        from ddetr_mm.engine.detections import result_files, result_names
+    from ddetr_mm.engine.detections import result_files, result_names
 
     folder, per_sequence = task_results_dir(spec, "inference"), spec.inference.is_internal
     names = result_names(images, per_sequence)

@@ -14,11 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS, init_default_scope
 from torch import nn
 
-from ddetr_mm.compat.patches import without_language_models
-
-with without_language_models():
-    import ddetr_mm.register  # noqa: F401 - puts our components into the registries
-
+import ddetr_mm.register  # noqa: F401 - puts our components into the registries
 from ddetr_mm.classes import (
     UNKNOWN,
     Columns,

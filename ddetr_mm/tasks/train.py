@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 
-from ddetr_mm.compat.patches import without_language_models
 from ddetr_mm.engine.distributed import (
     decided_by_first_rank,
     end_with_study,
@@ -37,10 +36,9 @@ def run(arguments: Namespace) -> None:
             early_check(loaded, resumes=resumes and not spec.train.is_dry_run)
             quick_check(loaded)
         with process_group():
-            with without_language_models():
-                from ddetr_mm.engine.checkpoint import RESUME_KEY, Start, find_start
-                from ddetr_mm.tasks.runner import build_runner
-                from ddetr_mm.weights.load import require_same_network, trained_epochs
+            from ddetr_mm.engine.checkpoint import RESUME_KEY, Start, find_start
+            from ddetr_mm.tasks.runner import build_runner
+            from ddetr_mm.weights.load import require_same_network, trained_epochs
 
             named = spec.train.resume_training_checkpoint_path
             weights = spec.train.pretrained_model_path or spec.model.pretrained_backbone_path

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ddetr_mm.classes import Columns, number_names
+from ddetr_mm.compat.config_text import Reference
 from ddetr_mm.datasets.sources import class_names_of_files
 from ddetr_mm.errors import DataError
 from ddetr_mm.spec import ExperimentSpec
 from ddetr_mm.spec.own_schema import OwnSection
 from ddetr_mm.spec.schema import DataSource
-from ddetr_mm.translate.write import Reference
 
 Numbering = tuple[str | None, ...]
 """Class names; the one at position i has the category id i + 1."""

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddetr_mm.compat.config_text import ConfigDraft, Reference, config_text
 from ddetr_mm.errors import Problem, SpecError
 from ddetr_mm.spec import ExperimentSpec, LoadedSpec, get_field, task_results_dir
 from ddetr_mm.spec.schema import DataSource, InferSource
 from ddetr_mm.translate import data, model, run
-from ddetr_mm.translate.write import ConfigDraft, Reference, config_text
 
 SUBTASKS = ("train", "evaluate", "inference", "export")
 

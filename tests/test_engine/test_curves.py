@@ -110,7 +110,7 @@ def test_the_loss_of_validation_is_drawn_over_steps(make_runner, tmp_path):
     assert "val_loss" not in ap_series(scalars)
     page = (tmp_path / "train" / "curves.html").read_text()
     (drawn, *_) = re.findall(r'data-chart="([^"]*)"', page)
-    assert json.loads(html.unescape(drawn))["series"][-1] == [[3, 6], [9, 8]]
+    assert json.loads(html.unescape(drawn))["series"][-1] == [[3, 6], [9, 8], 0]
     assert "</span>val_loss<output>" in page and "at_step" not in page
 
 

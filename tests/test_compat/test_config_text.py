@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.config import Config
 
-from ddetr_mm.translate.write import LINE_LENGTH, ConfigDraft, Reference, config_text, format_value
+from ddetr_mm.compat.config_text import LINE_LENGTH, ConfigDraft, Reference, config_text, format_value
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
