@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -469,6 +470,7 @@ class TAOCheckpointHook(Hook):
         self._rng_states: list[RngState] = []
         self._host_rng_to_restore: RngState | None = None
         self._torch_rng_to_restore: RngState | None = None
+        self._waits_for_ranks = True
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Restore the message hub's form for mmengine, and keep this rank's random states for later.
@@ -594,6 +596,19 @@ class TAOCheckpointHook(Hook):
             return self._save_within_epoch(runner, runner.iter, batches_done)
         return self._save_between_epochs(runner)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Save without the other ranks within the block, whichever rank this is.
+
+        Every rank has the whole state but for the others' random states, which such a file lacks: a run that
+        resumes from it draws other random numbers.
+        """
+        self._waits_for_ranks = False
+        try:
+            yield
+        finally:
+            self._waits_for_ranks = True
+
     def _save_within_epoch(self, runner: Any, step: int, batches_done: int) -> Path:
         meta = {"epoch": runner.epoch, "iter": step, "batches_done": batches_done}
         meta["samples_done"] = getattr(runner.train_loop, "samples_done", 0)
@@ -629,7 +644,7 @@ class TAOCheckpointHook(Hook):
         """Write one checkpoint and point ``dd_model_latest.pth`` at it; every rank calls it."""
         path = Path(self.out_dir or runner.work_dir) / str(name)
         self._write_whole(runner, path, meta)
-        if is_first_rank():
+        if is_first_rank() or not self._waits_for_ranks:
             with full_disk_as_error(path):
                 link_latest(path)
                 write_text_whole(path.with_name("last_checkpoint"), str(path))
@@ -641,14 +656,15 @@ class TAOCheckpointHook(Hook):
     def _write_whole(
         self, runner: Any, path: Path, meta: dict[str, Any], remarks: Mapping[str, Any] | None = None
     ) -> None:
-        """Write a file on the first rank; the others take part in what needs all of them."""
+        """Write a file on the first rank; the others take part, unless it is :meth:`alone`."""
         scheme = plain_values(network_scheme(unwrapped(runner.model)))
         version = {"package_version": ddetr_mm.__version__}
         meta["ddetr_mm"] = {**scheme, **version, **self.extra_meta, **(remarks or {})}
         # Between two epochs the state to restore is the one after the last step, whatever was drawn since.
-        self._rng_states = all_gather_object(self._torch_rng_to_restore or capture_rng_state())
+        own_state = self._torch_rng_to_restore or capture_rng_state()
+        self._rng_states = all_gather_object(own_state) if self._waits_for_ranks else []
         try:
-            if is_first_rank():
+            if is_first_rank() or not self._waits_for_ranks:
                 with (
                     full_disk_as_error(path, lambda: self._num_bytes(runner)),
                     checkpoint_written_whole(path) as temporary,
@@ -679,7 +695,10 @@ class TAOCheckpointHook(Hook):
             encrypt_file(content, path, key)
 
     def _call_runner(self, runner: Any, path: Path, meta: dict[str, Any]) -> None:
-        runner.save_checkpoint(
+        save = runner.save_checkpoint
+        if not self._waits_for_ranks:
+            save = partial(save.__wrapped__, runner)  # mmengine's, which other ranks than the first one skip
+        save(
             str(path.parent),
             path.name,
             save_optimizer=self.save_optimizer,

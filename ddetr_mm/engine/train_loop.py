@@ -297,8 +297,8 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     - On SIGTERM or Ctrl-C finishes the step, writes a checkpoint if the runner has a ``TAOCheckpointHook``
       and raises :class:`StoppedBySignalError`, on all ranks after the same step.
     - Runs a validation that a killed run had not finished.
-    - Where an exception ends a run of one process, writes a checkpoint, unless the weights were just being
-      changed, or are not finite.
+    - Where an exception ends a run, writes a checkpoint, unless the weights were just being changed, are not
+      finite, or are divided among ranks (fsdp).
     - Before ``max_hours`` are over, and after ``stop_after_epoch`` epochs, writes a checkpoint and ends as a
       run does that is finished.
 
@@ -442,28 +442,42 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self._batches_done = None
 
     def _save_after(self, error: Exception) -> None:
-        """Save the state that an error leaves, where it is sound, and say where; the error goes its way.
+        """Save the state that an error leaves, where it is sound, and log where; the error is raised again.
 
-        A single process alone: the other ranks would be waited for.
+        Of several ranks each that fails saves its own, which is that of all, without waiting for the others;
+        not where they share the network (fsdp).
         """
         log = self.runner.logger.error
         what = f"Training ends by an error ({type(error).__name__}: {printable(shorten(str(error)))})"
         hook = next((hook for hook in self.runner.hooks if isinstance(hook, TAOCheckpointHook)), None)
-        if hook is None or get_world_size() > 1:
+        if hook is None:
             return
-        done = self._batches_done
-        if done is None or not is_updated(self.runner.optim_wrapper) or not is_finite_state(self.runner):
-            last = find_latest_checkpoint(hook.out_dir or self.runner.work_dir)
-            log(f"{what}; its state cannot be saved; the newest checkpoint is {last or 'missing'}.")
-            return
+        done, several = self._batches_done, get_world_size() > 1
+        # A network that is divided among ranks is whole on none of them.
+        divided = any(hasattr(parameter, "device_mesh") for parameter in self.runner.model.parameters())
         try:
-            path = hook.save_now(self.runner, done) if self._is_counted else hook.save_step(self.runner, done)
+            if (
+                divided
+                or done is None
+                or not is_updated(self.runner.optim_wrapper)
+                or not is_finite_state(self.runner)
+            ):
+                last = find_latest_checkpoint(hook.out_dir or self.runner.work_dir)
+                log(f"{what}; its state cannot be saved; the newest checkpoint is {last or 'missing'}.")
+                return
+            with hook.alone() if several else nullcontext():
+                save = hook.save_now if self._is_counted else hook.save_step
+                path = save(self.runner, done)
         except Exception as second:  # the first one is what the user needs to see
             log(f"{what}; its state could not be saved: {printable(shorten(str(second)))}.")
             return
         if path is not None:
             steps = self._iter + (not self._is_counted)
-            log(f"{what}. Its state after {steps} steps is in {path}, which the same command resumes from.")
+            remark = ", with other random numbers: those of the other ranks are lost" if several else ""
+            log(
+                f"{what}. Its state after {steps} steps is in {path}, which the same command resumes from"
+                f"{remark}."
+            )
 
     # --- validation ---
 

@@ -159,6 +159,60 @@ def test_all_ranks_meet_the_broken_loss_of_one(
     assert weights["optimizer"]["state"][0]["step"] == weights["meta"]["iter"] - 1
 
 
+FAILING = """
+import os, sys
+import ddetr_mm.register
+from ddetr_mm.cli import main
+from ddetr_mm.models.head import TAODeformableDETRHead as Head
+
+loss, calls = Head.loss, []
+
+def broken_in_the_third_step_of_rank_1(self, *args, **kwargs):
+    calls.append(None)
+    if (os.environ["RANK"], len(calls)) == ("1", 3):
+        raise RuntimeError("broken on purpose")
+    return loss(self, *args, **kwargs)
+
+Head.loss = broken_in_the_third_step_of_rank_1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_an_error_of_one_rank_leaves_a_checkpoint_that_both_resume(
+    data_project: Project, tmp_path: Path, strategy: str
+):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING)
+    arguments = [*COMPARABLE, "train.num_epochs=1", "train.validation_interval=1", "dataset.batch_size=1"]
+    arguments += [f"train.distributed_strategy={strategy}", f"train.results_dir={tmp_path / 'train'}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+    def train(*program: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*launcher, *program, "train", "-e", data_project.spec, *arguments],
+            cwd=data_project.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+
+    done = train(str(script))
+    assert done.returncode != 0 and "broken on purpose" in done.stdout
+    last = tmp_path / "train" / "dd_model_latest.pth"
+    if strategy == "fsdp":
+        assert not last.exists() and "its state cannot be saved" in done.stdout, done.stdout[-3000:]
+        return
+    assert "Its state after 2 steps is in" in done.stdout, done.stdout[-3000:]
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["meta"]["iter"] == 2 and checkpoint["optimizer"]["state"][0]["step"] == 2
+    done = train("-m", "ddetr_mm")
+    assert done.returncode == 0 and "resumes from" in done.stdout, done.stdout[-3000:]
+    assert torch.load(last, weights_only=True)["meta"]["iter"] > 3
+
+
 def scalars(folder: Path) -> list[dict]:
     """The steps that a training has logged."""
     (path,) = folder.glob("*/vis_data/scalars.json")
