@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -191,7 +191,7 @@ class Detector:
         use_ema: bool | str = "auto",
         encryption_key: str | None = None,
     ) -> None:
-        _check_arguments(conf=conf, batch_size=batch_size, precision=precision, size=size)
+        check_arguments(conf=conf, batch_size=batch_size, precision=precision, size=size)
         self.path = Path(path)
         self.conf = conf
         self.batch_size = batch_size
@@ -424,17 +424,40 @@ def require_known_backbone(config: Mapping[str, Any], path: Path) -> None:
         raise WeightsError(Problem(what, file=path, value=config["type"]))
 
 
-def _check_arguments(*, conf: float, batch_size: int, precision: str, size: tuple[int, int] | None) -> None:
+def check_arguments(
+    *,
+    conf: float,
+    batch_size: int,
+    precision: str,
+    size: tuple[int, int] | None,
+    name: Callable[[str], str] = str,
+) -> None:
+    """Check the numbers that a :class:`Detector` gets.
+
+    Args:
+        conf: 0 to 1.
+        batch_size: 1 or more.
+        precision: one of :data:`PRECISIONS`.
+        size: shorter and longest side, pixels.
+        name: from the name of an argument to what messages call it.
+
+    Raises:
+        DataError: one is out of range; all are in the message.
+    """
     problems = []
     if not 0 <= conf <= 1:
-        problems.append(Problem("is out of range", where="conf", value=conf, allowed="0 to 1"))
+        hint = f"{conf / 100:g} is {conf:g} %" if 1 < conf <= 100 else None
+        problems.append(
+            Problem("is out of range", where=name("conf"), value=conf, allowed="0 to 1", hint=hint)
+        )
     if batch_size < 1:
-        problems.append(Problem("is out of range", where="batch_size", value=batch_size, allowed="1 or more"))
+        where = name("batch_size")
+        problems.append(Problem("is out of range", where=where, value=batch_size, allowed="1 or more"))
     if precision not in PRECISIONS:
-        problems.append(Problem("is unknown", where="precision", value=precision, allowed=PRECISIONS))
+        problems.append(Problem("is unknown", where=name("precision"), value=precision, allowed=PRECISIONS))
     if size is not None and (len(size) != 2 or not 1 <= size[0] <= size[1]):
         allowed = "the shorter and the longest side, pixels"
-        problems.append(Problem("is no size", where="size", value=size, allowed=allowed))
+        problems.append(Problem("is no size", where=name("size"), value=size, allowed=allowed))
     DataError.collect(problems)
 
 

@@ -40,7 +40,7 @@ from ddetr_mm.outputs import (
     require_free,
     results_root,
 )
-from ddetr_mm.tasks.detector import Detector, Result, as_rgb, print_notes
+from ddetr_mm.tasks.detector import Detector, Result, as_rgb, check_arguments, print_notes
 from ddetr_mm.weights.entries import EMA_OPTION
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".ts")
@@ -49,6 +49,7 @@ VIDEOS_FOLDER = "videos_annotated"
 VIDEO_CODEC = "mp4v"
 """MPEG-4, which every build of OpenCV writes."""
 
+_FEWEST_FOR_PACE = 10
 _SKIPPED_SHOWN = 20
 
 
@@ -289,15 +290,15 @@ def detector_of(arguments: Namespace) -> Detector:
             key = Path(arguments.key_file).read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(Problem(f"the key cannot be read: {error}", where="--key-file")) from None
+    numbers = {name: getattr(arguments, name) for name in ("conf", "batch_size", "precision")}
+    numbers["size"] = tuple(arguments.size) if arguments.size else None
+    check_arguments(**numbers, name=lambda name: f"--{name.replace('_', '-')}")
     return Detector(
         arguments.checkpoint,
+        **numbers,
         device=arguments.device,
-        conf=arguments.conf,
         classes=arguments.classes,
         class_names=arguments.class_names,
-        batch_size=arguments.batch_size,
-        precision=arguments.precision,
-        size=tuple(arguments.size) if arguments.size else None,
         entry=arguments.entry,
         use_ema=EMA_OPTION.get(arguments.ema, "auto"),
         encryption_key=key,
@@ -424,9 +425,11 @@ def _report(counts: _Counts, skipped: Sequence[SkippedFile], folder: Path, argum
     places += [IMAGES_FOLDER] if counts.pictures else []
     places += [VIDEOS_FOLDER] if counts.frames else []
     places += [LABELS_FOLDER] if counts.pictures and arguments.save_txt else []
-    rate = (counts.pictures + counts.frames) / (time.monotonic() - counts.started)
+    seconds, number = time.monotonic() - counts.started, counts.pictures + counts.frames
+    # Of a few images the start of the network is most of the time.
+    pace = f"{number / seconds:.3g} a second" if number >= _FEWEST_FOR_PACE else f"{seconds:.1f} s"
     listed = ", ".join(f"{folder}/{one}" for one in places)
-    print(f"{counts.objects} objects in {' and '.join(parts)}, {rate:.3g} a second: {listed}")
+    print(f"{counts.objects} objects in {' and '.join(parts)}, {pace}: {listed}")
     if skipped:
         print(f"note: {len(skipped)} files were skipped, listed in {PREDICTIONS_NAME}", file=sys.stderr)
         for one in skipped[:_SKIPPED_SHOWN]:
