@@ -244,14 +244,28 @@ def run(arguments: Namespace) -> None:
         DataError: a source does not exist, or none can be read.
         WeightsError: the checkpoint cannot be used.
     """
+    numbers = _numbers(arguments)
     sources = find_sources(arguments.sources)
     folder, checkpoint = Path(arguments.out), Path(arguments.checkpoint)
     with results_folder(folder, sources, checkpoint, save_txt=arguments.save_txt) as names:
-        _predict(arguments, sources, folder, names)
+        _predict(arguments, detector_of(arguments, numbers), sources, folder, names)
 
 
-def _predict(arguments: Namespace, sources: Sources, folder: Path, names: Mapping[Path, ResultNames]) -> None:
-    detector = detector_of(arguments)
+def _numbers(arguments: Namespace) -> dict[str, Any]:
+    """The numbers for a :class:`Detector`, checked."""
+    numbers = {name: getattr(arguments, name) for name in ("conf", "batch_size", "precision")}
+    numbers["size"] = tuple(arguments.size) if arguments.size else None
+    check_arguments(**numbers, name=lambda name: f"--{name.replace('_', '-')}")
+    return numbers
+
+
+def _predict(
+    arguments: Namespace,
+    detector: Detector,
+    sources: Sources,
+    folder: Path,
+    names: Mapping[Path, ResultNames],
+) -> None:
     print_notes(detector)
     skipped = list(sources.skipped)
     counts = _Counts()
@@ -277,7 +291,7 @@ def _predict(arguments: Namespace, sources: Sources, folder: Path, names: Mappin
         raise DataError(Problem("none of the sources can be read", where="SOURCE", value=arguments.sources))
 
 
-def detector_of(arguments: Namespace) -> Detector:
+def detector_of(arguments: Namespace, numbers: Mapping[str, Any]) -> Detector:
     """The detector that the command's options ask for.
 
     Raises:
@@ -290,9 +304,6 @@ def detector_of(arguments: Namespace) -> Detector:
             key = Path(arguments.key_file).read_text(encoding="utf-8").rstrip("\r\n")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(Problem(f"the key cannot be read: {error}", where="--key-file")) from None
-    numbers = {name: getattr(arguments, name) for name in ("conf", "batch_size", "precision")}
-    numbers["size"] = tuple(arguments.size) if arguments.size else None
-    check_arguments(**numbers, name=lambda name: f"--{name.replace('_', '-')}")
     return Detector(
         arguments.checkpoint,
         **numbers,
