@@ -6,7 +6,10 @@ What needs torch is imported inside functions: the devices are chosen before.
 from __future__ import annotations
 
 import os
+import shlex
 from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
 
 from ddetr_mm.engine.distributed import (
     decided_by_first_rank,
@@ -18,7 +21,8 @@ from ddetr_mm.spec import load_spec
 from ddetr_mm.tasks.check import early_check, quick_check
 from ddetr_mm.tasks.session import open_session, require_gpus, run_on_ranks
 
-LATEST_NAME = "dd_model_latest.pth"  # as in engine.checkpoint, which takes seconds to import
+# As in engine.checkpoint, model_selection and curves, which take seconds to import.
+LATEST_NAME, BEST_NAME, CURVES_NAME = "dd_model_latest.pth", "dd_model_best.pth", "curves.html"
 
 
 def run(arguments: Namespace) -> None:
@@ -68,6 +72,25 @@ def run(arguments: Namespace) -> None:
                     runner.logger.info(text)
                     session.status.write(text)
             runner.train()
+            if is_first_rank() and not spec.train.is_dry_run:
+                print(what_next(session.folder, arguments.experiment_spec, arguments.overrides))
+
+
+def what_next(folder: Path, spec_file: str, overrides: Sequence[str]) -> str:
+    """Say where the results of a run are, and which command evaluates the best of its checkpoints.
+
+    Args:
+        folder: the results folder of the run.
+        spec_file: the spec, as it was given.
+        overrides: those of the run; what is for other tasks too is repeated.
+    """
+    names = [name for name in (LATEST_NAME, BEST_NAME, CURVES_NAME) if (folder / name).exists()]
+    best = next((name for name in (BEST_NAME, LATEST_NAME) if name in names), None)
+    if best is None:
+        return f"results: {folder}"
+    kept = [text for text in overrides if not text.startswith(("train.", "evaluate.checkpoint="))]
+    words = ["ddetr-mm", "evaluate", "-e", str(spec_file), *kept, f"evaluate.checkpoint={folder / best}"]
+    return f"results: {', '.join(str(folder / name) for name in names)}\nnext: {shlex.join(words)}"
 
 
 def nothing_to_do(done: int, wanted: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,11 @@ def test_training_again_continues_from_the_latest_checkpoint(trained_project: Pr
     messages = [line["message"] for line in status_lines(folder / "status.json")]
     assert any(message.startswith("Resuming training from checkpoint: ") for message in messages)
     assert f"training: {before}/" not in done.stderr and f"training: {after}/{after} steps" in done.stderr
+    # The last line is a command that works as it is.
+    program, *arguments = shlex.split(done.stdout.splitlines()[-1].removeprefix("next: "))
+    assert program == "ddetr-mm" and str(folder / "dd_model_best.pth") in arguments[-1]
+    trained_project.run(*arguments, f"evaluate.results_dir={tmp_path / 'evaluate'}")
+    assert (tmp_path / "evaluate" / "results.json").is_file()
 
 
 @pytest.mark.parametrize(
