@@ -35,7 +35,8 @@ import ddetr_mm  # noqa: E402, F401  (before mmcv's ops: answers for the compile
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # isort: skip  # noqa: E402
 
 from ddetr_mm.models.deformable_attention import level_layout  # noqa: E402
-from ddetr_mm.models.triton_attention import agree, backward_candidates, forward_candidates  # noqa: E402
+from ddetr_mm.models.sampling_choice import agree  # noqa: E402
+from ddetr_mm.models.triton_attention import backward_candidates, forward_candidates  # noqa: E402
 
 STRIDES, CHANNELS, POINTS = (8, 16, 32, 64), 32, 4
 PYTORCH, MMCV = "PyTorch form", "mmcv"

@@ -33,6 +33,7 @@ from ddetr_mm.classes import BY_NAME_HINT, compare_columns, list_columns, named_
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.errors import InputError, Problem, WeightsError
 from ddetr_mm.files import free_space_text, write_text_whole, written_whole
+from ddetr_mm.models import sampling_choice
 from ddetr_mm.outputs import remove_leftovers, remove_ours, require_free
 from ddetr_mm.weights.encryption import (
     encrypt_file,
@@ -409,6 +410,9 @@ def _flush(path: Path) -> None:
 # --- The hook ---
 
 UNITS = ("epoch", "step")
+KERNELS_KEY = "attention_kernels"
+"""In ``meta['ddetr_mm']`` of a run on a GPU: what computed deformable attention, by kind, which a resumed run
+prefers (:mod:`ddetr_mm.models.sampling_choice`)."""
 
 
 @HOOKS.register_module()
@@ -428,6 +432,8 @@ class TAOCheckpointHook(Hook):
     Random states: on resume, numpy's and Python's are restored before the epoch begins and torch's before
     its first step. An uninterrupted run does the same between two epochs, so that numbers drawn by
     validation or by starting workers make no difference.
+
+    ``meta['ddetr_mm']`` has the attention kernels of a run on a GPU too, which a resumed run prefers.
 
     Args:
         interval: save every so many units.
@@ -472,6 +478,10 @@ class TAOCheckpointHook(Hook):
         self._torch_rng_to_restore: RngState | None = None
         self._waits_for_ranks = True
 
+    def before_run(self, runner: Any) -> None:
+        """Let this run choose its attention kernels, whatever an earlier run of this process chose."""
+        sampling_choice.forget_choices()
+
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Restore the message hub's form for mmengine, and keep this rank's random states for later.
 
@@ -485,6 +495,8 @@ class TAOCheckpointHook(Hook):
         if left_out := leave_out_unread(checkpoint, runner.model):
             runner.logger.info(f"{left_out} tensors of the checkpoint are left out: {UNREAD}")
         refuse_other_classes(checkpoint.get("meta") or {}, runner.train_dataloader.dataset, runner.logger)
+        own = (checkpoint.get("meta") or {}).get("ddetr_mm")
+        sampling_choice.prefer(own.get(KERNELS_KEY) if isinstance(own, Mapping) else None)
         states = checkpoint.get("rng_states") or []
         if get_rank() < len(states):
             self._restore_later(states[get_rank()])
@@ -659,7 +671,8 @@ class TAOCheckpointHook(Hook):
         """Write a file on the first rank; the others take part, unless it is :meth:`alone`."""
         scheme = plain_values(network_scheme(unwrapped(runner.model)))
         version = {"package_version": ddetr_mm.__version__}
-        meta["ddetr_mm"] = {**scheme, **version, **self.extra_meta, **(remarks or {})}
+        kernels = {KERNELS_KEY: chosen} if (chosen := sampling_choice.chosen_names()) else {}
+        meta["ddetr_mm"] = {**scheme, **version, **kernels, **self.extra_meta, **(remarks or {})}
         # Between two epochs the state to restore is the one after the last step, whatever was drawn since.
         own_state = self._torch_rng_to_restore or capture_rng_state()
         self._rng_states = all_gather_object(own_state) if self._waits_for_ranks else []

@@ -7,10 +7,7 @@ The gradient of the values has two forms. By atomic additions, every point adds 
 order varies, so that the last bits differ from run to run. By a gather, points are sorted by cell, stably,
 and every cell sums its own in that order: deterministic.
 
-Candidates are tried in a fixed order: mmcv's op, then Triton. The first whose results agree with mmcv's
-PyTorch form on the first tensors of a kind is used from then on, and logged; a candidate that fails, or
-returns zeros or non-finite numbers, is skipped with a warning. So two runs on one machine use the same
-kernels.
+Which of them is used: :mod:`ddetr_mm.models.sampling_choice`.
 
 Shapes as in :mod:`ddetr_mm.models.deformable_attention`.
 """
@@ -21,10 +18,9 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
@@ -32,12 +28,12 @@ from typing import Any
 
 import torch
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
-from mmengine.logging import print_log
 from torch import Tensor
 from torch.nn import functional
 
 from ddetr_mm.compat.mmcv_ops import INSTALL_COMMAND, has_compiled_ops
 from ddetr_mm.errors import Problem, StackError
+from ddetr_mm.models.sampling_choice import Candidate, choose, in_order
 
 # --- Triton ---
 
@@ -314,8 +310,6 @@ def _gathered_value_gradient(
 IMPLEMENTATIONS = ("auto", "mmcv", "triton", "torch")
 """Values of a config; ``torch`` is mmcv's PyTorch form."""
 
-Run = Callable[..., tuple[Tensor, ...]]
-
 
 @functools.cache
 def has_compiled_cuda_op() -> bool:
@@ -330,21 +324,6 @@ def has_compiled_cuda_op() -> bool:
 
 GPU_HAS_ITS_OWN = has_compiled_cuda_op() or has_triton()
 """Whether a GPU has more than mmcv's PyTorch form; a constant for torch.compile."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to sample, or to compute the gradients.
-
-    Attributes:
-        name: for the log.
-        run: takes the tensors, returns a tuple of tensors.
-        deterministic: whether equal inputs give equal bits.
-    """
-
-    name: str
-    run: Run
-    deterministic: bool = True
 
 
 def _op_step(batch: int, im2col_step: int) -> int:
@@ -413,7 +392,7 @@ def forward_candidates(
             )
             for launch in LAUNCHES
         ]
-    return found
+    return in_order(found, device)
 
 
 def backward_candidates(
@@ -434,7 +413,7 @@ def backward_candidates(
                 )
                 for launch in LAUNCHES
             ]
-    return found
+    return in_order(found, device)
 
 
 def check_available(implementation: str, device: torch.device) -> None:
@@ -455,7 +434,7 @@ def check_available(implementation: str, device: torch.device) -> None:
         )
 
 
-# --- Choice ---
+# --- What candidates are judged by ---
 
 _JUDGED_QUERIES = 1024
 """Queries of one image on which candidates are compared, spread over all."""
@@ -517,134 +496,6 @@ def judged_part(*tensors: Tensor) -> tuple[Tensor, ...]:
     return (*per_query[:-2], value[:1].contiguous(), *per_query[-2:], shapes, starts)
 
 
-def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Return whether results are equal up to rounding: 1e-4 of the largest in float32, 2e-2 in half
-    precision.
-
-    One element of a thousand may differ more: the gradient of a location is discontinuous at a cell's edge.
-    """
-    for one, other in zip(found, expected, strict=True):
-        if not other.numel():
-            continue
-        tolerance = 1e-4 if other.dtype == torch.float32 else 2e-2
-        limit = tolerance * other.float().abs().max()
-        near = (one.float() - other.float()).abs() <= limit  # False for NaN
-        if near.float().mean() < 0.999:
-            return False
-    return True
-
-
-def qualifies(candidate: Candidate, tensors: Sequence[Tensor], expected: Sequence[Tensor], what: str) -> bool:
-    """Return whether a candidate runs and agrees with the expected results; logs a warning if not."""
-    problem = None
-    try:
-        found = candidate.run(*tensors)
-        if any(other.any() and not one.any() for one, other in zip(found, expected, strict=True)):
-            problem = "its results are zeros"
-        elif not agree(found, expected):
-            problem = "its results differ from PyTorch's"
-    except Exception as error:  # any error of a compiler or driver: another candidate may do
-        problem = repr(error)
-    if problem:
-        print_log(f"{what}: {candidate.name} is skipped: {problem}", "current", logging.WARNING)
-    return problem is None
-
-
-_chosen: dict[tuple, Candidate] = {}
-
-
-def forget_choices() -> None:
-    """Choose again at the next call."""
-    _chosen.clear()
-
-
-def choose(
-    direction: str,
-    kind: str,
-    candidates: Sequence[Candidate],
-    tensors: Callable[[], Sequence[Tensor]],
-    *,
-    last: Candidate | None,
-    expected: Candidate,
-    capturing: bool = False,
-    deterministic: bool = False,
-) -> Candidate:
-    """Return the first candidate that agrees with PyTorch, chosen once for each direction and kind.
-
-    Args:
-        direction: ``forward`` or ``backward``.
-        kind: dtype, device and sizes of the attention, in words.
-        candidates: of :func:`forward_candidates` or :func:`backward_candidates`, in order.
-        tensors: returns the arguments for the comparison.
-        last: the choice where no candidate agrees; None makes that an error.
-        expected: computes the expected results.
-        capturing: whether a CUDA graph is captured, in which nothing can be compared; the first candidate is
-            used then.
-        deterministic: whether only deterministic candidates may be chosen.
-
-    Raises:
-        StackError: no candidate agrees, and there is no ``last``; or none is deterministic.
-    """
-    what = f"deformable attention, {direction}, {kind}"
-    steady = [candidate for candidate in candidates if candidate.deterministic]
-    if deterministic:
-        candidates = steady
-        last = last if last is not None and last.deterministic else None
-        if not steady and last is None:
-            raise StackError(
-                Problem(
-                    f"{what}: no deterministic implementation is available",
-                    hint="install triton, or set model.precise_msda=false",
-                )
-            )
-    elif _only_deterministic_algorithms():
-        if not steady:
-            _warn_once(f"{what}: no deterministic implementation is available")
-        candidates = steady or candidates
-    key = (direction, kind, tuple(candidate.name for candidate in candidates), last is None)
-    if key in _chosen:
-        return _chosen[key]
-    if capturing:
-        return [*candidates, expected][0]
-    arguments = tensors()
-    with _non_deterministic_allowed():
-        wanted = expected.run(*arguments)
-    if not all(bool(tensor.isfinite().all()) for tensor in wanted):
-        return last or candidates[0]  # diverged: nothing can be judged now
-    passed = (candidate for candidate in candidates if qualifies(candidate, arguments, wanted, what))
-    best = next(passed, last)
-    if best is None:
-        names = ", ".join(candidate.name for candidate in candidates)
-        raise StackError(
-            Problem(f"{what}: {names} does not compute what PyTorch does", hint="set ddetr_mm.attention=auto")
-        )
-    print_log(f"{what}: {best.name}", "current")
-    _chosen[key] = best
-    return best
-
-
-def _only_deterministic_algorithms() -> bool:
-    """Whether PyTorch refuses other algorithms; where it only warns, sampling stays as fast as it can be."""
-    return (
-        torch.are_deterministic_algorithms_enabled()
-        and not torch.is_deterministic_algorithms_warn_only_enabled()
-    )
-
-
-@contextlib.contextmanager
-def _non_deterministic_allowed() -> Iterator[None]:
-    """Allow the gradient of ``grid_sample``, which has no deterministic form, inside the block."""
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-
-
 def _choose_for(
     direction: str,
     candidates: Sequence[Candidate],
@@ -658,19 +509,15 @@ def _choose_for(
     dtype = str(value.dtype).removeprefix("torch.")
     return choose(
         direction,
-        f"{dtype} on {value.device}, " + ", ".join(f"{count} {name}" for name, count in sizes.items()),
+        ", ".join((dtype, *(f"{count} {name}" for name, count in sizes.items()))),
         candidates,
         functools.partial(judged_part, *tensors),
         last=PYTORCH_FORM[direction] if implementation == "auto" else None,
         expected=PYTORCH_FORM[direction],
+        device=str(value.device),
         capturing=value.is_cuda and torch.cuda.is_current_stream_capturing(),
         deterministic=deterministic,
     )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    print_log(message, "current", logging.WARNING)
 
 
 # --- Operators ---

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import mmengine.runner.runner as mmengine_runner
 import numpy as np
@@ -42,6 +44,8 @@ from ddetr_mm.engine.checkpoint import (
     refuse_other_classes,
 )
 from ddetr_mm.errors import DataError, InputError, WeightsError
+from ddetr_mm.models import sampling_choice
+from ddetr_mm.models.sampling_choice import Candidate, choose
 from ddetr_mm.outputs import protected_inputs
 
 
@@ -112,6 +116,33 @@ def test_content_is_plain_and_carries_what_tools_need(make_runner, tmp_path):
     assert checkpoint["meta"]["ddetr_mm"] == {**extra, "package_version": ddetr_mm.__version__}
     assert checkpoint["meta"]["dataset_meta"]["category_ids"] == [1, 2]
     assert len(checkpoint["rng_states"]) == 1
+
+
+class ChoosesKernels(Hook):
+    """Computes attention in the first step, with two kernels that agree."""
+
+    def __init__(self, candidates: Sequence[str]) -> None:
+        self.candidates = candidates
+
+    def after_train_iter(self, *_args: Any, **_kwargs: Any) -> None:
+        expected = Candidate("torch", lambda: (torch.ones(3),))
+        candidates = [Candidate(name, expected.run) for name in self.candidates]
+        choose("forward", "float32", candidates, tuple, last=expected, expected=expected)
+
+
+def test_attention_kernels_are_kept_and_preferred_on_resume(make_runner, tmp_path):
+    make_runner([TAOCheckpointHook(), ChoosesKernels(["mmcv", "triton"])], epochs=1).train()
+    path = tmp_path / "train" / "model_epoch_000.pth"
+    assert load(path)["meta"]["ddetr_mm"]["attention_kernels"] == {"forward, float32": "mmcv"}
+    resumed = make_runner([TAOCheckpointHook(), ChoosesKernels(["triton", "mmcv"])], epochs=2, resume=True)
+    resumed.train()
+    path = tmp_path / "train" / "model_epoch_001.pth"
+    assert load(path)["meta"]["ddetr_mm"]["attention_kernels"] == {"forward, float32": "mmcv"}
+    # A new run of the same process chooses anew.
+    make_runner([TAOCheckpointHook(), ChoosesKernels(["triton"])], tmp_path / "new", epochs=1).train()
+    path = tmp_path / "new" / "model_epoch_000.pth"
+    assert load(path)["meta"]["ddetr_mm"]["attention_kernels"] == {"forward, float32": "triton"}
+    sampling_choice.forget_choices()
 
 
 def test_reading_needs_no_class(make_runner, tmp_path):

@@ -9,15 +9,17 @@ import torch
 from mmengine.logging import MMLogger
 
 from ddetr_mm.errors import StackError
-from ddetr_mm.models import triton_attention
-from ddetr_mm.models.triton_attention import (
+from ddetr_mm.models import sampling_choice, triton_attention
+from ddetr_mm.models.sampling_choice import (
     Candidate,
     agree,
-    backward_candidates,
-    check_available,
     choose,
+    chosen_names,
     forget_choices,
+    in_order,
+    prefer,
 )
+from ddetr_mm.models.triton_attention import backward_candidates, check_available
 
 X = torch.linspace(-1, 1, 2000)
 
@@ -78,7 +80,7 @@ def test_the_first_that_agrees_is_chosen_and_logged(log) -> None:
     [
         (triple, "its results differ from PyTorch's"),
         (zeros, "its results are zeros"),
-        (nans, "its results differ from PyTorch's"),
+        (nans, "its results are not finite"),
         (fails, "RuntimeError('no such instruction')"),
     ],
 )
@@ -107,6 +109,80 @@ def test_nothing_is_judged_in_a_cuda_graph_or_by_numbers_that_are_not_finite(log
     diverged = Candidate("torch", nans)
     assert choose("forward", "float32", [NEVER], lambda: (X,), last=diverged, expected=diverged) is diverged
     assert chosen(double).name == "double"  # nothing was kept
+
+
+def test_an_op_built_for_another_gpu_returns_zeros_and_the_right_kernel_is_chosen(log) -> None:
+    """mmcv's op prints an error and returns zeros; it is not what others are judged by."""
+    right = torch.randn(2, 10, 32)
+    pytorch = Candidate("torch", lambda: (right,))
+    zero, triton = (
+        Candidate("mmcv", lambda: (torch.zeros(2, 10, 32),)),
+        Candidate("triton 16x2", lambda: (right.clone(),)),
+    )
+    found = choose("forward", "float32", [zero, triton], tuple, last=pytorch, expected=pytorch)
+    assert found is triton
+    assert "mmcv is skipped: its results are zeros" in log.text
+
+
+def test_inputs_of_zeros_do_not_let_an_op_pass_that_returns_zeros(log) -> None:
+    state = torch.get_rng_state()
+    found = choose(
+        "backward",
+        "float32",
+        [Candidate("mmcv", zeros), Candidate("triton", double)],
+        lambda: (torch.zeros(2000),),
+        last=PYTORCH,
+        expected=PYTORCH,
+    )
+    assert found.name == "triton"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_in_a_cuda_graph_one_that_failed_before_is_not_used(log) -> None:
+    assert chosen(zeros, double).name == "double"
+    assert chosen(zeros, double, direction="backward", capturing=True).name == "double"
+
+
+def test_choices_are_kept_for_checkpoints_and_tried_first_on_resume(log) -> None:
+    assert chosen(triple, double_with_rounding, double).name == "double_with_rounding"
+    assert chosen_names() == {"forward, float32": "double_with_rounding"}
+    prefer({"forward, float32": "double", "backward, float32": "torch", 3: "x"})
+    assert chosen_names() == {"forward, float32": "double", "backward, float32": "torch"}
+    assert chosen(double_with_rounding, double).name == "double"
+    assert "forward, float32: double, as in the checkpoint (ddetr_mm.attention chooses another)" in log.text
+    assert chosen(double, direction="backward") is PYTORCH  # PyTorch's form may be the checkpoint's choice
+    assert chosen(triple, double, kind="float16").name == "double"  # a new kind: in order
+    assert chosen_names()["forward, float16"] == "double"
+
+
+@pytest.mark.parametrize("candidates", [(fails, double), (double,)])
+def test_a_checkpoints_choice_that_no_longer_qualifies_is_replaced_and_logged(log, candidates) -> None:
+    prefer({"forward, float32": "fails"})
+    assert chosen(*candidates).name == "double"
+    reason = "RuntimeError('no such instruction')" if len(candidates) > 1 else "not available here"
+    assert f"forward, float32: double, not fails as in the checkpoint: {reason}" in log.text
+    assert chosen_names() == {"forward, float32": "double"}
+
+
+@pytest.mark.parametrize("spoilt", [None, 3, "mmcv", ["mmcv"], {"forward, float32": {}}])
+def test_a_checkpoint_with_something_else_in_its_place_prefers_nothing(log, spoilt) -> None:
+    prefer(spoilt)
+    assert chosen_names() == {}
+    assert chosen(double).name == "double"
+
+
+def test_the_order_comes_from_the_table_by_generation(monkeypatch) -> None:
+    names = ("triton 32x4", "triton 16x2", "other", "mmcv")
+    candidates = [Candidate(name, double) for name in names]
+    table = {9: ("triton 16x2", "mmcv", "triton")}
+    monkeypatch.setattr(sampling_choice, "ORDER_BY_GENERATION", table)
+    for generation, expected in (
+        (9, ["triton 16x2", "mmcv", "triton 32x4", "other"]),
+        (8, ["mmcv", "triton 32x4", "triton 16x2", "other"]),
+    ):
+        monkeypatch.setattr(sampling_choice, "_generation", lambda device, found=generation: found)
+        assert [one.name for one in in_order(candidates, torch.device("cuda", 0))] == expected
+    assert in_order(candidates, torch.device("cpu"))[0].name == "mmcv"
 
 
 def test_deterministic_algorithms_are_preferred_where_they_are_demanded(log) -> None:

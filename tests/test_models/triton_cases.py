@@ -18,7 +18,7 @@ import ddetr_mm  # noqa: F401  (before mmcv's ops: answers for the compiled ones
 
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # isort: skip
 
-from ddetr_mm.models import triton_attention
+from ddetr_mm.models import sampling_choice
 from ddetr_mm.models.cpu_sampling import sample_values_on_cpu
 from ddetr_mm.models.deformable_attention import level_layout
 from ddetr_mm.models.triton_attention import Launch, deformable_sampling, sample_backward, sample_forward
@@ -122,7 +122,7 @@ def judge_operator(device: str) -> dict[str, float]:
     again = torch.autograd.grad(
         deformable_sampling(*tensors, *geometry, "triton", 64, True), tensors, upstream
     )
-    used = [one.name for key, one in triton_attention._chosen.items() if key[0] == "backward"]
+    used = [one.name for key, one in sampling_choice._chosen.items() if key[0] == "backward"]
     torch.library.opcheck(
         deformable_sampling,
         (*tensors, *geometry, "triton", 64, True),
