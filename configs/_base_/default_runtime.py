@@ -21,6 +21,7 @@ default_hooks = dict(
 )
 custom_hooks = [
     dict(type="ProgressHook"),
+    dict(type="TF32Hook", tf32=True),
     dict(type="CudnnHook", benchmark=False, deterministic=True),
     dict(type="ResumeHook", optimizer="from_checkpoint"),
     dict(type="StatusHook"),

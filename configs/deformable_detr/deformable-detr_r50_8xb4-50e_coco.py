@@ -9,6 +9,7 @@ _base_ = [
 
 custom_hooks = [
     dict(type="ProgressHook"),
+    dict(type="TF32Hook", tf32=True),
     dict(type="CudnnHook", benchmark=False, deterministic=True),
     dict(type="ResumeHook", optimizer="from_checkpoint"),
     dict(type="StatusHook"),

@@ -1,4 +1,4 @@
-"""Mixed precision, gradient accumulation and learning-rate scaling."""
+"""TF32, mixed precision, gradient accumulation and learning-rate scaling."""
 
 from __future__ import annotations
 
@@ -13,6 +13,49 @@ from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from torch import nn
+
+# --- TF32 ---
+
+
+def has_tf32() -> bool:
+    """Return whether the current GPU multiplies in TF32: NVIDIA's from Ampere (8.0) on."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+@HOOKS.register_module()
+class TF32Hook(Hook):
+    """Chooses how a GPU multiplies float32 numbers in a run, from Ampere on; afterwards it is as before.
+
+    TF32 rounds the factors of matrix products and convolutions to 10 bits of mantissa and sums in float32,
+    several times as fast. torch's default, which TAO leaves as it is: convolutions alone.
+
+    Args:
+        tf32: use it for both; False for neither.
+    """
+
+    priority = "VERY_HIGH"
+
+    def __init__(self, tf32: bool = True) -> None:
+        self.tf32 = tf32
+        self._before: tuple[bool, bool] | None = None
+
+    def before_run(self, runner: Any) -> None:
+        """Set both switches, where the GPU has TF32."""
+        if not has_tf32():
+            return
+        self._before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
+        if self.tf32:
+            runner.logger.info("float32 is multiplied in TF32 on this GPU; in full: ddetr_mm.tf32=false")
+
+    def after_run(self, runner: Any) -> None:
+        """Set both switches back."""
+        if self._before is not None:
+            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self._before
+            self._before = None
+
 
 # --- Mixed precision: ``train.precision`` fp16 and bf16 ---
 # mmengine's ``AmpOptimWrapper`` refuses to run without a GPU and scales losses for every number format.

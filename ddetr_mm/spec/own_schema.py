@@ -334,6 +334,14 @@ class OwnSection(Section):
         doc="""Precision of evaluation and inference; scores and boxes are float32 all the same. The precision
         of training is train.precision.""",
     )
+    tf32: StrictBool = spec_field(
+        True,
+        origin=OURS,
+        doc="""Multiply float32 numbers in TF32 on GPUs from Ampere on, in train, evaluate and inference:
+        several times as fast, factors rounded to 10 bits of mantissa. It matters with precision fp32; beside
+        half precision little is float32. false: in full. TAO leaves torch's default: TF32 in convolutions,
+        not in matrix products.""",
+    )
     profile: StrictBool = spec_field(
         False,
         origin=OURS,

@@ -99,6 +99,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "ddetr_mm.compile": RUN,
     "ddetr_mm.compile_mode": RUN,
     "ddetr_mm.predict_precision": RUN,
+    "ddetr_mm.tf32": RUN,
     "ddetr_mm.export_fp16": ("export",),
     "ddetr_mm.automl": AUTOML,
     "ddetr_mm.quantize_images": ("quantize",),
@@ -133,6 +134,7 @@ _NOT_OF_EXPORTED = (
             "compile",
             "compile_mode",
             "predict_precision",
+            "tf32",
         )
     ),
 )

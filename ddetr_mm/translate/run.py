@@ -157,7 +157,10 @@ CHECKPOINT_KEYS = (
     "train.checkpointer.replace_periodic",
 )
 SEED_KEYS = ("train.seed", "ddetr_mm.deterministic")
+FLOAT_KEYS = ("ddetr_mm.tf32",)
+FLOAT_SUBTASKS = ("train", "evaluate", "inference")
 HOOK_KEYS = (
+    *FLOAT_KEYS,
     "train.cudnn.benchmark",
     "train.cudnn.deterministic",
     "train.verbose",
@@ -231,9 +234,12 @@ def default_hooks(spec: ExperimentSpec, *, train: bool, zero_padded_values: bool
     return hooks
 
 
-def custom_hooks(spec: ExperimentSpec, *, train: bool) -> list[dict[str, Any]]:
+def custom_hooks(spec: ExperimentSpec, subtask: str) -> list[dict[str, Any]]:
     """Hooks beyond mmengine's default ones; a dry run draws no curves, so that those of a real run stay."""
+    train = subtask == "train"
     hooks: list[dict[str, Any]] = [dict(type="ProgressHook")]
+    if subtask in FLOAT_SUBTASKS:
+        hooks.append(dict(type="TF32Hook", tf32=spec.ddetr_mm.tf32))
     if not train:
         return hooks
     cudnn = spec.train.cudnn

@@ -330,8 +330,8 @@ def _add_run(draft: ConfigDraft, spec: ExperimentSpec, subtask: str, zeroed: boo
     )
     draft.add(
         "custom_hooks",
-        run.custom_hooks(spec, train=train),
-        run.HOOK_KEYS if train else (),
+        run.custom_hooks(spec, subtask),
+        run.HOOK_KEYS if train else run.FLOAT_KEYS if subtask in run.FLOAT_SUBTASKS else (),
     )
     draft.add(
         "visualizer",

@@ -18,6 +18,7 @@ import torch
 from mmdet.registry import HOOKS, MODELS
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS
 from mmengine.runner import Runner
@@ -28,6 +29,44 @@ from torch import nn
 
 from ddetr_mm.engine.curves import RunScalars
 from ddetr_mm.errors import DataError, WeightsError
+
+# --- TF32 ---
+
+
+@pytest.mark.parametrize(
+    ("given", "capability", "before", "expected"),
+    [
+        ((), (8, 0), (False, True), (True, True)),
+        ((), (9, 0), (False, True), (True, True)),
+        ((), (7, 5), (False, True), (False, True)),  # no TF32 there: as it was
+        ((), None, (False, True), (False, True)),
+        (("ddetr_mm.tf32=false",), (8, 6), (True, True), (False, False)),
+        (("train.precision=bf16",), (8, 0), (False, True), (True, True)),  # of what stays in float32
+    ],
+)
+def test_tf32_of_precision_fp32_from_ampere_on(tiny_config, monkeypatch, given, capability, before, expected):
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    found = matmul.allow_tf32, cudnn.allow_tf32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    (settings,) = [hook for hook in tiny_config(*given).custom_hooks if hook.type == "TF32Hook"]
+    hook = HOOKS.build(settings)
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+    try:
+        hook.before_run(types.SimpleNamespace(logger=MMLogger.get_current_instance()))
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == expected
+        hook.after_run(None)
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = found
+
+
+@pytest.mark.parametrize("subtask", ["evaluate", "inference"])
+def test_tf32_is_set_for_predictions_too(tiny_config, subtask):
+    for given, expected in (((), True), (("ddetr_mm.tf32=false",), False)):
+        hooks = tiny_config(*given, subtask=subtask).custom_hooks
+        assert [hook.tf32 for hook in hooks if hook.type == "TF32Hook"] == [expected]
+
 
 # --- optimizer, schedule and precision of a step ---
 
@@ -578,7 +617,8 @@ def test_wandb_is_asked_for_by_its_section(tiny_config):
         save_code=True,
     )
     settings = backends(*(f"wandb.{name}={json.dumps(value)}" for name, value in fields.items()))[0]
-    assert dict(settings) == dict(type="WandbBackend", announce=True, **fields)
+    # mmengine takes "name" for the key under which the visualizer keeps the backend.
+    assert dict(settings) == dict(type="WandbBackend", announce=True, run_name=fields.pop("name"), **fields)
     assert backends()[0].announce is False  # TAO's default is on: most users never asked for it
 
 
