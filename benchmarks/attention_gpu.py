@@ -1,20 +1,25 @@
 """Deformable sampling on a GPU: mmcv's compiled op, the Triton kernels and the PyTorch form, side by side.
 
-One process, the same inputs: the encoder's (every cell of four levels asks) and the decoder's (300 queries)
-of four 800x1333 images, 8 heads of 32 channels, 4 points, values in float32, float16 and bfloat16. Before
-the clock starts, forward and gradients of all are compared with the PyTorch form in float32; contestants
-that differ are reported and left out. Then they alternate, forward alone and backward alone. The PyTorch
-form is mmcv's, which Hugging Face's model has under another name.
+The same inputs: the encoder's (every cell of four levels asks) and the decoder's (300 queries) of four
+800x1333 images, 8 heads of 32 channels, 4 points, values in float32, bfloat16 and float16. Before the clock
+starts, forward and gradients of all are compared with the PyTorch form in float32; contestants that differ
+are reported and left out. Then they alternate, forward alone and backward alone. The PyTorch form is mmcv's,
+which Hugging Face's model has under another name. The package deformops (MIT, Triton kernels) takes part
+where it is installed.
+
+Every figure is written when it is known; after a crash another process continues without its cause.
 
 Run: ``python benchmarks/attention_gpu.py`` (``--record`` writes
-``benchmarks/records/attention_gpu.{json,md}``; ``--device cpu --quick`` tries it out on tiny inputs, with the
-Triton kernels where ``TRITON_INTERPRET=1``).
+``benchmarks/records/attention_gpu.{jsonl,json,md}``; ``--device cpu --quick`` tries it out on tiny inputs,
+with the Triton kernels where ``TRITON_INTERPRET=1``).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,11 +28,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(Path(__file__).parent))
-RECORD = Path(__file__).parent / "records" / "attention_gpu"
+NAME = Path(__file__).stem
 
 import torch  # noqa: E402
-from environment import heading, load_average, report  # noqa: E402
-from gpu_alternating import alternate_on, describe_device, device_of, megabytes, peak_mb, times_text  # noqa: E402
+from environment import load_average  # noqa: E402
+from gpu_alternating import (  # noqa: E402
+    Step,
+    alternate_on,
+    attempt,
+    describe_device,
+    device_of,
+    peak_mb,
+    time_ms,
+)
+from gpu_process import Deadline, Figures, add_process_arguments, run_and_record  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import ddetr_mm  # noqa: E402, F401  (before mmcv's ops: answers for the compiled ones)
@@ -39,8 +53,8 @@ from ddetr_mm.models.sampling_choice import agree  # noqa: E402
 from ddetr_mm.models.triton_attention import backward_candidates, forward_candidates  # noqa: E402
 
 STRIDES, CHANNELS, POINTS = (8, 16, 32, 64), 32, 4
-PYTORCH, MMCV = "PyTorch form", "mmcv"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PYTORCH, MMCV, DEFORMOPS = "PyTorch form", "mmcv", "deformops"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Run = Callable[..., tuple[Tensor, ...]]
 
 
@@ -84,34 +98,54 @@ def pytorch_backward(
     return torch.autograd.grad(pytorch_forward(sizes_hw, *needed)[0], needed, upstream)
 
 
+def deformops_forward(
+    value: Tensor, locations: Tensor, weights: Tensor, shapes: Tensor, starts: Tensor
+) -> tuple:
+    """The package's functional form, with the backend that it chooses."""
+    msda = importlib.import_module("deformops.registry").msda
+    return (msda(value, shapes, starts, locations, weights.flatten(3)),)
+
+
+def deformops_backward(
+    upstream: Tensor, value: Tensor, locations: Tensor, weights: Tensor, *layout: Tensor
+) -> tuple:
+    """Forward and all gradients."""
+    needed = [tensor.detach().requires_grad_() for tensor in (value, locations, weights)]
+    return torch.autograd.grad(deformops_forward(*needed, *layout)[0], needed, upstream)
+
+
 def contestants(direction: str, given: dict[str, Any], device: torch.device) -> dict[str, Run]:
-    """The contestants; the yardstick first."""
-    find, pytorch = {
-        "forward": (forward_candidates, pytorch_forward),
-        "backward": (backward_candidates, pytorch_backward),
+    """The contestants; the one that all are compared with first."""
+    find, pytorch, deformops = {
+        "forward": (forward_candidates, pytorch_forward, deformops_forward),
+        "backward": (backward_candidates, pytorch_backward, deformops_backward),
     }[direction]
-    found: dict[str, Run] = {candidate.name: candidate.run for candidate in find(device)}
-    found[PYTORCH] = functools.partial(pytorch, given["sizes_hw"])
+    found: dict[str, Run] = {PYTORCH: functools.partial(pytorch, given["sizes_hw"])}
+    found |= {candidate.name: candidate.run for candidate in find(device)}
+    if importlib.util.find_spec("deformops"):
+        found[DEFORMOPS] = deformops
     return found
 
 
-def agreeing(
-    runs: dict[str, Run], tensors: tuple[Tensor, ...], exact: tuple[Tensor, ...]
-) -> tuple[dict[str, Run], dict[str, float], list[str]]:
-    """Who computes the same as the PyTorch form in float32: runs, how far all are apart, who differs."""
-    expected = runs[PYTORCH](*exact)
-    kept, apart, wrong = {}, {}, []
-    for name, run in runs.items():
-        found = run(*tensors)
-        # Judged by the dtype of the values, in which all results but locations' gradients come.
-        dtype = found[0].dtype
-        judged = [(one.to(dtype), other.to(dtype)) for one, other in zip(found, expected, strict=True)]
-        apart[name] = max(_quantile_apart(one, other) for one, other in judged)
-        if agree(*zip(*judged, strict=True)):
-            kept[name] = run
-        else:
-            wrong.append(name)
-    return kept, apart, wrong
+def judged(
+    run: Run, tensors: tuple[Tensor, ...], expected: list[tuple[Tensor, ...]]
+) -> tuple[float, bool, tuple[Tensor, ...]]:
+    """How far a contestant's results are from the PyTorch form's in float32, and whether that is too far.
+
+    Args:
+        run: the contestant.
+        tensors: its arguments.
+        expected: the results; where it is empty, those of this contestant become it.
+    """
+    found = run(*tensors)
+    if not expected:
+        expected.append(found)
+    # Judged by the dtype of the values, in which all results but locations' gradients come.
+    dtype = found[0].dtype
+    pairs = [(one.to(dtype), other.to(dtype)) for one, other in zip(found, expected[0], strict=True)]
+    zeros = any(other.any() and not one.any() for one, other in pairs)
+    apart = max(_quantile_apart(one, other) for one, other in pairs)
+    return apart, not zeros and agree(*zip(*pairs, strict=True)), found
 
 
 def _quantile_apart(found: Tensor, expected: Tensor) -> float:
@@ -120,72 +154,75 @@ def _quantile_apart(found: Tensor, expected: Tensor) -> float:
     return float(apart.kthvalue(max(1, int(0.999 * apart.numel()))).values)
 
 
-def compare(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """Encoder and decoder, all dtypes, forward and backward."""
-    rows = []
+def measure(args: argparse.Namespace) -> None:
+    """Encoder and decoder, all dtypes, forward and backward; figures go to ``--figures``."""
+    time_limit = Deadline(args.seconds)
+    device = device_of(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    height, width = args.size
+    levels = [[-(-height // stride), -(-width // stride)] for stride in STRIDES]
+    whole = Figures(args.figures, NAME)
+    environment = {**describe_device(device, DEFORMOPS), "heads": args.heads, "batch": args.batch}
+    whole.append("environment", **environment, levels=levels)
+    if not importlib.util.find_spec("deformops"):
+        text = "deformops is not installed (it needs Python 3.12 or 3.13): pip install deformops"
+        whole.append("note", text=text)
     for part, queries in (("encoder", None), ("decoder", args.queries)):
         given = inputs(args, queries, device)
-        geometry = level_layout(given["sizes_hw"], device)
-        for dtype_name in args.dtypes:
-            exact = (given["value"], given["locations"], given["weights"], *geometry)
-            tensors = (given["value"].to(DTYPES[dtype_name]), *exact[1:])
+        for dtype in args.dtypes:
             for direction in ("forward", "backward"):
-                if direction == "backward":
-                    exact = (given["upstream"], *exact)
-                    tensors = (given["upstream"].to(DTYPES[dtype_name]), *tensors)
-                runs, apart, wrong = agreeing(contestants(direction, given, device), tensors, exact)
-                steps = {name: functools.partial(run, *tensors) for name, run in runs.items()}
-                yardstick = MMCV if MMCV in steps else PYTORCH
-                row = {
-                    "part": part,
-                    "queries": given["upstream"].shape[1],
-                    "dtype": dtype_name,
-                    "direction": direction,
-                    "yardstick": yardstick,
-                    "differ": apart,
-                    "left_out": wrong,
-                    "memory_mb": {name: peak_mb(device, step) for name, step in steps.items()},
-                    "times": alternate_on(device, steps, args.rounds, yardstick, repeats=5),
-                }
-                rows.append(row)
-                print(*markdown_rows(row), sep="\n", flush=True)
-    return rows
+                title = f"{part}, {given['upstream'].shape[1]:,} {dtype} {direction}"
+                compare(args, given, dtype, direction, whole.of_row(title), time_limit)
+    whole.append("environment", load_after=load_average())
 
 
-def markdown_rows(row: dict[str, Any]) -> list[str]:
-    """A line a contestant."""
-    head = f"| {row['part']}, {row['queries']:,} | {row['dtype']} | {row['direction']}"
-    lines = [
-        f"{head} | {name} | {times_text(times)} | {times['speedup']:.2f} | {row['differ'][name]:.1e} "
-        f"| {megabytes(row['memory_mb'][name])} |"
-        for name, times in row["times"].items()
-    ]
-    return lines + [
-        f"{head} | {name} | differs | | {row['differ'][name]:.1e} | |" for name in row["left_out"]
-    ]
+def compare(
+    args: argparse.Namespace,
+    given: dict[str, Any],
+    dtype: str,
+    direction: str,
+    figures: Figures,
+    time_limit: Deadline,
+) -> None:
+    """All contestants on one row: each alone, then alternating."""
+    if any(one["event"] == "times" for one in figures.events()):
+        return  # a process before this one did it
+    device = given["value"].device
+    layout = level_layout(given["sizes_hw"], device)
+    exact = (given["value"], given["locations"], given["weights"], *layout)
+    tensors = (given["value"].to(DTYPES[dtype]), *exact[1:])
+    if direction == "backward":
+        exact = (given["upstream"], *exact)
+        tensors = (given["upstream"].to(DTYPES[dtype]), *tensors)
+    expected: list[tuple[Tensor, ...]] = []
+    runs = contestants(direction, given, device)
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):  # then the row has no contestant
+        judged(runs[PYTORCH], exact, expected)
+    steps: dict[str, Step] = {}
+
+    def alone(name: str, run: Run) -> Step | None:
+        apart, agrees, _ = judged(run, tensors, expected)
+        figures.append("alone", name, differs=apart, wrong=not agrees)
+        if not agrees:
+            return None
+        step = functools.partial(run, *tensors)
+        figures.append("alone", name, alone_ms=time_ms(step, 3, device))
+        figures.append("alone", name, memory_mb=peak_mb(device, step))
+        return step
+
+    for name, run in runs.items():
+        step = attempt(figures, name, functools.partial(alone, name, run), time_limit, device)
+        if step is not None:
+            steps[name] = step
+    yardstick = MMCV if MMCV in steps else PYTORCH
+    if not time_limit.has_passed():
+        times = alternate_on(device, steps, args.rounds, yardstick, 1, 5, figures, time_limit)
+        for name, found in times.items():
+            figures.append("times", name, **found)
+        print(f"{figures.row}: {', '.join(times)}", flush=True)
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """The record for people."""
-    lines = heading("Deformable sampling on a GPU", result["environment"])
-    lines += [
-        f"- levels: {result['sizes_hw']}, batch {result['batch']}",
-        "",
-        "Milliseconds: median (smallest to largest); how many times mmcv's op, or the PyTorch form where",
-        "that is not installed; largest difference from the PyTorch form in float32, relative to the largest",
-        "value and but for one element of a thousand; peak memory beyond the inputs, MB. `triton 32x4`: 32",
-        "queries a program, 4 warps; `gather`: the deterministic gradient of the values. The PyTorch form's",
-        "backward includes its forward.",
-        "",
-        "| queries | values | | | ms | speed | differs | memory |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in result["rows"]:
-        lines += markdown_rows(row)
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
+def main() -> int:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda")
@@ -196,21 +233,15 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="tiny inputs, one round")
-    parser.add_argument("--record", action="store_true", help="write the record")
+    add_process_arguments(parser)
     args = parser.parse_args()
     if args.quick:
         args.size, args.batch, args.queries, args.heads, args.rounds = [16, 24], 1, 3, 1, 1
-    device = device_of(args.device)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    environment = describe_device(device)
-    rows = compare(args, device)
-    height, width = args.size
-    levels = [[-(-height // stride), -(-width // stride)] for stride in STRIDES]
-    environment["heads"] = args.heads
-    result = {"environment": environment, "sizes_hw": levels, "batch": args.batch, "rows": rows}
-    environment["load_after"] = load_average()
-    report(result, markdown(result), RECORD if args.record else None)
+    if args.figures:
+        measure(args)
+        return 0
+    return run_and_record(Path(__file__), [[]], args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

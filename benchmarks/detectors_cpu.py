@@ -71,26 +71,43 @@ def our_config(zero_padded_values: bool = True) -> Config:
     return config
 
 
-def build(folder: Path) -> dict[str, nn.Module]:
-    """The three with the same weights."""
-    from transformers import DeformableDetrForObjectDetection
+def stock_model(config: Config | None = None) -> nn.Module:
+    """mmdet's with random weights that are the same each time, from which all others take theirs.
 
+    Args:
+        config: of the model; None for :func:`stock_config`.
+    """
     torch.manual_seed(0)
-    stock = MODELS.build(stock_config())
+    stock = MODELS.build(config or stock_config())
     MMLogger.get_instance("benchmark", log_level="ERROR")  # no line a parameter
     stock.init_weights()
     with torch.no_grad():  # class scores and boxes that differ from query to query
         for name, parameter in stock.named_parameters():
             if "bbox_head" in name and parameter.ndim == 2:
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    ours = MODELS.build(our_config())
-    ours.load_state_dict(stock.state_dict())
-    text = "model = dict(num_queries=300, with_box_refine=True)"
+    return stock
+
+
+def hugging_face_model(stock: nn.Module, folder: Path) -> nn.Module:
+    """Hugging Face's with mmdet's weights, by our conversion through files in a folder."""
+    from transformers import DeformableDetrForObjectDetection
+
+    text = f"model = dict(num_queries={stock.num_queries}, with_box_refine=True)"
     torch.save({"state_dict": stock.state_dict(), "meta": {"cfg": text}}, folder / "mmdet.pth")
     convert_checkpoint(folder / "mmdet.pth", folder / "hf", "hf")
     none = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
-    theirs = DeformableDetrForObjectDetection.from_pretrained(folder / "hf", auxiliary_loss=True, **none)
-    return {STOCK: stock, HUGGING_FACE: theirs, OURS: ours}
+    found: nn.Module = DeformableDetrForObjectDetection.from_pretrained(
+        folder / "hf", auxiliary_loss=True, **none
+    )
+    return found
+
+
+def build(folder: Path) -> dict[str, nn.Module]:
+    """The three with the same weights."""
+    stock = stock_model()
+    ours = MODELS.build(our_config())
+    ours.load_state_dict(stock.state_dict())
+    return {STOCK: stock, HUGGING_FACE: hugging_face_model(stock, folder), OURS: ours}
 
 
 def predicting(models: dict[str, nn.Module]) -> dict[str, nn.Module]:

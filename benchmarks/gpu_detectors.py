@@ -12,14 +12,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectors_cpu import HUGGING_FACE, OURS, STOCK, build, losses, our_config
+from detectors_cpu import (
+    HUGGING_FACE,
+    OURS,
+    STOCK,
+    hugging_face_model,
+    losses,
+    our_config,
+    stock_config,
+    stock_model,
+)
 from gpu_alternating import describe_device, device_of
+from gpu_process import add_process_arguments
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.profiler import record_function
+
+from ddetr_mm.models.backbones import fuse_norms
+
+import mmcv.ops.multi_scale_deform_attn as mmcv_attention  # isort: skip  # after ours, which gives it its ops
 
 Step = Callable[[], Any]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,19 +57,129 @@ def arguments(title: str, precisions: Sequence[str], rounds: int) -> argparse.Ar
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--quick", action="store_true", help="tiny images and few rounds, not compiled")
-    parser.add_argument("--record", action="store_true", help="write the record")
+    add_process_arguments(parser)
     return parser
 
 
+def chosen_contestants(args: argparse.Namespace, known: Sequence[Contestant]) -> list[Contestant]:
+    """Those that ``--only`` names, else those of ``--precisions``.
+
+    Raises:
+        SystemExit: a name is unknown.
+    """
+    if args.only:
+        unknown = sorted(set(args.only) - {one.name for one in known})
+        if unknown:
+            raise SystemExit(f"no such contestant: {', '.join(unknown)}")
+        return [one for one in known if one.name in args.only]
+    return [
+        one for one in known if one.precision in args.precisions and not (args.no_compile and one.is_compiled)
+    ]
+
+
+def groups_of(chosen: Sequence[Contestant]) -> list[list[str]]:
+    """Names of the contestants that share a process: all eager ones, and each compiled one alone.
+
+    torch.compile limits how often one piece of code is compiled in a process; beyond it the contestant
+    would run eagerly without a message.
+    """
+    eager = [one.name for one in chosen if not one.is_compiled]
+    return [*([eager] if eager else []), *([one.name] for one in chosen if one.is_compiled)]
+
+
 def set_up(args: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
-    """The device, with mmdet's classes registered, and the head of the record.
+    """The device, with mmdet's classes registered and its op made usable, and the head of the record.
 
     Raises:
         SystemExit: CUDA is asked for and not there.
     """
     device = device_of(args.device)
+    environment = {**describe_device(device), "image": "x".join(map(str, args.size))}
     register_all_modules(init_default_scope=True)
-    return device, {**describe_device(device), "image": "x".join(map(str, args.size))}
+    return device, {**environment, "mmdet's sampling": prepare_stock_sampling(device)}
+
+
+# --- mmdet's sampling ---
+
+
+class Float32Sampling:
+    """mmcv's sampling, which gets float32 where autocast hands it bfloat16: it has no such kernel."""
+
+    base: Any = None
+
+    @classmethod
+    def apply(
+        cls, value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, step: Any
+    ) -> Tensor:
+        """As mmcv's autograd function; the result has the dtype of ``value``."""
+        if value.dtype != torch.bfloat16:
+            return cls.base.apply(value, shapes, starts, locations, weights, step)
+        given = (value.float(), shapes, starts, locations.float(), weights.float(), step)
+        return cls.base.apply(*given).to(value.dtype)
+
+
+class PyTorchSampling:
+    """mmcv's PyTorch form in place of its op."""
+
+    @staticmethod
+    def apply(
+        value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, step: Any
+    ) -> Tensor:
+        """As mmcv's autograd function; the result has the dtype of ``value``."""
+        given = (value.float(), shapes, locations.float(), weights.float())
+        return mmcv_attention.multi_scale_deformable_attn_pytorch(*given).to(value.dtype)
+
+
+def prepare_stock_sampling(device: torch.device) -> str:
+    """Make mmdet's own op usable on this device; returns what it is, for the record.
+
+    An op that was built for another GPU prints an error and returns zeros: mmdet gets mmcv's PyTorch form
+    then.
+    """
+    if device.type != "cuda":
+        return "mmcv's PyTorch form"
+    base = mmcv_attention.MultiScaleDeformableAttnFunction
+    problem = sampling_problem(base, device)
+    if problem:
+        mmcv_attention.MultiScaleDeformableAttnFunction = PyTorchSampling
+        return f"mmcv's PyTorch form, since its op {problem}"
+    Float32Sampling.base = base
+    mmcv_attention.MultiScaleDeformableAttnFunction = Float32Sampling
+    return "mmcv's op, in float32 where autocast gives bfloat16"
+
+
+def sampling_problem(function: Any, device: torch.device) -> str | None:
+    """What is wrong with an op, judged by mmcv's PyTorch form on a few values; None where nothing is.
+
+    Args:
+        function: mmcv's autograd function, or another with its ``apply``.
+        device: where it is tried.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = torch.tensor([[4, 5], [2, 3]], device=device)
+    starts = torch.tensor([0, 20], device=device)
+    tensors = [
+        torch.rand(*shape, generator=generator).to(device).requires_grad_()
+        for shape in ((1, 26, 2, 8), (1, 3, 2, 2, 4, 2), (1, 3, 2, 2, 4))
+    ]
+    upstream = torch.rand(1, 3, 16, generator=generator).to(device)
+
+    def both(sampled: Tensor) -> list[Tensor]:
+        return [sampled.detach(), *torch.autograd.grad(sampled, tensors, upstream)]
+
+    value, locations, weights = tensors
+    expected = both(mmcv_attention.multi_scale_deformable_attn_pytorch(value, shapes, locations, weights))
+    try:
+        found = both(function.apply(value, shapes, starts, locations, weights, 64))
+    except Exception as error:
+        return f"fails: {' '.join(str(error).split())[:120]}"
+    if not any(one.any() for one in found):
+        return "returns zeros"
+    apart = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
+    return None if apart < 1e-3 else f"is off by {apart:.1e}"
+
+
+# --- Contestants ---
 
 
 @dataclass(frozen=True)
@@ -64,8 +189,8 @@ class Contestant:
     Attributes:
         name: as the record calls it.
         kind: whose code: stock mmdet, Hugging Face or ours.
-        precision: ``fp32``, ``tf32``, ``fp16`` or ``bf16``.
-        options: arguments of our detector.
+        precision: ``fp32``, ``tf32``, ``fp16``, ``bf16``, or ``defaults``: PyTorch's own settings.
+        options: arguments of our detector; of Hugging Face's only those of :func:`compiled`.
     """
 
     name: str
@@ -73,10 +198,21 @@ class Contestant:
     precision: str
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``torch.compile`` is part of it."""
+        return "compiled" in self.options
+
 
 def compiled(mode: str = "default") -> dict[str, Any]:
     """Options of our detector for ``torch.compile`` of all parts."""
     return {"compiled": "all", "compile_options": {"mode": mode}}
+
+
+def smaller(config: Config) -> Config:
+    """The config with few queries and layers."""
+    config.num_queries, config.encoder.num_layers, config.decoder.num_layers = 20, 1, 2
+    return config
 
 
 class Weights:
@@ -84,31 +220,45 @@ class Weights:
 
     Args:
         device: where the models go.
+        quick: a network that is small enough to try a script out.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        with tempfile.TemporaryDirectory() as folder:
-            self._models = build(Path(folder))
-        self._state = copy.deepcopy(self._models[OURS].state_dict())
+    def __init__(self, device: torch.device, quick: bool = False) -> None:
+        self.device, self._quick = device, quick
+        self._models = {STOCK: stock_model(smaller(stock_config()) if quick else None)}
+        self._state = copy.deepcopy(self._models[STOCK].state_dict())
 
     def model(self, contestant: Contestant) -> nn.Module:
-        """A fresh copy of the contestant's model, on the device."""
-        if contestant.kind != OURS:
-            return copy.deepcopy(self._models[contestant.kind]).to(self.device)
-        config = our_config()
-        config.update(contestant.options)
-        model = MODELS.build(config)
-        model.load_state_dict(self._state)
-        return model.to(self.device)
+        """A fresh copy of the contestant's model for training, on the device."""
+        if contestant.kind == OURS:
+            config = smaller(our_config()) if self._quick else our_config()
+            config.update(contestant.options)
+            model = MODELS.build(config)
+            model.load_state_dict(self._state)
+            return model.to(self.device)
+        if contestant.kind == HUGGING_FACE and HUGGING_FACE not in self._models:
+            with tempfile.TemporaryDirectory() as folder:  # converted only where it takes part
+                self._models[HUGGING_FACE] = hugging_face_model(self._models[STOCK], Path(folder))
+        model = copy.deepcopy(self._models[contestant.kind]).to(self.device)
+        if contestant.is_compiled:
+            model.model.compile(**contestant.options["compile_options"])
+        return model
+
+    def predicting_model(self, contestant: Contestant) -> nn.Module:
+        """The same as it predicts: ours with its norms folded away, as ``evaluate`` and ``inference`` do."""
+        model = self.model(contestant).eval()
+        if contestant.kind == OURS:
+            fuse_norms(model)
+        return model
 
 
 @contextlib.contextmanager
 def precision_of(contestant: Contestant, device: torch.device) -> Iterator[None]:
-    """A block in the contestant's precision: TF32 matrix products, or autocast."""
+    """A block in the contestant's precision: TF32, autocast, or what PyTorch does by itself."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    tf32 = contestant.precision != "fp32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if contestant.precision != "defaults":
+        tf32 = contestant.precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     dtype = DTYPES.get(contestant.precision)
     try:
         with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
@@ -244,7 +394,9 @@ __all__ = [
     "Weights",
     "apart",
     "arguments",
+    "chosen_contestants",
     "compiled",
+    "groups_of",
     "inference_step",
     "outputs",
     "padded_batch",
