@@ -7,21 +7,23 @@ the waits show that ``train_gpu``, whose batches are on the GPU already, leaves 
 two points at which the GPU has finished its work; every contestant has a process of its own.
 
 Run: ``python benchmarks/pipeline_gpu.py`` (``--record`` writes
-``benchmarks/records/pipeline_gpu.{jsonl,json,md}``; ``--device cpu --quick`` tries it out on tiny images and a
-small network).
+``benchmarks/records/pipeline_gpu.{jsonl,json,md}``; ``--device cpu --quick`` tries it out on tiny images and
+a small network).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -90,11 +92,13 @@ def write_data(folder: Path, size_hw: tuple[int, int], count: int) -> Path:
 # --- Times of a run ---
 
 
-class EnoughStepsError(Exception):
-    """All steps that count are done."""
-
-
-def watch_steps(figures: Figures, contestant: str, args: argparse.Namespace, deadline: Deadline) -> None:
+def watch_steps(
+    figures: Figures,
+    contestant: str,
+    args: argparse.Namespace,
+    deadline: Deadline,
+    finish: Callable[[], NoReturn],
+) -> None:
     """Have every mmengine Runner of this process write its step times and end after some steps.
 
     Args:
@@ -102,6 +106,7 @@ def watch_steps(figures: Figures, contestant: str, args: argparse.Namespace, dea
         contestant: the name there.
         args: ``warm_up`` steps do not count, ``steps`` do.
         deadline: no window begins after it.
+        finish: ends the process after the last step.
     """
     from mmengine.hooks import Hook
     from mmengine.runner import Runner
@@ -135,7 +140,7 @@ def watch_steps(figures: Figures, contestant: str, args: argparse.Namespace, dea
                     write_means(figures, contestant, self.windows, args.batch, device)
                 self.began, self.data_s = time.perf_counter(), 0.0
                 if counted >= args.steps or (counted and deadline.has_passed()):
-                    raise EnoughStepsError
+                    finish()
             self.waits_since = time.perf_counter()
 
     train = Runner.train
@@ -246,8 +251,8 @@ def run_ours(precision: str, args: argparse.Namespace, folder: Path, annotation_
     }
     path = folder / "spec.yaml"
     path.write_text(json.dumps(spec))  # JSON is YAML
-    status = ddetr_mm_main(["train", "-e", str(path)])
-    raise RuntimeError(f"train ended with status {status}")  # the hook ends it before
+    status = ddetr_mm_main(["train", "-e", str(path)])  # the hook ends it
+    raise RuntimeError(f"train ended with status {status}")
 
 
 def run_stock(precision: str, args: argparse.Namespace, folder: Path, annotation_file: Path) -> None:
@@ -297,17 +302,10 @@ def stock_run_config(
         loader.dataset.pipeline = [*pipeline[:3], multi_scale, pipeline[-1]]
     config.train_cfg.max_epochs = 1000
     config.train_cfg.val_interval = 1001
-    for name in (
-        "val_dataloader",
-        "val_evaluator",
-        "val_cfg",
-        "test_dataloader",
-        "test_evaluator",
-        "test_cfg",
-    ):
-        config[name] = None
+    for name in ("dataloader", "evaluator", "cfg"):
+        config[f"val_{name}"] = config[f"test_{name}"] = None
     config.default_hooks.checkpoint = None
-    config.default_hooks.visualization = None
+    config.default_hooks.pop("visualization")
     config.load_from = None
     if precision.startswith("bf16"):
         config.optim_wrapper.update(type="AmpOptimWrapper", dtype="bfloat16")
@@ -328,21 +326,21 @@ def measure(args: argparse.Namespace) -> None:
 
     data = args.folder / "x".join(map(str, (*args.image_size, args.images)))
     annotation_file = write_data(data, tuple(args.image_size), args.images)
-    watch_steps(figures, name, args, deadline)
+    results = Path(tempfile.mkdtemp(dir=args.folder))
 
-    def run() -> None:
-        with tempfile.TemporaryDirectory(dir=args.folder) as results:
-            try:
-                start = run_ours if kind == "ours" else run_stock
-                start(precision, args, Path(results), annotation_file)
-            except EnoughStepsError:
-                figures.append("end", name)
-                figures.append("environment", load_after=load_average())
-                shutil.rmtree(results, ignore_errors=True)
-                sys.stdout.flush()
-                os._exit(0)  # no checkpoint, no waiting for data workers
+    def finish() -> NoReturn:
+        figures.append("end", name)
+        figures.append("environment", load_after=load_average())
+        shutil.rmtree(results, ignore_errors=True)
+        sys.stdout.flush()
+        os._exit(0)  # no checkpoint, no waiting for data workers
 
-    attempt(figures, name, run, deadline, device)
+    watch_steps(figures, name, args, deadline, finish)
+    start = run_ours if kind == "ours" else run_stock
+    attempt(
+        figures, name, functools.partial(start, precision, args, results, annotation_file), deadline, device
+    )
+    shutil.rmtree(results, ignore_errors=True)  # it failed
 
 
 def main() -> int:

@@ -1,7 +1,9 @@
 """Runs the benchmarks one after the other: ``make bench``, or ``make bench ARGS='convert gcvit'`` for some.
 
 Those for a CUDA GPU (``*_gpu``) run only when named, or all together with ``--gpu``: ``python
-benchmarks/run.py --gpu`` writes every GPU record.
+benchmarks/run.py --gpu`` writes every GPU record, without a limit of time; ``python benchmarks/run.py --gpu
+--budget-s 540 --out DIR`` runs what matters most within 540 seconds (``--device cpu --quick`` rehearses it
+without a GPU): see ``docs/gpu-run.md``.
 
 Every script of this folder that measures something has a ``main``; each writes its record to
 ``benchmarks/records`` and lists its options with ``-h``. Options after ``--`` go to every script. What takes
@@ -37,6 +39,14 @@ def _on_gpu(name: str) -> bool:
 def main() -> int:
     """Run the chosen scripts; returns 0 when all succeeded."""
     arguments = sys.argv[1:]
+    if "-h" in arguments or "--help" in arguments:
+        print(__doc__)
+        print("There are:", ", ".join(scripts()))
+        return 0
+    if any(one.startswith("--budget-s") for one in arguments):
+        import gpu_call
+
+        return gpu_call.main(arguments)
     options = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
     chosen = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--gpu" in chosen:
