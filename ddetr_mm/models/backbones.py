@@ -1,10 +1,11 @@
-"""Dilated ResNet, channels of any mmdet backbone config, and fusing of batch norms."""
+"""Dilated ResNet, channels of any mmdet backbone config, batch norms fused or folded into convolutions."""
 
 from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mmdet.models.backbones import ResNet
 from mmdet.models.backbones.resnet import Bottleneck
 from mmdet.models.layers import ResLayer
 from mmdet.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
 
 from ddetr_mm.errors import Problem, SpecError
 
@@ -38,6 +39,9 @@ def fuse_norms(model: nn.Module) -> int:
         return 0  # fused weights would no longer be those that were rounded
     before = _num_norms(model)
     for module in model.modules():
+        if isinstance(module, FoldedConv2d):
+            module.unfold()
+    for module in model.modules():
         if isinstance(module, ResNet):
             fuse_conv_bn(module)
     return before - _num_norms(model)
@@ -45,6 +49,138 @@ def fuse_norms(model: nn.Module) -> int:
 
 def _num_norms(model: nn.Module) -> int:
     return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+# --- Folding of frozen batch norms in training ---
+# A frozen norm (running statistics, nothing of it trains) scales and shifts each channel by constants. The
+# convolution before it multiplies its weight by the scale instead, which is small beside the activations: one
+# pass over these less in both directions, and one copy less that is kept for the backward pass. Autograd
+# gives the weight its gradient through the product. Parameters, buffers and their names stay, so that
+# checkpoints, averaged weights and sharding know nothing of it.
+
+
+def fold_frozen_norms(model: nn.Module) -> int:
+    """Fold frozen batch norms of a model's ResNets into the convolutions before them, in place.
+
+    A norm that trains, or computes statistics, in some later step is applied as before in that step; so are
+    all while a graph is traced.
+
+    Args:
+        model: with its final choice of what trains.
+
+    Returns:
+        The number of folded norms.
+    """
+    pairs = [
+        pair
+        for module in model.modules()
+        if isinstance(module, ResNet)
+        for pair in _convolutions_with_norms(module)
+    ]
+    for convolution, norm in pairs:
+        convolution.__class__, norm.__class__ = FoldedConv2d, FoldedBatchNorm2d
+        # In a tuple, so that the norm is no submodule, whose keys would be there twice.
+        convolution.norm_after = (norm,)
+        convolution.folds_once = not convolution.weight.requires_grad
+        convolution.known = {}
+    return len(pairs)
+
+
+def _convolutions_with_norms(module: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+    """Yield convolutions with the frozen norm that follows; a ResNet's blocks list them in that order."""
+    last: nn.Conv2d | None = None
+    for child in module.children():
+        if type(child) is nn.Conv2d and child.padding_mode == "zeros":
+            last = child
+        elif type(child) is nn.BatchNorm2d:
+            if last is not None and last.out_channels == child.num_features and is_frozen_norm(child):
+                yield last, child
+            last = None
+        else:
+            last = None if any(True for _ in child.parameters()) else last
+            yield from _convolutions_with_norms(child)
+
+
+def is_frozen_norm(norm: nn.BatchNorm2d) -> bool:
+    """Return whether a batch norm is a constant scale and shift of each channel now."""
+    has_all = norm.affine and norm.running_mean is not None and norm.running_var is not None
+    return has_all and not (norm.training or norm.weight.requires_grad or norm.bias.requires_grad)
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution with the scale and shift of the frozen norm after it; :func:`fold_frozen_norms` makes it.
+
+    Attributes:
+        norm_after: the norm, in a tuple.
+        folds_once: whether the weight is frozen too, so that the product is kept.
+        known: what was computed for which tensors, see :meth:`_once`.
+    """
+
+    norm_after: tuple[nn.BatchNorm2d]
+    folds_once: bool
+    known: dict[str, tuple[tuple[Tensor, ...], list, tuple[Tensor, ...]]]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve (B, C, H, W), and scale and shift as the norm would."""
+        if not _folds(self.norm_after[0]):
+            return super().forward(input)
+        norm = self.norm_after[0]
+        constants = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        scale, shift = self._once("norm", constants, _scale_and_shift, norm)
+        if self.folds_once:
+            (weight,) = self._once("weight", (self.weight, scale), _scaled, self.weight, scale)
+        else:
+            (weight,) = _scaled(self.weight, scale)
+        bias = shift if self.bias is None else torch.addcmul(shift, self.bias, scale)
+        if input.is_cuda and input.is_contiguous(memory_format=torch.channels_last):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return self._conv_forward(input, weight, bias)
+
+    def unfold(self) -> None:
+        """Make the convolution and its norm what they were."""
+        self.norm_after[0].__class__ = nn.BatchNorm2d
+        del self.norm_after, self.folds_once, self.known
+        self.__class__ = nn.Conv2d
+
+    def _once(
+        self, name: str, sources: tuple[Tensor, ...], compute: Callable[..., tuple[Tensor, ...]], *given: Any
+    ) -> tuple[Tensor, ...]:
+        """Return ``compute(*given)``, kept until one of the frozen tensors that it reads changes."""
+        if torch.compiler.is_compiling():  # cannot ask for versions; the compiler fuses the product
+            return compute(*given)
+        # A tensor of torch.inference_mode has no version, and is not written to outside of it.
+        state = [(one.data_ptr(), 0 if one.is_inference() else one._version) for one in sources]
+        if name in self.known:
+            before, known_state, result = self.known[name]
+            if known_state == state and all(map(operator.is_, before, sources)):
+                return result
+        with torch.inference_mode(False), torch.no_grad():
+            result = compute(*given)
+        self.known[name] = (sources, state, result)
+        return result
+
+
+def _scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Each channel's factor and summand of a frozen norm, (C,) each."""
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _scaled(weight: Tensor, scale: Tensor) -> tuple[Tensor]:
+    return (weight * scale[:, None, None, None],)
+
+
+class FoldedBatchNorm2d(nn.BatchNorm2d):
+    """A batch norm that does nothing while the convolution before it does its work."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (B, C, H, W) as it is, or normalised where the norm is not folded now."""
+        return input if _folds(self) else super().forward(input)
+
+
+def _folds(norm: nn.BatchNorm2d) -> bool:
+    """Whether convolution and norm compute in the folded form now; both ask."""
+    return is_frozen_norm(norm) and not torch.jit.is_tracing() and not torch.compiler.is_exporting()
 
 
 # --- Dilated ResNet ---

@@ -16,7 +16,7 @@ from torchvision.models import resnet50
 import ddetr_mm.register  # noqa: F401
 from ddetr_mm.errors import SpecError
 from ddetr_mm.models import feature_channels
-from ddetr_mm.models.backbones import TorchvisionDilatedResNet, fuse_norms
+from ddetr_mm.models.backbones import FoldedConv2d, TorchvisionDilatedResNet, fuse_norms
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,159 @@ def test_the_order_of_values_in_memory_changes_no_feature():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert levels[0].is_contiguous(memory_format=torch.channels_last)
     assert model.extract_feat(images)[0].is_contiguous()  # in training, see there
+
+
+def test_training_in_channels_last_as_on_a_gpu_changes_no_loss_gradient_or_layout_of_weights():
+    batch = padded_batch()
+    found = {}
+    for channels_last in (False, True):
+        model = frozen_norms_model()
+        model.channels_last = channels_last
+        with torch.backends.mkldnn.flags(enabled=False):  # see extract_feat
+            levels = model.extract_feat(batch[0].double())
+            losses, gradients = losses_and_gradients(model, batch)
+            model.loss(batch[0].double(), batch[1])["loss_cls"].backward()
+        assert levels[0].is_contiguous(memory_format=torch.channels_last) is channels_last
+        found[channels_last] = (levels, losses, gradients)
+        assert all(value.is_contiguous() for value in model.state_dict().values())
+        # What an optimizer keeps has the layout of the parameters.
+        assert all(one.grad.is_contiguous() for one in model.parameters() if one.grad is not None)
+    for one, other in zip(*(parts[0] for parts in found.values()), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+    for place in (1, 2):
+        torch.testing.assert_close(found[True][place], found[False][place], rtol=1e-6, atol=1e-9)
+
+
+# --- Folding of frozen norms in training ---
+
+FROZEN_NORMS = {"norm_cfg": {"type": "BN", "requires_grad": False}, "norm_eval": True}
+
+
+def frozen_norms_model(frozen_stages: int = 1, depth: int = 18, **options) -> nn.Module:
+    """A detector in training with float64 weights, moved norms that are frozen, and frozen first stages."""
+    torch.manual_seed(0)
+    backbone = {
+        "type": "ResNet",
+        "depth": depth,
+        "base_channels": 8,
+        "out_indices": [2, 3],
+        "frozen_stages": frozen_stages,
+        "style": "pytorch",
+        **FROZEN_NORMS,
+    }
+    expansion = 4 if depth >= 50 else 1
+    options.setdefault("in_channels", [32 * expansion, 64 * expansion])
+    model = with_moved_norms(MODELS.build(detector_config(num_levels=3, backbone=backbone, **options)))
+    return model.double().train()
+
+
+def losses_and_gradients(model, batch):
+    """Losses of a batch, and the gradients of everything that trains."""
+    images, samples = batch
+    losses = model.loss(images.double(), samples)
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    total = sum(value for name, value in losses.items() if "loss" in name)
+    gradients = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
+    pairs = zip(trained, gradients, strict=True)
+    return losses, {name: gradient for name, gradient in pairs if gradient is not None}
+
+
+def unfolded(model: nn.Module) -> nn.Module:
+    """The model, which will not fold."""
+    model._has_folded_norms = True
+    return model
+
+
+@pytest.mark.parametrize("frozen_stages", [-1, 1, 4])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_folded_norms_in_training_change_no_loss_and_no_gradient(depth, frozen_stages) -> None:
+    batch = padded_batch()
+    plain, folded = (frozen_norms_model(frozen_stages, depth) for _ in range(2))
+    keys = list(folded.state_dict())
+    expected = losses_and_gradients(unfolded(plain), batch)
+    found = losses_and_gradients(folded, batch)
+    convolutions = [one for one in folded.backbone.modules() if isinstance(one, FoldedConv2d)]
+    assert len(convolutions) == {18: 20, 50: 53}[depth]
+    assert any(one.folds_once for one in convolutions) is (frozen_stages > 0)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    assert found[1].keys() == expected[1].keys()
+    assert any(name.startswith("backbone.") for name in found[1]) is (frozen_stages < 4)
+    for name, gradient in expected[1].items():
+        largest = gradient.abs().max()
+        assert (found[1][name] - gradient).abs().max() <= 1e-6 * largest, name
+    # Names and values of weights are those of the network that does not fold.
+    assert list(folded.state_dict()) == keys
+    for name, value in plain.state_dict().items():
+        assert torch.equal(folded.state_dict()[name], value), name
+
+
+def test_norms_that_train_are_not_folded_and_those_that_begin_to_are_applied_again() -> None:
+    batch = padded_batch()
+    trains = MODELS.build(detector_config())  # its norms compute statistics
+    trains.loss(*batch)
+    assert not any(isinstance(one, FoldedConv2d) for one in trains.modules())
+    model, plain = frozen_norms_model(), unfolded(frozen_norms_model())
+    losses_and_gradients(model, batch)
+    for one in (model, plain):
+        for norm in one.backbone.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.requires_grad_(True)
+    found, expected = losses_and_gradients(model, batch), losses_and_gradients(plain, batch)
+    assert found[1].keys() == expected[1].keys() and "backbone.bn1.weight" in found[1]
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-12)
+
+
+def test_what_is_folded_once_follows_weights_that_are_loaded_later() -> None:
+    batch = padded_batch()
+    model = frozen_norms_model(frozen_stages=4)
+    before = losses_and_gradients(model, batch)[0]["loss_cls"]
+    with torch.no_grad():
+        again = model.loss(batch[0].double(), batch[1])["loss_cls"]
+    torch.testing.assert_close(again, before.detach())
+    other = frozen_norms_model(frozen_stages=4)
+    with torch.no_grad():
+        for value in other.state_dict().values():
+            if value.is_floating_point():
+                value.mul_(1.1)
+    model.load_state_dict(other.state_dict())
+    expected = losses_and_gradients(unfolded(other), batch)[0]["loss_cls"]
+    found = losses_and_gradients(model, batch)[0]["loss_cls"]
+    assert not torch.isclose(expected, before, rtol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_a_folded_network_is_copied_fused_and_traced_as_any_other() -> None:
+    images, samples = padded_batch()
+    model, plain = frozen_norms_model(), frozen_norms_model().eval()
+    model.loss(images.double(), samples)
+    average = copy.deepcopy(model)  # as averaged weights are made
+    with torch.no_grad():
+        for value in average.parameters():
+            value.mul_(1.2)
+        moved = unfolded(frozen_norms_model())
+        moved.load_state_dict(average.state_dict())
+        torch.testing.assert_close(
+            average.extract_feat(images.double())[0], moved.extract_feat(images.double())[0]
+        )
+        expected = plain.extract_feat(images.double())[0]
+        model.eval()
+        torch.testing.assert_close(model.extract_feat(images.double())[0], expected)
+        graph = str(torch.jit.trace(model.backbone, images.double()).inlined_graph)
+        assert graph.count("aten::batch_norm") == 20
+        assert fuse_norms(model) == 20
+        torch.testing.assert_close(model.extract_feat(images.double())[0], expected)
+
+
+def test_folding_after_inference_mode_trains() -> None:
+    images, samples = padded_batch()
+    model = frozen_norms_model()
+    model.loss(images.double(), samples)
+    for convolution in model.backbone.modules():
+        if isinstance(convolution, FoldedConv2d):
+            convolution.known.clear()
+    with torch.inference_mode():
+        model.extract_feat(images.double())
+    assert losses_and_gradients(model, (images, samples))[1]["backbone.layer2.0.conv1.weight"].any()
 
 
 @pytest.mark.parametrize(
