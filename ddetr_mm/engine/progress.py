@@ -84,7 +84,7 @@ class Progress:
             TextColumn("{task.fields[rate]}"),
             TimeElapsedColumn(),
             TextColumn("left {task.fields[left]}"),
-            console=Console(file=self._stream),
+            console=Console(force_jupyter=False, file=self._stream),
             disable=not self._live,
             get_time=self._working_time,
             speed_estimate_period=RATE_WINDOW_S,

@@ -13,6 +13,7 @@ from mmengine.device import get_device
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
 from torch import nn
 
 from ddetr_mm.compat.config_text import format_value
@@ -128,6 +129,17 @@ class QuietRunner(Runner):
             if isinstance(handler, logging.FileHandler) and hasattr(handler.stream, "reconfigure"):
                 handler.stream.reconfigure(encoding="utf-8")
         return logger
+
+    def build_visualizer(self, visualizer: Any = None) -> Any:
+        """Build the visualizer as mmengine does, anew for each runner.
+
+        mmengine keeps one a process by its name: the second run of a notebook would write into the first
+        one's folder.
+        """
+        if isinstance(visualizer, dict):
+            for kind in (Visualizer, *Visualizer.__subclasses__()):
+                kind._instance_dict.pop(visualizer.get("name"), None)
+        return super().build_visualizer(visualizer)
 
     @staticmethod
     def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> Any:

@@ -39,7 +39,7 @@ class WandbBackend(WandbVisBackend):
         entity: user or team that owns the project; empty: the account's own.
         group: name that groups several runs; empty: none.
         tags: words attached to the run.
-        name: name shown for the run.
+        run_name: name shown for the run; mmengine takes ``name`` for the key of the backend.
         run_id: identifier of the run; one that exists is continued. Empty: a new one.
         reinit: let one process open several runs.
         sync_tensorboard: take the scalars from the TensorBoard events instead of logging them a second time.
@@ -55,7 +55,7 @@ class WandbBackend(WandbVisBackend):
         entity: str | None = None,
         group: str | None = None,
         tags: list[str] | None = None,
-        name: str = "",
+        run_name: str = "",
         run_id: str = "",
         reinit: bool = False,
         sync_tensorboard: bool = False,
@@ -68,7 +68,7 @@ class WandbBackend(WandbVisBackend):
             entity=entity or None,
             group=group or None,
             tags=list(tags or ()),
-            name=name or None,
+            name=run_name or None,
             id=run_id or None,
             resume="allow" if run_id else None,
             reinit=reinit,

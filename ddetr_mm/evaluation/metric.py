@@ -762,7 +762,12 @@ def _render(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         3 + max(len(header), *(len(row[column]) for row in lines)) for column, header in enumerate(headers)
     )
     console = Console(
-        file=io.StringIO(), width=width, color_system=None, force_terminal=False, highlight=False
+        force_jupyter=False,
+        file=io.StringIO(),
+        width=width,
+        color_system=None,
+        force_terminal=False,
+        highlight=False,
     )
     console.print(table)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

@@ -234,7 +234,9 @@ class _Display:
 
         self.wanted = wanted
         self.study: Study | None = None
-        self.console = Console(file=sys.stderr, width=None if is_live_terminal(sys.stderr) else 1000)
+        self.console = Console(
+            force_jupyter=False, file=sys.stderr, width=None if is_live_terminal(sys.stderr) else 1000
+        )
         self.live = (
             Live(console=self.console, refresh_per_second=2, transient=True)
             if is_live_terminal(sys.stderr)

@@ -38,7 +38,7 @@ def run(arguments: Namespace) -> None:
     subtask = arguments.subtask
     loaded = load_spec(arguments.experiment_spec, arguments.overrides, subtask)
     print_notes(loaded)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(force_jupyter=False, width=None if sys.stdout.isatty() else 200)
     console.print(f"spec {arguments.experiment_spec}: valid for {subtask}", highlight=False, soft_wrap=True)
     folder = task_results_dir(loaded.spec, subtask)
     with protected_inputs(input_files(loaded, subtask)), results_root(folder):

@@ -332,7 +332,7 @@ def _change(value: float | None, first: float | None) -> float | None:
 
 def print_tables(runs: Sequence[Run]) -> None:
     """Print the runs, the differing fields and AP by class."""
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = Console(force_jupyter=False, highlight=False, width=None if sys.stdout.isatty() else 200)
     console.print(_rich_table("Runs", *summary_rows(runs)))
     fields = differing_fields(runs)
     if fields:

@@ -348,7 +348,7 @@ def wandb_backend(spec: ExperimentSpec) -> dict[str, Any]:
         entity=settings.entity or None,
         group=settings.group or None,
         tags=list(settings.tags),
-        name=settings.name,
+        run_name=settings.name,
         run_id=settings.run_id,
         reinit=settings.reinit,
         sync_tensorboard=settings.sync_tensorboard,

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from mmengine.config import Config
+from mmengine.visualization import Visualizer
 
 import ddetr_mm.register  # noqa: F401 - registers the backend
 from ddetr_mm.engine import wandb
+from ddetr_mm.engine.detections import picture_backends
 from ddetr_mm.engine.wandb import WandbBackend, has_login, without_secrets
 
 HAS_PACKAGE = importlib.util.find_spec("wandb") is not None
@@ -23,7 +25,7 @@ SETTINGS = dict(
     entity="lab",
     group="nightly",
     tags=["training", "tao-toolkit"],
-    name="first try",
+    run_name="first try",
     run_id="abc123",
     reinit=True,
     sync_tensorboard=False,
@@ -119,6 +121,16 @@ def test_every_setting_opens_the_run(recorder, tmp_path: Path):
         ("log", dict(picture=(4, 6, 3), step=4)),
         ("finish", None),
     ]
+
+
+def test_a_visualizer_knows_it_by_its_type_and_leaves_the_name_to_the_run(recorder, tmp_path: Path):
+    package = recorder()
+    config = dict(type="mmdet.WandbBackend", project="cells", run_name="first try")
+    visualizer = Visualizer(vis_backends=[config], save_dir=str(tmp_path))
+    (backend,) = picture_backends(visualizer)  # gets the pictures of validation
+    backend.add_image("picture", np.zeros((4, 6, 3), np.uint8), step=4)
+    assert package.calls[0][1]["name"] == "first try"
+    assert package.calls[-1] == ("log", dict(picture=(4, 6, 3), step=4))
 
 
 def test_scalars_are_not_sent_twice_with_tensorboard(recorder, tmp_path: Path):

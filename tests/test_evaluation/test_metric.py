@@ -590,7 +590,10 @@ def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_class_table_shows_every_class_and_the_total():
+@pytest.mark.parametrize("in_notebook", [False, True])
+def test_class_table_shows_every_class_and_the_total(in_notebook: bool, monkeypatch):
+    # In a notebook rich would show a table as the output of the cell, and the log would lack it.
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: in_notebook)
     names = {1: "car", 2: "a very long name of a class that no terminal would hold " * 2, 7: "[bold]person"}
     truth = GroundTruthColumns(
         [1], [1, 1], [[0, 0, 50, 50], [60, 60, 9, 9]], [1, 7], [0, 0], [2500, 81], names

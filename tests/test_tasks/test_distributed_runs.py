@@ -37,8 +37,6 @@ from ddetr_mm.engine.distributed import process_group
 with process_group():  # once for all commands of this process
     for arguments in json.loads(sys.argv[1]):
         status = main(arguments)
-        if "mmdet.visualization" in sys.modules:  # one a process, which knows the first folder only
-            sys.modules["mmdet.visualization"].DetLocalVisualizer._instance_dict.clear()
         if status:
             sys.exit(status)
 """

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from mmdet.registry import HOOKS, MODELS
-from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
@@ -289,8 +288,6 @@ def train(scene: Scene, tmp_path: Path) -> Callable[..., Path]:
     folder = tmp_path / "train"
 
     def go(*overrides: str) -> Path:
-        # mmengine keeps the visualizer of the process, which writes into the first run's folder.
-        DetLocalVisualizer._instance_dict.clear()
         spec.write_text(scene.spec_text)
         given = [*GIVEN["train"], *TINY, *QUICK, f"train.results_dir={folder}", *overrides]
         run(Namespace(experiment_spec=str(spec), overrides=given, debug=False))
