@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from mmengine.registry import DefaultScope
 
 from ddetr_mm.models.triton_attention import LAUNCHES, has_triton
 
@@ -29,9 +34,9 @@ def run(script: str, *arguments: str, **environment: str) -> subprocess.Complete
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 def test_attention() -> None:
     answer = run("attention_gpu.py", "--device", "cpu", "--quick", TRITON_INTERPRET="1")
-    assert answer.returncode == 0, answer.stderr[-2000:]
+    assert answer.returncode == 0, answer.stdout[-2000:]
     report = answer.stdout.split("# Deformable sampling on a GPU")[1]
-    assert "| differs | |" not in report  # nobody was left out
+    assert "| differs |" not in report.split("| --- ", 1)[1]  # all agree
     for part in ("encoder, 10", "decoder, 3"):
         for dtype in ("float32", "float16", "bfloat16"):
             rows = [line for line in report.splitlines() if line.startswith(f"| {part} | {dtype}")]
@@ -46,12 +51,118 @@ def test_attention() -> None:
 def test_detectors(script: str) -> None:
     pytest.importorskip("transformers")
     answer = run(script, "--device", "cpu", "--quick")
-    assert answer.returncode == 0, answer.stderr[-2000:]
+    assert answer.returncode == 0, answer.stdout[-2000:]
     report = answer.stdout[answer.stdout.index("on a GPU\n") :]
     for name in ("mmdet, fp32", "Hugging Face, fp32", "ours, fp32"):
         assert f"| {name} |" in report
+    assert "Left out" not in report
     if script == "train_gpu.py":
-        assert "Ledger of ours, fp32" in report and "matching" in report
+        assert "Regions of ours, fp32" in report and "matching" in report
+        (ours,) = [line.split("|") for line in report.splitlines() if line.startswith("| ours, fp32 |")]
+        assert float(ours[7]) < 1e-5 and float(ours[8]) < 1e-3  # the losses are mmdet's
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_training_from_files() -> None:
+    names = ("mmdet, fp32", "ours, fp32")
+    answer = run("pipeline_gpu.py", "--device", "cpu", "--quick", "--only", *names)
+    assert answer.returncode == 0, answer.stdout[-2000:]
+    report = answer.stdout[answer.stdout.index("# Training from image files") :]
+    for name in names:
+        (row,) = [line.split("|") for line in report.splitlines() if line.startswith(f"| {name} |")]
+        step_ms, data_ms, images_s, steps = (float(row[column]) for column in (2, 3, 4, 6))
+        assert 0 < data_ms < step_ms and steps == 5
+        assert images_s == pytest.approx(2e3 / step_ms, rel=0.1)
+
+
+@pytest.fixture(scope="module")
+def detectors() -> ModuleType:
+    """``benchmarks/gpu_detectors.py``."""
+    sys.path.insert(0, str(REPO / "benchmarks"))
+    return importlib.import_module("gpu_detectors")
+
+
+def test_mmdet_gets_float32_where_its_op_has_no_kernel(detectors, monkeypatch) -> None:
+    class NoBfloat16(detectors.PyTorchSampling):
+        @staticmethod
+        def apply(value, shapes, starts, locations, weights, step):
+            if torch.bfloat16 in (value.dtype, locations.dtype, weights.dtype):
+                raise NotImplementedError("not implemented for 'BFloat16'")
+            return detectors.PyTorchSampling.apply(value, shapes, starts, locations, weights, step)
+
+    monkeypatch.setattr(detectors.Float32Sampling, "base", NoBfloat16)
+    value = torch.rand(1, 26, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    shapes, starts = torch.tensor([[4, 5], [2, 3]]), torch.tensor([0, 20])
+    locations, weights = torch.rand(1, 3, 2, 2, 4, 2), torch.rand(1, 3, 2, 2, 4)
+    found = detectors.Float32Sampling.apply(value, shapes, starts, locations, weights.bfloat16(), 64)
+    assert found.dtype == torch.bfloat16
+    (gradient,) = torch.autograd.grad(found.sum(), value)
+    assert gradient.dtype == torch.bfloat16 and gradient.any()
+    args = (shapes, starts, locations, weights.bfloat16().float(), 64)
+    torch.testing.assert_close(found, NoBfloat16.apply(value.float(), *args).bfloat16(), rtol=0, atol=0)
+    assert detectors.sampling_problem(detectors.Float32Sampling, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda sampled: sampled, None),
+        (lambda sampled: sampled * 0, "returns zeros"),
+        (lambda sampled: sampled * 1.5, "is off by "),
+        (lambda sampled: sampled.no_such_kernel, "fails: "),
+    ],
+)
+def test_an_op_that_is_built_for_another_gpu_is_found(detectors, change, problem) -> None:
+    class Op(detectors.PyTorchSampling):
+        @staticmethod
+        def apply(*args):
+            return change(detectors.PyTorchSampling.apply(*args))
+
+    found = detectors.sampling_problem(Op, torch.device("cpu"))
+    assert found is problem if problem is None else found.startswith(problem)
+
+
+def test_ours_predicts_without_norms_and_trains_with_them(detectors) -> None:
+    ours = detectors.Contestant("ours, fp32", detectors.OURS, "fp32")
+
+    def norms(model: torch.nn.Module) -> int:
+        return sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        weights = detectors.Weights(torch.device("cpu"), quick=True)
+        assert norms(weights.predicting_model(ours)) == 0
+        assert norms(weights.model(ours)) == 53
+
+
+def test_each_compiled_contestant_has_its_own_process(detectors) -> None:
+    train = importlib.import_module("train_gpu")
+    groups = detectors.groups_of(train.contestants())
+    compiled = [one.name for one in train.contestants() if one.is_compiled]
+    assert len(compiled) == 4 and groups[1:] == [[name] for name in compiled]
+    assert groups[0][0] == detectors.YARDSTICK and not set(compiled) & set(groups[0])
+
+
+def test_what_fails_is_left_out_of_the_rounds(tmp_path) -> None:
+    sys.path.insert(0, str(REPO / "benchmarks"))
+    alternating = importlib.import_module("gpu_alternating")
+    process = importlib.import_module("gpu_process")
+    calls = {"steady": 0, "fails later": 0}
+
+    def step(name: str) -> None:
+        calls[name] += 1
+        if name == "fails later" and calls[name] == 3:
+            raise RuntimeError("CUDA out of memory")
+
+    figures = process.Figures(tmp_path / "figures.jsonl", "train_gpu")
+    steps = {name: functools.partial(step, name) for name in ("fails later", "steady")}
+    times = alternating.alternate_on(torch.device("cpu"), steps, 4, "fails later", warm_up=1, figures=figures)
+    assert set(times) == {"steady"} and times["steady"]["rounds"] == 4
+    assert times["steady"]["yardstick"] == "steady" and calls == {"steady": 5, "fails later": 3}
+    assert figures.left_out() == {"fails later"}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        calls["fails later"] = 2
+        alternating.alternate_on(torch.device("cpu"), steps, 1, "steady", warm_up=1)
 
 
 def test_a_gpu_that_is_not_there_is_named() -> None:
