@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -298,6 +300,56 @@ def test_a_folded_network_is_copied_fused_and_traced_as_any_other() -> None:
         assert graph.count("aten::batch_norm") == 20
         assert fuse_norms(model) == 20
         torch.testing.assert_close(model.extract_feat(images.double())[0], expected)
+
+
+SHARDED = """
+import sys
+import ddetr_mm.register
+import torch
+from ddetr_mm.engine.fsdp import shard, whole_tensors
+from ddetr_mm.models.backbones import FoldedConv2d
+from test_backbones import frozen_norms_model, padded_batch, unfolded
+
+torch.distributed.init_process_group("gloo")
+images, samples = padded_batch()
+found = []
+for prepare in (lambda model: model, unfolded):
+    model = prepare(frozen_norms_model())
+    shard(model, "cpu")
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        losses = model(images.double(), samples, mode="loss")
+        sum(value for name, value in losses.items() if "loss" in name).backward()
+        optimizer.step()
+    num_folded = sum(isinstance(one, FoldedConv2d) for one in model.modules())
+    found.append((num_folded, whole_tensors(model.state_dict())))
+torch.distributed.destroy_process_group()
+(num_folded, weights), (none, expected) = found
+assert (num_folded, none) == (20, 0)
+assert list(weights) == list(expected)
+for name, value in expected.items():
+    torch.testing.assert_close(weights[name], value, rtol=1e-6, atol=1e-12)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_a_folded_network_trains_sharded(tmp_path: Path) -> None:
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here.parents[1], here.parent, here)))
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["equal", "equal"]
 
 
 def test_folding_after_inference_mode_trains() -> None:
