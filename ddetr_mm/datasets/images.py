@@ -85,7 +85,7 @@ def decode_image(content: bytes, channel_order: str = "rgb") -> Image8:
 
 
 def decode_jpeg(content: bytes, channel_order: str = "rgb") -> Image8 | None:
-    """Decode a usual colour JPEG in two thirds of OpenCV's time, to the same pixels.
+    """Decode a usual colour JPEG in 84 to 88 % of OpenCV 5's time, to the same pixels.
 
     Args:
         content: the file's bytes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -290,3 +291,36 @@ def check_shared_memory(
             hint="give the container more (`--shm-size=1g`), or lower dataset.workers (0: none)",
         )
     ]
+
+
+# --- Precision on a CPU ---
+
+
+def has_bfloat16_matrices(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX); False where that is not known."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return flags is not None and "amx_bf16" in flags[1].split()
+
+
+def check_cpu_precision(key: str, value: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Section]:
+    """A note where a run on this CPU would be faster in bfloat16.
+
+    Args:
+        key: the spec's field, ``train.precision`` or ``ddetr_mm.predict_precision``.
+        value: of the field.
+        cpuinfo: what Linux says of the CPU.
+    """
+    if value != "fp32" or not has_bfloat16_matrices(cpuinfo):
+        return []
+    finding = note(
+        "cpu-bf16",
+        "this CPU multiplies bfloat16 matrices in hardware (AMX)",
+        where=key,
+        value=value,
+        hint=f"{key}=bf16 is faster, at nearly the same AP: docs/performance.md",
+    )
+    return [Section("precision", findings=[finding])]

@@ -266,7 +266,8 @@ def _network_sections(
     from mmengine.logging import MMLogger
 
     from ddetr_mm.preflight import network
-    from ddetr_mm.tasks.runner import config_source, register_scope
+    from ddetr_mm.preflight.resources import check_cpu_precision
+    from ddetr_mm.tasks.runner import config_source, is_exported, register_scope
 
     # mmengine logs every parameter; what matters is in the report.
     MMLogger.get_instance("ddetr_mm_check", log_level="ERROR")
@@ -281,8 +282,13 @@ def _network_sections(
     loader, metric = config.test_dataloader, config.test_evaluator
     for split in splits:
         yield from network.check_round_trip(model, split, loader, metric, folder, full=full)
+    device = network.device_for(spec)
+    weights = getattr(spec, subtask).checkpoint if subtask != "train" else None
+    if device.type == "cpu" and not (weights and is_exported(weights)):
+        trains = subtask == "train"
+        value = spec.train.precision if trains else spec.ddetr_mm.predict_precision
+        yield from check_cpu_precision("train.precision" if trains else "ddetr_mm.predict_precision", value)
     if subtask == "train":
-        device = network.device_for(spec)
         yield from network.check_training_step(model, config, spec, splits[0], folder, device)
 
 

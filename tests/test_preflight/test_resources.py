@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from ddetr_mm.preflight.resources import (
     MemoryNeed,
     ModelSize,
     available_host_memory,
+    check_cpu_precision,
     check_disk,
     check_memory,
     num_checkpoints,
@@ -83,3 +86,19 @@ def test_this_machine_has_memory():
 
 def test_sizes_for_readers():
     assert [size_text(value) for value in (12, 2048, 5 * GIB)] == ["12 B", "2.0 KiB", "5.0 GiB"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "value", "advised"),
+    [
+        ("sse amx_bf16 x", "fp32", True),
+        ("sse amx_bf16", "bf16", False),
+        ("avx512_bf16", "fp32", False),
+    ],
+)
+def test_bfloat16_is_advised_where_the_cpu_has_it_in_hardware(tmp_path: Path, flags, value, advised):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbogomips\t: 1\n")
+    sections = check_cpu_precision("train.precision", value, cpuinfo)
+    assert [one.findings[0].problem.hint.split()[0] for one in sections] == ["train.precision=bf16"] * advised
+    assert check_cpu_precision("train.precision", "fp32", tmp_path / "missing") == []
