@@ -168,11 +168,11 @@ def alternate_on(
         warm_up: steps of each before any counts: they compile, choose and allocate.
         repeats: steps in a row that are timed together; on a CPU one.
         figures: gets every round, and who fails; without it a failure is raised.
-        deadline: no round begins after it, except the first.
+        deadline: after it no step begins; a round that it cuts does not count.
 
     Returns:
         For each that did not fail ``median_ms``, ``min_ms``, ``max_ms``, ``rounds``, ``yardstick`` and
-        ``speedup``, the median of the rounds' own ratios.
+        ``speedup``, the median of the rounds' own ratios. Empty where there was no time for a round.
     """
     steps, deadline = dict(contestants), deadline or Deadline(None)
     repeats = repeats if device.type == "cuda" else 1
@@ -192,18 +192,20 @@ def alternate_on(
 
     for name, step in contestants.items():
         for _ in range(warm_up):
-            if name in steps:
+            if name in steps and not deadline.has_passed():
                 run(name, step)
     for number in range(rounds):
-        if number and deadline.has_passed():
-            break
         for name in list(steps)[:: 1 if number % 2 else -1]:
+            if deadline.has_passed():
+                break
             took = run(name, lambda name=name: time_ms(steps[name], repeats, device))
             if took is not None:
                 times[name].append(took)
                 if figures is not None:
                     figures.append("round", name, number=number, ms=took)
-    if not times:
+    whole = min(map(len, times.values()), default=0)
+    times = {name: own[:whole] for name, own in times.items()}
+    if not whole:
         return {}
     compared = yardstick if yardstick in times else next(iter(times))
     found = summary(times, compared)

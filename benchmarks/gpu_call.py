@@ -132,6 +132,8 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     path = out / "figures.jsonl"
     notes, incomplete = Figures(path, "call"), []
+    command = " ".join(["python", *sys.argv])
+    notes.append("environment", command=command, budget_s=budget_s)
     chosen = [one for one in stages if not (one.compiled and "--quick" in common)]
     for number, stage in enumerate(chosen):
         left_s, shares = deadline.left_s(), sum(one.share for one in chosen[number:])

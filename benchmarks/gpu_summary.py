@@ -285,7 +285,9 @@ def _ratio_line(what: str, row: dict[str, dict[str, Any]], name: str, yardstick:
 def summary_lines(figures: Iterable[dict[str, Any]]) -> list[str]:
     """All benchmarks of one call: ratios first, then every table."""
     found = fold(figures)
-    environment = next((part["environment"] for part in found.values() if part["environment"]), {})
+    own = found.get("call", {"environment": {}})["environment"]
+    first = next((part["environment"] for name, part in found.items() if name in TABLES), {})
+    environment = {name: value for name, value in first.items() if name not in ("batch", "image")} | own
     lines = [*heading("GPU benchmarks", environment), "", *ratio_lines(found), "", *EXPLAINED]
     for benchmark, table in TABLES.items():
         if benchmark in found:

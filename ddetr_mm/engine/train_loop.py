@@ -11,7 +11,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -24,12 +25,14 @@ from mmengine.logging import MessageHub
 from mmengine.registry import FUNCTIONS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ddetr_mm.datasets.samplers import ElasticBatchSampler
 from ddetr_mm.engine.checkpoint import TAOCheckpointHook, find_latest_checkpoint, is_updated
 from ddetr_mm.engine.distributed import is_first_rank, is_launched_by_us
 from ddetr_mm.errors import TrainingError, printable, shorten
 from ddetr_mm.files import END_SIGNALS, write_text_whole
+from ddetr_mm.models.data_preprocessor import tensors_of
 from ddetr_mm.weights.entries import is_finite
 
 # --- Stop requests ---
@@ -273,7 +276,87 @@ def bound_history(hub: MessageHub, steps_an_epoch: int) -> None:
         buffer.max_length = max(LEAST_KEPT, epochs * steps_an_epoch)
 
 
+# --- Copies of the next batch ---
+
+
+class CopiedAhead:
+    """A loader's batches; while a step runs, the next batch is copied to the GPU, beside the step's work.
+
+    A thread packs the batch and starts the copy on a stream of its own, so that neither the host nor the GPU
+    waits for it. The batches themselves stay as the loader gives them: hooks see nothing of it.
+
+    Args:
+        loader: gives the batches.
+        preprocessor: a :class:`~ddetr_mm.models.data_preprocessor.FixedPadDetDataPreprocessor` on a GPU.
+    """
+
+    def __init__(self, loader: Iterable[Any], preprocessor: Any) -> None:
+        self.loader, self.preprocessor = loader, preprocessor
+
+    def __iter__(self) -> Iterator[Any]:
+        device = self.preprocessor.device
+        stream = torch.cuda.Stream(device)
+        with ThreadPoolExecutor(1, thread_name_prefix="copy-ahead") as thread:
+            ahead: tuple[Any, Future] | None = None
+            for batch in self.loader:
+                following = batch, thread.submit(self._copy, batch, stream)
+                if ahead is not None:
+                    yield self._ready(*ahead)
+                ahead = following
+            if ahead is not None:
+                yield self._ready(*ahead)
+
+    def _copy(self, batch: Any, stream: torch.cuda.Stream) -> tuple[dict, torch.cuda.Event]:
+        """Start the copy of a batch; returns it and what says that it is done."""
+        with torch.cuda.stream(stream):
+            copied = self.preprocessor.copy_to_device(batch)
+            done = torch.cuda.Event()
+            done.record(stream)
+        return copied, done
+
+    def _ready(self, batch: Any, copy: Future) -> Any:
+        """Have the current stream wait for a copy, and the preprocessor use it."""
+        copied, done = copy.result()
+        current = torch.cuda.current_stream(self.preprocessor.device)
+        current.wait_event(done)
+        for tensor in tensors_of(copied):
+            tensor.record_stream(current)  # else its memory may be used again too early
+        self.preprocessor.take_copied(batch, copied)
+        return batch
+
+
+def batches_for(model: nn.Module, loader: DataLoader) -> Iterable[Any]:
+    """The loader, with the next batch copied ahead where that saves time and changes nothing.
+
+    That is on a GPU, with data workers (without them, fetching a batch early would take random numbers of
+    this process early) and with a preprocessor of ours.
+
+    Args:
+        model: of the run, wrapped for several ranks or not.
+        loader: gives the batches.
+    """
+    preprocessor = getattr(getattr(model, "module", model), "data_preprocessor", None)
+    if not hasattr(preprocessor, "copy_to_device") or not getattr(loader, "num_workers", 0):
+        return loader
+    return CopiedAhead(loader, preprocessor) if preprocessor.device.type == "cuda" else loader
+
+
 # --- The loop ---
+
+EXCHANGE_S = 1.0
+MOST_STEPS_BETWEEN = 25
+"""Several ranks exchange whether one of them is to stop about every second, at the latest after so many
+steps: each time the host waits for the GPU."""
+
+
+def steps_between_exchanges(step_s: float) -> int:
+    """How many steps pass until ranks exchange again whether to stop.
+
+    Args:
+        step_s: the longest last step of all ranks, seconds.
+    """
+    return max(1, min(MOST_STEPS_BETWEEN, int(EXCHANGE_S / max(step_s, 1e-6))))
+
 
 VALIDATED_NAME = "last_validation"
 """File in the runner's ``work_dir`` with the number of steps that the last finished validation came after."""
@@ -285,6 +368,13 @@ def is_finite_state(runner: Any) -> bool:
     states = [] if optimizer is None else optimizer.state.values()
     tensors = [*runner.model.state_dict().values(), *(value for state in states for value in state.values())]
     return all(is_finite(value) for value in tensors if isinstance(value, torch.Tensor))
+
+
+def _max_over_ranks(*values: float) -> list[float]:
+    """The largest of each value over all ranks, which must all call this."""
+    found = torch.tensor([float(value) for value in values])
+    all_reduce(found, "max")
+    return found.tolist()
 
 
 @LOOPS.register_module()
@@ -324,6 +414,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self._stop = StopSignals()
         self._batches_done: int | None = None  # of the epoch; None where the state is between two others
         self._is_counted = True  # whether _iter has the last of them
+        self._steps_to_exchange = 0
 
     @property
     def elastic(self) -> ElasticBatchSampler | None:
@@ -405,12 +496,12 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             self.elastic.sampler.seek(self.samples_done)
             first = len(self.elastic) - self.elastic.steps_left(self.samples_done)
         self._batches_done = first
-        for batch_idx, data_batch in enumerate(self.dataloader, start=first):
+        batches = batches_for(self.runner.model, self.dataloader)
+        for batch_idx, data_batch in enumerate(batches, start=first):
             self.run_iter(batch_idx, data_batch)
             self._limit.step_done()
             if batch_idx + 1 < len(self.dataloader):
-                self._stop_if_asked(batches_done=batch_idx + 1)
-                self._stop_if_time_is_over(batches_done=batch_idx + 1)
+                self._stop_within_epoch(batch_idx + 1)
         self._limit.mark()
         self._batches_done = None
         self.runner.call_hook("after_train_epoch")
@@ -528,27 +619,42 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
 
     # --- stopping ---
 
-    def _stop_if_asked(self, batches_done: int = 0) -> None:
-        """Save and raise where any rank was asked to stop; every rank calls it after the same steps.
+    def _stop_within_epoch(self, batches_done: int) -> None:
+        """Save and raise where any rank was asked to stop or has no time left.
+
+        Several ranks find out together about once a second, after the same steps.
 
         Args:
-            batches_done: of the current epoch; 0 between two epochs.
+            batches_done: of the current epoch.
         """
-        if batches_done and not is_updated(self.runner.optim_wrapper):
+        if not is_updated(self.runner.optim_wrapper):
             return
-        asked = torch.tensor(float(self._stop.requested))
-        all_reduce(asked, "max")
+        several = get_world_size() > 1
+        self._steps_to_exchange -= 1
+        if several and self._steps_to_exchange > 0:
+            return
+        asked, near, step_s = _max_over_ranks(
+            self._stop.requested,
+            self._limit.is_near(EXCHANGE_S if several else 0.0),
+            self._limit.last_step_s,
+        )
+        self._steps_to_exchange = steps_between_exchanges(step_s)
         if asked:
             self._save_and_stop(batches_done)
+        if near:
+            self._end_before_time_is_over(batches_done)
 
-    def _stop_if_time_is_over(self, batches_done: int = 0, ahead_s: float = 0.0) -> None:
-        """Save and raise where any rank has no time left; every rank calls it after the same steps."""
-        if self._limit.hours is None or (batches_done and not is_updated(self.runner.optim_wrapper)):
-            return
-        near = torch.tensor(float(self._limit.is_near(ahead_s)))
-        all_reduce(near, "max")
-        if not near:
-            return
+    def _stop_if_asked(self) -> None:
+        """Save and raise where any rank was asked to stop; between two epochs."""
+        if _max_over_ranks(self._stop.requested)[0]:
+            self._save_and_stop()
+
+    def _stop_if_time_is_over(self, ahead_s: float = 0.0) -> None:
+        """Save and raise where any rank has no time left; between two epochs."""
+        if self._limit.hours is not None and _max_over_ranks(self._limit.is_near(ahead_s))[0]:
+            self._end_before_time_is_over(0)
+
+    def _end_before_time_is_over(self, batches_done: int) -> NoReturn:
         path = self._save_now(batches_done)
         where = f"; the same command continues from {path}" if path else ""
         self.out_of_time = (

@@ -165,6 +165,28 @@ def test_what_fails_is_left_out_of_the_rounds(tmp_path) -> None:
         alternating.alternate_on(torch.device("cpu"), steps, 1, "steady", warm_up=1)
 
 
+def test_a_round_that_the_deadline_cuts_does_not_count() -> None:
+    sys.path.insert(0, str(REPO / "benchmarks"))
+    alternating = importlib.import_module("gpu_alternating")
+    process = importlib.import_module("gpu_process")
+    done: list[str] = []
+
+    class AfterSteps(process.Deadline):
+        def has_passed(self, share: float = 1.0) -> bool:
+            return len(done) >= self.most
+
+    def times(most: int) -> dict:
+        done.clear()
+        deadline = AfterSteps(None)
+        deadline.most = most
+        steps = {name: functools.partial(done.append, name) for name in ("a", "b", "c")}
+        return alternating.alternate_on(torch.device("cpu"), steps, 9, "a", 1, deadline=deadline)
+
+    assert {name: found["rounds"] for name, found in times(10).items()} == {"a": 2, "b": 2, "c": 2}
+    assert times(5) == times(2) == {}
+    assert done == ["a", "b"]
+
+
 def test_a_gpu_that_is_not_there_is_named() -> None:
     answer = run("run.py", "nonsense_gpu")
     assert answer.returncode == 2

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import tempfile
 import threading
+import time
 from multiprocessing import util
 from multiprocessing.connection import Listener
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,6 +331,158 @@ def test_accumulated_gradients_are_never_cut(make_runner, tmp_path):
         "model_epoch_000_step_00002.pth",
         "model_epoch_000_step_00004.pth",
     ]
+
+
+@pytest.mark.parametrize(
+    ("step_s", "steps"), [(0.0, 25), (0.001, 25), (0.1, 10), (0.3, 3), (0.6, 1), (1.0, 1), (30.0, 1)]
+)
+def test_ranks_exchange_about_once_a_second(step_s: float, steps: int) -> None:
+    assert train_loop.steps_between_exchanges(step_s) == steps
+
+
+@pytest.mark.parametrize(
+    ("step_s", "accumulated", "after"),
+    [
+        (0.3, 1, 7),  # exchanged after steps 1, 4 and 7
+        (2.0, 1, 5),
+        (0.3, 2, 8),  # after 2 and 8: only where the weights have just changed
+    ],
+)
+def test_several_ranks_stop_after_the_same_step(
+    make_runner, tmp_path, monkeypatch, step_s, accumulated, after
+):
+    """Another rank, whose steps take as long, is asked to stop in step 5."""
+    exchanged = []
+    runner = make_runner(
+        [TAOCheckpointHook(), Seen({}), Clock(monkeypatch, step_s=step_s)],
+        elastic=True,
+        batches=12,
+        optim_wrapper={"optimizer": {"type": "AdamW", "lr": 0.05}, "accumulative_counts": accumulated},
+    )
+
+    def all_reduce(values: torch.Tensor, op: str) -> None:
+        exchanged.append(runner.iter)
+        assert op == "max" and values[2] == pytest.approx(step_s)
+        values[0] = max(values[0], float(runner.iter >= 5))
+
+    monkeypatch.setattr(train_loop, "get_world_size", lambda: 2)
+    monkeypatch.setattr(train_loop, "all_reduce", all_reduce)
+    with pytest.raises(
+        StoppedBySignalError,
+        match=rf"another process was asked to stop after {after} steps.*_{after:05}\.pth",
+    ):
+        runner.train()
+    assert (
+        exchanged == {(0.3, 1): [1, 4, 7], (2.0, 1): [1, 2, 3, 4, 5], (0.3, 2): [2, 8]}[step_s, accumulated]
+    )
+
+
+def test_one_process_looks_after_every_step(make_runner, monkeypatch):
+    looked = []
+    runner = make_runner([Clock(monkeypatch, step_s=0.01)], elastic=True, epochs=1, batches=6)
+    reduce = train_loop.all_reduce
+
+    def all_reduce(values: torch.Tensor, op: str) -> None:
+        looked.append(runner.iter)
+        reduce(values, op)
+
+    monkeypatch.setattr(train_loop, "all_reduce", all_reduce)
+    runner.train()
+    assert looked == [1, 2, 3, 4, 5, 6]
+
+
+# --- Copies of the next batch ---
+
+
+class OnStream(torch.Tensor):
+    """A tensor that writes down the streams that use it."""
+
+    def record_stream(self, stream):
+        self.users = [*getattr(self, "users", []), stream]
+
+
+class FakePreprocessor:
+    """Writes down what is copied and used, and when."""
+
+    def __init__(self, events, device="cuda"):
+        self.events, self.device = events, torch.device(device)
+
+    def copy_to_device(self, batch):
+        self.events.append(f"copy {batch}")
+        return {"inputs": torch.zeros(1).as_subclass(OnStream)}
+
+    def take_copied(self, batch, copied):
+        self.events.append(f"use {batch} by {copied['inputs'].users}")
+
+
+@pytest.fixture
+def cuda_events(monkeypatch) -> list[str]:
+    """Replaces CUDA's streams and events by what writes down how they are used."""
+    events: list[str] = []
+
+    class Done:
+        def record(self, stream):
+            events.append(f"record on {stream}")
+
+    class Current:
+        def wait_event(self, event):
+            events.append("wait")
+
+        def __repr__(self):
+            return "current"
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "side")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Done)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Current())
+    return events
+
+
+def test_the_next_batch_is_copied_while_a_step_runs(cuda_events):
+    events = cuda_events
+    preprocessor = FakePreprocessor(events)
+    for batch in train_loop.CopiedAhead([1, 2, 3], preprocessor):
+        # The copy of the next one has been handed to the thread; it ends whenever it likes.
+        for _ in range(500):
+            if f"copy {min(batch + 1, 3)}" in events:
+                break
+            time.sleep(0.01)
+        events.append(f"step {batch}")
+    assert [event for event in events if event.startswith(("copy", "step"))] == [
+        "copy 1", "copy 2", "step 1", "copy 3", "step 2", "step 3",
+    ]  # fmt: skip
+    for batch in (1, 2, 3):
+        assert events.index(f"copy {min(batch + 1, 3)}") < events.index(f"step {batch}")
+        assert events.index(f"use {batch} by [current]") < events.index(f"step {batch}")
+    assert events.count("wait") == events.count("record on side") == 3
+    assert list(train_loop.CopiedAhead([], preprocessor)) == []
+
+
+def test_a_copy_that_fails_ends_the_step_that_needs_it(cuda_events):
+    class Full(FakePreprocessor):
+        def copy_to_device(self, batch):
+            if batch == 2:
+                raise RuntimeError("CUDA out of memory")
+            return super().copy_to_device(batch)
+
+    seen = []
+    with pytest.raises(RuntimeError, match="out of memory"):
+        for batch in train_loop.CopiedAhead([1, 2, 3], Full(cuda_events)):
+            seen.append(batch)
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("device", "workers", "ours", "ahead"),
+    [("cuda", 2, True, True), ("cpu", 2, True, False), ("cuda", 0, True, False), ("cuda", 2, False, False)],
+)
+def test_batches_are_copied_ahead_where_that_changes_nothing(device, workers, ours, ahead):
+    loader = SimpleNamespace(num_workers=workers)
+    model = SimpleNamespace(data_preprocessor=FakePreprocessor([], device) if ours else object())
+    for wrapped in (model, SimpleNamespace(module=model)):
+        found = train_loop.batches_for(wrapped, loader)
+        assert (found is not loader) is ahead
+        assert not ahead or (type(found) is train_loop.CopiedAhead and found.loader is loader)
 
 
 def test_validates_as_often_as_asked(make_runner):
