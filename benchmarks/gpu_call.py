@@ -1,7 +1,7 @@
 """All GPU benchmarks in one call of limited time: most wanted rows first, figures as they come, a summary.
 
 ``python benchmarks/run.py --gpu --budget-s 540 --out DIR``. Every stage is a child process with a share of
-the time that is left; what it does not use goes to the later ones. A child that hangs is killed at its share,
+the time; what it does not use goes to the later ones. A child that hangs is killed at its share,
 one that crashes is started again without what crashed it. DIR gets ``figures.jsonl`` (a line a figure, as it
 comes), ``summary.md`` (written anew after every stage: ratios, then all tables), and a log of each stage.
 """
@@ -22,6 +22,8 @@ from gpu_process import Deadline, Figures, read_figures, run_group
 FOLDER = Path(__file__).resolve().parent
 END_S = 3.0
 """Kept for the summary."""
+WHOLE_S = 540
+"""The budget that the seconds of the stages are meant for; they are scaled to another."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,14 @@ class Stage:
     Attributes:
         name: of its log.
         script: the benchmark.
-        share: of the time, relative to the shares of the stages that are left.
+        seconds: it may take of :data:`WHOLE_S`, beside what the stages before it did not use.
         options: its arguments.
         compiled: whether ``torch.compile`` is part of it, which ``--quick`` leaves out.
     """
 
     name: str
     script: str
-    share: float
+    seconds: float
     options: tuple[str, ...]
     compiled: bool = False
 
@@ -55,32 +57,33 @@ INFERENCE = ("--rounds", "5")
 PIPELINE = ("--steps", "30", "--warm-up", "8")
 
 STAGES = (
-    Stage("train", "train_gpu", 100, (*TRAIN, *LIKE_FOR_LIKE)),
+    Stage("train", "train_gpu", 120, (*TRAIN, *LIKE_FOR_LIKE)),
+    Stage("pipeline ours bf16", "pipeline_gpu", 30, (*PIPELINE, *_only("ours, bf16"))),
+    Stage("pipeline mmdet bf16", "pipeline_gpu", 34, (*PIPELINE, *_only("mmdet, bf16"))),
     Stage("inference", "inference_gpu", 50, (*INFERENCE, "--batches", "8", "1", *LIKE_FOR_LIKE)),
-    Stage("pipeline ours bf16", "pipeline_gpu", 32, (*PIPELINE, *_only("ours, bf16"))),
-    Stage("pipeline mmdet bf16", "pipeline_gpu", 32, (*PIPELINE, *_only("mmdet, bf16"))),
-    Stage("train bf16 compiled", "train_gpu", 75, (*TRAIN, *_only("ours, bf16, compile")), True),
+    Stage("train bf16 compiled", "train_gpu", 106, (*TRAIN, *_only("ours, bf16, compile")), True),
+    Stage("attention", "attention_gpu", 70, ("--dtypes", "float32", "bfloat16", "--rounds", "5")),
+    Stage("pipeline mmdet fp32", "pipeline_gpu", 40, (*PIPELINE, *_only("mmdet, fp32"))),
+    Stage("pipeline ours tf32", "pipeline_gpu", 28, (*PIPELINE, *_only("ours, tf32"))),
     Stage(
         "inference bf16 compiled",
         "inference_gpu",
-        35,
+        40,
         (*INFERENCE, "--batches", "8", *_only("ours, bf16, compile")),
         True,
     ),
-    Stage("attention", "attention_gpu", 80, ("--dtypes", "float32", "bfloat16", "--rounds", "5")),
-    Stage("pipeline mmdet fp32", "pipeline_gpu", 35, (*PIPELINE, *_only("mmdet, fp32"))),
-    Stage("pipeline ours tf32", "pipeline_gpu", 28, (*PIPELINE, *_only("ours, tf32"))),
     Stage(
         "inference bf16 CUDA graphs",
         "inference_gpu",
-        35,
+        22,
         (*INFERENCE, "--batches", "1", *_only("ours, bf16, CUDA graphs")),
         True,
     ),
+    # From here on with the time that others did not use.
     Stage(
         "train others",
         "train_gpu",
-        35,
+        60,
         (
             *TRAIN,
             *_only("mmdet, fp32", "Hugging Face, tf32", "Hugging Face, bf16", "ours, bf16, recomputing"),
@@ -89,7 +92,7 @@ STAGES = (
     Stage(
         "inference others",
         "inference_gpu",
-        25,
+        40,
         (
             *INFERENCE,
             "--batches",
@@ -97,16 +100,16 @@ STAGES = (
             *_only("mmdet, fp32", "Hugging Face, tf32", "Hugging Face, bf16", "ours, fp16", "mmdet, fp16"),
         ),
     ),
-    Stage("train tf32 compiled", "train_gpu", 60, (*TRAIN, *_only("ours, tf32, compile")), True),
+    Stage("train tf32 compiled", "train_gpu", 100, (*TRAIN, *_only("ours, tf32, compile")), True),
     Stage(
         "train Hugging Face compiled",
         "train_gpu",
-        60,
+        100,
         (*TRAIN, *_only("Hugging Face, bf16, compile")),
         True,
     ),
 )
-"""In their order; the shares of the first eight are about their seconds of a budget of 540 on an H100."""
+"""In their order, most wanted first."""
 
 
 def run(
@@ -135,9 +138,13 @@ def run(
     command = " ".join(["python", *sys.argv])
     notes.append("environment", command=command, budget_s=budget_s)
     chosen = [one for one in stages if not (one.compiled and "--quick" in common)]
-    for number, stage in enumerate(chosen):
-        left_s, shares = deadline.left_s(), sum(one.share for one in chosen[number:])
-        limit_s = min(left_s, max(least_s, left_s * stage.share / shares))
+    scale = (budget_s - END_S) / min(WHOLE_S, sum(one.seconds for one in chosen))
+    planned_s = 0.0
+    for stage in chosen:
+        left_s = deadline.left_s()
+        planned_s += scale * stage.seconds
+        so_far_s = budget_s - END_S - left_s
+        limit_s = min(left_s, max(least_s, planned_s - so_far_s))
         if left_s < least_s:
             notes.append("note", text=f"{stage.name}: not begun, {left_s:.0f} s were left")
             incomplete.append(stage.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ def set_up(args: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
     device = device_of(args.device)
     environment = {**describe_device(device), "image": "x".join(map(str, args.size))}
     register_all_modules(init_default_scope=True)
-    return device, {**environment, "mmdet's sampling": prepare_stock_sampling(device)}
+    return device, {**environment, "mmdet's sampling": prepare_stock_ops(device)}
 
 
 # --- mmdet's sampling ---
@@ -130,14 +131,25 @@ class PyTorchSampling:
         return mmcv_attention.multi_scale_deformable_attn_pytorch(*given).to(value.dtype)
 
 
-def prepare_stock_sampling(device: torch.device) -> str:
-    """Make mmdet's own op usable on this device; returns what it is, for the record.
+def focal_loss_in_float32(base: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """mmcv's focal loss, which gets float32 where autocast hands it bfloat16: it has no such kernel."""
+
+    def run(pred: Tensor, *rest: Any) -> Tensor:
+        return base(pred.float() if pred.dtype == torch.bfloat16 else pred, *rest)
+
+    return run
+
+
+def prepare_stock_ops(device: torch.device) -> str:
+    """Make mmcv's ops usable for mmdet on this device; returns what its sampling is, for the record.
 
     An op that was built for another GPU prints an error and returns zeros: mmdet gets mmcv's PyTorch form
     then.
     """
     if device.type != "cuda":
         return "mmcv's PyTorch form"
+    focal_loss = importlib.import_module("mmdet.models.losses.focal_loss")
+    focal_loss._sigmoid_focal_loss = focal_loss_in_float32(focal_loss._sigmoid_focal_loss)
     base = mmcv_attention.MultiScaleDeformableAttnFunction
     problem = sampling_problem(base, device)
     if problem:
@@ -327,9 +339,11 @@ def outputs(contestant: Contestant, model: nn.Module, given: dict[str, Any]) -> 
 
 def inference_step(contestant: Contestant, model: nn.Module, given: dict[str, Any]) -> Step:
     """The network and its post-processing."""
-    from transformers import DeformableDetrImageProcessor
+    processor = None
+    if contestant.kind == HUGGING_FACE:
+        from transformers import DeformableDetrImageProcessor
 
-    processor = DeformableDetrImageProcessor() if contestant.kind == HUGGING_FACE else None
+        processor = DeformableDetrImageProcessor()
     sizes_hw = [sample.ori_shape for sample in given["samples"]]
 
     def run() -> Any:

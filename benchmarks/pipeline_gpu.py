@@ -264,12 +264,12 @@ def run_stock(precision: str, args: argparse.Namespace, folder: Path, annotation
         folder: for results.
         annotation_file: of the data.
     """
-    from gpu_detectors import prepare_stock_sampling, smaller
+    from gpu_detectors import prepare_stock_ops, smaller
     from mmdet.utils import register_all_modules
     from mmengine.runner import Runner
 
     register_all_modules(init_default_scope=True)
-    prepare_stock_sampling(device_of(args.device))
+    prepare_stock_ops(device_of(args.device))
     if precision != "defaults":
         tf32 = precision != "fp32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32

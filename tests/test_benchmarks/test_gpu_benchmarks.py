@@ -104,6 +104,14 @@ def test_mmdet_gets_float32_where_its_op_has_no_kernel(detectors, monkeypatch) -
     assert detectors.sampling_problem(detectors.Float32Sampling, torch.device("cpu")) is None
 
 
+def test_mmdet_gets_float32_at_its_focal_loss(detectors) -> None:
+    given = []
+    run = detectors.focal_loss_in_float32(lambda pred, *rest: given.append((pred.dtype, *rest)) or pred)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        run(torch.zeros(2, 3, dtype=dtype), "target", 2.0)
+    assert given == [(dtype, "target", 2.0) for dtype in (torch.float32, torch.float16, torch.float32)]
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

@@ -145,8 +145,36 @@ def test_output_is_shown_and_logged(tmp_path: Path, capsys: pytest.CaptureFixtur
 # --- The call ---
 
 
-def stage(name: str, share: float, *contestants: str) -> gpu_call.Stage:
-    return gpu_call.Stage(name, "train_gpu", share, ("--only", *contestants))
+def stage(name: str, seconds: float, *contestants: str) -> gpu_call.Stage:
+    return gpu_call.Stage(name, "train_gpu", seconds, ("--only", *contestants))
+
+
+def test_a_stage_gets_its_share_and_what_others_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, clock = [], [0.0]
+
+    class Ended:
+        status, reason = 0, "well"
+
+    def run_group(script: Path, options: tuple, figures: Path, limit_s: float, log: Path) -> list:
+        limits.append(round(limit_s))
+        clock[0] += {"fast": 10, "slow": limit_s}[options[1]]
+        return [Ended()]
+
+    monkeypatch.setattr(gpu_call, "run_group", run_group)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    stages = [
+        stage("one", 300, "slow"),
+        stage("two", 120, "fast"),
+        stage("three", 120, "slow"),
+        stage("rest", 60, "fast"),
+        stage("never", 60, "slow"),
+    ]
+    # 540 s, of which 3 are for the summary; the last two have only what is left.
+    assert gpu_call.run(tmp_path, 543, (), stages) == ["rest", "never"]
+    assert limits == [300, 120, 230]
+    clock[0], limits[:] = 0.0, []
+    assert gpu_call.run(tmp_path, 273, (), stages[:3]) == []
+    assert limits == [150, 60, 110]
 
 
 def test_the_call_ends_in_time_and_leaves_what_it_has(
