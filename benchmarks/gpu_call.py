@@ -3,7 +3,8 @@
 ``python benchmarks/run.py --gpu --budget-s 540 --out DIR``. Every stage is a child process with a share of
 the time; what it does not use goes to the later ones. A child that hangs is killed at its share,
 one that crashes is started again without what crashed it. DIR gets ``figures.jsonl`` (a line a figure, as it
-comes), ``summary.md`` (written anew after every stage: ratios, then all tables), and a log of each stage.
+comes), ``summary.md`` and ``summary.json`` (written anew after every stage: ratios, then all tables), and
+``log.txt``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Stage:
     """One child process.
 
     Attributes:
-        name: of its log.
+        name: in the log and in ``--only``.
         script: the benchmark.
         seconds: it may take of :data:`WHOLE_S`, beside what the stages before it did not use.
         options: its arguments.
@@ -152,7 +153,9 @@ def run(
         print(f"== {stage.name}: {limit_s:.0f} of {left_s:.0f} s", flush=True)
         began = time.monotonic()
         script = FOLDER / f"{stage.script}.py"
-        log = out / f"{stage.name.replace(' ', '_')}.log"
+        log = out / "log.txt"
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"== {stage.name}\n")
         ended = run_group(script, [*common, *stage.options], path, limit_s, log)
         took_s = time.monotonic() - began
         if not ended or ended[-1].status != 0:
