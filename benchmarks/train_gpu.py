@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace) -> None:
     for name, found in times.items():
         figures.append("times", name, **found)
     for name in WITH_REGIONS:
-        if name in times and not time_limit.has_passed(0.85):
+        if name in times and not time_limit.has_passed(0.7):
             figures.append("alone", name, regions=region_times(steps[name], 3, device))
     figures.append("environment", load_after=load_average())
 

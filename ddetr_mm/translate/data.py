@@ -146,7 +146,7 @@ def test_pipeline(
     pipeline: list[dict[str, Any]] = [dict(type="LoadImageFromFile"), step]
     if with_annotations:
         pipeline.append(dict(type="LoadAnnotations", with_bbox=True))
-    return [*pipeline, dict(type="PackDetInputs")]
+    return [*pipeline, dict(type="TAOPackDetInputs")]
 
 
 def numbers_by_name(spec: ExperimentSpec, subtask: str, trained_by_name: bool = False) -> bool:

@@ -33,7 +33,7 @@ shapes_test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(160, 120), keep_ratio=True, backend="pillow", size_rule="tao"),
     dict(type="LoadAnnotations", with_bbox=True),
-    dict(type="PackDetInputs"),
+    dict(type="TAOPackDetInputs"),
 ]
 
 shapes_train_data = dict(

@@ -36,7 +36,7 @@ test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(1333, 800), keep_ratio=True, backend="pillow", size_rule="tao"),
     dict(type="LoadAnnotations", with_bbox=True),
-    dict(type="PackDetInputs"),
+    dict(type="TAOPackDetInputs"),
 ]
 train_dataloader = dict(dataset=dict(type="SerializedCocoDataset", pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(type="SerializedCocoDataset", pipeline=test_pipeline))

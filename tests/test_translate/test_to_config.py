@@ -242,10 +242,10 @@ def test_training_images_are_loaded_and_packed_the_quick_way(translate):
     config = translate()
     assert config["train_pipeline"][0] == dict(type="TAOLoadImageFromFile")
     assert config["train_pipeline"][-1] == dict(type="TAOPackDetInputs")
-    # mmdet's own inferencer looks for these names.
+    # mmdet's own inferencer looks for the first name; in mmdet's registry it is our loader.
     assert [config["test_pipeline"][index]["type"] for index in (0, -1)] == [
         "LoadImageFromFile",
-        "PackDetInputs",
+        "TAOPackDetInputs",
     ]
 
 

@@ -28,7 +28,7 @@ test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(864, 608), keep_ratio=True, backend="pillow", size_rule="tao"),
     dict(type="LoadAnnotations", with_bbox=True),  # after the resize: boxes in the frame of the file
-    dict(type="PackDetInputs"),
+    dict(type="TAOPackDetInputs"),
 ]
 
 train_dataloader = dict(
