@@ -23,9 +23,11 @@ from torch import Tensor
 
 from ddetr_mm.errors import Problem, StackError
 from ddetr_mm.models.cpu_sampling import sample_values_on_cpu
+from ddetr_mm.models.fused_sampling import fused_sampling
 from ddetr_mm.models.triton_attention import GPU_HAS_ITS_OWN, IMPLEMENTATIONS, deformable_sampling
 
 SizesHW = Sequence[tuple[int, int]]
+_WRONG_COORDINATES = "reference points must have 2 or 4 coordinates, not {}"
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -136,7 +138,8 @@ class DeformableAttention(MultiScaleDeformableAttention):
     """mmcv's MultiScaleDeformableAttention with the same parameters and the same result.
 
     Differences from mmcv's ``forward``: level sizes may be given as Python integers (``level_sizes_hw``), so
-    that nothing is read back from a GPU; sampling runs in float32 under autocast, by :func:`sample_values`.
+    that nothing is read back from a GPU; sampling runs in float32 under autocast, by :func:`sample_values`,
+    or on a GPU, together with softmax and offsets, by :func:`~ddetr_mm.models.fused_sampling.fused_sampling`.
     Tensors are always (batch, sequence, channels), as everywhere in mmdet's transformers.
 
     Args:
@@ -213,6 +216,9 @@ class DeformableAttention(MultiScaleDeformableAttention):
             value = value.masked_fill(key_padding_mask[..., None], 0.0)
         batch, num_values, width = value.shape
         value = value.view(batch, num_values, self.num_heads, width // self.num_heads)
+        if self._samples_fused(value, reference_points):
+            output = self._sample_fused(query, value, reference_points, spatial_shapes, level_start_index)
+            return self.dropout(self.output_proj(output)) + identity
         locations, weights = self._locations_and_weights(
             query, reference_points, level_sizes_hw, spatial_shapes
         )
@@ -228,6 +234,40 @@ class DeformableAttention(MultiScaleDeformableAttention):
             self.deterministic,
         )
         return self.dropout(self.output_proj(output)) + identity
+
+    def _samples_fused(self, value: Tensor, reference_points: Tensor) -> bool:
+        """Whether softmax and offsets are part of the sampling: on a GPU, unless PyTorch is asked for."""
+        if not value.is_cuda or self.implementation == "torch" or torch.jit.is_tracing():
+            return False
+        is_known = reference_points.shape[-1] == 2 or not reference_points.requires_grad
+        return is_known and (GPU_HAS_ITS_OWN or self.implementation != "auto")
+
+    def _sample_fused(
+        self,
+        query: Tensor,
+        value: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor,
+    ) -> Tensor:
+        """Return the sums (B, Q, C) by :func:`~ddetr_mm.models.fused_sampling.fused_sampling`."""
+        shape = (*query.shape[:2], self.num_heads, self.num_levels, self.num_points)
+        if reference_points.shape[-1] not in (2, 4):
+            raise ValueError(_WRONG_COORDINATES.format(reference_points.shape[-1]))
+        offsets, logits = self.sampling_offsets(query), self.attention_weights(query)
+        with no_autocast(value.device):
+            output, _ = fused_sampling(
+                value,
+                reference_points.float(),
+                offsets.view(*shape, 2),
+                logits.view(shape),
+                spatial_shapes,
+                level_start_index,
+                self.implementation,
+                self.im2col_step,
+                self.deterministic,
+            )
+        return output
 
     def _locations_and_weights(
         self, query: Tensor, reference_points: Tensor, level_sizes_hw: SizesHW, spatial_shapes: Tensor
@@ -253,4 +293,4 @@ class DeformableAttention(MultiScaleDeformableAttention):
             return centers + offsets / sizes_wh, weights
         if reference_points.shape[-1] == 4:
             return centers[..., :2] + offsets / self.num_points * centers[..., 2:] * 0.5, weights
-        raise ValueError(f"reference points must have 2 or 4 coordinates, not {reference_points.shape[-1]}")
+        raise ValueError(_WRONG_COORDINATES.format(reference_points.shape[-1]))

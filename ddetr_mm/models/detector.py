@@ -148,6 +148,10 @@ def feature_sizes_hw(features: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
 # --- The detector ---
 
 
+LEAST_SIDE_OF_CHANNELS_LAST = 256
+"""Shorter side of a batch, in pixels, from which training on a CPU in bfloat16 uses channels-last."""
+
+
 @MODELS.register_module()
 class TAODeformableDETR(DeformableDETR):
     """mmdet's DeformableDETR with TAO's treatment of padding.
@@ -330,9 +334,18 @@ class TAODeformableDETR(DeformableDETR):
             channels_last = True
         else:
             # oneDNN's convolutions take a seventh less time, and the levels have the layout in which they
-            # are flattened. Not in training: oneDNN's gradient of some 1x1 convolutions reads out of bounds
-            # (AVX-512, tiny maps) and ends the process.
-            channels_last = batch_inputs.device.type == "cpu" and not torch.is_grad_enabled()
+            # are flattened. Not in training in float32: oneDNN's gradient of some 1x1 convolutions reads out
+            # of bounds (AVX-512, tiny maps) and ends the process. In bfloat16 other kernels are used, which
+            # otherwise copy every map twice: a fifth of the step; no crash is known there, and small images,
+            # whose maps are tiny, are left out all the same.
+            trains_in_bf16 = (
+                torch.is_autocast_enabled("cpu")
+                and torch.get_autocast_dtype("cpu") == torch.bfloat16
+                and min(batch_inputs.shape[-2:]) >= LEAST_SIDE_OF_CHANNELS_LAST
+            )
+            channels_last = batch_inputs.device.type == "cpu" and (
+                not torch.is_grad_enabled() or trains_in_bf16
+            )
         if channels_last and not torch.jit.is_tracing():
             batch_inputs = batch_inputs.contiguous(memory_format=torch.channels_last)
         return super().extract_feat(batch_inputs)

@@ -93,7 +93,9 @@ def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
         if not other.numel():
             continue
         tolerance = 1e-4 if other.dtype == torch.float32 else 2e-2
-        limit = tolerance * other.float().abs().max()
+        largest = other.float().abs().max()
+        # Only what is zero for all arguments, such as the gradient of a single logit, is zero here.
+        limit = tolerance * torch.where(largest > 0, largest, torch.ones_like(largest))
         near = (one.float() - other.float()).abs() <= limit  # False for NaN
         if near.float().mean() < 0.999:
             return False
@@ -115,32 +117,33 @@ def fault_of(candidate: Candidate, tensors: Sequence[Tensor], expected: Sequence
     return None
 
 
+def random_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return numbers of 0..1 in place of all that are not integers, always the same.
+
+    Their generator is not torch's, whose state a resumed run restores.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.rand(one.shape, generator=generator).to(one) if one.is_floating_point() else one
+        for one in tensors
+    ]
+
+
 def _expected_results(
-    expected: Candidate, arguments: Sequence[Tensor]
+    expected: Candidate, arguments: Sequence[Tensor], replaced: Callable[[Sequence[Tensor]], Sequence[Tensor]]
 ) -> tuple[Sequence[Tensor], tuple[Tensor, ...] | None]:
     """Return arguments on which candidates can be judged, and PyTorch's results; None where there are none.
 
-    Where a result is zero or not finite, nearly any candidate or none would agree: then random numbers
-    replace the tensors. Their generator is not torch's, whose state a resumed run restores.
+    Where a result is zero or not finite, nearly any candidate or none would agree: the arguments are then
+    ``replaced``.
     """
     with _non_deterministic_allowed():
         wanted = expected.run(*arguments)
-        if not _can_be_judged(wanted):
-            generator = torch.Generator().manual_seed(0)
-            arguments = [
-                torch.rand(tensor.shape, generator=generator).to(tensor)
-                if tensor.is_floating_point()
-                else tensor
-                for tensor in arguments
-            ]
+        if not all(bool(one.isfinite().all()) and (not one.numel() or bool(one.any())) for one in wanted):
+            arguments = replaced(arguments)
             wanted = expected.run(*arguments)
-    return arguments, wanted if _can_be_judged(wanted) else None
-
-
-def _can_be_judged(results: Sequence[Tensor]) -> bool:
-    return all(
-        bool(tensor.isfinite().all()) and (not tensor.numel() or bool(tensor.any())) for tensor in results
-    )
+    finite = all(bool(one.isfinite().all()) for one in wanted)
+    return arguments, wanted if finite else None
 
 
 @contextlib.contextmanager
@@ -202,6 +205,7 @@ def choose(
     *,
     last: Candidate | None,
     expected: Candidate,
+    replaced: Callable[[Sequence[Tensor]], Sequence[Tensor]] = random_like,
     device: str = "",
     capturing: bool = False,
     deterministic: bool = False,
@@ -215,6 +219,7 @@ def choose(
         tensors: returns the arguments for the comparison.
         last: the choice where no candidate agrees; None makes that an error.
         expected: computes the expected results.
+        replaced: makes arguments with which results are not zero, from those that are.
         device: where the tensors are; checkpoints do not keep it.
         capturing: whether a CUDA graph is captured, in which nothing can be compared; the first candidate
             that has not failed before is used then.
@@ -235,7 +240,7 @@ def choose(
         ordered.insert(0, last)
     if capturing:
         return next((one for one in ordered if one.name not in _faults), last or expected)
-    arguments, wanted = _expected_results(expected, tensors())
+    arguments, wanted = _expected_results(expected, tensors(), replaced)
     if wanted is None:
         return last or ordered[0]
     best, faults = _first_good(ordered, arguments, wanted, what)

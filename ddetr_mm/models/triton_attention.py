@@ -76,16 +76,18 @@ def runs_on(device: torch.device) -> bool:
 
 
 @functools.cache
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
+    """Import Triton and the kernels."""
     return importlib.import_module("ddetr_mm.models.triton_kernels")
 
 
-def _current(device: torch.device) -> AbstractContextManager:
+def on_device(device: torch.device) -> AbstractContextManager:
     """Return a context in which a GPU is the current one, on which Triton launches."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not smaller."""
     return 1 << (number - 1).bit_length()
 
 
@@ -137,8 +139,8 @@ def sample_forward(
     output = value.new_empty(batch, num_queries, heads * channels)
     if output.numel():
         grid = (-(-num_queries // launch.queries), batch * heads)
-        with _current(value.device):
-            _kernels().forward_kernel[grid](
+        with on_device(value.device):
+            kernels().forward_kernel[grid](
                 value,
                 locations,
                 weights,
@@ -151,7 +153,7 @@ def sample_forward(
                 LEVELS=levels,
                 POINTS=points,
                 CHANNELS=channels,
-                LANES=_power_of_two(channels),
+                LANES=power_of_two(channels),
                 QUERIES=launch.queries,
                 num_warps=launch.warps,
             )
@@ -192,10 +194,10 @@ def sample_backward(
     tensors = (grad_output, value, locations, weights)
     given = (*(tensor.contiguous() for tensor in tensors), spatial_shapes, level_start_index)
     add = value_needs_grad and not gather
-    with _current(value.device):
+    with on_device(value.device):
         grad_value, grad_locations, grad_weights = _point_gradients(*given, add=add, launch=launch)
         if value_needs_grad and gather:
-            grad_value = _gathered_value_gradient(*given)
+            grad_value = gathered_value_gradient(*given)
     return grad_value, grad_locations, grad_weights
 
 
@@ -217,7 +219,7 @@ def _point_gradients(
     grad_value = torch.zeros_like(value, dtype=torch.float32) if add else None
     if grad_output.numel():
         grid = (-(-num_queries // launch.queries), batch * heads)
-        _kernels().backward_kernel[grid](
+        kernels().backward_kernel[grid](
             value,
             locations,
             weights,
@@ -233,7 +235,7 @@ def _point_gradients(
             LEVELS=levels,
             POINTS=points,
             CHANNELS=channels,
-            LANES=_power_of_two(channels),
+            LANES=power_of_two(channels),
             ADD_TO_VALUE=add,
             QUERIES=launch.queries,
             num_warps=launch.warps,
@@ -241,7 +243,7 @@ def _point_gradients(
     return None if grad_value is None else grad_value.to(value.dtype), grad_locations, grad_weights
 
 
-def _gathered_value_gradient(
+def gathered_value_gradient(
     grad_output: Tensor,
     value: Tensor,
     locations: Tensor,
@@ -264,7 +266,7 @@ def _gathered_value_gradient(
     index_type = torch.int32 if num_bins < _INT32_LIMIT else torch.int64
     bins = torch.empty(num_points, dtype=index_type, device=value.device)
     block = 256
-    _kernels().bin_kernel[(-(-num_points // block),)](
+    kernels().bin_kernel[(-(-num_points // block),)](
         locations,
         spatial_shapes,
         bin_starts,
@@ -282,7 +284,7 @@ def _gathered_value_gradient(
     numbers = torch.arange(num_bins + 1, dtype=index_type, device=value.device)
     bin_offsets = torch.searchsorted(ordered_bins, numbers)
     grad_value = torch.empty_like(value)
-    _kernels().gather_value_gradient_kernel[(num_values, batch * heads)](
+    kernels().gather_value_gradient_kernel[(num_values, batch * heads)](
         locations,
         weights,
         spatial_shapes,
@@ -298,7 +300,7 @@ def _gathered_value_gradient(
         LEVELS=levels,
         POINTS=points,
         CHANNELS=channels,
-        LANES=_power_of_two(channels),
+        LANES=power_of_two(channels),
         BLOCK=_GATHER_BLOCK,
         num_warps=1,
     )
@@ -324,6 +326,16 @@ def has_compiled_cuda_op() -> bool:
 
 GPU_HAS_ITS_OWN = has_compiled_cuda_op() or has_triton()
 """Whether a GPU has more than mmcv's PyTorch form; a constant for torch.compile."""
+
+
+def offers_mmcv(device: torch.device, implementation: str) -> bool:
+    """Return whether mmcv's op is a candidate for a device and a choice of :data:`IMPLEMENTATIONS`."""
+    return implementation in ("auto", "mmcv") and device.type == "cuda" and has_compiled_cuda_op()
+
+
+def offers_triton(device: torch.device, implementation: str) -> bool:
+    """Return whether Triton's kernels are candidates for a device and a choice of :data:`IMPLEMENTATIONS`."""
+    return implementation in ("auto", "triton") and runs_on(device)
 
 
 def _op_step(batch: int, im2col_step: int) -> int:
@@ -383,9 +395,9 @@ def forward_candidates(
         im2col_step: largest number of images mmcv's op handles at once.
     """
     found = []
-    if implementation in ("auto", "mmcv") and device.type == "cuda" and has_compiled_cuda_op():
+    if offers_mmcv(device, implementation):
         found.append(Candidate("mmcv", functools.partial(mmcv_forward, im2col_step=im2col_step)))
-    if implementation in ("auto", "triton") and runs_on(device):
+    if offers_triton(device, implementation):
         found += [
             Candidate(
                 f"triton {launch.queries}x{launch.warps}", functools.partial(_triton_forward, launch=launch)
@@ -400,10 +412,10 @@ def backward_candidates(
 ) -> list[Candidate]:
     """Return the candidates for the gradients on a GPU, in order; arguments as for the forward."""
     found = []
-    if implementation in ("auto", "mmcv") and device.type == "cuda" and has_compiled_cuda_op():
+    if offers_mmcv(device, implementation):
         run = functools.partial(mmcv_backward, im2col_step=im2col_step)
         found.append(Candidate("mmcv", run, deterministic=False))
-    if implementation in ("auto", "triton") and runs_on(device):
+    if offers_triton(device, implementation):
         for gather in (False, True):
             found += [
                 Candidate(
@@ -488,11 +500,16 @@ PYTORCH_FORM = {
 """The candidates' expected results, and the last choice of ``auto``."""
 
 
+def judged_queries(num_queries: int) -> slice:
+    """Return which of so many queries candidates are judged on."""
+    return slice(None, None, max(-(-num_queries // _JUDGED_QUERIES), 1))
+
+
 def judged_part(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return one image and some queries of the arguments of a candidate, so that a comparison is cheap."""
     *upstream, value, locations, weights, shapes, starts = tensors
-    step = -(-locations.shape[1] // _JUDGED_QUERIES)
-    per_query = [tensor[:1, ::step].contiguous() for tensor in (*upstream, locations, weights)]
+    some = judged_queries(locations.shape[1])
+    per_query = [tensor[:1, some].contiguous() for tensor in (*upstream, locations, weights)]
     return (*per_query[:-2], value[:1].contiguous(), *per_query[-2:], shapes, starts)
 
 

@@ -17,6 +17,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_LEAST = tl.constexpr(-3.0e38)
+"""Below every logit, and finite: differences from it are numbers."""
+
 
 @triton.jit
 def _at(location, size):
@@ -24,7 +27,12 @@ def _at(location, size):
 
     Outside, cell and distance are 0; the distance of a NaN location is NaN, which propagates.
     """
-    position = location * size - 0.5
+    return _at_position(location * size - 0.5, size)
+
+
+@triton.jit
+def _at_position(position, size):
+    """:func:`_at` for a position in cells, 0 at the centre of the first one."""
     inside = (position > -1.0) & (position < size)
     cell = tl.floor(tl.where(inside, position, 0.0))
     distance = tl.where(inside | (position != position), position - cell, 0.0)
@@ -205,6 +213,229 @@ def backward_kernel(
                     low_part,
                     right_part,
                 )
+
+
+# --- Fused with softmax and offsets ---
+# Inputs are what the network computes: references (B or 1, Q, L, 2 or 4) float32 as (x, y) or (cx, cy, w, h),
+# raw offsets (B, Q, M, L, P, 2) and raw logits (B, Q, M, L, P) in the network's dtype.
+
+
+@triton.jit
+def _position(reference, extent, offset, size, POINTS: tl.constexpr, BOXES: tl.constexpr):
+    """Position of a point in cells, from its reference's centre and, for ``BOXES``, width or height."""
+    if BOXES:
+        return (reference + offset / POINTS * extent * 0.5) * size - 0.5
+    return reference * size + offset - 0.5
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_values", "reference_stride"])
+def fused_forward_kernel(
+    value,
+    references,
+    offsets,
+    logits,
+    sizes_hw,
+    starts,
+    output,
+    log_sums,
+    num_queries,
+    num_values,
+    reference_stride,
+    HEADS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    BOXES: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """Attention of ``QUERIES`` queries of one head of one image to their points.
+
+    ``LANES`` is ``CHANNELS`` rounded up to a power of two.
+    """
+    image = (tl.program_id(1) // HEADS).to(tl.int64)
+    head = tl.program_id(1) % HEADS
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    known = query < num_queries
+    channel = tl.arange(0, LANES)
+    filled = (channel < CHANNELS)[None, :]
+    row = query * HEADS + head
+    count: tl.constexpr = LEVELS * POINTS
+    coordinates: tl.constexpr = 4 if BOXES else 2
+    stride: tl.constexpr = HEADS * CHANNELS
+    rows_before = image * num_queries * HEADS
+    image_logits = logits + rows_before * count
+    image_offsets = offsets + rows_before * (2 * count)
+    image_base = value + (image * num_values * HEADS + head) * CHANNELS
+    reference = references + image * reference_stride + query * (LEVELS * coordinates)
+    # The softmax is computed on the way: sums so far are scaled down where a level has a larger logit.
+    largest = tl.full((QUERIES,), _LEAST, dtype=tl.float32)
+    all_weights = tl.zeros((QUERIES,), dtype=tl.float32)
+    total = tl.zeros((QUERIES, LANES), dtype=tl.float32)
+    for level in range(LEVELS):
+        height = tl.load(sizes_hw + 2 * level).to(tl.int32)
+        width = tl.load(sizes_hw + 2 * level + 1).to(tl.int32)
+        base = image_base + tl.load(starts + level) * stride
+        at_level = reference + level * coordinates
+        center_x = tl.load(at_level, mask=known, other=0.0)
+        center_y = tl.load(at_level + 1, mask=known, other=0.0)
+        extent_x = tl.load(at_level + 2, mask=known, other=0.0) if BOXES else center_x
+        extent_y = tl.load(at_level + 3, mask=known, other=0.0) if BOXES else center_y
+        before = largest
+        for number in tl.static_range(POINTS):
+            point = row * count + level * POINTS + number
+            logit = tl.load(image_logits + point, mask=known, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, logit)
+        shrink = tl.exp(before - largest)
+        all_weights *= shrink
+        total *= shrink[:, None]
+        for number in tl.static_range(POINTS):
+            point = row * count + level * POINTS + number
+            logit = tl.load(image_logits + point, mask=known, other=0.0).to(tl.float32)
+            weight = tl.exp(logit - largest)
+            all_weights += weight
+            offset_x = tl.load(image_offsets + 2 * point, mask=known, other=0.0).to(tl.float32)
+            offset_y = tl.load(image_offsets + 2 * point + 1, mask=known, other=0.0).to(tl.float32)
+            position_x = _position(center_x, extent_x, offset_x, width, POINTS, BOXES)
+            position_y = _position(center_y, extent_y, offset_y, height, POINTS, BOXES)
+            x0, right_part, x_inside = _at_position(position_x, width)
+            y0, low_part, y_inside = _at_position(position_y, height)
+            mask = known & x_inside & y_inside
+            v00, v01, v10, v11 = _load_corners(base, y0, x0, height, width, stride, channel, filled, mask)
+            s00, s01, s10, s11 = _shares(weight, low_part, right_part)
+            total += v00 * s00 + v01 * s01 + v10 * s10 + v11 * s11
+    total /= all_weights[:, None]
+    tl.store(log_sums + rows_before + row, largest + tl.log(all_weights), mask=known)
+    pointers = output + rows_before * CHANNELS + row[:, None] * CHANNELS + channel[None, :]
+    tl.store(pointers, total.to(output.dtype.element_ty), mask=known[:, None] & filled)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_values", "reference_stride"])
+def fused_backward_kernel(
+    value,
+    references,
+    offsets,
+    logits,
+    log_sums,
+    sizes_hw,
+    starts,
+    grad_output,
+    grad_value,
+    grad_offsets,
+    grad_logits,
+    num_queries,
+    num_values,
+    reference_stride,
+    HEADS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LANES: tl.constexpr,
+    POINT_LANES: tl.constexpr,
+    LEVEL_LANES: tl.constexpr,
+    BOXES: tl.constexpr,
+    ADD_TO_VALUE: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """Gradients of offsets and logits, and with ``ADD_TO_VALUE`` of values by atomic addition.
+
+    Rows of a tile are points, all of a level of ``QUERIES`` queries, so that a level's gradients are written
+    at once, from consecutive lanes to consecutive addresses. ``POINT_LANES`` and ``LEVEL_LANES`` are
+    ``POINTS`` and ``LEVELS`` rounded up to powers of two. ``grad_value`` is float32 and zero at the start.
+    """
+    image = (tl.program_id(1) // HEADS).to(tl.int64)
+    head = tl.program_id(1) % HEADS
+    line = tl.arange(0, QUERIES * POINT_LANES)
+    query = tl.program_id(0) * QUERIES + line // POINT_LANES
+    number = line % POINT_LANES
+    known = (query < num_queries) & (number < POINTS)
+    channel = tl.arange(0, LANES)
+    filled = (channel < CHANNELS)[None, :]
+    row = query * HEADS + head
+    count: tl.constexpr = LEVELS * POINTS
+    coordinates: tl.constexpr = 4 if BOXES else 2
+    stride: tl.constexpr = HEADS * CHANNELS
+    rows_before = image * num_queries * HEADS
+    image_logits = logits + rows_before * count
+    image_offsets = offsets + rows_before * (2 * count)
+    head_offset = (image * num_values * HEADS + head) * CHANNELS
+    reference = references + image * reference_stride + query * (LEVELS * coordinates)
+    log_sum = tl.load(log_sums + rows_before + row, mask=known, other=0.0)
+    in_output = rows_before * CHANNELS + row[:, None] * CHANNELS + channel[None, :]
+    in_row = known[:, None] & filled
+    gradient = tl.load(grad_output + in_output, mask=in_row, other=0.0).to(tl.float32)
+    axis = tl.arange(0, 2)[None, :]
+    level_number = tl.arange(0, LEVEL_LANES)[None, :]
+    grad_weights = tl.zeros((QUERIES * POINT_LANES, LEVEL_LANES), dtype=tl.float32)
+    for level in range(LEVELS):
+        height = tl.load(sizes_hw + 2 * level).to(tl.int32)
+        width = tl.load(sizes_hw + 2 * level + 1).to(tl.int32)
+        level_offset = head_offset + tl.load(starts + level) * stride
+        base = value + level_offset
+        at_level = reference + level * coordinates
+        center_x = tl.load(at_level, mask=known, other=0.0)
+        center_y = tl.load(at_level + 1, mask=known, other=0.0)
+        extent_x = tl.load(at_level + 2, mask=known, other=0.0) if BOXES else center_x
+        extent_y = tl.load(at_level + 3, mask=known, other=0.0) if BOXES else center_y
+        point = row * count + level * POINTS + number
+        logit = tl.load(image_logits + point, mask=known, other=0.0).to(tl.float32)
+        weight = tl.exp(logit - log_sum)
+        offset_x = tl.load(image_offsets + 2 * point, mask=known, other=0.0).to(tl.float32)
+        offset_y = tl.load(image_offsets + 2 * point + 1, mask=known, other=0.0).to(tl.float32)
+        position_x = _position(center_x, extent_x, offset_x, width, POINTS, BOXES)
+        position_y = _position(center_y, extent_y, offset_y, height, POINTS, BOXES)
+        x0, right_part, x_inside = _at_position(position_x, width)
+        y0, low_part, y_inside = _at_position(position_y, height)
+        mask = known & x_inside & y_inside
+        v00, v01, v10, v11 = _load_corners(base, y0, x0, height, width, stride, channel, filled, mask)
+        s00 = tl.sum(v00 * gradient, axis=1)
+        s01 = tl.sum(v01 * gradient, axis=1)
+        s10 = tl.sum(v10 * gradient, axis=1)
+        s11 = tl.sum(v11 * gradient, axis=1)
+        upper = s00 + (s01 - s00) * right_part
+        lower = s10 + (s11 - s10) * right_part
+        along_x = (s01 - s00) * (1 - low_part) + (s11 - s10) * low_part
+        grad_weight = upper + (lower - upper) * low_part
+        grad_weights = tl.where(level_number == level, grad_weight[:, None], grad_weights)
+        grad_x, grad_y = weight * along_x, weight * (lower - upper)
+        if BOXES:
+            grad_x *= extent_x * width * (0.5 / POINTS)
+            grad_y *= extent_y * height * (0.5 / POINTS)
+        tl.store(
+            grad_offsets + rows_before * (2 * count) + 2 * point[:, None] + axis,
+            tl.join(grad_x, grad_y).to(grad_offsets.dtype.element_ty),
+            mask=known[:, None],
+        )
+        if ADD_TO_VALUE:
+            _add_corners(
+                grad_value + level_offset,
+                y0,
+                x0,
+                height,
+                width,
+                stride,
+                channel,
+                filled,
+                mask,
+                gradient,
+                weight,
+                low_part,
+                right_part,
+            )
+    # Softmax: each logit's gradient needs all of its query.
+    real = known[:, None] & (level_number < LEVELS)
+    all_points = (row * count + number)[:, None] + level_number * POINTS
+    all_logits = tl.load(image_logits + all_points, mask=real, other=0.0).to(tl.float32)
+    all_weights = tl.where(real, tl.exp(all_logits - log_sum[:, None]), 0.0)
+    of_lines = tl.sum(all_weights * grad_weights, axis=1)
+    of_queries = tl.sum(tl.reshape(of_lines, (QUERIES, POINT_LANES)), axis=1)
+    mean = tl.reshape(tl.broadcast_to(of_queries[:, None], (QUERIES, POINT_LANES)), (QUERIES * POINT_LANES,))
+    grad_logit = all_weights * (grad_weights - mean[:, None])
+    to_logits = grad_logits + rows_before * count + all_points
+    tl.store(to_logits, grad_logit.to(grad_logits.dtype.element_ty), mask=real)
+
+
+# --- Gradient of the values by a gather ---
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_points", "bins_per_head", "num_bins"])

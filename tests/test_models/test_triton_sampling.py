@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_cases import CASES
+from triton_cases import CASES, FUSED_CASES
 
 from ddetr_mm.models.triton_attention import has_triton, sample_forward
 
@@ -46,6 +46,22 @@ def test_values_and_gradients_equal_mmcvs(report: dict, case: str) -> None:
     assert set(figures) >= {"forward", "atomic value", "gather value", "atomic locations", "gather weights"}
     worst = {name: figure for name, figure in figures.items() if not figure <= TOLERANCE.get(case, 1e-5)}
     assert not worst
+
+
+@pytest.mark.parametrize("case", FUSED_CASES)
+def test_fused_with_softmax_and_offsets_it_equals_the_steps_in_float64(report: dict, case: str) -> None:
+    figures = report["fused"][case]
+    assert len(figures) == 2 * (2 + 6) + (3 if FUSED_CASES[case].get("boxes") else 4)
+    limit = TOLERANCE.get(case, 1e-5)
+    assert not {name: figure for name, figure in figures.items() if not figure <= limit}
+
+
+def test_the_fused_operator_is_chosen_registered_and_keeps_nan_in_its_place(report: dict) -> None:
+    found = report["fused operator"]
+    assert found["chosen"] == ["triton fused 2x1", "triton fused 8x1"]
+    assert [kind.split(",")[0] for kind in found["kinds"]] == ["backward", "forward"]
+    assert found["NaN only where it came in"] == [[0, 0, 0], [0, 1, 0]]
+    assert found["others equal"]
 
 
 def test_what_is_no_number_spreads_and_what_is_outside_does_not(report: dict) -> None:
