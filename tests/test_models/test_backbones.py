@@ -161,6 +161,22 @@ def test_the_order_of_values_in_memory_changes_no_feature():
     assert model.extract_feat(images)[0].is_contiguous()  # in training, see there
 
 
+@pytest.mark.parametrize(("side", "channels_last"), [(256, True), (192, False)])
+def test_training_in_bfloat16_on_a_cpu_has_channels_last_but_for_small_images(side: int, channels_last: bool):
+    model = frozen_norms_model().float()
+    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        levels = model.extract_feat(images)
+        assert levels[0].is_contiguous(memory_format=torch.channels_last) is channels_last
+        model.channels_last = False
+        others = model.extract_feat(images)
+    for one, other in zip(levels, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+    sum(level.float().square().mean() for level in levels).backward()
+    gradients = [parameter.grad for parameter in model.backbone.parameters() if parameter.grad is not None]
+    assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
 def test_training_in_channels_last_as_on_a_gpu_changes_no_loss_gradient_or_layout_of_weights():
     batch = padded_batch()
     found = {}
