@@ -8,10 +8,11 @@ from ddetr_mm import __version__
 
 project = "ddetr_mm"
 release = __version__
-extensions = ["myst_parser"]
+extensions = ["myst_nb"]  # myst_parser, and notebooks
 root_doc = "docs/index"
 include_patterns = [
     "docs/*.md",
+    "docs/tour.ipynb",
     "projects/README.md",
     "projects/*/README.md",
     "benchmarks/records/*.md",
@@ -20,6 +21,7 @@ include_patterns = [
 ]
 # Pruned, or Sphinx would look through the environments too.
 exclude_patterns = [".*", "build", "dist", "results", "work_dirs", "ddetr_mm", "tests", "tools", "configs"]
+nb_execution_mode = "off"  # its outputs are stored by docs/generate.py --tour
 myst_heading_anchors = 3
 html_theme = "furo"
 html_title = f"ddetr_mm {__version__}"
