@@ -69,10 +69,8 @@ def generate(num_images: int, seed: int = 0) -> tuple[GroundTruthColumns, Detect
     return truth, found.rows(np.argsort(found.image_ids, kind="stable"))
 
 
-def faster_coco_eval(truth: GroundTruthColumns, found: DetectionColumns) -> dict[str, float]:
-    """The third contestant, through its own interface."""
-    from faster_coco_eval import COCO, COCOeval_faster
-
+def coco_document(truth: GroundTruthColumns) -> dict[str, Any]:
+    """The ground truth as the contents of a COCO file."""
     images = np.unique(truth.image_ids)
     records = [
         dict(id=n, image_id=int(i), category_id=int(c), bbox=b.tolist(), area=float(a), iscrowd=int(w))
@@ -88,11 +86,18 @@ def faster_coco_eval(truth: GroundTruthColumns, found: DetectionColumns) -> dict
             start=1,
         )
     ]
-    document = dict(
+    return dict(
         images=[dict(id=int(number), width=1, height=1, file_name="") for number in images],
         categories=[dict(id=number, name=name) for number, name in truth.category_names.items()],
         annotations=records,
     )
+
+
+def faster_coco_eval(truth: GroundTruthColumns, found: DetectionColumns) -> dict[str, float]:
+    """A contestant through its own interface."""
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    document = coco_document(truth)
     with contextlib.redirect_stdout(io.StringIO()):
         annotations = COCO(document)
         evaluator = COCOeval_faster(
@@ -101,6 +106,19 @@ def faster_coco_eval(truth: GroundTruthColumns, found: DetectionColumns) -> dict
             "bbox",
             print_function=lambda *_: None,
         )
+        evaluator.run()
+    return dict(zip(METRIC_NAMES, map(float, evaluator.stats[:12]), strict=True))
+
+
+def ultrafast_pycocotools(truth: GroundTruthColumns, found: DetectionColumns) -> dict[str, float]:
+    """A contestant through its own interface."""
+    from ultrafast_pycocotools import COCO, COCOeval
+
+    annotations = COCO()
+    with contextlib.redirect_stdout(io.StringIO()):
+        annotations.dataset = coco_document(truth)
+        annotations.createIndex()
+        evaluator = COCOeval(annotations, annotations.loadRes(coco_eval._result_table(found)), "bbox")
         evaluator.run()
     return dict(zip(METRIC_NAMES, map(float, evaluator.stats[:12]), strict=True))
 
@@ -164,13 +182,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     contestants: dict[str, Callable[[], Any]] = {
         "pycocotools": lambda: evaluate_boxes(truth, found, backend="pycocotools").metrics,
         "faster-coco-eval": lambda: faster_coco_eval(truth, found),
+        "ultrafast-pycocotools": lambda: ultrafast_pycocotools(truth, found),
         "hotcoco (ours)": lambda: evaluate_boxes(truth, found, backend="fast").metrics,
     }
-    modules = {"faster-coco-eval": "faster_coco_eval", "hotcoco (ours)": "hotcoco"}
+    modules = {
+        "faster-coco-eval": "faster_coco_eval",
+        "ultrafast-pycocotools": "ultrafast_pycocotools",
+        "hotcoco (ours)": "hotcoco",
+    }
     rows: dict[str, Any] = {}
     figures: dict[str, dict[str, float]] = {}
     for name, work in contestants.items():
         missing = name in modules and importlib.util.find_spec(modules[name]) is None
+        if missing:
+            print(f"{name}: left out, since {modules[name]} is not installed", flush=True)
         if name in args.skip or missing:
             continue
         figures[name], rows[name] = timed(work)
@@ -215,7 +240,9 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], help="backends to leave out")
     parser.add_argument("--record", action="store_true", help="write the record")
     args = parser.parse_args()
-    environment = describe("numpy", "torch", "pycocotools", "hotcoco", "faster-coco-eval")
+    environment = describe(
+        "numpy", "torch", "pycocotools", "hotcoco", "faster-coco-eval", "ultrafast-pycocotools"
+    )
     result = {"environment": environment, **measure(args)}
     report(result, markdown(result), RECORD if args.record else None)
 
