@@ -28,7 +28,8 @@ def fold(figures: Iterable[dict[str, Any]]) -> dict[str, Part]:
     """All figures as one mapping a benchmark.
 
     Returns:
-        Benchmark to ``environment``, ``rows`` (row to contestant to its figures, later ones first),
+        Benchmark to ``environment``, ``rows`` (row to contestant to its figures; of one that takes part in
+        several processes those of the first),
         ``left_out`` and ``skipped`` (lists of row, contestant and reason) and ``notes``.
     """
     found: dict[str, Part] = {}
@@ -37,6 +38,7 @@ def fold(figures: Iterable[dict[str, Any]]) -> dict[str, Part]:
             one["benchmark"], {"environment": {}, "rows": {}, "left_out": [], "skipped": [], "notes": []}
         )
         event, row, name = one["event"], one["row"], one["contestant"]
+        part_renews = one["benchmark"] == "pipeline_gpu"
         values = {
             key: value for key, value in one.items() if key not in ("benchmark", "row", "contestant", "event")
         }
@@ -48,7 +50,10 @@ def fold(figures: Iterable[dict[str, Any]]) -> dict[str, Part]:
             part[event].append([row, name, values["reason"]])
         elif event in ("alone", "times"):
             own = part["rows"].setdefault(row, {}).setdefault(name, {})
-            own |= values if event == "alone" else {"times": values}
+            for name_of, value in (values if event == "alone" else {"times": values}).items():
+                # A pipeline's means are renewed as it goes; a repeated yardstick changes nothing.
+                if part_renews or name_of not in own:
+                    own[name_of] = value
         elif event == "round":
             part["rows"].setdefault(row, {}).setdefault(name, {}).setdefault("rounds_ms", []).append(
                 values["ms"]

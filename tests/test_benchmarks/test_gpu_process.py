@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -241,6 +242,19 @@ def test_the_ratio_is_of_rounds_where_both_alternated() -> None:
     assert any(line.startswith("| ours, bf16 | 4.00* | 2000.0 | 2.50† |") for line in table)
 
 
+def test_a_yardstick_of_a_second_process_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "figures.jsonl"
+    for benchmark in ("train_gpu", "pipeline_gpu"):
+        for ms in (5.0, 7.0):
+            figures = Figures(path, benchmark)
+            figures.append("alone", "mmdet, fp32", alone_ms=ms)
+            figures.append("times", "mmdet, fp32", median_ms=ms)
+    found = gpu_summary.fold(read_figures(path))
+    assert found["train_gpu"]["rows"][""]["mmdet, fp32"] == {"alone_ms": 5.0, "times": {"median_ms": 5.0}}
+    # There the means of a run are written again and again.
+    assert found["pipeline_gpu"]["rows"][""]["mmdet, fp32"]["alone_ms"] == 7.0
+
+
 def test_all_tables_stand_partial_figures(tmp_path: Path) -> None:
     """What a run that was killed leaves at any moment can be shown."""
     path = tmp_path / "figures.jsonl"
@@ -275,3 +289,28 @@ def test_the_watching_process_needs_no_torch() -> None:
         "assert not {'torch', 'mmengine'} & set(sys.modules)"
     )
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
+
+
+def test_the_wheels_of_the_page_are_those_of_the_pinned_set() -> None:
+    def lines(text: str) -> list[str]:
+        return [line for line in text.splitlines() if "==" in line]
+
+    listed = lines((REPO / "benchmarks/gpu_wheels.txt").read_text())
+    page = (REPO / "docs/gpu-run.md").read_text()
+    assert lines(page.split("```text")[1].split("```")[0]) == listed
+    pinned = {
+        line.split(" ;")[0]
+        for line in lines((REPO / "tools/env/torch2.11.txt").read_text())
+        if "< '3.11'" not in line
+    }
+    assert set(listed) <= pinned
+
+
+def test_the_stages_of_the_page_are_those_of_the_call() -> None:
+    page = (REPO / "docs/gpu-run.md").read_text()
+    seconds = {name: int(number) for name, number in re.findall(r"^\| `([^`]+)` \| (\d+) \|", page, re.M)}
+    own = {stage.name: stage.seconds for stage in gpu_call.STAGES}
+    for name, shown in seconds.items():
+        whole = [value for stage, value in own.items() if stage.startswith(name.removesuffix("…").strip())]
+        assert shown == (sum(whole) if name.endswith("…") else own[name]), name
+    assert sum(seconds.values()) == gpu_call.WHOLE_S
