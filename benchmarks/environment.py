@@ -35,9 +35,16 @@ def load_average() -> float:
     return round(os.getloadavg()[0], 1)
 
 
+MOST_LOAD = 1.0
+"""Load before a run above which its times are marked: something else used the machine."""
+
+
 def heading(title: str, environment: dict[str, Any]) -> list[str]:
-    """The first lines of a record for people: the title, and what its figures depend on."""
-    return [f"# {title}", "", *(f"- {key}: {value}" for key, value in environment.items())]
+    """The first lines of a record for people: the title, what its figures depend on, and a mark when busy."""
+    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in environment.items())]
+    if environment.get("load_before", 0.0) > MOST_LOAD:
+        lines.append(f"- **not idle**: the load before was above {MOST_LOAD:g}; times and ratios say little")
+    return lines
 
 
 def report(result: dict[str, Any] | None, text: str, record: Path | None) -> None:
