@@ -3,7 +3,8 @@
 The same inputs: the encoder's (every cell of four levels asks) and the decoder's (300 queries) of four
 800x1333 images, 8 heads of 32 channels, 4 points, values in float32, bfloat16 and float16. Before the clock
 starts, forward and gradients of all are compared with the PyTorch form in float32; contestants that differ
-are reported and left out. Then they alternate, forward alone and backward alone. The PyTorch form is mmcv's,
+are reported and left out. Then they alternate, forward alone and backward alone: once from the offsets and
+logits that the network gives (``fused``), once from locations and weights. The PyTorch form is mmcv's,
 which Hugging Face's model has under another name. The package deformops (MIT, Triton kernels) takes part
 where it is installed.
 
@@ -48,6 +49,7 @@ import ddetr_mm  # noqa: E402, F401  (before mmcv's ops: answers for the compile
 
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # isort: skip  # noqa: E402
 
+from ddetr_mm.models import fused_sampling  # noqa: E402
 from ddetr_mm.models.deformable_attention import level_layout  # noqa: E402
 from ddetr_mm.models.sampling_choice import agree  # noqa: E402
 from ddetr_mm.models.triton_attention import backward_candidates, forward_candidates  # noqa: E402
@@ -55,6 +57,8 @@ from ddetr_mm.models.triton_attention import backward_candidates, forward_candid
 STRIDES, CHANNELS, POINTS = (8, 16, 32, 64), 32, 4
 PYTORCH, MMCV, DEFORMOPS = "PyTorch form", "mmcv", "deformops"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DIRECTIONS = ("fused-forward", "fused-backward", "forward", "backward")
+"""From offsets and logits, as the network samples; and sampling alone, from locations and weights."""
 Run = Callable[..., tuple[Tensor, ...]]
 
 
@@ -69,12 +73,18 @@ def inputs(args: argparse.Namespace, queries: int | None, device: torch.device) 
     if queries is not None:
         centers = torch.rand(queries, 2, generator=generator, device=device)
     shape = (args.batch, len(centers), args.heads, len(sizes_hw), POINTS)
+    spread, logits = 0.03 * random(*shape, 2), random(shape)
+    sizes_wh = torch.tensor([size[::-1] for size in sizes_hw], device=device)
     return {
         "sizes_hw": sizes_hw,
         "value": random(args.batch, num_values, args.heads, CHANNELS),
-        "locations": centers[None, :, None, None, None] + 0.03 * random(*shape, 2),
-        "weights": random(shape).flatten(3).softmax(-1).view(shape),
+        "locations": centers[None, :, None, None, None] + spread,
+        "weights": logits.flatten(3).softmax(-1).view(shape),
         "upstream": random(args.batch, len(centers), args.heads * CHANNELS),
+        # The same as a network computes it.
+        "references": centers[None, :, None].expand(1, -1, len(sizes_hw), -1).contiguous(),
+        "offsets": spread * sizes_wh[:, None],
+        "logits": logits,
     }
 
 
@@ -99,11 +109,11 @@ def pytorch_backward(
 
 
 def deformops_forward(
-    value: Tensor, locations: Tensor, weights: Tensor, shapes: Tensor, starts: Tensor
+    value: Tensor, locations: Tensor, weights: Tensor, shapes: Tensor, starts: Tensor, **options: Any
 ) -> tuple:
     """The package's functional form, with the backend that it chooses."""
     msda = importlib.import_module("deformops.registry").msda
-    return (msda(value, shapes, starts, locations, weights.flatten(3)),)
+    return (msda(value, shapes, starts, locations, weights.flatten(3), **options),)
 
 
 def deformops_backward(
@@ -114,17 +124,86 @@ def deformops_backward(
     return torch.autograd.grad(deformops_forward(*needed, *layout)[0], needed, upstream)
 
 
+def deformops_fused_forward(
+    value: Tensor, references: Tensor, offsets: Tensor, logits: Tensor, shapes: Tensor, starts: Tensor
+) -> tuple:
+    """The same with its own softmax; locations are computed before."""
+    locations = references[:, :, None, :, None] + offsets.float() / shapes.flip(-1).float()[:, None]
+    return deformops_forward(value, locations, logits, shapes, starts, method="softmax")
+
+
+def deformops_fused_backward(
+    upstream: Tensor, _: Tensor, value: Tensor, references: Tensor, offsets: Tensor, logits: Tensor,
+    *layout: Tensor,
+) -> tuple:  # fmt: skip
+    """Forward and all gradients."""
+    needed = [tensor.detach().requires_grad_() for tensor in (value, offsets, logits)]
+    output = deformops_fused_forward(needed[0], references, *needed[1:], *layout)[0]
+    return torch.autograd.grad(output, needed, upstream)
+
+
 def contestants(direction: str, given: dict[str, Any], device: torch.device) -> dict[str, Run]:
-    """The contestants; the one that all are compared with first."""
+    """The contestants; the one that all are compared with first.
+
+    Args:
+        direction: of :data:`DIRECTIONS`.
+        given: the inputs.
+        device: where they run.
+    """
     find, pytorch, deformops = {
-        "forward": (forward_candidates, pytorch_forward, deformops_forward),
-        "backward": (backward_candidates, pytorch_backward, deformops_backward),
+        "forward": (
+            forward_candidates,
+            functools.partial(pytorch_forward, given["sizes_hw"]),
+            deformops_forward,
+        ),
+        "backward": (
+            backward_candidates,
+            functools.partial(pytorch_backward, given["sizes_hw"]),
+            deformops_backward,
+        ),
+        "fused-forward": (
+            fused_sampling.forward_candidates,
+            fused_sampling.PYTORCH_FORM["forward"].run,
+            deformops_fused_forward,
+        ),
+        "fused-backward": (
+            fused_sampling.backward_candidates,
+            fused_sampling.PYTORCH_FORM["backward"].run,
+            deformops_fused_backward,
+        ),
     }[direction]
-    found: dict[str, Run] = {PYTORCH: functools.partial(pytorch, given["sizes_hw"])}
+    found: dict[str, Run] = {PYTORCH: pytorch}
     found |= {candidate.name: candidate.run for candidate in find(device)}
     if importlib.util.find_spec("deformops"):
         found[DEFORMOPS] = deformops
     return found
+
+
+def arguments_of(
+    direction: str, given: dict[str, Any], dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Arguments of the contestants in a dtype, and of the PyTorch form in float32.
+
+    Args:
+        direction: of :data:`DIRECTIONS`.
+        given: the inputs.
+        dtype: of the values, and of what else a network gives in it.
+    """
+    layout = level_layout(given["sizes_hw"], given["value"].device)
+    half = {name: given[name].to(dtype) for name in ("value", "upstream", "offsets", "logits")}
+    if direction in ("forward", "backward"):
+        exact = (given["value"], given["locations"], given["weights"], *layout)
+        tensors = (half["value"], *exact[1:])
+        if direction == "backward":
+            return (half["upstream"], *tensors), (given["upstream"], *exact)
+        return tensors, exact
+    # Offsets that are rounded sample elsewhere: all begin with the rounded ones.
+    tensors = (half["value"], given["references"], half["offsets"], half["logits"], *layout)
+    exact = (*(tensor.float() for tensor in tensors[:4]), *layout)
+    if direction == "fused-backward":
+        _, log_sums = fused_sampling.PYTORCH_FORM["forward"].run(*exact)
+        return (half["upstream"], log_sums, *tensors), (half["upstream"].float(), log_sums, *exact)
+    return tensors, exact
 
 
 def judged(
@@ -142,7 +221,8 @@ def judged(
         expected.append(found)
     # Judged by the dtype of the values, in which all results but locations' gradients come.
     dtype = found[0].dtype
-    pairs = [(one.to(dtype), other.to(dtype)) for one, other in zip(found, expected[0], strict=True)]
+    # deformops does not give the log-sum-exp of the logits.
+    pairs = [(one.to(dtype), other.to(dtype)) for one, other in zip(found, expected[0], strict=False)]
     zeros = any(other.any() and not one.any() for one, other in pairs)
     apart = max(_quantile_apart(one, other) for one, other in pairs)
     return apart, not zeros and agree(*zip(*pairs, strict=True)), found
@@ -170,7 +250,7 @@ def measure(args: argparse.Namespace) -> None:
     for part, queries in (("encoder", None), ("decoder", args.queries)):
         given = inputs(args, queries, device)
         for dtype in args.dtypes:
-            for direction in ("forward", "backward"):
+            for direction in DIRECTIONS:
                 title = f"{part}, {given['upstream'].shape[1]:,} {dtype} {direction}"
                 compare(args, given, dtype, direction, whole.of_row(title), time_limit)
     whole.append("environment", load_after=load_average())
@@ -188,12 +268,7 @@ def compare(
     if any(one["event"] == "times" for one in figures.events()):
         return  # a process before this one did it
     device = given["value"].device
-    layout = level_layout(given["sizes_hw"], device)
-    exact = (given["value"], given["locations"], given["weights"], *layout)
-    tensors = (given["value"].to(DTYPES[dtype]), *exact[1:])
-    if direction == "backward":
-        exact = (given["upstream"], *exact)
-        tensors = (given["upstream"].to(DTYPES[dtype]), *tensors)
+    tensors, exact = arguments_of(direction, given, DTYPES[dtype])
     expected: list[tuple[Tensor, ...]] = []
     runs = contestants(direction, given, device)
     with contextlib.suppress(torch.cuda.OutOfMemoryError):  # then the row has no contestant

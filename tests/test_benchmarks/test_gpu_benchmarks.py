@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from mmengine.registry import DefaultScope
 
+from ddetr_mm.models import fused_sampling
 from ddetr_mm.models.triton_attention import LAUNCHES, has_triton
 
 REPO = Path(__file__).resolve().parents[2]
@@ -42,7 +43,10 @@ def test_attention() -> None:
             rows = [line for line in report.splitlines() if line.startswith(f"| {part} | {dtype}")]
             assert sum("| forward | triton" in row for row in rows) == len(LAUNCHES)
             assert sum("| backward | triton gather" in row for row in rows) == len(LAUNCHES)
-            assert sum("PyTorch form" in row for row in rows) == 2
+            fused = [row for row in rows if " | triton fused " in row]
+            assert sum("fused-forward" in row for row in fused) == len(fused_sampling.FORWARD_LAUNCHES)
+            assert sum("fused-backward" in row for row in fused) == 2 * len(fused_sampling.BACKWARD_LAUNCHES)
+            assert sum("PyTorch form" in row for row in rows) == 4
 
 
 @pytest.mark.slow
@@ -74,6 +78,60 @@ def test_training_from_files() -> None:
         step_ms, data_ms, images_s, steps = (float(row[column]) for column in (2, 3, 4, 6))
         assert 0 < data_ms < step_ms and steps == 5
         assert images_s == pytest.approx(2e3 / step_ms, rel=0.1)
+
+
+@pytest.fixture
+def attention() -> ModuleType:
+    """``benchmarks/attention_gpu.py``."""
+    sys.path.insert(0, str(REPO / "benchmarks"))
+    return importlib.import_module("attention_gpu")
+
+
+@pytest.fixture
+def deformops(monkeypatch, attention) -> None:
+    """A package of that name with its interface, which samples with PyTorch."""
+
+    def msda(value, shapes, starts, locations, weights, *, method="given"):
+        weights = weights.softmax(-1) if method == "softmax" else weights
+        return attention.multi_scale_deformable_attn_pytorch(
+            value, shapes, locations, weights.view(locations.shape[:-1])
+        )
+
+    registry = ModuleType("deformops.registry")
+    registry.msda = msda
+    monkeypatch.setitem(sys.modules, "deformops", ModuleType("deformops"))
+    monkeypatch.setitem(sys.modules, "deformops.registry", registry)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: name == "deformops" or find_spec(name, *rest)
+    )
+
+
+def test_both_ways_to_sample_are_of_the_same_points(attention, deformops) -> None:
+    """All contestants of all directions give the same from the same inputs, gradients included."""
+    args = SimpleNamespace(size=[16, 24], batch=2, heads=2)
+    given = attention.inputs(args, None, torch.device("cpu"))
+    results = {}
+    for direction in attention.DIRECTIONS:
+        tensors, exact = attention.arguments_of(direction, given, torch.float32)
+        runs = attention.contestants(direction, given, torch.device("cpu"))
+        assert {"PyTorch form", "deformops"} <= set(runs)
+        expected: list = []
+        for name in ("PyTorch form", "deformops"):
+            apart, agrees, found = attention.judged(runs[name], exact if not expected else tensors, expected)
+            assert agrees and apart < 1e-5
+            results[direction, name] = found
+    outputs = [found[0] for (direction, _), found in results.items() if direction.endswith("forward")]
+    gradients = [found[0] for (direction, _), found in results.items() if direction.endswith("backward")]
+    for same in (outputs, gradients):
+        assert len(same) == 4 and same[0].any()
+        for one in same[1:]:
+            torch.testing.assert_close(one, same[0], rtol=1e-4, atol=1e-5)
+
+
+def test_results_of_zeros_do_not_agree(attention, deformops) -> None:
+    expected = [(torch.tensor([1e-9, 0.0]),)]
+    assert attention.judged(lambda: (torch.tensor([0.0, 0.0]),), (), expected)[1] is False
 
 
 @pytest.fixture(scope="module")
