@@ -71,6 +71,22 @@ def _shares(weight, low_part, right_part):
 
 
 @triton.jit
+def _products(v00, v01, v10, v11, gradient, low_part, right_part):
+    """Gradients of each row's weight and, before the weight, of its position along x and y, in cells.
+
+    They follow from the product of each corner's values with the output's gradient.
+    """
+    s00 = tl.sum(v00 * gradient, axis=1)
+    s01 = tl.sum(v01 * gradient, axis=1)
+    s10 = tl.sum(v10 * gradient, axis=1)
+    s11 = tl.sum(v11 * gradient, axis=1)
+    upper = s00 + (s01 - s00) * right_part
+    lower = s10 + (s11 - s10) * right_part
+    along_x = (s01 - s00) * (1 - low_part) + (s11 - s10) * low_part
+    return upper + (lower - upper) * low_part, along_x, lower - upper
+
+
+@triton.jit
 def _add_corners(
     base, y, x, height, width, row_stride, channel, filled, mask, gradient, weight, low_part, right_part
 ):
@@ -184,19 +200,10 @@ def backward_kernel(
             y0, low_part, y_inside = _at(tl.load(locations + 2 * point + 1, mask=known, other=0.0), height)
             mask = known & x_inside & y_inside
             v00, v01, v10, v11 = _load_corners(base, y0, x0, height, width, stride, channel, filled, mask)
-            # Product of each corner's values with the output's gradient; all gradients follow from these
-            # four.
-            s00 = tl.sum(v00 * gradient, axis=1)
-            s01 = tl.sum(v01 * gradient, axis=1)
-            s10 = tl.sum(v10 * gradient, axis=1)
-            s11 = tl.sum(v11 * gradient, axis=1)
-            upper = s00 + (s01 - s00) * right_part
-            lower = s10 + (s11 - s10) * right_part
-            along_x = (s01 - s00) * (1 - low_part) + (s11 - s10) * low_part
-            grad_weight = upper + (lower - upper) * low_part
+            grad_weight, along_x, along_y = _products(v00, v01, v10, v11, gradient, low_part, right_part)
             tl.store(grad_weights + point, grad_weight.to(grad_weights.dtype.element_ty), mask=known)
             tl.store(grad_locations + 2 * point, weight * along_x * width, mask=known)
-            tl.store(grad_locations + 2 * point + 1, weight * (lower - upper) * height, mask=known)
+            tl.store(grad_locations + 2 * point + 1, weight * along_y * height, mask=known)
             if ADD_TO_VALUE:
                 _add_corners(
                     grad_value + level_offset,
@@ -221,11 +228,58 @@ def backward_kernel(
 
 
 @triton.jit
-def _position(reference, extent, offset, size, POINTS: tl.constexpr, BOXES: tl.constexpr):
-    """Position of a point in cells, from its reference's centre and, for ``BOXES``, width or height."""
+def _place(center, extent, offsets, known, size, POINTS: tl.constexpr, BOXES: tl.constexpr):
+    """:func:`_at` for a point at an offset from its reference's centre, along one axis.
+
+    The offset is in cells or, for ``BOXES``, in halves of the box's ``extent`` over ``POINTS``.
+    """
+    offset = tl.load(offsets, mask=known, other=0.0).to(tl.float32)
     if BOXES:
-        return (reference + offset / POINTS * extent * 0.5) * size - 0.5
-    return reference * size + offset - 0.5
+        return _at_position((center + offset / POINTS * extent * 0.5) * size - 0.5, size)
+    return _at_position(center * size + offset - 0.5, size)
+
+
+@triton.jit
+def _reference(references, known, level, BOXES: tl.constexpr):
+    """Centre and, for ``BOXES``, width and height of each row's reference at a level, as x, y, w, h."""
+    coordinates: tl.constexpr = 4 if BOXES else 2
+    pointers = references + level * coordinates
+    center_x = tl.load(pointers, mask=known, other=0.0)
+    center_y = tl.load(pointers + 1, mask=known, other=0.0)
+    if not BOXES:
+        return center_x, center_y, center_x, center_y
+    extent_x = tl.load(pointers + 2, mask=known, other=0.0)
+    extent_y = tl.load(pointers + 3, mask=known, other=0.0)
+    return center_x, center_y, extent_x, extent_y
+
+
+@triton.jit
+def _store_logit_gradients(
+    logits,
+    grad_logits,
+    first_point,
+    known,
+    log_sum,
+    grad_weights,
+    LEVELS: tl.constexpr,
+    POINTS: tl.constexpr,
+    LEVEL_LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Gradients through the softmax: each needs the gradients of all weights of its query.
+
+    ``grad_weights`` is (queries x points, levels), ``first_point`` each row's point of the first level, and
+    ``ROWS`` the number of queries and of points.
+    """
+    level = tl.arange(0, LEVEL_LANES)[None, :]
+    real = known[:, None] & (level < LEVELS)
+    point = first_point[:, None] + level * POINTS
+    found = tl.load(logits + point, mask=real, other=0.0).to(tl.float32)
+    weights = tl.where(real, tl.exp(found - log_sum[:, None]), 0.0)
+    of_queries = tl.sum(tl.reshape(tl.sum(weights * grad_weights, axis=1), ROWS), axis=1)
+    mean = tl.reshape(tl.broadcast_to(of_queries[:, None], ROWS), (ROWS[0] * ROWS[1],))
+    gradient = weights * (grad_weights - mean[:, None])
+    tl.store(grad_logits + point, gradient.to(grad_logits.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_values", "reference_stride"])
@@ -276,11 +330,7 @@ def fused_forward_kernel(
         height = tl.load(sizes_hw + 2 * level).to(tl.int32)
         width = tl.load(sizes_hw + 2 * level + 1).to(tl.int32)
         base = image_base + tl.load(starts + level) * stride
-        at_level = reference + level * coordinates
-        center_x = tl.load(at_level, mask=known, other=0.0)
-        center_y = tl.load(at_level + 1, mask=known, other=0.0)
-        extent_x = tl.load(at_level + 2, mask=known, other=0.0) if BOXES else center_x
-        extent_y = tl.load(at_level + 3, mask=known, other=0.0) if BOXES else center_y
+        center_x, center_y, extent_x, extent_y = _reference(reference, known, level, BOXES)
         before = largest
         for number in tl.static_range(POINTS):
             point = row * count + level * POINTS + number
@@ -294,12 +344,12 @@ def fused_forward_kernel(
             logit = tl.load(image_logits + point, mask=known, other=0.0).to(tl.float32)
             weight = tl.exp(logit - largest)
             all_weights += weight
-            offset_x = tl.load(image_offsets + 2 * point, mask=known, other=0.0).to(tl.float32)
-            offset_y = tl.load(image_offsets + 2 * point + 1, mask=known, other=0.0).to(tl.float32)
-            position_x = _position(center_x, extent_x, offset_x, width, POINTS, BOXES)
-            position_y = _position(center_y, extent_y, offset_y, height, POINTS, BOXES)
-            x0, right_part, x_inside = _at_position(position_x, width)
-            y0, low_part, y_inside = _at_position(position_y, height)
+            x0, right_part, x_inside = _place(
+                center_x, extent_x, image_offsets + 2 * point, known, width, POINTS, BOXES
+            )
+            y0, low_part, y_inside = _place(
+                center_y, extent_y, image_offsets + 2 * point + 1, known, height, POINTS, BOXES
+            )
             mask = known & x_inside & y_inside
             v00, v01, v10, v11 = _load_corners(base, y0, x0, height, width, stride, channel, filled, mask)
             s00, s01, s10, s11 = _shares(weight, low_part, right_part)
@@ -312,31 +362,12 @@ def fused_forward_kernel(
 
 @triton.jit(do_not_specialize=["num_queries", "num_values", "reference_stride"])
 def fused_backward_kernel(
-    value,
-    references,
-    offsets,
-    logits,
-    log_sums,
-    sizes_hw,
-    starts,
-    grad_output,
-    grad_value,
-    grad_offsets,
-    grad_logits,
-    num_queries,
-    num_values,
-    reference_stride,
-    HEADS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    POINTS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    LANES: tl.constexpr,
-    POINT_LANES: tl.constexpr,
-    LEVEL_LANES: tl.constexpr,
-    BOXES: tl.constexpr,
-    ADD_TO_VALUE: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
+    value, references, offsets, logits, log_sums, sizes_hw, starts, grad_output,
+    grad_value, grad_offsets, grad_logits, num_queries, num_values, reference_stride,
+    HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr,
+    LANES: tl.constexpr, POINT_LANES: tl.constexpr, LEVEL_LANES: tl.constexpr, BOXES: tl.constexpr,
+    ADD_TO_VALUE: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
     """Gradients of offsets and logits, and with ``ADD_TO_VALUE`` of values by atomic addition.
 
     Rows of a tile are points, all of a level of ``QUERIES`` queries, so that a level's gradients are written
@@ -372,32 +403,21 @@ def fused_backward_kernel(
         width = tl.load(sizes_hw + 2 * level + 1).to(tl.int32)
         level_offset = head_offset + tl.load(starts + level) * stride
         base = value + level_offset
-        at_level = reference + level * coordinates
-        center_x = tl.load(at_level, mask=known, other=0.0)
-        center_y = tl.load(at_level + 1, mask=known, other=0.0)
-        extent_x = tl.load(at_level + 2, mask=known, other=0.0) if BOXES else center_x
-        extent_y = tl.load(at_level + 3, mask=known, other=0.0) if BOXES else center_y
+        center_x, center_y, extent_x, extent_y = _reference(reference, known, level, BOXES)
         point = row * count + level * POINTS + number
         logit = tl.load(image_logits + point, mask=known, other=0.0).to(tl.float32)
         weight = tl.exp(logit - log_sum)
-        offset_x = tl.load(image_offsets + 2 * point, mask=known, other=0.0).to(tl.float32)
-        offset_y = tl.load(image_offsets + 2 * point + 1, mask=known, other=0.0).to(tl.float32)
-        position_x = _position(center_x, extent_x, offset_x, width, POINTS, BOXES)
-        position_y = _position(center_y, extent_y, offset_y, height, POINTS, BOXES)
-        x0, right_part, x_inside = _at_position(position_x, width)
-        y0, low_part, y_inside = _at_position(position_y, height)
+        x0, right_part, x_inside = _place(
+            center_x, extent_x, image_offsets + 2 * point, known, width, POINTS, BOXES
+        )
+        y0, low_part, y_inside = _place(
+            center_y, extent_y, image_offsets + 2 * point + 1, known, height, POINTS, BOXES
+        )
         mask = known & x_inside & y_inside
         v00, v01, v10, v11 = _load_corners(base, y0, x0, height, width, stride, channel, filled, mask)
-        s00 = tl.sum(v00 * gradient, axis=1)
-        s01 = tl.sum(v01 * gradient, axis=1)
-        s10 = tl.sum(v10 * gradient, axis=1)
-        s11 = tl.sum(v11 * gradient, axis=1)
-        upper = s00 + (s01 - s00) * right_part
-        lower = s10 + (s11 - s10) * right_part
-        along_x = (s01 - s00) * (1 - low_part) + (s11 - s10) * low_part
-        grad_weight = upper + (lower - upper) * low_part
+        grad_weight, along_x, along_y = _products(v00, v01, v10, v11, gradient, low_part, right_part)
         grad_weights = tl.where(level_number == level, grad_weight[:, None], grad_weights)
-        grad_x, grad_y = weight * along_x, weight * (lower - upper)
+        grad_x, grad_y = weight * along_x, weight * along_y
         if BOXES:
             grad_x *= extent_x * width * (0.5 / POINTS)
             grad_y *= extent_y * height * (0.5 / POINTS)
@@ -407,32 +427,16 @@ def fused_backward_kernel(
             mask=known[:, None],
         )
         if ADD_TO_VALUE:
+            target = grad_value + level_offset
             _add_corners(
-                grad_value + level_offset,
-                y0,
-                x0,
-                height,
-                width,
-                stride,
-                channel,
-                filled,
-                mask,
-                gradient,
-                weight,
-                low_part,
-                right_part,
-            )
-    # Softmax: each logit's gradient needs all of its query.
-    real = known[:, None] & (level_number < LEVELS)
-    all_points = (row * count + number)[:, None] + level_number * POINTS
-    all_logits = tl.load(image_logits + all_points, mask=real, other=0.0).to(tl.float32)
-    all_weights = tl.where(real, tl.exp(all_logits - log_sum[:, None]), 0.0)
-    of_lines = tl.sum(all_weights * grad_weights, axis=1)
-    of_queries = tl.sum(tl.reshape(of_lines, (QUERIES, POINT_LANES)), axis=1)
-    mean = tl.reshape(tl.broadcast_to(of_queries[:, None], (QUERIES, POINT_LANES)), (QUERIES * POINT_LANES,))
-    grad_logit = all_weights * (grad_weights - mean[:, None])
-    to_logits = grad_logits + rows_before * count + all_points
-    tl.store(to_logits, grad_logit.to(grad_logits.dtype.element_ty), mask=real)
+                target, y0, x0, height, width, stride, channel, filled, mask,
+                gradient, weight, low_part, right_part,
+            )  # fmt: skip
+    first_point = row * count + number
+    _store_logit_gradients(
+        image_logits, grad_logits + rows_before * count, first_point, known, log_sum, grad_weights,
+        LEVELS, POINTS, LEVEL_LANES, (QUERIES, POINT_LANES),
+    )  # fmt: skip
 
 
 # --- Gradient of the values by a gather ---
