@@ -81,6 +81,7 @@ STAGES = (
         True,
     ),
     # From here on with the time that others did not use.
+    Stage("matching", "matching_gpu", 20, ()),
     Stage(
         "train others",
         "train_gpu",
@@ -176,7 +177,7 @@ def write_summary(out: Path) -> str:
     return text
 
 
-def main(arguments: Sequence[str]) -> int:
+def call(arguments: Sequence[str]) -> int:
     """Read the command line of ``run.py --gpu --budget-s``.
 
     Returns:

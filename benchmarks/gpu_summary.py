@@ -16,9 +16,11 @@ TITLES = {
     "inference_gpu": "Inference on a GPU",
     "attention_gpu": "Deformable sampling on a GPU",
     "pipeline_gpu": "Training from image files on a GPU",
+    "matching_gpu": "Assignment of queries to objects on a GPU",
 }
 MMCV, PYTORCH = "mmcv", "PyTorch form"
 LIKE_FOR_LIKE = ("fp32", "tf32", "bf16", "fp16")
+OUR_MATCHING = "ours, SciPy"
 PIPELINE_YARDSTICK = "mmdet, fp32"
 
 Part = dict[str, Any]
@@ -230,11 +232,29 @@ def pipeline_table(part: Part) -> list[str]:
     return lines
 
 
+def matching_table(part: Part) -> list[str]:
+    """A line a contestant and number of objects."""
+    lines = [
+        "Speed: how many times ours. Differs: total cost of the pairs, relative to ours.",
+        "",
+        "| objects an image | | ms | speed | differs |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for title, row in part["rows"].items():
+        for name, own in row.items():
+            lines.append(
+                f"| {title.split()[0]} | {name} | {time_text(own)} | {_speed_text(row, name, OUR_MATCHING)} "
+                f"| {_number(own.get('differs'), '.1e')} |"
+            )
+    return lines
+
+
 TABLES = {
     "train_gpu": train_table,
     "inference_gpu": inference_table,
     "attention_gpu": attention_table,
     "pipeline_gpu": pipeline_table,
+    "matching_gpu": matching_table,
 }
 
 

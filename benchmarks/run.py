@@ -46,7 +46,7 @@ def main() -> int:
     if any(one.startswith("--budget-s") for one in arguments):
         import gpu_call
 
-        return gpu_call.main(arguments)
+        return gpu_call.call(arguments)
     options = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
     chosen = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--gpu" in chosen:

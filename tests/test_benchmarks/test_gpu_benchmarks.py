@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+from scipy.optimize import linear_sum_assignment
 
 from ddetr_mm.models import fused_sampling
 from ddetr_mm.models.triton_attention import LAUNCHES, has_triton
@@ -132,6 +133,39 @@ def test_both_ways_to_sample_are_of_the_same_points(attention, deformops) -> Non
 def test_results_of_zeros_do_not_agree(attention, deformops) -> None:
     expected = [(torch.tensor([1e-9, 0.0]),)]
     assert attention.judged(lambda: (torch.tensor([0.0, 0.0]),), (), expected)[1] is False
+
+
+@pytest.fixture
+def matching() -> ModuleType:
+    """``benchmarks/matching_gpu.py``."""
+    sys.path.insert(0, str(REPO / "benchmarks"))
+    return importlib.import_module("matching_gpu")
+
+
+@pytest.mark.parametrize("objects", [1, 7, 300])
+def test_a_batched_solver_is_compared_pair_by_pair(matching, monkeypatch, objects) -> None:
+    """With a package of that name which solves one problem after the other by SciPy."""
+
+    def batch_linear_assignment(costs: torch.Tensor) -> torch.Tensor:
+        solved = [torch.from_numpy(linear_sum_assignment(one.numpy())[1]) for one in costs]
+        return torch.stack(solved)
+
+    package = ModuleType("torch_linear_assignment")
+    package.batch_linear_assignment = batch_linear_assignment
+    monkeypatch.setitem(sys.modules, "torch_linear_assignment", package)
+    costs = matching.costs_of(objects, 2, torch.device("cpu"))
+    pairs = matching.ours(costs, 2)
+    assert pairs.shape == (4, 6 * 2 * objects)
+    assert torch.equal(matching.package(costs, 2), pairs)
+    layer, _, query, target = pairs
+    by_hand = [
+        float(costs.double()[one, target[layer == one], query[layer == one]].sum()) for one in range(6)
+    ]
+    assert matching.total_costs(costs, pairs).tolist() == pytest.approx(by_hand)
+    if objects > 1:
+        pairs[2, 1] = pairs[2, 0]
+        with pytest.raises(ValueError, match="in two pairs"):
+            matching.total_costs(costs, pairs)
 
 
 @pytest.fixture(scope="module")
@@ -256,4 +290,6 @@ def test_a_round_that_the_deadline_cuts_does_not_count() -> None:
 def test_a_gpu_that_is_not_there_is_named() -> None:
     answer = run("run.py", "nonsense_gpu")
     assert answer.returncode == 2
-    assert "attention_gpu" in answer.stderr and "train_gpu" in answer.stderr
+    names = answer.stderr.replace("\n", "").rpartition("there are: ")[2].split(", ")
+    assert {"attention_gpu", "matching_gpu", "pipeline_gpu", "train_gpu", "inference_gpu"} <= set(names)
+    assert not {"run", "gpu_call", "gpu_process", "gpu_summary"} & set(names)
