@@ -318,6 +318,17 @@ def test_a_folded_network_is_copied_fused_and_traced_as_any_other() -> None:
         torch.testing.assert_close(model.extract_feat(images.double())[0], expected)
 
 
+def test_a_folded_backbone_is_compiled_as_one_graph() -> None:
+    batch = padded_batch()
+    model = frozen_norms_model()
+    model.backbone.compile(backend="aot_eager", fullgraph=True)
+    found = losses_and_gradients(model, batch)
+    assert any(isinstance(one, FoldedConv2d) for one in model.modules())
+    expected = losses_and_gradients(unfolded(frozen_norms_model()), batch)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-6, atol=1e-9)
+
+
 SHARDED = """
 import sys
 import ddetr_mm.register
