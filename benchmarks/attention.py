@@ -83,7 +83,10 @@ def samplers(given: dict[str, Any]) -> dict[str, Sampler]:
     starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
     found: dict[str, Sampler] = {
         MMCV: lambda: multi_scale_deformable_attn_pytorch(value, sizes_hw, locations, weights),
-        OURS: lambda: sample_values(value, locations, weights, sizes_hw, shapes, starts),
+        # "mmcv" is another name for all that is not the package: see sample_values.
+        OURS: lambda: sample_values(
+            value, locations, weights, sizes_hw, shapes, starts, implementation="mmcv"
+        ),
     }
     if importlib.util.find_spec("torch_ms_deform_attn"):
         from torch_ms_deform_attn import ms_deform_attn

@@ -22,7 +22,7 @@ from mmcv.ops.multi_scale_deform_attn import (
 from torch import Tensor
 
 from ddetr_mm.errors import Problem, StackError
-from ddetr_mm.models.cpu_sampling import sample_values_on_cpu
+from ddetr_mm.models.cpu_sampling import package_sampling, sample_values_on_cpu
 from ddetr_mm.models.fused_sampling import fused_sampling
 from ddetr_mm.models.triton_attention import GPU_HAS_ITS_OWN, IMPLEMENTATIONS, deformable_sampling
 
@@ -73,8 +73,8 @@ def sample_values(
 ) -> Tensor:
     """Sample values bilinearly and sum them by weight, with the implementation for the device.
 
-    On a GPU mmcv's compiled op or the Triton kernels (:mod:`ddetr_mm.models.triton_attention`); on a CPU,
-    for as many queries as an encoder has, :func:`~ddetr_mm.models.cpu_sampling.sample_values_on_cpu`;
+    On a GPU mmcv's compiled op or the Triton kernels (:mod:`ddetr_mm.models.triton_attention`); on a CPU
+    :func:`~ddetr_mm.models.cpu_sampling.package_sampling` where that package is installed, else, for as many queries as an encoder has, :func:`~ddetr_mm.models.cpu_sampling.sample_values_on_cpu`;
     otherwise, and while a graph is traced, mmcv's PyTorch form. All sum in float32 and exclude the locations
     from autocast: in bfloat16 they are off by up to 1/256 of the image.
 
@@ -117,10 +117,15 @@ def sample_values(
                 im2col_step,
                 deterministic,
             )
-        # torch.compile cannot trace the CPU function, and fuses the PyTorch form.
-        if device.type == "cpu" and _many_points(locations, value) and not torch.compiler.is_compiling():
-            sampled = sample_values_on_cpu(value.float(), locations, weights, level_sizes_hw)
-            return sampled.to(value.dtype)
+        # torch.compile cannot trace the CPU functions, and fuses the PyTorch form.
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            package = package_sampling() if implementation == "auto" else None
+            if package is not None:
+                sampled = package(value.float(), spatial_shapes, level_start_index, locations, weights)
+                return sampled.to(value.dtype)
+            if _many_points(locations, value):
+                sampled = sample_values_on_cpu(value.float(), locations, weights, level_sizes_hw)
+                return sampled.to(value.dtype)
         return _sample_with_pytorch(value, locations, weights, level_sizes_hw)
 
 

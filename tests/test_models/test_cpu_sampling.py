@@ -1,5 +1,9 @@
 """Sampling on a CPU against mmcv's PyTorch form and finite differences."""
 
+import importlib.util
+import sys
+import types
+
 import pytest
 import torch
 
@@ -7,7 +11,7 @@ import ddetr_mm  # noqa: F401  (before mmcv's ops: answers for the compiled ones
 
 from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # isort: skip
 
-from ddetr_mm.models import deformable_attention
+from ddetr_mm.models import cpu_sampling, deformable_attention
 from ddetr_mm.models.cpu_sampling import sample_values_on_cpu
 from ddetr_mm.models.deformable_attention import sample_values
 
@@ -115,9 +119,80 @@ def test_what_the_attention_uses_on_a_cpu(queries, chosen, monkeypatch):
         return sample_values_on_cpu(*given)
 
     monkeypatch.setattr(deformable_attention, "sample_values_on_cpu", spy)
+    monkeypatch.setattr(deformable_attention, "package_sampling", lambda: None)
     sizes_hw = LEVELS["several"]
     value, locations, weights = inputs(sizes_hw, queries=queries)
     given = (value, locations, weights, sizes_hw, torch.tensor(sizes_hw), torch.zeros(4, dtype=torch.int64))
     expected = multi_scale_deformable_attn_pytorch(value, sizes_hw, locations, weights)
     torch.testing.assert_close(sample_values(*given), expected, rtol=1e-5, atol=1e-6)
     assert called == ([chosen] if chosen else [])
+
+
+# --- The compiled package, where it is installed ---
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """Puts a package in place of the installed one, and forgets the choice afterwards."""
+
+    def put(sample) -> None:
+        module = types.ModuleType(cpu_sampling.PACKAGE)
+        module.__spec__ = importlib.util.spec_from_loader(module.__name__, loader=None)
+        module.ms_deform_attn = sample
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        cpu_sampling.package_sampling.cache_clear()
+
+    yield put
+    cpu_sampling.package_sampling.cache_clear()
+
+
+def right(value, shapes, starts, locations, weights):
+    sizes_hw = [tuple(size) for size in shapes.tolist()]
+    return multi_scale_deformable_attn_pytorch(value, sizes_hw, locations, weights)
+
+
+def fails(*_):
+    raise RuntimeError("built for another torch")
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [(right, None), (lambda *given: 0 * right(*given), "its results differ"), (fails, "built for another")],
+)
+def test_a_package_is_used_where_it_computes_the_same(package, caplog, sample, reason):
+    called = []
+
+    def spy(*given):
+        called.append(given)
+        return sample(*given)
+
+    package(spy)
+    sizes_hw = LEVELS["several"]
+    value, locations, weights = inputs(sizes_hw)
+    shapes, starts = deformable_attention.level_layout(sizes_hw, "cpu")
+    expected = right(value, shapes, starts, locations, weights)
+    for implementation in ("torch", "auto"):
+        found = deformable_attention.sample_values(
+            value, locations, weights, sizes_hw, shapes, starts, implementation=implementation
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        # Once by the check, once by the call.
+        assert len(called) == (0 if implementation == "torch" else 2 if reason is None else 1)
+
+
+def test_the_installed_package_agrees_bit_for_bit_each_time():
+    pytest.importorskip(cpu_sampling.PACKAGE)
+    cpu_sampling.package_sampling.cache_clear()
+    sample = cpu_sampling.package_sampling()
+    assert sample is not None
+    sizes_hw = LEVELS["several"]
+    value, locations, weights = inputs(sizes_hw, queries=60)
+    shapes, starts = deformable_attention.level_layout(sizes_hw, "cpu")
+    tensors = (value, locations, weights)
+    runs = []
+    for _ in range(3):
+        found = sample(value, shapes, starts, locations, weights)
+        runs.append((found, *torch.autograd.grad(found.square().sum(), tensors)))
+    ours = sample_values_on_cpu(value, locations, weights, sizes_hw)
+    torch.testing.assert_close(runs[0][0], ours, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(one, other) for run in runs for one, other in zip(run, runs[0], strict=True))
