@@ -73,10 +73,11 @@ def sample_values(
 ) -> Tensor:
     """Sample values bilinearly and sum them by weight, with the implementation for the device.
 
-    On a GPU mmcv's compiled op or the Triton kernels (:mod:`ddetr_mm.models.triton_attention`); on a CPU
-    :func:`~ddetr_mm.models.cpu_sampling.package_sampling` where that package is installed, else, for as many queries as an encoder has, :func:`~ddetr_mm.models.cpu_sampling.sample_values_on_cpu`;
-    otherwise, and while a graph is traced, mmcv's PyTorch form. All sum in float32 and exclude the locations
-    from autocast: in bfloat16 they are off by up to 1/256 of the image.
+    On a GPU mmcv's compiled op or the Triton kernels (:mod:`ddetr_mm.models.triton_attention`). On a CPU
+    :func:`~ddetr_mm.models.cpu_sampling.package_sampling` where that package is installed, else, for as many
+    queries as an encoder has, :func:`~ddetr_mm.models.cpu_sampling.sample_values_on_cpu`. Otherwise, and
+    while a graph is traced, mmcv's PyTorch form. All sum in float32 and exclude the locations from autocast:
+    in bfloat16 they are off by up to 1/256 of the image.
 
     Args:
         value: (B, S, M, D).
