@@ -331,9 +331,9 @@ class OwnSection(Section):
     predict_precision: Literal["fp32", "fp16", "bf16"] = spec_field(
         "fp32",
         origin=OURS,
-        doc="""Precision of evaluation and inference; scores and boxes are float32 all the same. bf16 is faster
-        on GPUs and on CPUs that multiply bfloat16 matrices in hardware (AMX), which check reports. The
-        precision of training is train.precision.""",
+        doc="""Precision of evaluation and inference; scores and boxes are float32 all the same. bf16 is
+        faster on GPUs and on CPUs that multiply bfloat16 matrices in hardware (AMX), which check reports.
+        The precision of training is train.precision.""",
     )
     tf32: StrictBool = spec_field(
         True,
