@@ -256,6 +256,8 @@ def require_sampling_for_tensorrt(path: str | Path, *, where: str) -> None:
         raise ExportError(Problem(problem, file=path, where=where, hint=LINEAR_HINT))
 
 
+Q_TYPES = ("QuantizeLinear", "DequantizeLinear")
+
 QUANTIZED_HINT = (
     "quantize it again with quantize.backend=modelopt.onnx, or onnxruntime with"
     " quantize.backend_kwargs={symmetric: true}"
@@ -288,7 +290,7 @@ def q_dq_formats(path: str | Path, *, where: str) -> tuple[str, ...]:
     names = {"INT8": "INT8", "FLOAT8E4M3FN": "FP8", "INT4": "INT4", "FLOAT4E2M1": "FP4"}
     signed = {getattr(types, name): short for name, short in names.items() if hasattr(types, name)}
     formats: set[str] = set()
-    found = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    found = [node for node in model.graph.node if node.op_type in Q_TYPES]
     for node in found:
         zero = constants.get(node.input[2]) if len(node.input) > 2 else None
         number_format = zero.data_type if zero is not None else types.UNDEFINED

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddetr_mm.compat.versions import require
-from ddetr_mm.deploy.onnx_file import META_KEY, OUTPUT_NAMES, ort_forward, read_meta, write_meta
+from ddetr_mm.deploy.onnx_file import META_KEY, OUTPUT_NAMES, Q_TYPES, ort_forward, read_meta, write_meta
 from ddetr_mm.deploy.quantize import quiet, require_extra
 from ddetr_mm.errors import ExportError, Problem
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import onnx
 
 LAYER_TYPES = ("Conv", "MatMul", "Gemm")
-Q_TYPES = ("QuantizeLinear", "DequantizeLinear")
 
 Batches = Sequence[np.ndarray]
 """Normalised images (B, 3, H, W), float32, of the graph's size and batch."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ddetr_mm.models import triton_attention
-from ddetr_mm.models.sampling_choice import Candidate, choose, in_order, random_like
+from ddetr_mm.models.sampling_choice import Candidate, choose, in_order, place_of, random_like
 from ddetr_mm.models.triton_attention import Launch, judged_queries, kernels, on_device, power_of_two
 
 FORWARD_LAUNCHES = (Launch(8, 1), Launch(32, 4), Launch(16, 4))
@@ -305,8 +305,7 @@ def _choose_for(
         replaced=_random_arguments,
         last=PYTORCH_FORM[direction] if implementation == "auto" else None,
         expected=PYTORCH_FORM[direction],
-        device=str(value.device),
-        capturing=value.is_cuda and torch.cuda.is_current_stream_capturing(),
+        **place_of(value),
         deterministic=deterministic,
     )
 

@@ -197,6 +197,12 @@ def prefer(names: Any) -> None:
         )
 
 
+def place_of(value: Tensor) -> dict[str, Any]:
+    """The arguments of :func:`choose` that say where an operator on this tensor runs."""
+    capturing = value.is_cuda and torch.cuda.is_current_stream_capturing()
+    return {"device": str(value.device), "capturing": capturing}
+
+
 def choose(
     direction: str,
     kind: str,

@@ -33,7 +33,7 @@ from torch.nn import functional
 
 from ddetr_mm.compat.mmcv_ops import INSTALL_COMMAND, has_compiled_ops
 from ddetr_mm.errors import Problem, StackError
-from ddetr_mm.models.sampling_choice import Candidate, choose, in_order
+from ddetr_mm.models.sampling_choice import Candidate, choose, in_order, place_of
 
 # --- Triton ---
 
@@ -531,8 +531,7 @@ def _choose_for(
         functools.partial(judged_part, *tensors),
         last=PYTORCH_FORM[direction] if implementation == "auto" else None,
         expected=PYTORCH_FORM[direction],
-        device=str(value.device),
-        capturing=value.is_cuda and torch.cuda.is_current_stream_capturing(),
+        **place_of(value),
         deterministic=deterministic,
     )
 
