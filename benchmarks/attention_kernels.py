@@ -22,15 +22,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 RECORD = Path(__file__).with_name("records") / "attention_kernels.md"
 CUTS = {
-    "forward_kernel": ((32, 4), (8, 1)),
-    "backward_kernel": ((32, 4), (8, 1)),
-    "fused_forward_kernel": ((8, 1), (32, 4), (16, 4)),
-    "fused_backward_kernel": ((2, 1), (8, 4), (4, 1), (8, 2)),
+    "forward_kernel": ((32, 4, False), (8, 1, False)),
+    "backward_kernel": ((32, 4, False), (8, 1, False)),
+    "fused_forward_kernel": ((8, 1, False), (32, 4, False), (16, 4, False)),
+    "fused_backward_kernel": ((2, 1, False), (8, 4, False), (4, 1, False), (8, 2, False), (2, 1, True)),
 }
-"""Kernel → queries and warps of a program, the first one tried first."""
+"""Kernel → queries and warps of a program and whether it merges, the first one tried first."""
 HEADS, LEVELS, POINTS, CHANNELS = 8, 4, 4, 32
 CAPABILITY = 90
 _CONSTANTS = {
@@ -66,6 +70,7 @@ class Compiled:
         dtype: of the network's tensors.
         queries: of one program.
         warps: of one program.
+        merges: whether additions of a query to equal cells are merged.
         registers: of one thread.
         spilled: bytes of a thread that do not fit into registers.
         shared: bytes of shared memory of a program.
@@ -78,6 +83,7 @@ class Compiled:
     dtype: str
     queries: int
     warps: int
+    merges: bool
     registers: int
     spilled: int
     shared: int
@@ -86,7 +92,9 @@ class Compiled:
     kinds: dict[str, int]
 
 
-def compile_kernel(name: str, queries: int, warps: int, dtype: str = "fp32") -> Compiled:
+def compile_kernel(
+    name: str, queries: int, warps: int, dtype: str = "fp32", merges: bool = False
+) -> Compiled:
     """Compile one kernel of :mod:`ddetr_mm.models.triton_kernels`.
 
     Args:
@@ -94,6 +102,7 @@ def compile_kernel(name: str, queries: int, warps: int, dtype: str = "fp32") -> 
         queries: of one program.
         warps: of one program.
         dtype: ``fp32`` or ``bf16``, of the network's tensors.
+        merges: with the backward pass: see :class:`~ddetr_mm.models.triton_attention.Launch`.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -103,7 +112,7 @@ def compile_kernel(name: str, queries: int, warps: int, dtype: str = "fp32") -> 
     from ddetr_mm.models import triton_kernels
 
     kernel = getattr(triton_kernels, name)
-    given = {**_CONSTANTS, "QUERIES": queries}
+    given = {**_CONSTANTS, "QUERIES": queries, "MERGES": merges}
     names = kernel.arg_names
 
     def kind(argument: str) -> str:
@@ -139,6 +148,7 @@ def compile_kernel(name: str, queries: int, warps: int, dtype: str = "fp32") -> 
         dtype,
         queries,
         warps,
+        merges,
         registers=int(_found(r"REG:(\d+)", usage)),
         spilled=int(_found(r"LOCAL:(\d+)", usage)) + int(_found(r"STACK:(\d+)", usage)),
         shared=int(compiled.metadata.shared),
@@ -242,6 +252,42 @@ def kept_bytes(fused: bool, dtype: str) -> float:
     return sum(storage.nbytes() for storage in kept.values()) / queries
 
 
+# --- Additions to equal cells ---
+
+
+def remaining_additions(offsets: torch.Tensor) -> float:
+    """Share of the atomic additions that is left when those of a query to equal cells are merged.
+
+    Args:
+        offsets: (queries, points, 2) in cells as (x, y), of one head on one level; all on the map.
+    """
+    import torch
+
+    centers = torch.rand(len(offsets), 1, 2, generator=torch.Generator().manual_seed(0))
+    cells = (centers + offsets).floor()[:, :, None] + torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
+    return sum(len(one.flatten(0, 1).unique(dim=0)) for one in cells) / cells[..., 0].numel()
+
+
+def additions() -> list[str]:
+    """Lines on :func:`remaining_additions`, at the start of training and for points around the centre."""
+    import torch
+
+    angles = torch.arange(HEADS) * (2 * torch.pi / HEADS)
+    directions = torch.stack((angles.cos(), angles.sin()), -1)
+    directions /= directions.abs().amax(-1, keepdim=True)
+    steps = torch.arange(1, POINTS + 1)[:, None]
+    at_start = [remaining_additions((one * steps).expand(200, -1, -1)) for one in directions]
+    found = [f"at the start of training, {sum(at_start) / HEADS:.0%}"]
+    for cells in (0.5, 1, 2):
+        offsets = cells * torch.randn(1000, POINTS, 2, generator=torch.Generator().manual_seed(1))
+        found.append(f"with offsets of {cells} cells' deviation, {remaining_additions(offsets):.0%}")
+    return [
+        "`merged`: what points of a query add to the same cell is summed before, so that fewer of the",
+        f"{4 * POINTS} additions of a query, head and level reach memory: {'; '.join(found)}.",
+        "It is tried last, until a GPU shows whether memory or instructions cost more.",
+    ]
+
+
 # --- Record ---
 
 
@@ -250,11 +296,11 @@ def rows(kernels: Sequence[str], dtypes: Sequence[str]) -> list[str]:
     found = []
     for dtype in dtypes:
         for name in kernels:
-            for queries, warps in CUTS[name]:
-                one = compile_kernel(name, queries, warps, dtype)
+            for queries, warps, merges in CUTS[name]:
+                one = compile_kernel(name, queries, warps, dtype, merges)
                 per_query = [f"{count * warps / queries:.1f}" for count in one.kinds.values()]
                 cells = [
-                    name.removesuffix("_kernel"),
+                    name.removesuffix("_kernel") + ", merged" * merges,
                     dtype,
                     f"{queries} x {warps}",
                     one.registers,
@@ -298,7 +344,8 @@ def report(dtypes: Sequence[str] = ("fp32", "bf16")) -> str:
         "",
         "In float32 as much is kept as before. What no longer exists are the tensors between steps: scaled",
         "offsets, locations and weights, and in the backward pass their gradients.",
-        "Adding up values' gradients within a program before the atomic additions was not tried.",
+        "",
+        *additions(),
     ]
     return "\n".join(lines) + "\n"
 

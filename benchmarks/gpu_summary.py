@@ -20,7 +20,7 @@ TITLES = {
 }
 MMCV, PYTORCH = "mmcv", "PyTorch form"
 LIKE_FOR_LIKE = ("fp32", "tf32", "bf16", "fp16")
-OUR_MATCHING = "ours, SciPy"
+OUR_MATCHING = "SciPy"
 PIPELINE_YARDSTICK = "mmdet, fp32"
 
 Part = dict[str, Any]

@@ -1,7 +1,7 @@
-"""Assignment of queries to objects: ours, by SciPy on the host, and torch-linear-assignment on the GPU.
+"""Assignment of queries to objects: by SciPy on the host, and by torch-linear-assignment on the GPU.
 
-Six decoder layers, eight images, 300 queries, and 7, 50 or 300 objects an image, costs on the GPU. Ours is
-one copy to the host, SciPy, one copy back. The package (Apache 2.0) solves all problems of a batch with a
+Six decoder layers, eight images, 300 queries, and 7, 50 or 300 objects an image, costs on the GPU. SciPy
+takes one copy to the host and one back. The package (Apache 2.0) solves all problems of a batch with a
 Triton kernel on NVIDIA GPUs from compute capability 8.0 on, and with SciPy elsewhere. Both must find pairs of
 the same total cost. It takes part where it is installed.
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -30,10 +29,10 @@ from gpu_process import Deadline, Figures, add_process_arguments, run_and_record
 from torch import Tensor  # noqa: E402
 
 import ddetr_mm.register  # noqa: E402, F401
-from ddetr_mm.models.losses import assign_all_layers  # noqa: E402
+from ddetr_mm.models.losses import SCIPY, TORCH_LINEAR_ASSIGNMENT, assign_all_layers  # noqa: E402
 
 NAME = Path(__file__).stem
-OURS, PACKAGE = "ours, SciPy", "torch-linear-assignment"
+OURS, PACKAGE = "SciPy", TORCH_LINEAR_ASSIGNMENT
 LAYERS, QUERIES, CLASSES = 6, 300, 80
 
 
@@ -43,24 +42,13 @@ def costs_of(objects: int, batch: int, device: torch.device) -> Tensor:
     return torch.rand(LAYERS, batch * objects, QUERIES, generator=generator).to(device)
 
 
-def ours(costs: Tensor, batch: int) -> Tensor:
+def match(matcher: str, costs: Tensor, batch: int) -> Tensor:
     """The product's function; returns pairs (4, M): layer, image, query, object of the batch."""
     count = costs.shape[1] // batch
-    found = assign_all_layers(costs, SimpleNamespace(counts=[count] * batch), CLASSES)  # type: ignore[arg-type]
+    image_index = torch.arange(batch, device=costs.device).repeat_interleave(count)
+    objects = SimpleNamespace(counts=(count,) * batch, image_index=image_index)
+    found = assign_all_layers(costs, objects, CLASSES, matcher)  # type: ignore[arg-type]
     return torch.stack((found.layer, found.image, found.query, found.target))
-
-
-def package(costs: Tensor, batch: int) -> Tensor:
-    """The package's function, its result as that of :func:`ours`; objects may not outnumber queries."""
-    solve = importlib.import_module("torch_linear_assignment").batch_linear_assignment
-    count = costs.shape[1] // batch
-    query = solve(costs.view(LAYERS * batch, count, QUERIES)).flatten()
-    layer_image = torch.arange(LAYERS * batch, device=costs.device).repeat_interleave(count)
-    layer, image = layer_image // batch, layer_image % batch
-    target = torch.arange(batch * count, device=costs.device).repeat(LAYERS)
-    # As ours: sorted by layer, image and query.
-    order = (layer_image * QUERIES + query).argsort()
-    return torch.stack((layer, image, query, target))[:, order]
 
 
 def total_costs(costs: Tensor, pairs: Tensor) -> Tensor:
@@ -82,15 +70,15 @@ def measure(args: argparse.Namespace) -> None:
     time_limit, device = Deadline(args.seconds), device_of(args.device)
     whole = Figures(args.figures, NAME)
     whole.append("environment", **describe_device(device, PACKAGE), batch=args.batch)
-    runs = {OURS: ours}
+    runs = {OURS: functools.partial(match, SCIPY)}
     if importlib.util.find_spec("torch_linear_assignment"):
-        runs[PACKAGE] = package
+        runs[PACKAGE] = functools.partial(match, TORCH_LINEAR_ASSIGNMENT)
     else:
         whole.append("note", text=f"{PACKAGE} is not installed: pip install {PACKAGE}")
     for objects in args.objects:
         figures = whole.of_row(f"{objects} objects")
         costs = costs_of(objects, args.batch, device)
-        expected = total_costs(costs, ours(costs, args.batch))
+        expected = total_costs(costs, match(SCIPY, costs, args.batch))
 
         def alone(name: str, run: Any, costs: Tensor, expected: Tensor, figures: Figures) -> Step:
             step = functools.partial(run, costs, args.batch)

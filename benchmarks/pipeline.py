@@ -35,10 +35,11 @@ sys.path.insert(0, str(ROOT))
 RECORD = Path(__file__).parent / "records" / "pipeline.md"
 
 
-from mmcv.transforms import Compose  # noqa: E402
+from mmcv.transforms import Compose, LoadImageFromFile  # noqa: E402
 from mmdet.registry import TRANSFORMS  # noqa: E402
 from mmengine.registry import init_default_scope  # noqa: E402
 
+import ddetr_mm.register  # noqa: E402, F401
 from ddetr_mm.datasets.geometry import resize_size_hw  # noqa: E402
 
 SCALES = [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
@@ -79,21 +80,22 @@ def stock() -> list[dict[str, Any]]:
         "crop_size": (384, 600),
         "allow_negative_crop": True,
     }
-    return steps("LoadImageFromFile", multi_scale, first, crop, "PackDetInputs")
+    # The class, since importing ddetr_mm puts its own loader under mmdet's name.
+    return steps({"type": LoadImageFromFile}, multi_scale, first, crop, "PackDetInputs")
 
 
-def ours(backend: str, load: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def ours(backend: str, load: dict[str, Any]) -> list[dict[str, Any]]:
     """Our steps, as a translated spec has them."""
     multi_scale = {"type": "TAORandomResize", "scales": SCALES, "max_size": 1333, "backend": backend}
     first = {"type": "TAORandomResize", "scales": [400, 500, 600], "backend": backend}
     crop = {"type": "TAORandomSizeCrop", "min_size": 384, "max_size": 600}
-    return steps(load or "LoadImageFromFile", multi_scale, first, crop, "TAOPackDetInputs")
+    return steps(load, multi_scale, first, crop, "TAOPackDetInputs")
 
 
-def steps(load: Any, multi_scale: Any, first: Any, crop: Any, pack: str) -> list[dict[str, Any]]:
+def steps(load: dict[str, Any], multi_scale: Any, first: Any, crop: Any, pack: str) -> list[dict[str, Any]]:
     """The train policy around the steps that differ."""
     return [
-        load if isinstance(load, dict) else {"type": load},
+        load,
         {"type": "LoadAnnotations", "with_bbox": True},
         {"type": "RandomFlip", "prob": 0.5},
         {
@@ -214,7 +216,7 @@ def main() -> None:
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     init_default_scope("mmdet")
-    environment = describe("torch", "mmdet", "opencv-python", "pillow", "numpy")
+    environment = describe("torch", "mmdet", "opencv-python-headless", "simplejpeg", "pillow", "numpy")
     found = {}
     for size in args.sizes:
         samples = write_images(args.work_dir / size, SIZES_HW[size], args.images)

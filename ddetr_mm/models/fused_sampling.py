@@ -23,7 +23,7 @@ from ddetr_mm.models.sampling_choice import Candidate, choose, in_order, place_o
 from ddetr_mm.models.triton_attention import Launch, judged_queries, kernels, on_device, power_of_two
 
 FORWARD_LAUNCHES = (Launch(8, 1), Launch(32, 4), Launch(16, 4))
-BACKWARD_LAUNCHES = (Launch(2, 1), Launch(8, 4), Launch(4, 1), Launch(8, 2))
+BACKWARD_LAUNCHES = (Launch(2, 1), Launch(8, 4), Launch(4, 1), Launch(8, 2), Launch(2, 1, merges=True))
 """In the order in which they are tried: few registers and no barriers first, as compiled for Hopper
 (``benchmarks/attention_kernels.py``); no GPU has timed them."""
 
@@ -214,6 +214,7 @@ def triton_backward(
                 POINT_LANES=power_of_two(points),
                 LEVEL_LANES=power_of_two(levels),
                 ADD_TO_VALUE=not gather,
+                MERGES=launch.merges,
                 QUERIES=launch.queries,
                 num_warps=launch.warps,
             )
@@ -254,7 +255,10 @@ def backward_candidates(
     if triton_attention.offers_triton(device, implementation):
         for gather in (False, True):
             for launch in BACKWARD_LAUNCHES:
-                name = f"triton fused {'gather ' * gather}{launch.queries}x{launch.warps}"
+                if gather and launch.merges:  # adds nothing to memory
+                    continue
+                kind = "gather " * gather + "merged " * launch.merges
+                name = f"triton fused {kind}{launch.queries}x{launch.warps}"
                 run = functools.partial(triton_backward, gather=gather, launch=launch)
                 found.append(Candidate(name, run, deterministic=gather))
     return in_order(found, device)

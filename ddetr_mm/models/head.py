@@ -25,6 +25,7 @@ from ddetr_mm.models.losses import (
     assign_all_layers,
     box_divisor,
     matching_costs,
+    require_matcher,
     set_losses,
 )
 from ddetr_mm.models.transformer import place_boxes
@@ -84,17 +85,29 @@ class TAODeformableDETRHead(DeformableDETRHead):
         aux_loss: whether every decoder layer gets a loss (keys ``d0.loss_cls`` …), or only the last.
         background_column: whether class column 0 is the background and never a label (columns are
             COCO category ids then).
+        matcher: ``scipy`` or ``torch-linear-assignment``, see
+            :func:`~ddetr_mm.models.losses.assign_all_layers`.
         **kwargs: mmdet's. ``loss_cls`` must be a FocalLoss; ``train_cfg.assigner`` a
             HungarianAssigner of FocalLossCost, BBoxL1Cost (xywh) and IoUCost (giou);
             ``test_cfg.max_per_img`` (100) is the number of detections of an image, at most queries x
             classes; ``test_cfg.clip_boxes`` (False) clips boxes to the image.
 
     Raises:
-        ValueError: the losses, the assigner or ``max_per_img`` are not as above.
+        ValueError: the losses, the assigner, ``matcher`` or ``max_per_img`` are not as above.
+        StackError: the package of ``matcher`` is not installed.
     """
 
-    def __init__(self, *args, aux_loss: bool = True, background_column: bool = False, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        aux_loss: bool = True,
+        background_column: bool = False,
+        matcher: str = "scipy",
+        **kwargs,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        require_matcher(matcher)
+        self.matcher = matcher
         if not (isinstance(self.loss_cls, FocalLoss) and not self.loss_cls.activated):
             raise ValueError(f"loss_cls must be FocalLoss on logits, not {self.loss_cls}")
         self.aux_loss = aux_loss
@@ -212,7 +225,7 @@ class TAODeformableDETRHead(DeformableDETRHead):
         try:
             with record_function("matching"):
                 costs = matching_costs(logits, boxes_cxcywh, objects, self.matching_cost)
-                matches = assign_all_layers(costs, objects, num_classes=logits.shape[-1])
+                matches = assign_all_layers(costs, objects, logits.shape[-1], self.matcher)
         except NonFiniteCostError:
             if in_training and not self.tolerates_non_finite:
                 raise

@@ -21,6 +21,7 @@ from mmdet.utils import reduce_mean
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from ddetr_mm.compat.versions import require
 from ddetr_mm.errors import DataError, Problem
 from ddetr_mm.models.deformable_attention import host_to_device
 
@@ -183,13 +184,34 @@ def matching_costs(logits: Tensor, boxes_cxcywh: Tensor, objects: Objects, cost:
     return total.masked_fill((objects.labels != column)[None, :, None], torch.nan)
 
 
-def assign_all_layers(costs: Tensor, objects: Objects, num_classes: int) -> Matches:
-    """Solve the assignment problem of every layer and image, with one transfer to the host and one back.
+SCIPY, TORCH_LINEAR_ASSIGNMENT = "scipy", "torch-linear-assignment"
+
+
+def require_matcher(matcher: str) -> None:
+    """Check that what solves the assignment problems is known and installed.
+
+    Raises:
+        ValueError: it is neither ``scipy`` nor ``torch-linear-assignment``.
+        StackError: the package is not installed.
+    """
+    if matcher not in (SCIPY, TORCH_LINEAR_ASSIGNMENT):
+        raise ValueError(f"matcher must be {SCIPY} or {TORCH_LINEAR_ASSIGNMENT}, not {matcher!r}")
+    if matcher == TORCH_LINEAR_ASSIGNMENT:
+        hint = "install it: `pip install 'ddetr_mm[matcher]'`, or set ddetr_mm.matcher=scipy"
+        what = f"ddetr_mm.matcher: {matcher}"
+        require("torch_linear_assignment", what, package=TORCH_LINEAR_ASSIGNMENT, hint=hint)
+
+
+def assign_all_layers(costs: Tensor, objects: Objects, num_classes: int, matcher: str = SCIPY) -> Matches:
+    """Solve the assignment problem of every layer and image.
 
     Args:
         costs: (G, N, Q) of :func:`matching_costs`.
         objects: the batch's objects.
         num_classes: class columns of the model.
+        matcher: ``scipy``: with one transfer to the host and one back. ``torch-linear-assignment``: where the
+            costs are, unless an image has more objects than queries; among pairs of equal total cost it may
+            choose others.
 
     Returns:
         The matches: ``min(Q, objects)`` pairs of least total cost for each layer and image.
@@ -198,6 +220,8 @@ def assign_all_layers(costs: Tensor, objects: Objects, num_classes: int) -> Matc
         NonFiniteCostError: predictions are not finite.
         DataError: a label is not a class column.
     """
+    if matcher == TORCH_LINEAR_ASSIGNMENT and 0 < max(objects.counts, default=0) <= costs.shape[-1]:
+        return _assign_where_costs_are(costs, objects, num_classes)
     costs_host = costs.cpu().numpy()
     if not np.isfinite(costs_host).all():
         _explain_non_finite(costs_host, objects, num_classes)
@@ -212,6 +236,30 @@ def assign_all_layers(costs: Tensor, objects: Objects, num_classes: int) -> Matc
             )
     indices = torch.from_numpy(np.concatenate(pairs, axis=1)).to(costs.device, non_blocking=True)
     return Matches(*indices.unbind(0))
+
+
+def _assign_where_costs_are(costs: Tensor, objects: Objects, num_classes: int) -> Matches:
+    """:func:`assign_all_layers` by torch-linear-assignment, which solves problems of one shape at once.
+
+    Images with fewer objects than the one with most get objects that every query costs nothing: they take
+    queries that the others leave, and do not change which are the cheapest.
+    """
+    from torch_linear_assignment import batch_linear_assignment
+
+    if not bool(torch.isfinite(costs).all()):
+        _explain_non_finite(costs.cpu().numpy(), objects, num_classes)
+    layers, total, queries = costs.shape
+    image, most = objects.image_index, max(objects.counts)
+    starts = host_to_device(np.cumsum([0, *objects.counts[:-1]]).tolist(), costs.device, torch.int64)
+    target = torch.arange(total, device=costs.device)
+    place = target - starts[image]
+    padded = costs.new_zeros(layers, len(objects.counts), most, queries)
+    padded[:, image, place] = costs
+    solved = batch_linear_assignment(padded.flatten(0, 1)).view(layers, -1, most)
+    query = solved[:, image, place]  # (G, N)
+    query, order = (image * queries + query).sort(dim=1)
+    layer = torch.arange(layers, device=costs.device)[:, None].expand_as(order)
+    return Matches(layer.flatten(), image[order].flatten(), (query % queries).flatten(), order.flatten())
 
 
 def _explain_non_finite(costs_host: np.ndarray, objects: Objects, num_classes: int) -> None:

@@ -49,10 +49,13 @@ class Launch:
     Attributes:
         queries: queries of one program, a power of two.
         warps: groups of 32 threads of one program, a power of two.
+        merges: whether the fused backward pass sums what points of a query add to the same cell before it adds
+            to memory: fewer atomic additions, more instructions.
     """
 
     queries: int = 32
     warps: int = 4
+    merges: bool = False
 
 
 LAUNCHES = (Launch(32, 4), Launch(16, 4), Launch(16, 2), Launch(64, 4), Launch(64, 8))

@@ -102,6 +102,64 @@ def _add_corners(
     tl.atomic_add(p11, s11 * gradient, mask=in11 & filled, sem="relaxed")
 
 
+@triton.jit
+def _cell(y, x, height, width, mask, number):
+    """Number of a cell, and for one outside the map or not in use a negative one that no other row has."""
+    on_map = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    return tl.where(on_map, y * width + x, -1 - number)
+
+
+@triton.jit
+def _add_corners_once(
+    base, y, x, height, width, row_stride, channel, filled, mask, gradient, weight, low_part, right_part,
+    line, ROWS: tl.constexpr,
+):  # fmt: skip
+    """:func:`_add_corners`, with one addition for each cell that points of a query share.
+
+    Rows are all points of ``ROWS[0]`` queries, ``ROWS[1]`` of each, numbered by ``line``. A query has one
+    gradient, so that the shares of equal cells are summed, and the first row of them adds.
+    """
+    s00, s01, s10, s11 = _shares(weight, low_part, right_part)
+    corners: tl.constexpr = 4 * ROWS[1]
+    upper = tl.join(
+        _cell(y, x, height, width, mask, 4 * line), _cell(y, x + 1, height, width, mask, 4 * line + 1)
+    )
+    lower = tl.join(
+        _cell(y + 1, x, height, width, mask, 4 * line + 2),
+        _cell(y + 1, x + 1, height, width, mask, 4 * line + 3),
+    )
+    shape: tl.constexpr = (ROWS[0] * ROWS[1], 1)
+    shares = tl.join(
+        tl.join(tl.reshape(s00, shape), tl.reshape(s01, shape)),
+        tl.join(tl.reshape(s10, shape), tl.reshape(s11, shape)),
+    )  # (rows, 1, right, lower)
+    cells = tl.reshape(tl.join(upper, lower), (ROWS[0], corners))
+    shares = tl.reshape(shares, (ROWS[0], corners))
+    equal = cells[:, :, None] == cells[:, None, :]
+    place = tl.arange(0, corners)
+    earlier = (place[None, :] < place[:, None])[None, :, :]
+    summed = tl.sum(tl.where(equal, shares[:, None, :], 0.0), axis=2)
+    repeated = tl.max((equal & earlier).to(tl.int32), axis=2)
+    corner: tl.constexpr = (ROWS[0] * ROWS[1], 2, 2)
+    left, right = tl.split(tl.reshape(tl.where(repeated > 0, -1, cells), corner).permute(0, 2, 1))
+    c00, c10 = tl.split(left)
+    c01, c11 = tl.split(right)
+    left, right = tl.split(tl.reshape(summed, corner).permute(0, 2, 1))
+    t00, t10 = tl.split(left)
+    t01, t11 = tl.split(right)
+    _add_at(base, c00, row_stride, channel, filled, t00, gradient)
+    _add_at(base, c01, row_stride, channel, filled, t01, gradient)
+    _add_at(base, c10, row_stride, channel, filled, t10, gradient)
+    _add_at(base, c11, row_stride, channel, filled, t11, gradient)
+
+
+@triton.jit
+def _add_at(base, cell, row_stride, channel, filled, share, gradient):
+    """Add a share of each row's gradient to its cell, atomically; to none where the cell is negative."""
+    pointers = base + (cell * row_stride)[:, None] + channel[None, :]
+    tl.atomic_add(pointers, share[:, None] * gradient, mask=(cell >= 0)[:, None] & filled, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["num_queries", "num_values"])
 def forward_kernel(
     value,
@@ -366,13 +424,14 @@ def fused_backward_kernel(
     grad_value, grad_offsets, grad_logits, num_queries, num_values, reference_stride,
     HEADS: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr,
     LANES: tl.constexpr, POINT_LANES: tl.constexpr, LEVEL_LANES: tl.constexpr, BOXES: tl.constexpr,
-    ADD_TO_VALUE: tl.constexpr, QUERIES: tl.constexpr,
+    ADD_TO_VALUE: tl.constexpr, MERGES: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of offsets and logits, and with ``ADD_TO_VALUE`` of values by atomic addition.
 
     Rows of a tile are points, all of a level of ``QUERIES`` queries, so that a level's gradients are written
     at once, from consecutive lanes to consecutive addresses. ``POINT_LANES`` and ``LEVEL_LANES`` are
     ``POINTS`` and ``LEVELS`` rounded up to powers of two. ``grad_value`` is float32 and zero at the start.
+    ``MERGES``: by :func:`_add_corners_once`.
     """
     image = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
@@ -426,8 +485,13 @@ def fused_backward_kernel(
             tl.join(grad_x, grad_y).to(grad_offsets.dtype.element_ty),
             mask=known[:, None],
         )
-        if ADD_TO_VALUE:
-            target = grad_value + level_offset
+        target = grad_value + level_offset
+        if ADD_TO_VALUE and MERGES:
+            _add_corners_once(
+                target, y0, x0, height, width, stride, channel, filled, mask,
+                gradient, weight, low_part, right_part, line, (QUERIES, POINT_LANES),
+            )  # fmt: skip
+        elif ADD_TO_VALUE:
             _add_corners(
                 target, y0, x0, height, width, stride, channel, filled, mask,
                 gradient, weight, low_part, right_part,

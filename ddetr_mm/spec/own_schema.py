@@ -314,6 +314,13 @@ class OwnSection(Section):
         no build; torch: plain PyTorch, slow, on every device; auto: the first of mmcv's op and the Triton
         kernels that computes what PyTorch does on the first images, which is logged.""",
     )
+    matcher: Literal["scipy", "torch-linear-assignment"] = spec_field(
+        "scipy",
+        origin=OURS,
+        doc="""What assigns queries to objects in training. scipy: on the CPU, with one copy of the costs a
+        step; torch-linear-assignment: on the GPU, for images with hundreds of objects; a package that `pip
+        install 'ddetr_mm[matcher]'` brings. Among assignments of equal cost it may choose another one.""",
+    )
     compile: Literal["none", "backbone", "all"] = spec_field(
         "none",
         origin=OURS,

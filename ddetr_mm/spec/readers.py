@@ -96,6 +96,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "ddetr_mm.deterministic": LOADS,
     "ddetr_mm.device": ALL,
     "ddetr_mm.attention": LOADS,
+    "ddetr_mm.matcher": TRAIN,
     "ddetr_mm.compile": RUN,
     "ddetr_mm.compile_mode": RUN,
     "ddetr_mm.predict_precision": RUN,

@@ -140,6 +140,7 @@ SOURCE_KEYS = (
     "ddetr_mm.backbone",
     "ddetr_mm.zero_padded_values",
     "ddetr_mm.attention",
+    "ddetr_mm.matcher",
     "ddetr_mm.compile",
     "ddetr_mm.compile_mode",
     "ddetr_mm.predict_precision",
@@ -225,7 +226,7 @@ def detector(
         positional_encoding=dict(
             num_feats=model.hidden_dim // 2, normalize=True, offset=-0.5, temperature=10000
         ),
-        bbox_head=bbox_head(spec),
+        bbox_head=bbox_head(spec) | matcher(spec, train),
         train_cfg=dict(assigner=assigner(model)),
         test_cfg=dict(max_per_img=model.num_select),
         **({} if for_export else speed_options(spec)),
@@ -434,6 +435,11 @@ def bbox_head(spec: ExperimentSpec) -> dict[str, Any]:
         loss_bbox=dict(type="L1Loss", loss_weight=model.bbox_loss_coef * boxes),
         loss_iou=dict(type="GIoULoss", loss_weight=model.giou_loss_coef * boxes),
     )
+
+
+def matcher(spec: ExperimentSpec, train: bool) -> dict[str, Any]:
+    """Argument of the head for ``ddetr_mm.matcher``, in training and where it is not at its default."""
+    return dict(matcher=spec.ddetr_mm.matcher) if train and spec.ddetr_mm.matcher != "scipy" else {}
 
 
 def assigner(model: ModelConfig) -> dict[str, Any]:

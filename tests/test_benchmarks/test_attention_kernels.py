@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from ddetr_mm.models.fused_sampling import BACKWARD_LAUNCHES, FORWARD_LAUNCHES
 from ddetr_mm.models.triton_attention import has_triton
@@ -60,9 +61,22 @@ def test_half_precision_keeps_half_for_the_backward_pass(kernels: ModuleType) ->
 
 def test_the_record_is_of_the_launches_in_use(kernels: ModuleType) -> None:
     for name, launches in (("fused_forward", FORWARD_LAUNCHES), ("fused_backward", BACKWARD_LAUNCHES)):
-        assert kernels.CUTS[f"{name}_kernel"] == tuple((one.queries, one.warps) for one in launches)
+        assert kernels.CUTS[f"{name}_kernel"] == tuple(
+            (one.queries, one.warps, one.merges) for one in launches
+        )
         for one in launches:
-            assert f"| {name} | fp32 | {one.queries} x {one.warps} |" in kernels.RECORD.read_text()
+            kind = name + ", merged" * one.merges
+            assert f"| {kind} | fp32 | {one.queries} x {one.warps} |" in kernels.RECORD.read_text()
+
+
+def test_additions_to_equal_cells_are_counted_once(kernels: ModuleType) -> None:
+    same = torch.zeros(5, 4, 2)
+    assert kernels.remaining_additions(same) == 4 / 16
+    apart = same + 2 * torch.arange(4)[:, None]
+    assert kernels.remaining_additions(apart) == 1
+    # Neighbours in a row share a column of two cells.
+    in_a_row = same + torch.tensor([1, 0]) * torch.arange(4)[:, None]
+    assert kernels.remaining_additions(in_a_row) == 10 / 16
 
 
 @pytest.mark.slow

@@ -365,7 +365,7 @@ def test_pickle_and_copy_give_the_same_samples(root, storage):
     same_samples(copy.deepcopy(dataset), dataset)
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_give_what_the_main_process_gives(root, start):
     dataset = two_sources(root, pipeline=PIPELINE)
     loader = DataLoader(

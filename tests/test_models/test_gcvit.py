@@ -539,6 +539,7 @@ SMALL_FASTER_RCNN = """dict(
     test_cfg=dict(rpn=dict(max_per_img=50), rcnn=dict(score_thr=0.0)))"""
 
 
+@pytest.mark.slow  # projects/gcvit_dino trains in the default run
 def test_trains_and_runs_the_test_tool(shapes, tmp_path) -> None:
     config = tmp_path / "short.py"
     config.write_text(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from detr_builders import assigner_config, golden, head_config, instances
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 
-from ddetr_mm.errors import InputError
+from ddetr_mm.errors import InputError, StackError
 from ddetr_mm.models import TAODeformableDETRHead
 from ddetr_mm.models.head import detection_size_hw, top_detections
 
@@ -37,10 +39,13 @@ def reference() -> tuple[dict, torch.Tensor, torch.Tensor, list, list[dict]]:
     return expected, logits, boxes, truth, metas
 
 
-def test_losses_and_gradients_meet_tao() -> None:
+@pytest.mark.parametrize("matcher", ["scipy", "torch-linear-assignment"])
+def test_losses_and_gradients_meet_tao(matcher: str) -> None:
+    if matcher != "scipy":
+        pytest.importorskip("torch_linear_assignment")
     expected, logits, boxes, truth, metas = reference()
     assert [len(gt.labels) for gt in truth] == [4, 0, 7], "an image without objects is among them"
-    head = build()
+    head = build(matcher=matcher)
     weights = {"loss_cls": 2.0, "loss_bbox": 5.0, "loss_iou": 2.0}
     assert list(weights.values()) == expected["coefs"].tolist()
     losses = head.loss_by_feat(logits, boxes, None, None, truth, metas)
@@ -208,11 +213,18 @@ def test_missing_scale_factor_is_named() -> None:
     [
         ({"loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True}}, "loss_cls must be FocalLoss"),
         ({"test_cfg": {"max_per_img": 0}}, "at least 1, not 0"),
+        ({"matcher": "hungarian"}, "matcher must be scipy or torch-linear-assignment, not 'hungarian'"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**settings)
+
+
+def test_a_matcher_that_is_not_installed_is_refused(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_linear_assignment", None)
+    with pytest.raises(StackError, match=r"needs the package torch-linear-assignment.*ddetr_mm\[matcher\]"):
+        build(matcher="torch-linear-assignment")
 
 
 def test_training_needs_an_assigner() -> None:

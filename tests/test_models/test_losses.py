@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,32 @@ def test_matches_are_those_of_mmdet(seed: int, counts: list[int], num_queries: i
     assert (matches.layer.diff() >= 0).all()
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    counts=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    num_queries=st.integers(1, 9),
+)
+def test_the_packages_matches_are_those_of_scipy(seed: int, counts: list[int], num_queries: int) -> None:
+    """Also with different numbers of objects, more objects than queries, and images without objects.
+
+    Random costs have no ties, so the cheapest pairs are unique.
+    """
+    pytest.importorskip("torch_linear_assignment")
+    generator = torch.Generator().manual_seed(seed)
+    image_index = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    objects = replace(
+        Objects.from_instances([random_truth(np.random.default_rng(0), 1, 0, 5)], metas(1)),
+        counts=tuple(counts),
+        image_index=image_index,
+    )
+    costs = torch.randn(3, sum(counts), num_queries, generator=generator)
+    theirs = assign_all_layers(costs, objects, 5)
+    mine = assign_all_layers(costs, objects, 5, matcher="torch-linear-assignment")
+    for name in ("layer", "image", "query", "target"):
+        assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+
+
 def test_costs_are_those_of_mmdet() -> None:
     logits, boxes, truth = scene(1, [3], num_queries=4, layers=1)
     objects = Objects.from_instances(truth, metas(1))
@@ -127,8 +154,18 @@ def test_half_precision_predictions_are_matched_in_float32() -> None:
     torch.testing.assert_close(half, expected, rtol=0, atol=0)
 
 
+MATCHERS = ["scipy", "torch-linear-assignment"]
+
+
+def skip_without(matcher: str) -> None:
+    if matcher != "scipy":
+        pytest.importorskip(matcher.replace("-", "_"))
+
+
+@pytest.mark.parametrize("matcher", MATCHERS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_non_finite_predictions_name_images_and_layers(bad: float) -> None:
+def test_non_finite_predictions_name_images_and_layers(bad: float, matcher: str) -> None:
+    skip_without(matcher)
     logits, boxes, truth = scene(3, [2, 1, 2], num_queries=5, layers=3)
     boxes[1, 2, 0, 0] = bad
     objects = Objects.from_instances(truth, metas(3))
@@ -136,19 +173,21 @@ def test_non_finite_predictions_name_images_and_layers(bad: float) -> None:
     with pytest.raises(
         NonFiniteCostError, match=r"NaN or infinite for 2\.jpg \(decoder layers \[1\]\)"
     ) as error:
-        assign_all_layers(costs, objects, num_classes=5)
+        assign_all_layers(costs, objects, 5, matcher)
     assert error.value.images == ["2.jpg"]
     assert error.value.layers == [1]
 
 
+@pytest.mark.parametrize("matcher", MATCHERS)
 @pytest.mark.parametrize("label", [5, -1])
-def test_labels_beyond_the_columns_name_the_image(label: int) -> None:
+def test_labels_beyond_the_columns_name_the_image(label: int, matcher: str) -> None:
+    skip_without(matcher)
     logits, boxes, truth = scene(4, [2, 1], num_queries=5)
     truth[1].labels[0] = label
     objects = Objects.from_instances(truth, metas(2))
     costs = matching_costs(logits, boxes, objects, COST)
     with pytest.raises(DataError, match=f"1.jpg.*no class column.*got {label}.*0 to 4"):
-        assign_all_layers(costs, objects, num_classes=5)
+        assign_all_layers(costs, objects, 5, matcher)
 
 
 def test_settings_come_from_the_assigner() -> None:

@@ -142,6 +142,11 @@ def judge_fused(device: str, case: dict[str, Any]) -> dict[str, float]:
             found = fused_sampling.triton_backward(upstream, log_sums, *given, gather=gather, launch=launch)
             for what, one, place in zip(("value", "offsets", "logits"), found, (0, 2, 3), strict=True):
                 figures[f"{launch} {gather} {what}"] = apart(one, gradients[place])
+    merging = Launch(queries=4, warps=1, merges=True)
+    given = (*tensors, *geometry)
+    found = fused_sampling.triton_backward(upstream, log_sums, *given, gather=False, launch=merging)
+    for what, one, place in zip(("value", "offsets", "logits"), found, (0, 2, 3), strict=True):
+        figures[f"merged {what}"] = apart(one, gradients[place])
     leaves = [one.detach().requires_grad_(place != 1 or not case.get("boxes")) for place, one in
               enumerate(tensors)]  # fmt: skip
     output, _ = fused_sampling.fused_sampling(*leaves, *geometry, "triton", 64, True)

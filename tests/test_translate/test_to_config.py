@@ -406,6 +406,14 @@ def test_options_of_speed_stand_in_the_config_when_set(translate):
     assert not set(speed) & set(translate(*given, subtask="export")["model"])
 
 
+def test_the_matcher_stands_in_the_config_of_training(translate):
+    given = "ddetr_mm.matcher=torch-linear-assignment"
+    assert translate(given)["model"]["bbox_head"]["matcher"] == "torch-linear-assignment"
+    assert "matcher" not in translate()["model"]["bbox_head"]
+    # Evaluation matches nothing, and need not have the package.
+    assert "matcher" not in translate(given, subtask="evaluate")["model"]["bbox_head"]
+
+
 def test_profiling_is_a_hook_of_training(translate):
     def hooks(*overrides, **keywords):
         return [hook["type"] for hook in translate(*overrides, **keywords)["custom_hooks"]]

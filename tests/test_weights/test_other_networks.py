@@ -118,6 +118,7 @@ def test_detectors_of_transformers_are_named(kind, backbone_of):
     check(raw_file(from_transformers(kind)), *TRANSFORMERS[kind], backbone_of)
 
 
+@pytest.mark.slow  # imports every detector of transformers
 def test_every_other_detector_of_transformers_is_refused_and_its_own_deformable_detr_read():
     refused = {}
     for kind in sorted(set(transformers_models()) - set(TRANSFORMERS)):
