@@ -1,4 +1,4 @@
-"""bf16 against fp32 on a CPU with AMX: time of a step and of an inference, AP, loss of a training run.
+"""bf16 against fp32 on a CPU: time of a step and of an inference, AP, loss of a training run.
 
 Times: ours with ResNet-50, in turn, on one generated image. AP: ``ddetr-mm evaluate`` of a trained
 checkpoint in both precisions. Loss: two training runs of the same spec and seed, which differ in
@@ -26,7 +26,7 @@ from environment import describe, heading, load_average, report
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 
-from ddetr_mm.preflight.resources import has_bfloat16_matrices
+from ddetr_mm.preflight.resources import BFLOAT16_FLAGS, flags_of_cpu
 
 RECORD = Path(__file__).resolve().parent / "records" / "cpu_precision"
 PRECISIONS = ("fp32", "bf16")
@@ -144,7 +144,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}.md and .json")
     given = parser.parse_args()
     environment = describe("torch", "mmdet", "ddetr_mm")
-    environment |= {"amx": "yes" if has_bfloat16_matrices() else "no", "threads": given.threads}
+    found = [one for one in BFLOAT16_FLAGS if one in flags_of_cpu()]
+    environment |= {"instructions": ", ".join(found) or "none for bfloat16", "threads": given.threads}
     environment["image"] = "x".join(map(str, given.size))
     torch.set_num_threads(given.threads)
     result: dict[str, Any] = {"times": times(tuple(given.size), given.rounds)}

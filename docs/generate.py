@@ -123,7 +123,7 @@ PERFORMANCE = (
     ("convert", "Conversion", "50 times TAO's 400 images a second"),
     ("dataset_memory", "Annotations in memory", "cold 5 s, warm 0.5 s, 150 MB for 8 ranks of 8 workers"),
     ("coco_eval", "COCO evaluation", "under a second for 5,000 images"),
-    ("cpu_precision", "bf16 on a CPU", "1.8 times our fp32 in training where the CPU has AMX"),
+    ("cpu_precision", "bf16 on a CPU", "1.8 times our fp32 in training where the CPU multiplies bfloat16"),
     ("onnx_latency", "Exported graph", "1.5 times the stock export on ONNX Runtime, a third of its nodes"),
     (
         "attention_gpu",

@@ -132,7 +132,7 @@ class FoldedConv2d(nn.Conv2d):
         else:
             (weight,) = _scaled(self.weight, scale)
         bias = shift if self.bias is None else torch.addcmul(shift, self.bias, scale)
-        # Where a CPU's image is so, in training, it is for bfloat16's kernels: see TAODeformableDETR.extract_feat.
+        # On a CPU under autocast for bfloat16's kernels: see TAODeformableDETR.extract_feat.
         wanted = input.is_cuda or torch.is_autocast_enabled("cpu")
         if wanted and input.is_contiguous(memory_format=torch.channels_last):
             weight = weight.contiguous(memory_format=torch.channels_last)

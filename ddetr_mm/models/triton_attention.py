@@ -49,8 +49,8 @@ class Launch:
     Attributes:
         queries: queries of one program, a power of two.
         warps: groups of 32 threads of one program, a power of two.
-        merges: whether the fused backward pass sums what points of a query add to the same cell before it adds
-            to memory: fewer atomic additions, more instructions.
+        merges: whether the fused backward pass sums what points of a query add to the same cell before it
+            adds to memory: fewer atomic additions, more instructions.
     """
 
     queries: int = 32

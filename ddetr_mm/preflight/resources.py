@@ -296,14 +296,18 @@ def check_shared_memory(
 # --- Precision on a CPU ---
 
 
-def has_bfloat16_matrices(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX); False where that is not known."""
+BFLOAT16_FLAGS = ("amx_bf16", "avx512_bf16")
+"""What Linux calls the instructions that multiply bfloat16; measured: benchmarks/records/cpu_precision.md."""
+
+
+def flags_of_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """Names of this CPU's instruction sets, as Linux has them; empty where that is not known."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
+        return set()
     flags = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
-    return flags is not None and "amx_bf16" in flags[1].split()
+    return set() if flags is None else set(flags[1].split())
 
 
 def check_cpu_precision(key: str, value: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Section]:
@@ -314,11 +318,11 @@ def check_cpu_precision(key: str, value: str, cpuinfo: Path = Path("/proc/cpuinf
         value: of the field.
         cpuinfo: what Linux says of the CPU.
     """
-    if value != "fp32" or not has_bfloat16_matrices(cpuinfo):
+    if value != "fp32" or flags_of_cpu(cpuinfo).isdisjoint(BFLOAT16_FLAGS):
         return []
     finding = note(
         "cpu-bf16",
-        "this CPU multiplies bfloat16 matrices in hardware (AMX)",
+        "this CPU multiplies bfloat16 in hardware (AMX or AVX-512)",
         where=key,
         value=value,
         hint=f"{key}=bf16 is faster, at nearly the same AP: docs/performance.md",

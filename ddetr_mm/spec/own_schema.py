@@ -339,7 +339,7 @@ class OwnSection(Section):
         "fp32",
         origin=OURS,
         doc="""Precision of evaluation and inference; scores and boxes are float32 all the same. bf16 is
-        faster on GPUs and on CPUs that multiply bfloat16 matrices in hardware (AMX), which check reports.
+        faster on GPUs and on CPUs that multiply bfloat16 in hardware (AMX or AVX-512), which check reports.
         The precision of training is train.precision.""",
     )
     tf32: StrictBool = spec_field(

@@ -469,7 +469,7 @@ class TrainConfig(DistributedTask):
     precision: Literal["fp32", "fp16", "bf16"] = spec_field(
         "fp32",
         doc="""Number format: fp32; fp16, mixed with loss scaling; or bf16 (ours), mixed without it, faster on
-        GPUs and on CPUs with AMX, which check reports.""",
+        GPUs and on CPUs that multiply bfloat16 in hardware, which check reports.""",
     )
     distributed_strategy: Literal["ddp", "fsdp"] = spec_field(
         "ddp",

@@ -92,8 +92,9 @@ def test_sizes_for_readers():
     ("flags", "value", "advised"),
     [
         ("sse amx_bf16 x", "fp32", True),
+        ("sse avx512_bf16", "fp32", True),
         ("sse amx_bf16", "bf16", False),
-        ("avx512_bf16", "fp32", False),
+        ("avx512_vnni", "fp32", False),
     ],
 )
 def test_bfloat16_is_advised_where_the_cpu_has_it_in_hardware(tmp_path: Path, flags, value, advised):

@@ -108,7 +108,7 @@ def as_torch_zip(path: Path, pickled: bytes) -> Path:
 
 
 def hanging(place: str) -> bytes:
-    """A pickle of a few hundred bytes, with a tuple doubled forty times at a place where it is hashed or not."""
+    """A pickle of a few hundred bytes, with a tuple doubled forty times at a place."""
     bomb = doubled(40)
     if place == "member of a set":
         return b"\x80\x04\x8f(" + pickle.dumps(bomb, 4)[2:-1][9:] + b"\x90."
