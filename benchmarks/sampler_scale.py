@@ -74,8 +74,9 @@ def check_all_ranks(num_images: int, num_ranks: int, num_shards: int) -> dict[st
         raise SystemExit("FAILED: an image is missing or repeated, or ranks are out of balance")
     shards = (np.arange(num_images, dtype=np.int64) * num_shards // num_images).astype(np.int32)
     owned = shard_sizes(shards, num_ranks)
-    example = shards_of_rank(order, shards, 7, num_ranks, uneven="repeat")
-    if set(np.unique(shards[example] % num_ranks)) != {7} or owned.sum() != num_images:
+    rank = num_ranks // 2
+    example = shards_of_rank(order, shards, rank, num_ranks, uneven="repeat")
+    if set(np.unique(shards[example] % num_ranks)) != {rank} or owned.sum() != num_images:
         raise SystemExit("FAILED: a rank got samples of another rank's shards")
     return {
         "samples a rank": f"{min(sizes):,} to {max(sizes):,}",

@@ -52,6 +52,7 @@ def test_every_benchmark_is_run_here() -> None:
 def test_it_runs(name: str, tmp_path: Path) -> None:
     records = {path: path.read_bytes() for path in (REPO / "benchmarks" / "records").iterdir()}
     words = TINY[name].format(folder=tmp_path / "work").split()
+    (tmp_path / "work").mkdir()
     command = [sys.executable, str(REPO / "benchmarks" / f"{name}.py"), *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
