@@ -230,6 +230,7 @@ DISTRIBUTIONS = {
 OPTIONAL = {
     *("hotcoco", "tensorrt", "mmdeploy", "orjson", "triton", "cryptography", "wandb", "supervision"),
     *("optuna", "sqlalchemy"),  # the second comes with the first
+    "torch_linear_assignment",
 }
 # Imported by the optional package itself, as its configs demand, or by ours when the package is there.
 LOADED_BY = {"deploy.mmdeploy_rewriters": {"mmdeploy"}, "models.triton_kernels": {"triton"}}

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ddetr_mm.classes import named_columns
 from ddetr_mm.engine.distributed import is_first_rank
 from ddetr_mm.engine.fsdp import whole_model
 from ddetr_mm.engine.progress import Progress
-from ddetr_mm.engine.runner import progress_replaces_lines
+from ddetr_mm.engine.runner import AlgorithmSettings, progress_replaces_lines
 from ddetr_mm.engine.status import (
     EVAL_METRICS,
     LOOP_STARTED,
@@ -85,41 +84,6 @@ class CudnnHook(Hook):
         """Set the switches back."""
         if self._before is not None:
             self._before.apply()
-
-
-@dataclass(frozen=True)
-class AlgorithmSettings:
-    """PyTorch's process-wide switches for the choice of algorithms."""
-
-    cudnn_benchmark: bool
-    cudnn_deterministic: bool
-    algorithms: bool
-    only_warn: bool
-    fill_memory: bool
-    fast_attention: bool
-
-    @classmethod
-    def current(cls) -> AlgorithmSettings:
-        """The switches as they are."""
-        return cls(
-            cudnn_benchmark=torch.backends.cudnn.benchmark,
-            cudnn_deterministic=torch.backends.cudnn.deterministic,
-            algorithms=torch.are_deterministic_algorithms_enabled(),
-            only_warn=torch.is_deterministic_algorithms_warn_only_enabled(),
-            fill_memory=torch.utils.deterministic.fill_uninitialized_memory,
-            fast_attention=torch.backends.cuda.flash_sdp_enabled(),
-        )
-
-    def apply(self) -> None:
-        """Set the switches."""
-        torch.backends.cudnn.benchmark = self.cudnn_benchmark
-        torch.backends.cudnn.deterministic = self.cudnn_deterministic
-        torch.use_deterministic_algorithms(self.algorithms, warn_only=self.only_warn)
-        torch.utils.deterministic.fill_uninitialized_memory = self.fill_memory
-        # The gradients of the fused forms of attention add in any order.
-        torch.backends.cuda.enable_flash_sdp(self.fast_attention)
-        torch.backends.cuda.enable_mem_efficient_sdp(self.fast_attention)
-        torch.backends.cuda.enable_cudnn_sdp(self.fast_attention)
 
 
 # --- Learning rates ---

@@ -5,9 +5,13 @@ from __future__ import annotations
 import keyword
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MMLogger
@@ -108,6 +112,47 @@ def quiet_console(logger: logging.Logger) -> None:
             handler.addFilter(ConsoleFilter())
 
 
+# --- Choice of algorithms ---
+
+
+@dataclass(frozen=True)
+class AlgorithmSettings:
+    """PyTorch's process-wide switches for the choice of algorithms."""
+
+    cudnn_benchmark: bool
+    cudnn_deterministic: bool
+    algorithms: bool
+    only_warn: bool
+    fill_memory: bool
+    fast_attention: bool
+
+    @classmethod
+    def current(cls) -> AlgorithmSettings:
+        """The switches as they are."""
+        return cls(
+            cudnn_benchmark=torch.backends.cudnn.benchmark,
+            cudnn_deterministic=torch.backends.cudnn.deterministic,
+            algorithms=torch.are_deterministic_algorithms_enabled(),
+            only_warn=torch.is_deterministic_algorithms_warn_only_enabled(),
+            fill_memory=torch.utils.deterministic.fill_uninitialized_memory,
+            fast_attention=torch.backends.cuda.flash_sdp_enabled(),
+        )
+
+    def apply(self) -> None:
+        """Set the switches."""
+        torch.backends.cudnn.benchmark = self.cudnn_benchmark
+        torch.backends.cudnn.deterministic = self.cudnn_deterministic
+        torch.use_deterministic_algorithms(self.algorithms, warn_only=self.only_warn)
+        torch.utils.deterministic.fill_uninitialized_memory = self.fill_memory
+        # The gradients of the fused forms of attention add in any order.
+        torch.backends.cuda.enable_flash_sdp(self.fast_attention)
+        torch.backends.cuda.enable_mem_efficient_sdp(self.fast_attention)
+        torch.backends.cuda.enable_cudnn_sdp(self.fast_attention)
+
+
+# --- The Runner ---
+
+
 @RUNNERS.register_module()
 class QuietRunner(Runner):
     """mmengine's Runner with :func:`quiet_console` on its logger from the first message on.
@@ -115,10 +160,33 @@ class QuietRunner(Runner):
     In a config: ``runner_type = 'QuietRunner'``; in code: ``QuietRunner.from_cfg(config)``.
     """
 
+    _switches_before: AlgorithmSettings | None = None
+    """PyTorch's switches before mmengine set them for ``randomness``."""
+    _switches_of_run: AlgorithmSettings | None = None
+    """Those of this runner, when a run of it has ended."""
+
     @classmethod
     def from_cfg(cls, cfg: Config) -> QuietRunner:
         """Build a runner as mmengine does, with a config whose text is quick to make."""
         return cast(QuietRunner, super().from_cfg(QuickTextConfig.of(cfg)))
+
+    def set_randomness(self, seed: Any, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
+        """Set seeds and deterministic algorithms as mmengine does, and note what the switches were."""
+        self._switches_before = AlgorithmSettings.current()
+        super().set_randomness(seed, diff_rank_seed, deterministic)
+
+    @contextmanager
+    def _run(self) -> Iterator[None]:
+        """Run with its switches; afterwards they are as before, for a notebook's next run."""
+        if self._switches_of_run is not None:
+            self._switches_of_run.apply()
+        try:
+            yield
+        finally:
+            self._switches_of_run = AlgorithmSettings.current()
+            if self._switches_before is not None:
+                self._switches_before.apply()
+            end_data_workers(self)
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
         """Build the logger as mmengine does, then quieten its console."""
@@ -149,18 +217,14 @@ class QuietRunner(Runner):
         return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def train(self) -> Any:
-        """Train as mmengine does, then end the data workers."""
-        try:
+        """Train as mmengine does, then end the data workers and set PyTorch's switches back."""
+        with self._run():
             return super().train()
-        finally:
-            end_data_workers(self)
 
     def test(self) -> dict[str, float]:
-        """Test as mmengine does, then end the data workers."""
-        try:
+        """Test as mmengine does, then end the data workers and set PyTorch's switches back."""
+        with self._run():
             return super().test()
-        finally:
-            end_data_workers(self)
 
     def dump_config(self) -> None:
         """Write the config as mmengine does, unless the file it came from is there already.

@@ -429,9 +429,8 @@ def fused_backward_kernel(
     """Gradients of offsets and logits, and with ``ADD_TO_VALUE`` of values by atomic addition.
 
     Rows of a tile are points, all of a level of ``QUERIES`` queries, so that a level's gradients are written
-    at once, from consecutive lanes to consecutive addresses. ``POINT_LANES`` and ``LEVEL_LANES`` are
-    ``POINTS`` and ``LEVELS`` rounded up to powers of two. ``grad_value`` is float32 and zero at the start.
-    ``MERGES``: by :func:`_add_corners_once`.
+    at once, from consecutive lanes to consecutive addresses. ``POINT_LANES`` and ``LEVEL_LANES``: ``POINTS``
+    and ``LEVELS`` rounded up to powers of two. ``MERGES``: adds by :func:`_add_corners_once`.
     """
     image = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
@@ -485,15 +484,14 @@ def fused_backward_kernel(
             tl.join(grad_x, grad_y).to(grad_offsets.dtype.element_ty),
             mask=known[:, None],
         )
-        target = grad_value + level_offset
         if ADD_TO_VALUE and MERGES:
             _add_corners_once(
-                target, y0, x0, height, width, stride, channel, filled, mask,
+                grad_value + level_offset, y0, x0, height, width, stride, channel, filled, mask,
                 gradient, weight, low_part, right_part, line, (QUERIES, POINT_LANES),
             )  # fmt: skip
         elif ADD_TO_VALUE:
             _add_corners(
-                target, y0, x0, height, width, stride, channel, filled, mask,
+                grad_value + level_offset, y0, x0, height, width, stride, channel, filled, mask,
                 gradient, weight, low_part, right_part,
             )  # fmt: skip
     first_point = row * count + number

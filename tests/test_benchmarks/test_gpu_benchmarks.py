@@ -13,7 +13,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from mmengine.registry import DefaultScope
-from scipy.optimize import linear_sum_assignment
 
 from ddetr_mm.models import fused_sampling
 from ddetr_mm.models.triton_attention import LAUNCHES, has_triton
@@ -145,20 +144,12 @@ def matching() -> ModuleType:
 
 
 @pytest.mark.parametrize("objects", [1, 7, 300])
-def test_a_batched_solver_is_compared_pair_by_pair(matching, monkeypatch, objects) -> None:
-    """With a package of that name which solves one problem after the other by SciPy."""
-
-    def batch_linear_assignment(costs: torch.Tensor) -> torch.Tensor:
-        solved = [torch.from_numpy(linear_sum_assignment(one.numpy())[1]) for one in costs]
-        return torch.stack(solved)
-
-    package = ModuleType("torch_linear_assignment")
-    package.batch_linear_assignment = batch_linear_assignment
-    monkeypatch.setitem(sys.modules, "torch_linear_assignment", package)
+def test_a_batched_solver_is_compared_pair_by_pair(matching, objects) -> None:
+    pytest.importorskip("torch_linear_assignment")
     costs = matching.costs_of(objects, 2, torch.device("cpu"))
-    pairs = matching.ours(costs, 2)
+    pairs = matching.match("scipy", costs, 2)
     assert pairs.shape == (4, 6 * 2 * objects)
-    assert torch.equal(matching.package(costs, 2), pairs)
+    assert torch.equal(matching.match("torch-linear-assignment", costs, 2), pairs)
     layer, _, query, target = pairs
     by_hand = [
         float(costs.double()[one, target[layer == one], query[layer == one]].sum()) for one in range(6)

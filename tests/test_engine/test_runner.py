@@ -7,7 +7,9 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.hooks import Hook
 
 from ddetr_mm.engine.hooks import ProgressHook
 from ddetr_mm.engine.runner import ConsoleFilter, QuickTextConfig, QuietRunner, quiet_console
@@ -44,6 +46,30 @@ def test_a_progress_line_replaces_mmengines(tmp_path, capsys):
     assert "Epoch(train)" not in shown.out and "training: " in shown.err and ", loss " in shown.err
     (log_file,) = (tmp_path / "train").rglob("*.log")
     assert "Epoch(train) [2]" in log_file.read_text()
+
+
+def test_a_deterministic_run_leaves_the_next_one_free(tmp_path):
+    """mmengine switches PyTorch to deterministic algorithms for the rest of the process."""
+    from tiny_runs import build_runner
+
+    class Switches(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+
+    assert not torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    for deterministic in (True, False):
+        seen: list[bool] = []
+        options = {"runner_class": QuietRunner, "randomness": {"seed": 1, "deterministic": deterministic}}
+        runner = build_runner(tmp_path / str(deterministic), [Switches()], epochs=1, **options)
+        runner.train()
+        assert seen == [deterministic] * 5
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.benchmark is benchmark and not torch.backends.cudnn.deterministic
+        seen.clear()
+        runner._train_loop._epoch = 0  # the same runner once more
+        runner.train()
+        assert seen == [deterministic] * 5
 
 
 def test_the_log_file_takes_any_letter(tmp_path, monkeypatch):
