@@ -74,9 +74,10 @@ def sample_values(
     """Sample values bilinearly and sum them by weight, with the implementation for the device.
 
     On a GPU mmcv's compiled op or the Triton kernels (:mod:`ddetr_mm.models.triton_attention`). On a CPU
-    :func:`~ddetr_mm.models.cpu_sampling.package_sampling` where that package is installed, else, for as many
-    queries as an encoder has, :func:`~ddetr_mm.models.cpu_sampling.sample_values_on_cpu`. Otherwise, and
-    while a graph is traced, mmcv's PyTorch form. All sum in float32 and exclude the locations from autocast:
+    :func:`~ddetr_mm.models.cpu_sampling.package_sampling` where that package is installed, but for an encoder
+    that is not trained; else, for as many queries as an encoder has,
+    :func:`~ddetr_mm.models.cpu_sampling.sample_values_on_cpu`. Otherwise, and while a graph is traced, mmcv's
+    PyTorch form. All sum in float32 and exclude the locations from autocast:
     in bfloat16 they are off by up to 1/256 of the image.
 
     Args:
@@ -120,11 +121,14 @@ def sample_values(
             )
         # torch.compile cannot trace the CPU functions, and fuses the PyTorch form.
         if device.type == "cpu" and not torch.compiler.is_compiling():
-            package = package_sampling() if implementation == "auto" else None
+            many = _many_points(locations, value)
+            trains = torch.is_grad_enabled() and any(one.requires_grad for one in (value, locations, weights))
+            # Without gradients ours is as fast for an encoder or faster: benchmarks/records/attention_cpu.md.
+            package = package_sampling() if implementation == "auto" and (trains or not many) else None
             if package is not None:
                 sampled = package(value.float(), spatial_shapes, level_start_index, locations, weights)
                 return sampled.to(value.dtype)
-            if _many_points(locations, value):
+            if many:
                 sampled = sample_values_on_cpu(value.float(), locations, weights, level_sizes_hw)
                 return sampled.to(value.dtype)
         return _sample_with_pytorch(value, locations, weights, level_sizes_hw)

@@ -180,6 +180,26 @@ def test_a_package_is_used_where_it_computes_the_same(package, caplog, sample, r
         assert len(called) == (0 if implementation == "torch" else 2 if reason is None else 1)
 
 
+@pytest.mark.parametrize(("queries", "trains", "calls"), [(60, True, 1), (60, False, 0), (7, False, 1)])
+def test_an_encoder_that_is_not_trained_does_without_the_package(package, queries, trains, calls):
+    called = []
+
+    def spy(*given):
+        called.append(given)
+        return right(*given)
+
+    package(spy)
+    assert cpu_sampling.package_sampling() is not None
+    called.clear()  # the check
+    sizes_hw = LEVELS["several"]
+    tensors = inputs(sizes_hw, queries=queries)
+    with torch.set_grad_enabled(trains):
+        deformable_attention.sample_values(
+            *tensors, sizes_hw, *deformable_attention.level_layout(sizes_hw, "cpu")
+        )
+    assert len(called) == calls
+
+
 def test_the_installed_package_agrees_bit_for_bit_each_time():
     pytest.importorskip(cpu_sampling.PACKAGE)
     cpu_sampling.package_sampling.cache_clear()
