@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import logging
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.dist import get_world_size
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -152,6 +154,10 @@ class AlgorithmSettings:
 
 # --- The Runner ---
 
+_TIMESTAMP = "%Y%m%d_%H%M%S"
+_BEGUN: set[str] = set()
+"""When runs of this process began."""
+
 
 @RUNNERS.register_module()
 class QuietRunner(Runner):
@@ -169,6 +175,22 @@ class QuietRunner(Runner):
     def from_cfg(cls, cfg: Config) -> QuietRunner:
         """Build a runner as mmengine does, with a config whose text is quick to make."""
         return cast(QuietRunner, super().from_cfg(QuickTextConfig.of(cfg)))
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Set up the environment as mmengine does; a run gets a name of its own.
+
+        mmengine names log folder, logger and message hub by the second: the next run of a notebook may begin
+        in the same one, and would get the first one's. Several ranks have to agree on the name, and take
+        mmengine's.
+        """
+        super().setup_env(env_cfg)
+        moment = time.mktime(time.strptime(self._timestamp, _TIMESTAMP))
+        while get_world_size() == 1 and (
+            self._timestamp in _BEGUN or (Path(self._work_dir) / self._timestamp).exists()
+        ):
+            moment += 1
+            self._timestamp = time.strftime(_TIMESTAMP, time.localtime(moment))
+        _BEGUN.add(self._timestamp)
 
     def set_randomness(self, seed: Any, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
         """Set seeds and deterministic algorithms as mmengine does, and note what the switches were."""

@@ -72,6 +72,16 @@ def test_a_deterministic_run_leaves_the_next_one_free(tmp_path):
         assert seen == [deterministic] * 5
 
 
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    from tiny_runs import build_runner
+
+    monkeypatch.setattr("mmengine.runner.runner.time.time", lambda: 1_700_000_000.0)
+    folders = (tmp_path / "a", tmp_path / "a", tmp_path / "b")
+    runners = [build_runner(folder, [], epochs=1, runner_class=QuietRunner) for folder in folders]
+    assert len({runner.timestamp for runner in runners}) == 3
+    assert len({runner.log_dir for runner in runners}) == 3
+
+
 def test_the_log_file_takes_any_letter(tmp_path, monkeypatch):
     """In a locale of another encoding, mmengine's log file would be opened in that."""
     from tiny_runs import build_runner
