@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help=f"write {RECORD.name}.md and .json")
     given = parser.parse_args()
     environment = describe("torch", "mmdet", "ddetr_mm")
-    found = [one for one in BFLOAT16_FLAGS if one in flags_of_cpu()]
+    found = sorted(flags_of_cpu().intersection(BFLOAT16_FLAGS))
     environment |= {"instructions": ", ".join(found) or "none for bfloat16", "threads": given.threads}
     environment["image"] = "x".join(map(str, given.size))
     torch.set_num_threads(given.threads)

@@ -40,9 +40,15 @@ def _at_position(position, size):
 
 
 @triton.jit
+def _on_map(y, x, height, width, mask):
+    """Which of the cells in use are on the map."""
+    return mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+
+
+@triton.jit
 def _corner(base, y, x, height, width, row_stride, channel, mask):
     """Pointers to one corner's channels, (queries, channels), and which of them are on the map."""
-    on_map = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    on_map = _on_map(y, x, height, width, mask)
     offset = (y * width + x) * row_stride
     return base + offset[:, None] + channel[None, :], on_map[:, None]
 
@@ -105,8 +111,7 @@ def _add_corners(
 @triton.jit
 def _cell(y, x, height, width, mask, number):
     """Number of a cell, and for one outside the map or not in use a negative one that no other row has."""
-    on_map = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return tl.where(on_map, y * width + x, -1 - number)
+    return tl.where(_on_map(y, x, height, width, mask), y * width + x, -1 - number)
 
 
 @triton.jit
@@ -428,9 +433,9 @@ def fused_backward_kernel(
 ):  # fmt: skip
     """Gradients of offsets and logits, and with ``ADD_TO_VALUE`` of values by atomic addition.
 
-    Rows of a tile are points, all of a level of ``QUERIES`` queries, so that a level's gradients are written
-    at once, from consecutive lanes to consecutive addresses. ``POINT_LANES`` and ``LEVEL_LANES``: ``POINTS``
-    and ``LEVELS`` rounded up to powers of two. ``MERGES``: adds by :func:`_add_corners_once`.
+    Rows of a tile are all points of a level of ``QUERIES`` queries: a level's gradients are written at once,
+    to consecutive addresses. ``POINT_LANES`` and ``LEVEL_LANES``: ``POINTS`` and ``LEVELS`` rounded up to
+    powers of two. ``grad_value``: float32, zero at the start. ``MERGES``: adds by :func:`_add_corners_once`.
     """
     image = (tl.program_id(1) // HEADS).to(tl.int64)
     head = tl.program_id(1) % HEADS
